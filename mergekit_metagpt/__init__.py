@@ -1,0 +1,34 @@
+"""MetaGPT merging for mergekit: scaling coefficients in closed form, without data."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mergekit_metagpt.closed_form import coefficients
+    from mergekit_metagpt.method import register
+    from mergekit_metagpt.results import ScanResult
+    from mergekit_metagpt.scanning import scan
+
+__all__ = ["ScanResult", "coefficients", "register", "scan"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ScanResult": "results",
+    "coefficients": "closed_form",
+    "register": "method",
+    "scan": "scanning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Every `import torch` of the environment imports this package: keep it light.
+    if name in _HOMES:
+        module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+        return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,123 @@
+"""MetaGPT's mathematics on K numbers: squared norms in, scaling coefficients out."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def contributes(
+    sq_norms: torch.Tensor, weight: torch.Tensor, power: float
+) -> torch.Tensor:
+    """Mark the models that take part in the ratio.
+
+    A model takes part if its weight is positive and, unless `power` is 0, its squared
+    norm is positive: for `power > 0` the others have coefficient 0, for `power < 0`
+    (where 0 has no power) they are left out.
+
+    Args:
+        sq_norms: squared norms ||tau_t||^2, shape `(K,)`.
+        weight: importances w_t, shape `(K,)`.
+        power: the exponent p.
+
+    Returns:
+        bool tensor, shape `(K,)`.
+    """
+    return (weight > 0) & ((sq_norms > 0) | (power == 0))
+
+
+def coefficients(
+    sq_norms: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    power: float = 2.0,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    r"""Weight each task vector by its share of the total squared norm.
+
+    For fine-tuned models theta_1 ... theta_K of one base theta_0, with task vectors
+    tau_t = theta_t - theta_0 and squared norms n_t = ||tau_t||^2,
+
+        lambda_t = scale * w_t n_t^(p/2) / sum_k w_k n_k^(p/2)
+
+    which is MetaGPT (eq. 15) for the defaults w_t = 1, p = 2, scale = 1; p = 0 is
+    the plain average. Computed in log space, so that no power over- or underflows.
+    Differentiable in `sq_norms` and `weight`.
+
+    Args:
+        sq_norms: squared L2 norms, shape `(K,)`, float64.
+        weight: importances w_t >= 0, shape `(K,)`; all 1 if None.
+        power: the exponent p, finite.
+        scale: factor on all coefficients, finite.
+
+    Returns:
+        lambda, shape `(K,)`, float64, non-negative and summing to `scale` (for
+        scale >= 0).
+
+    Raises:
+        ValueError: an entry is negative or not finite, shapes differ, or no model has
+            both a positive weight and (for power != 0) a positive squared norm.
+
+    Example:
+        >>> coefficients(torch.tensor([1.0, 3.0], dtype=torch.float64))
+        tensor([0.2500, 0.7500], dtype=torch.float64)
+        >>> coefficients(torch.tensor([1.0, 3.0], dtype=torch.float64), power=0.0)
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+    sq_norms = sq_norms.double()
+    weight = torch.ones_like(sq_norms) if weight is None else weight.double()
+    for name, values in (("sq_norms", sq_norms), ("weight", weight)):
+        if values.ndim != 1 or values.shape != sq_norms.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(values.shape)}; expected one value per "
+                f"model, shape {tuple(sq_norms.shape[:1])}"
+            )
+        if not bool((torch.isfinite(values) & (values >= 0)).all()):
+            raise ValueError(f"{name} must be finite and >= 0, got {values.tolist()}")
+    for name, value in (("power", power), ("scale", scale)):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}")
+
+    taking_part = contributes(sq_norms, weight, power)
+    if not bool(taking_part.any()):
+        raise ValueError(
+            "no model to weight: every squared norm or weight is 0 "
+            f"(sq_norms {sq_norms.tolist()}, weight {weight.tolist()})"
+        )
+    logits = weight[taking_part].log()
+    if power != 0:
+        log_norms = sq_norms[taking_part].log()
+        largest = log_norms.max() if power > 0 else log_norms.min()
+        logits = logits + power / 2 * (log_norms - largest.detach())
+    shares = torch.zeros_like(sq_norms)
+    shares[taking_part] = torch.softmax(logits, dim=0)
+    return scale * shares
+
+
+def cosines(gram: torch.Tensor) -> torch.Tensor:
+    """Cosine of the angle between every two task vectors.
+
+    cos_ij = G_ij / sqrt(G_ii G_jj) with the Gram matrix G_ij = <tau_i, tau_j>. The
+    paper's derivation assumes them to be near 0; its solution does not need it.
+
+    Args:
+        gram: shape `(K, K)`, float64, symmetric.
+
+    Returns:
+        shape `(K, K)`, float64, within [-1, 1], 1 on the diagonal; NaN in the rows
+        and columns of a task vector that is zero.
+
+    Raises:
+        ValueError: the matrix is not square.
+
+    Example:
+        >>> cosines(torch.tensor([[4.0, 0.0], [0.0, 9.0]], dtype=torch.float64))
+        tensor([[1., 0.],
+                [0., 1.]], dtype=torch.float64)
+    """
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(
+            f"a Gram matrix is square, got shape {tuple(gram.shape)}; expected (K, K)"
+        )
+    norms = gram.diagonal().sqrt()
+    return (gram / norms[:, None] / norms[None, :]).clamp(-1.0, 1.0)

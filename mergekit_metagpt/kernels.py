@@ -1,0 +1,221 @@
+"""Loops over elements: tensors of one group in, sums or the merged tensor out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+# Elements per step. Large enough that Python's share is small, small enough that
+# the scratch buffers stay in a CPU's cache; on other devices a step costs a launch.
+CHUNK = 1 << 18
+DEVICE_CHUNK = 1 << 25
+
+_MANTISSA_BITS = {
+    torch.float64: 52,
+    torch.float32: 23,
+    torch.float16: 10,
+    torch.bfloat16: 7,
+}
+
+
+def coarser_dtype(first: torch.dtype, second: torch.dtype) -> torch.dtype:
+    """Return the one of two floating-point dtypes that has fewer mantissa bits.
+
+    Args:
+        first: a dtype.
+        second: a dtype.
+
+    Returns:
+        one of them.
+
+    Example:
+        >>> coarser_dtype(torch.float32, torch.bfloat16)
+        torch.bfloat16
+        >>> coarser_dtype(torch.float16, torch.bfloat16)
+        torch.bfloat16
+    """
+    return min(first, second, key=_MANTISSA_BITS.__getitem__)
+
+
+def _chunk_size(like: torch.Tensor) -> int:
+    return min(CHUNK if like.device.type == "cpu" else DEVICE_CHUNK, like.numel())
+
+
+def _chunks(like: torch.Tensor) -> Iterator[slice]:
+    step = _chunk_size(like)
+    for start in range(0, like.numel(), step or 1):
+        yield slice(start, min(start + step, like.numel()))
+
+
+def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Values in float64 after rounding to dtype, except where that would overflow."""
+    wide = values.double()
+    if values.dtype == dtype:
+        return wide
+    narrow = values.to(dtype).double()
+    if bool(torch.isfinite(narrow.sum())):
+        return narrow
+    return torch.where(torch.isfinite(narrow), narrow, wide)
+
+
+def _task_vectors(
+    base: torch.Tensor, tuned: Sequence[torch.Tensor]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (k, a chunk of tau_k in float64); the buffer is reused between steps.
+
+    base and model are both rounded to the coarser of their two precisions first, so
+    that a weight which was only stored differently contributes exactly 0.
+    """
+    flat_base = base.detach().reshape(-1)
+    flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
+    dtypes = [coarser_dtype(base.dtype, tensor.dtype) for tensor in tuned]
+    buffers = torch.empty(
+        2, _chunk_size(flat_base), dtype=torch.float64, device=base.device
+    )
+    for chunk in _chunks(flat_base):
+        step, reference = buffers[:, : chunk.stop - chunk.start]
+        reference.copy_(flat_base[chunk])
+        for k, (tensor, dtype) in enumerate(zip(flat_tuned, dtypes, strict=True)):
+            if tensor.dtype == base.dtype:
+                step.copy_(tensor[chunk])
+                step.sub_(reference)
+            else:
+                step.copy_(_rounded(tensor[chunk], dtype))
+                step.sub_(_rounded(flat_base[chunk], dtype))
+            yield k, step
+
+
+def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Squared norm of every model's task vector on one tensor.
+
+    n_k = ||tau_k||^2 = sum_i (tuned_k[i] - base[i])^2, each difference taken at the
+    coarser of the two stored precisions; differences, products and sums in float64.
+    Differentiable where an input requires a gradient.
+
+    Args:
+        base: theta_0, any shape and strides, floating point.
+        tuned: K tensors theta_k of the base's shape and device, each of any
+            floating-point dtype. Inputs are not changed.
+
+    Returns:
+        shape `(K,)`, float64, on the CPU; not finite where an input is not.
+
+    Example:
+        >>> sq_norms(torch.zeros(2), [torch.tensor([3.0, 4.0]), torch.zeros(2)])
+        tensor([25.,  0.], dtype=torch.float64)
+    """
+    if not tuned:
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
+    if needs_grad([base, *tuned]):
+        pairs = [(t, coarser_dtype(base.dtype, t.dtype)) for t in tuned]
+        taus = [_rounded(t, dtype) - _rounded(base, dtype) for t, dtype in pairs]
+        return torch.stack([tau.square().sum() for tau in taus]).cpu()
+    sums = [torch.zeros((), dtype=torch.float64, device=base.device) for _ in tuned]
+    for k, tau in _task_vectors(base, tuned):
+        sums[k] += torch.dot(tau, tau)
+    return torch.stack(sums).cpu()
+
+
+def accumulate_gram(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Gram matrix of the task vectors on one tensor.
+
+    G_ij = <tau_i, tau_j>, with the same differences as `sq_norms`; its diagonal has
+    the bits of `sq_norms`.
+
+    Args:
+        base: theta_0, any shape, floating point.
+        tuned: K tensors of the base's shape and device.
+
+    Returns:
+        shape `(K, K)`, float64, on the CPU, symmetric.
+
+    Example:
+        >>> accumulate_gram(torch.zeros(2), [torch.ones(2), torch.tensor([1.0, -1.0])])
+        tensor([[2., 0.],
+                [0., 2.]], dtype=torch.float64)
+    """
+    count = len(tuned)
+    gram = torch.zeros(count, count, dtype=torch.float64, device=base.device)
+    if not count:
+        return gram.cpu()
+    sums = [gram.new_zeros(()) for _ in tuned]
+    buffer = gram.new_empty(count, _chunk_size(base))
+    for k, tau in _task_vectors(base, tuned):
+        sums[k] += torch.dot(tau, tau)
+        rows = buffer[:, : tau.numel()]
+        rows[k].copy_(tau)
+        if k == count - 1:
+            gram += rows @ rows.T
+    gram = (gram + gram.T) / 2
+    gram.diagonal().copy_(torch.stack(sums))
+    return gram.cpu()
+
+
+def needs_grad(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether autograd records operations on any of these tensors."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def scaled_sum(
+    base: torch.Tensor, tuned: Sequence[torch.Tensor], lambdas: torch.Tensor
+) -> torch.Tensor:
+    """Merge one tensor: the base plus the scaled sum of its task vectors.
+
+    theta = base + sum_k lambda_k (tuned_k - base)          (MetaGPT, eq. 2)
+
+    in float32 for 16- and 32-bit inputs and in float64 for float64, rounded once.
+    For every element |theta - exact| <= 0.5 ulp + (K + 3) 2^-24 (|base| + sum_k
+    lambda_k |tau_k|). An element that no model changed keeps its bits. Keeps autograd
+    where an input (or `lambdas`) requires a gradient.
+
+    Args:
+        base: theta_0, any shape and strides, floating point.
+        tuned: K tensors of the base's shape, dtype and device. Inputs are not changed.
+        lambdas: scaling coefficients, shape `(K,)`, float64, on the CPU.
+
+    Returns:
+        theta, shape, dtype and device of the base, in memory of its own.
+
+    Example:
+        >>> lambdas = torch.tensor([0.25, 0.75], dtype=torch.float64)
+        >>> scaled_sum(torch.zeros(2), [torch.ones(2), 2 * torch.ones(2)], lambdas)
+        tensor([1.7500, 1.7500])
+    """
+    dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+    if needs_grad([base, *tuned, lambdas]):
+        return _summed(base, tuned, list(lambdas), dtype)
+    merged = torch.empty_like(base, memory_format=torch.contiguous_format)
+    flat_merged, flat_base = merged.view(-1), base.detach().reshape(-1)
+    flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
+    factors = lambdas.tolist()
+    buffers = torch.empty(3, _chunk_size(base), dtype=dtype, device=base.device)
+    for chunk in _chunks(flat_base):
+        reference, step, shift = buffers[:, : chunk.stop - chunk.start]
+        reference.copy_(flat_base[chunk])
+        shift.zero_()
+        for tensor, factor in zip(flat_tuned, factors, strict=True):
+            # The difference is base - tuned, and the sum is subtracted at the end:
+            # only so does a base of -0.0 that no model changed keep its sign.
+            torch.sub(reference, step.copy_(tensor[chunk]), out=step)
+            shift.add_(step, alpha=factor)
+        total = torch.sub(reference, shift, out=shift)
+        if dtype == torch.float32 and not bool(torch.isfinite(total.sum())):
+            parts = [tensor[chunk] for tensor in flat_tuned]
+            total = _summed(flat_base[chunk], parts, factors, torch.float64)
+        flat_merged[chunk].copy_(total)
+    return merged
+
+
+def _summed(
+    base: torch.Tensor,
+    tuned: Sequence[torch.Tensor],
+    factors: Sequence[Any],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    reference = base.to(dtype)
+    shift = torch.zeros_like(reference)
+    for tensor, factor in zip(tuned, factors, strict=True):
+        shift = shift + factor * (reference - tensor.to(dtype))
+    return (reference - shift).to(base.dtype)
