@@ -1,0 +1,228 @@
+"""Opens base and models: their headers, under the names that mergekit writes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mergekit_metagpt.files import (
+    FileIdentity,
+    Readers,
+    StoredTensor,
+    headers,
+    quantised,
+)
+
+if TYPE_CHECKING:
+    from mergekit.architecture import WeightInfo
+    from mergekit.common import ModelReference
+    from mergekit.io import LazyTensorLoader, ShardedTensorIndex
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The header of an opened model: what is stored, under mergekit's output names.
+
+    Attributes:
+        label: the model as its user wrote it.
+        tensors: floating-point tensors by output name.
+        tied_names: for an output name, the weights that stand in for it when it is
+            not stored, by the architecture.
+        identity: of every file, when it was opened.
+    """
+
+    label: str
+    tensors: Mapping[str, StoredTensor]
+    tied_names: Mapping[str, tuple[str, ...]]
+    identity: tuple[FileIdentity, ...]
+
+    def first_elements(self, name: str, count: int) -> torch.Tensor:
+        """Return up to `count` leading elements of a stored tensor, flattened."""
+        return self._readers.read(self.tensors[name]).reshape(-1)[:count]
+
+    @functools.cached_property
+    def _readers(self) -> Readers:
+        return Readers()
+
+    def verify_unchanged(self) -> None:
+        """Check that every file is the one whose header was read.
+
+        Raises:
+            OSError: a file has changed, or is gone.
+        """
+        for known in self.identity:
+            try:
+                current = FileIdentity.of(Path(known.path))
+            except OSError:
+                current = None
+            if current != known:
+                raise OSError(
+                    f"{known.path} has changed since {self.label} was opened; the "
+                    "squared norms and the merge would be of different weights. Run "
+                    "the merge again in a new process"
+                )
+
+
+def _shard_path(folder: Path, label: str, entry: str) -> Path:
+    path = Path(os.path.normpath(folder / entry))
+    if not path.is_relative_to(os.path.normpath(folder)):
+        raise ValueError(
+            f"the index of {label} points outside its folder: {entry!r}; refused"
+        )
+    return path
+
+
+def _read_header(label: str, index: ShardedTensorIndex) -> Checkpoint:
+    folder = Path(index.base_path)
+    config_file = folder / "config.json"
+    try:
+        config = json.loads(config_file.read_bytes())
+    except (OSError, ValueError):
+        config = {}
+    if isinstance(config, dict) and config.get("quantization_config"):
+        raise quantised(label, f"{config_file} has a quantization_config")
+
+    files = sorted({_shard_path(folder, label, s) for s in index.tensor_paths.values()})
+    stored: dict[str, StoredTensor] = {}
+    for file in files:
+        for tensor in headers(label, file):
+            if tensor.name in index.tensor_paths:
+                stored[tensor.name] = tensor
+    weights = _architecture_weights(folder, stored)
+    names = {
+        alias: weight.name
+        for weight in weights
+        for alias in weight.aliases or ()
+        if alias in stored and weight.name not in stored
+    }
+    return Checkpoint(
+        label=label,
+        tensors={names.get(name, name): tensor for name, tensor in stored.items()},
+        tied_names={w.name: tuple(w.tied_names) for w in weights if w.tied_names},
+        identity=tuple(FileIdentity.of(file) for file in files),
+    )
+
+
+def _architecture_weights(
+    folder: Path, stored: Mapping[str, StoredTensor]
+) -> list[WeightInfo]:
+    """Weights by mergekit's definition, or by transformers' ties where it has none."""
+    import transformers
+    from mergekit.architecture import WeightInfo, arch_info_for_config
+    from mergekit.io.tasks import LoaderCache
+
+    if not (folder / "config.json").is_file():
+        return []
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            str(folder), trust_remote_code=LoaderCache().trust_remote_code
+        )
+        if architecture := arch_info_for_config(config):
+            return architecture.all_weights(config)
+        model_class = getattr(transformers, config.architectures[0], None)
+        ties = getattr(model_class, "_tied_weights_keys", None)
+    except Exception as error:
+        # mergekit cannot plan such a merge; bare files and our own scan still can.
+        LOG.info("no architecture known for %s: %s", folder, error)
+        return []
+    return [
+        WeightInfo(name=name, tied_names=(source,))
+        for name, source in (ties.items() if isinstance(ties, dict) else ())
+        if source in stored
+    ]
+
+
+_BY_LOADER: weakref.WeakKeyDictionary[LazyTensorLoader, Checkpoint] = (
+    weakref.WeakKeyDictionary()
+)
+_BY_LOADER_LOCK = threading.Lock()
+
+
+def already_open(model: Hashable) -> Checkpoint | None:
+    """Return the checkpoint behind a merge input if mergekit has opened it.
+
+    Never opens or downloads a model itself. The header is read once per loader.
+
+    Args:
+        model: the id of a tensor entry: a `ModelReference` in a merge from files.
+
+    Returns:
+        the checkpoint, or None where the id stands for no open checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is quantised or its index leaves its folder.
+        OSError: a shard is missing, truncated or corrupt.
+    """
+    from mergekit.common import ModelReference
+    from mergekit.io.tasks import LoaderCache
+
+    if not isinstance(model, ModelReference):
+        return None
+    loader = LoaderCache.loaders.get(model)
+    raw_files = sys.modules.get("mergekit.scripts.merge_raw_pytorch")
+    if loader is None and raw_files is not None:
+        loader = raw_files.SimpleLoaderCache().loaders.get(model.model.path)
+    if loader is None:
+        return None
+    with _BY_LOADER_LOCK:
+        if loader not in _BY_LOADER:
+            _BY_LOADER[loader] = _read_header(str(model), loader.index)
+        return _BY_LOADER[loader]
+
+
+def open_checkpoint(
+    model: str | os.PathLike[str] | ModelReference,
+    *,
+    lora_merge_cache: str | None = None,
+    transformers_cache: str | None = None,
+) -> Checkpoint:
+    """Open a model as mergekit does, reading headers only.
+
+    Args:
+        model: local folder, hub repository or `ModelReference`; `model+adapter` for a
+            LoRA, which is merged into `lora_merge_cache` first.
+        lora_merge_cache: folder for merged adapters, needed for LoRA models.
+        transformers_cache: folder of downloaded models.
+
+    Returns:
+        the checkpoint's header.
+
+    Raises:
+        ValueError: no model there, a bare LoRA adapter, a quantised model.
+        OSError: a file of it is missing, truncated or corrupt.
+    """
+    from mergekit.common import ModelReference
+
+    if not isinstance(model, ModelReference):
+        model = ModelReference.parse(os.fspath(model))
+    label, path = str(model), Path(model.model.path)
+    weights = [*path.glob("*.safetensors*"), *path.glob("pytorch_model*.bin*")]
+    if path.is_dir() and not weights:
+        if (path / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{label} is a bare LoRA adapter; write it as base+adapter "
+                f"(BASE+{label}) and give --lora-merge-cache FOLDER"
+            )
+        raise ValueError(
+            f"{label} holds no weights; expected model.safetensors or "
+            "pytorch_model.bin, or their .index.json"
+        )
+    if not path.exists() and (path.is_absolute() or label.startswith((".", "~"))):
+        raise ValueError(f"{label} does not exist; expected a model's folder")
+    if model.lora and not lora_merge_cache:
+        raise ValueError(f"{label} has a LoRA adapter; give --lora-merge-cache FOLDER")
+    merged = model.merged(cache_dir=lora_merge_cache)
+    return _read_header(label, merged.tensor_index(transformers_cache))

@@ -1,0 +1,188 @@
+"""What the files of a model hold: tensors by stored name, read on any thread."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_SAFETENSORS_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_SAFETENSORS_INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}
+_PACKED_SUFFIXES = ("weight", "qweight", "qzeros", "weight_packed", "blocks")
+_FLOATS = frozenset(_SAFETENSORS_FLOATS.values())
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A floating-point tensor in a file: its stored name, file, dtype and shape.
+
+    `shares` names an earlier tensor of the same file with the same memory (pickles).
+    """
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    shares: str | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """What tells one version of a file from the next."""
+
+    path: str
+    size: int
+    modified_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileIdentity:
+        stat = path.stat()
+        return cls(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+class Readers:
+    """The open files of one scan: per thread, one shard of each folder at a time.
+
+    Pickles cannot be read in part: each is memory-mapped once, for all threads.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._pickles: dict[Path, Mapping[str, torch.Tensor]] = {}
+
+    def read(self, stored: StoredTensor) -> torch.Tensor:
+        """Return the stored tensor, on the CPU, backed by the file where possible.
+
+        Args:
+            stored: the tensor, from `headers`.
+
+        Returns:
+            its values: a view of the mapped file, not to be written to.
+
+        Raises:
+            OSError: the file is missing, truncated or corrupt.
+        """
+        if stored.file.suffix != ".safetensors":
+            with self._lock:
+                if stored.file not in self._pickles:
+                    self._pickles[stored.file] = _load_pickle(stored.file)
+            return self._pickles[stored.file][stored.name]
+        shards: dict[str, tuple[Path, Any]] = self._local.__dict__
+        folder = str(stored.file.parent)
+        if folder not in shards or shards[folder][0] != stored.file:
+            shards[folder] = (stored.file, _open_safetensors(stored.file))
+        _, shard = shards[folder]
+        try:
+            tensor: torch.Tensor = shard.get_tensor(stored.name)
+        except Exception as error:
+            raise OSError(
+                f"cannot read {stored.name} from {stored.file}: {error}"
+            ) from error
+        return tensor
+
+
+def _open_safetensors(file: Path) -> Any:
+    from safetensors import safe_open
+
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is missing; it is part of the model by its index. Fetch it again"
+        )
+    try:
+        return safe_open(str(file), framework="pt", device="cpu")
+    except Exception as error:
+        raise OSError(
+            f"{file} cannot be read: {error}. It is truncated or corrupt: fetch it "
+            "again"
+        ) from error
+
+
+def _load_pickle(file: Path) -> Mapping[str, torch.Tensor]:
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    try:
+        try:
+            state = torch.load(file, mmap=True, **options)
+        except RuntimeError:
+            # Files in torch's format before 1.6 are no archives and cannot be mapped.
+            state = torch.load(file, **options)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{file} is missing; it is part of the model by its index. Fetch it again"
+        ) from error
+    except Exception as error:
+        raise OSError(
+            f"{file} cannot be read: {error}. It is truncated, corrupt, or holds more "
+            "than tensors"
+        ) from error
+    state = state.get("state_dict", state)
+    return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+
+
+def quantised(label: str, why: str) -> ValueError:
+    """Return the error for a model whose weights are not floating point."""
+    return ValueError(
+        f"{label} is quantised ({why}); MetaGPT measures floating-point weights. "
+        "Dequantise it first, or name the unquantised model"
+    )
+
+
+def headers(label: str, file: Path) -> Iterator[StoredTensor]:
+    """Yield the floating-point tensors of a file, in the order of its bytes.
+
+    Args:
+        label: the model as its user wrote it, for messages.
+        file: a safetensors file or a pickle of tensors.
+
+    Yields:
+        what is known of each tensor without its values.
+
+    Raises:
+        ValueError: the weights are quantised.
+        OSError: the file is missing, truncated or corrupt.
+    """
+    if file.suffix == ".safetensors":
+        handle = _open_safetensors(file)
+        for name in handle.offset_keys():
+            view = handle.get_slice(name)
+            kind = view.get_dtype()
+            if kind in _SAFETENSORS_FLOATS:
+                shape = tuple(view.get_shape())
+                yield StoredTensor(name, file, _SAFETENSORS_FLOATS[kind], shape)
+            elif kind.startswith("F") or (
+                kind in _SAFETENSORS_INTEGERS and name.endswith(_PACKED_SUFFIXES)
+            ):
+                raise quantised(label, f"{name} is stored as {kind}")
+        return
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in sorted(_load_pickle(file).items()):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if tensor.dtype in _FLOATS:
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            shares = seen.setdefault(place, name) if tensor.numel() else name
+            yield StoredTensor(
+                name,
+                file,
+                tensor.dtype,
+                tuple(tensor.shape),
+                shares if shares != name else None,
+            )
+        elif tensor.is_floating_point() or (
+            "int" in kind and name.endswith(_PACKED_SUFFIXES)
+        ):
+            raise quantised(label, f"{name} is stored as {kind}")

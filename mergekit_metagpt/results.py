@@ -1,0 +1,89 @@
+"""What a scan found, frozen: squared norms and Gram matrices, pooled on request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mergekit_metagpt.names import is_excluded, pool_key
+
+
+@dataclass(frozen=True, eq=False)
+class PairNorms:
+    """Squared norms of one task vector, model minus base, tensor by tensor.
+
+    Attributes:
+        sq_norms: ||tau||^2 of each counted tensor by output name, in name order.
+        counted_as: for every output name that the pair shares, the name under which
+            it counts: its own, except for a tied head.
+    """
+
+    sq_norms: Mapping[str, float]
+    counted_as: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Squared norms (and Gram matrices) of pools of tensors.
+
+    Attributes:
+        keys: name of each pool, `G` of them.
+        sq_norms: shape `(K,)` under `model`, else `(G, K)`, float64.
+        gram: shape `(K, K)` under `model`, else `(G, K, K)`, float64, or None.
+    """
+
+    keys: tuple[str, ...]
+    sq_norms: torch.Tensor
+    gram: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """What one scan of a base and its fine-tunes found, per tensor group.
+
+    Attributes:
+        base: the base, as given.
+        models: the K fine-tunes, as given.
+        names: output names of the N counted tensors, sorted.
+        sq_norms: ||tau_t||^2 per tensor, shape `(N, K)`, float64; 0 where a model
+            does not share the tensor.
+        gram: <tau_s, tau_t> per tensor, shape `(N, K, K)`, float64, or None.
+    """
+
+    base: str
+    models: tuple[str, ...]
+    names: tuple[str, ...]
+    sq_norms: torch.Tensor
+    gram: torch.Tensor | None = None
+
+    def pool(self, granularity: str = "model", exclude: Sequence[str] = ()) -> Pooled:
+        """Sum over the tensors of each pool, in name order.
+
+        Args:
+            granularity: `model`, `layer` or `tensor`.
+            exclude: substrings; tensors whose name contains one do not count.
+
+        Returns:
+            the sums, see `Pooled`.
+
+        Raises:
+            ValueError: unknown granularity.
+        """
+        pools: dict[str, list[int]] = {}
+        if granularity == "model":
+            pools["model"] = []
+        for row, name in enumerate(self.names):
+            if not is_excluded(name, exclude):
+                pools.setdefault(pool_key(name, granularity), []).append(row)
+
+        def summed(values: torch.Tensor) -> torch.Tensor:
+            sums = torch.stack([values[rows].sum(dim=0) for rows in pools.values()])
+            return sums[0] if granularity == "model" else sums
+
+        return Pooled(
+            keys=tuple(pools),
+            sq_norms=summed(self.sq_norms),
+            gram=None if self.gram is None else summed(self.gram),
+        )

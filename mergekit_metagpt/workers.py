@@ -1,0 +1,79 @@
+"""Runs a scan's tasks on threads of its own and shows how far it has come."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+
+def default_workers() -> int:
+    """Number of CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_THREADS_LOCK = threading.Lock()
+
+
+def _use_one_torch_thread() -> None:
+    """Run torch operations of this worker on the worker alone.
+
+    `torch.set_num_threads` sets the calling thread's own number and, as a side effect,
+    the default of threads started later: a short-lived thread puts that back.
+    """
+    with _THREADS_LOCK:
+        default = torch.get_num_threads()
+        torch.set_num_threads(1)
+        restore = threading.Thread(target=torch.set_num_threads, args=(default,))
+        restore.start()
+        restore.join()
+
+
+def run(
+    tasks: Sequence[tuple[int, Callable[[], torch.Tensor]]],
+    workers: int | None,
+) -> list[torch.Tensor]:
+    """Run tasks on threads that each do torch's work alone; show progress in bytes.
+
+    The bar goes to stderr, only if that is a terminal.
+
+    Args:
+        tasks: pairs of the bytes that a task reads and the task.
+        workers: threads; the CPUs at hand if None.
+
+    Returns:
+        the tasks' results, in their order.
+    """
+    import tqdm
+
+    executor = ThreadPoolExecutor(
+        max_workers=workers or default_workers(),
+        thread_name_prefix="metagpt-scan",
+        initializer=_use_one_torch_thread,
+    )
+    bar = tqdm.tqdm(
+        total=sum(size for size, _ in tasks),
+        desc="metagpt: measuring task vectors",
+        unit="B",
+        unit_scale=True,
+        file=sys.stderr,
+        disable=None,
+        leave=False,
+    )
+    with executor, bar:
+        futures = [executor.submit(task) for _, task in tasks]
+        try:
+            results = []
+            for (size, _), future in zip(tasks, futures, strict=True):
+                results.append(future.result())
+                bar.update(size)
+            return results
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
