@@ -1,0 +1,103 @@
+"""Says through logging, once per merge, the coefficients found and their perils."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Hashable, Sequence
+
+LOG = logging.getLogger("mergekit_metagpt")
+QUIET = "MERGEKIT_METAGPT_QUIET"
+
+DOMINANT = 0.9
+STARVED = 0.1
+
+
+class Announcer:
+    """Logs each kind of message once for each set of inputs, until `new_merge`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._said: dict[Hashable, set[Hashable]] = {}
+
+    def new_merge(self, base: Hashable) -> None:
+        """Forget what was said of earlier merges with this base."""
+        with self._lock:
+            self._said.pop(base, None)
+
+    def _first(self, base: Hashable, kind: Hashable) -> bool:
+        with self._lock:
+            said = self._said.setdefault(base, set())
+            new = kind not in said
+            said.add(kind)
+        return new
+
+    def warn(self, base: Hashable, kind: Hashable, message: str) -> None:
+        """Log a warning unless this kind was logged for this merge."""
+        if self._first(base, ("warning", kind)):
+            LOG.warning(message)
+
+    def coefficients(
+        self,
+        base: Hashable,
+        models: Sequence[Hashable],
+        shares: Sequence[float],
+        sq_norms: Sequence[float] | None,
+        where: str,
+        *,
+        visible: bool,
+    ) -> None:
+        """Say lambda: one visible line per set of models, a table at INFO.
+
+        Args:
+            base: id of the base.
+            models: ids of the K models.
+            shares: their coefficients before `lambda` scales them, summing to 1.
+            sq_norms: their squared norms, or None where none were measured.
+            where: the pool of tensors, for the reader.
+            visible: whether to show the line at WARNING (merges from files).
+        """
+        if visible and self._first(base, ("lambda", tuple(models))):
+            line = ", ".join(
+                f"{share:.4g} {model}"
+                for share, model in zip(shares, models, strict=True)
+            )
+            if os.environ.get(QUIET, "0") in ("", "0"):
+                LOG.warning("lambda of %s: %s (base %s)", where, line, base)
+        if LOG.isEnabledFor(logging.INFO) and self._first(
+            base, ("table", where, tuple(models), tuple(shares))
+        ):
+            norms = sq_norms or [float("nan")] * len(shares)
+            rows = [
+                f"  {share:>10.6f} {norm**0.5:>12.6g}  {model}"
+                for share, norm, model in zip(shares, norms, models, strict=True)
+            ]
+            table = "\n".join([f"  {'lambda':>10} {'||tau||':>12}  model", *rows])
+            LOG.info("task vectors of %s against %s:\n%s", where, base, table)
+        self._degenerate(base, models, shares, where)
+
+    def _degenerate(
+        self,
+        base: Hashable,
+        models: Sequence[Hashable],
+        shares: Sequence[float],
+        where: str,
+    ) -> None:
+        if len(shares) < 2:
+            return
+        largest = max(range(len(shares)), key=shares.__getitem__)
+        smallest = min(range(len(shares)), key=shares.__getitem__)
+        if shares[largest] > DOMINANT:
+            found = f"{models[largest]} takes {shares[largest]:.1%}"
+        elif shares[smallest] < STARVED / len(shares):
+            found = f"{models[smallest]} gets only {shares[smallest]:.2%}"
+        else:
+            return
+        self.warn(
+            base,
+            "degenerate",
+            f"{found} of the merge ({where}). Usual causes: a LoRA beside full "
+            f"fine-tunes, a wrong base (here {base}), a resized or reordered "
+            "vocabulary. Ways out: power: 1, a weight for this model, or exclude",
+        )

@@ -1,0 +1,255 @@
+"""The mergekit methods: find this merge's coefficients, then form the scaled sum."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import threading
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    BatchOptions,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    TensorGroup,
+)
+
+from mergekit_metagpt import kernels, sources
+from mergekit_metagpt.announce import Announcer
+from mergekit_metagpt.closed_form import coefficients, contributes
+from mergekit_metagpt.parameters import Settings, own_parameters
+from mergekit_metagpt.planning import PlanWatch
+
+REFERENCE_URL = "https://arxiv.org/abs/2406.11385"
+
+ALL_ZERO = (
+    "weight is 0 for every model: nothing would be merged. Give at least one model a "
+    "weight > 0, or leave weight out"
+)
+
+# The name under which mergekit's planner validates a slice, before any tensor's.
+_SLICE = re.compile(r".+\.slices\[\d+\]")
+
+
+class MetaGPTMerge(GroupMergeMethod):
+    """MetaGPT as a mergekit method: merges from files, driven by mergekit's graph.
+
+    lambda_t = lambda * w_t n_t^(p/2) / sum_k w_k n_k^(p/2), with n_t measured on the
+    stored checkpoints (granularity `model`, `layer`) or on the tensors at hand
+    (`tensor`); theta = theta_0 + sum_t lambda_t tau_t (MetaGPT, eq. 2 and 15). Called
+    directly, it merges tensors in memory and pools over the groups of the call.
+    """
+
+    from_files = True
+
+    def __init__(self) -> None:
+        self.watch = PlanWatch()
+        self.announcer = Announcer()
+        self.spec = MergeMethodSpec(
+            name="metagpt",
+            pretty_name="MetaGPT",
+            reference_url=REFERENCE_URL,
+            parameters=own_parameters(self.watch.saw_weight),
+            contract=InputContract(base=BasePolicy.REQUIRED),
+        )
+
+    def __call__(
+        self, groups: Sequence[TensorGroup], /, **options: Any
+    ) -> tuple[torch.Tensor, ...]:
+        return InMemoryMerge(self)(groups, **options)
+
+    def validate_inputs(
+        self,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
+    ) -> None:
+        """Check the inputs of a slice, of a tensor to be planned, or at hand.
+
+        Args:
+            input_ids: the inputs, the base among them.
+            base_id: which of them is the base.
+            group_name: the slice or tensor, for messages.
+
+        Raises:
+            ValueError: no base, the base is not among the inputs, only the base is
+                configured, or by its header a model does not fit the base.
+            OSError: a file is missing, truncated or has changed.
+        """
+        place = f" for {group_name}" if group_name else ""
+        if base_id is None:
+            raise ValueError(
+                f"{self.spec.name} measures task vectors against a base, and none is "
+                f"given{place}. Add `base_model:` with the model that all others were "
+                "fine-tuned from"
+            )
+        if base_id not in input_ids:
+            raise ValueError(
+                f"the base {base_id} is not among the inputs{place}. Add it to the "
+                "sources (or to the models): task vectors are measured against it"
+            )
+        super().validate_inputs(input_ids, base_id, group_name=group_name)
+        if not sources.are_references(input_ids):
+            return
+        if group_name is not None and not _SLICE.fullmatch(group_name):
+            self.watch.saw_tensor(base_id)
+            return
+        if self.watch.saw_slice(input_ids, base_id):
+            self.announcer.new_merge(base_id)
+        sources.check_headers(input_ids, base_id)
+
+    def _execute(
+        self,
+        groups: Sequence[TensorGroup],
+        parameters: list[dict[str, Any]],
+        options: BatchOptions,
+        *,
+        input_dtypes: Sequence[torch.dtype | None],
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        settings = [
+            Settings.of(group, bound)
+            for group, bound in zip(groups, parameters, strict=True)
+        ]
+        measured = self._sq_norms(groups, settings)
+        lambdas = [
+            self._coefficients(*arguments)
+            for arguments in zip(groups, settings, measured, strict=True)
+        ]
+        return super()._execute(
+            groups,
+            [
+                {**bound, "coefficients": values}
+                for bound, values in zip(parameters, lambdas, strict=True)
+            ],
+            options,
+            input_dtypes=input_dtypes,
+            out_dtype=out_dtype,
+        )
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+        """Return theta_0 + sum_t lambda_t tau_t for one tensor group."""
+        base = sources.base_of(group).tensor
+        if not group.non_base:
+            return base
+        return kernels.scaled_sum(
+            base,
+            [entry.tensor for entry in group.non_base],
+            parameters["coefficients"] * parameters["lambda"],
+        )
+
+    def _sq_norms(
+        self, groups: Sequence[TensorGroup], settings: Sequence[Settings]
+    ) -> list[sources.Measured | None]:
+        """For each group n_t of its pool, shape `(K,)`; None where no norm counts."""
+        return [
+            sources.of_group(group, chosen)
+            for group, chosen in zip(groups, settings, strict=True)
+        ]
+
+    def _coefficients(
+        self, group: TensorGroup, settings: Settings, measured: sources.Measured | None
+    ) -> torch.Tensor:
+        """Shares of the models, summing to 1 (or 0 where the base is to be kept)."""
+        models = [entry.id for entry in group.non_base]
+        base, weight = sources.base_of(group).id, settings.weight
+        if measured is None:
+            power, sq_norms = 0.0, torch.zeros_like(weight)
+        else:
+            power, sq_norms = settings.power, measured.sq_norms
+        if not models or not bool((weight > 0).any()):
+            if models and self.watch.every_weight_is_zero(base):
+                raise ValueError(ALL_ZERO)
+            return torch.zeros_like(weight)
+
+        where = settings.pool(group.metadata.name)
+        unmoved = (weight > 0) & (sq_norms == 0)
+        if not bool(contributes(sq_norms, weight, power).any()):
+            self.announcer.warn(
+                base,
+                "unmoved",
+                f"no model differs from the base {base} ({where}): the base is kept",
+            )
+            return torch.zeros_like(weight)
+        if power < 0 and bool(unmoved.any()):
+            names = [str(m) for m, same in zip(models, unmoved, strict=True) if same]
+            self.announcer.warn(
+                base,
+                "left out",
+                f"{', '.join(names)} equals the base {base} ({where}) and has no "
+                f"norm to the power {power:g}: left out",
+            )
+        for model, share in zip(
+            models, measured.embeddings if measured else (), strict=False
+        ):
+            if share > 0.5:
+                self.announcer.warn(
+                    base,
+                    ("embeddings", model),
+                    f"embeddings hold {share:.0%} of ||tau||^2 of {model}: if its "
+                    "vocabulary was resized or reordered, keep them out with "
+                    "exclude: embed_tokens,lm_head",
+                )
+        shares = coefficients(sq_norms, weight, power)
+        self.announcer.coefficients(
+            base,
+            models,
+            shares.detach().tolist(),
+            None if power == 0 else sq_norms.detach().tolist(),
+            where,
+            visible=self.from_files,
+        )
+        return shares
+
+
+class InMemoryMerge(MetaGPTMerge):
+    """The same method on tensors in memory: the groups of one call are the model."""
+
+    from_files = False
+
+    def __init__(self, method: MetaGPTMerge) -> None:
+        self.spec = method.spec
+        self.watch = method.watch
+        self.announcer = Announcer()
+
+    def __call__(
+        self, groups: Sequence[TensorGroup], /, **options: Any
+    ) -> tuple[torch.Tensor, ...]:
+        return GroupMergeMethod.__call__(self, groups, **options)
+
+    def _sq_norms(
+        self, groups: Sequence[TensorGroup], settings: Sequence[Settings]
+    ) -> list[sources.Measured | None]:
+        weights = [chosen.weight for chosen in settings if len(chosen.weight)]
+        if weights and not any(bool(weight.any()) for weight in weights):
+            raise ValueError(ALL_ZERO)
+        return sources.of_call(groups, settings)
+
+
+_METHOD: MetaGPTMerge | None = None
+_REGISTERING = threading.Lock()
+
+
+def register(registry: Any | None = None) -> None:
+    """Make `metagpt` known to mergekit; calling it again is harmless.
+
+    Args:
+        registry: the module `mergekit.merge_methods.registry`; imported if None.
+
+    Raises:
+        ValueError: another method of that name is registered.
+        ImportError: mergekit cannot be imported.
+    """
+    global _METHOD
+    if registry is None:
+        registry = importlib.import_module("mergekit.merge_methods.registry")
+    with _REGISTERING:
+        if _METHOD is None:
+            _METHOD = MetaGPTMerge()
+        if _METHOD not in registry.registered_methods():
+            registry.register(_METHOD)

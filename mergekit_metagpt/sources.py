@@ -1,0 +1,283 @@
+"""Where n_t comes from: stored checkpoints, the tensors at hand, or those of a call."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from mergekit.merge_methods.base import TensorEntry, TensorGroup
+
+from mergekit_metagpt import kernels
+from mergekit_metagpt.names import is_embedding, is_excluded, layer_key, pool_key
+from mergekit_metagpt.parameters import Settings
+
+if TYPE_CHECKING:
+    from mergekit_metagpt.checkpoints import Checkpoint
+    from mergekit_metagpt.results import PairNorms
+
+# Elements compared to tell a layer from another one.
+PROBE = 1000
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Squared norms of one pool.
+
+    Attributes:
+        sq_norms: n_t, shape `(K,)`, float64, on the CPU.
+        embeddings: the share of each n_t that token embeddings and heads hold, where
+            the pool is a whole stored model; else empty.
+    """
+
+    sq_norms: torch.Tensor
+    embeddings: tuple[float, ...] = ()
+
+
+def base_of(group: TensorGroup) -> TensorEntry:
+    """Return the base entry, which the methods' input contract guarantees."""
+    assert group.base is not None
+    return group.base
+
+
+def are_references(ids: Sequence[Hashable]) -> bool:
+    """Whether the ids are references to models, as in merges from files."""
+    common = sys.modules.get("mergekit.common")
+    return common is not None and all(
+        isinstance(model, common.ModelReference) for model in ids
+    )
+
+
+def check_headers(ids: Sequence[Hashable], base: Hashable) -> None:
+    """Check by their headers that the open models among the inputs fit the base.
+
+    Args:
+        ids: the inputs of a slice, the base among them.
+        base: which of them is the base.
+
+    Raises:
+        ValueError: a model is quantised or does not fit the base.
+        OSError: a file is missing, truncated, or changed since it was opened.
+    """
+    from mergekit_metagpt import alignment, checkpoints, scanning
+
+    scanning.forget_failures()
+    opened = {model: checkpoints.already_open(model) for model in ids}
+    reference = opened.pop(base)
+    if reference is None:
+        return
+    reference.verify_unchanged()
+    for model in opened.values():
+        if model is not None:
+            model.verify_unchanged()
+            alignment.check_pair(reference, model)
+
+
+def of_group(group: TensorGroup, settings: Settings) -> Measured | None:
+    """n_t of one group of a merge from files: of its checkpoints, or its own.
+
+    Args:
+        group: the inputs that make one output tensor.
+        settings: its granularity, power and exclude.
+
+    Returns:
+        n_t of the pool, or None where norms do not matter: power 0, no model
+        beside the base, or a pool of which `exclude` leaves nothing.
+
+    Raises:
+        ValueError: a weight is NaN or infinite; the checkpoints are not open; the
+            tensor stems from another layer of its checkpoint.
+        OSError: a checkpoint cannot be read or has changed.
+    """
+    if not group.non_base:
+        return None
+    if settings.power == 0:
+        _require_finite(group)
+        return None
+    if settings.granularity == "tensor":
+        if is_excluded(group.metadata.name or "", settings.exclude):
+            _require_finite(group)
+            return None
+        return Measured(_own_sq_norms(group))
+    return _stored_sq_norms(group, settings)
+
+
+def of_call(
+    groups: Sequence[TensorGroup], settings: Sequence[Settings]
+) -> list[Measured | None]:
+    """n_t of every group of one call in memory, pooled over the groups of the call.
+
+    Entries that share storage, in the base and in the model, count once.
+
+    Args:
+        groups: the tensors of the model, or one of them.
+        settings: of each group.
+
+    Returns:
+        as `of_group`, for every group; differentiable where inputs require it.
+
+    Raises:
+        TypeError: an input is not floating point.
+        ValueError: a weight is NaN or infinite.
+    """
+    own = [_own_sq_norms(group) for group in groups]
+    places: dict[tuple[Hashable, ...], int] = {}
+    counted_as: dict[tuple[int, Hashable], int] = {}
+    norms: dict[tuple[int, Hashable], torch.Tensor] = {}
+    for at, group in enumerate(groups):
+        for entry, value in zip(group.non_base, own[at], strict=True):
+            place = entry.id, _place(base_of(group).tensor), _place(entry.tensor)
+            counted_as[at, entry.id] = places.setdefault(place, at)
+            norms[at, entry.id] = value
+
+    def key(at: int, granularity: str) -> Hashable:
+        name = groups[at].metadata.name
+        if name is None and granularity != "model":
+            return at
+        return pool_key(name or "", granularity)
+
+    @functools.cache
+    def pooled(
+        pool: Hashable, granularity: str, exclude: tuple[str, ...], model: Hashable
+    ) -> torch.Tensor | None:
+        chosen = [
+            norms[at, model]
+            for at, group in enumerate(groups)
+            if counted_as.get((at, model)) == at
+            and key(at, granularity) == pool
+            and not is_excluded(group.metadata.name or "", exclude)
+        ]
+        return torch.stack(chosen).sum() if chosen else None
+
+    found = []
+    for at, (group, chosen) in enumerate(zip(groups, settings, strict=True)):
+        values = [
+            pooled(
+                key(counted_as[at, entry.id], chosen.granularity),
+                chosen.granularity,
+                chosen.exclude,
+                entry.id,
+            )
+            for entry in group.non_base
+        ]
+        found.append(None if chosen.power == 0 else _stacked(values))
+    return found
+
+
+def _stacked(values: Sequence[torch.Tensor | None]) -> Measured | None:
+    if all(value is None for value in values):
+        return None
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
+    return Measured(torch.stack([zero if v is None else v for v in values]))
+
+
+def _place(tensor: torch.Tensor) -> tuple[Hashable, ...]:
+    """Where a tensor's elements lie in memory; distinct for tensors of no elements."""
+    if not tensor.numel():
+        return (id(tensor),)
+    start = tensor.data_ptr(), tensor.device, tensor.dtype
+    return (*start, tensor.shape, tensor.stride())
+
+
+def _own_sq_norms(group: TensorGroup) -> torch.Tensor:
+    for entry in group.entries:
+        if not entry.tensor.is_floating_point():
+            raise TypeError(
+                f"{group.metadata.name or 'a tensor'} of {entry.id} is "
+                f"{entry.tensor.dtype}; MetaGPT merges floating-point tensors"
+            )
+    tuned = [entry.tensor for entry in group.non_base]
+    norms = kernels.sq_norms(base_of(group).tensor, tuned)
+    if not bool(torch.isfinite(norms).all()):
+        _require_finite(group)
+        raise ValueError(
+            f"||tau||^2 of {group.metadata.name or 'a tensor'} exceeds float64: "
+            "weights differ from the base's by more than 1e150"
+        )
+    return norms
+
+
+def _require_finite(group: TensorGroup) -> None:
+    for entry in group.entries:
+        if not bool(torch.isfinite(entry.tensor).all()):
+            raise ValueError(
+                f"{group.metadata.name or 'a tensor'} of {entry.id} holds NaN or "
+                "infinity; a merge would spread it. Repair or replace this model"
+            )
+
+
+def _stored_sq_norms(group: TensorGroup, settings: Settings) -> Measured | None:
+    from mergekit_metagpt import checkpoints, scanning
+
+    opened = {entry.id: checkpoints.already_open(entry.id) for entry in group.entries}
+    if missing := [str(model) for model, found in opened.items() if found is None]:
+        raise ValueError(
+            f"granularity {settings.granularity!r} measures stored checkpoints, but "
+            f"mergekit has none open for {', '.join(missing)}. Give models as files, "
+            "or use granularity: tensor"
+        )
+    known = {model: found for model, found in opened.items() if found is not None}
+    base = known.pop(base_of(group).id)
+    for checkpoint in (base, *known.values()):
+        checkpoint.verify_unchanged()
+    pairs = scanning.pair_norms(base, list(known.values()))
+    if settings.granularity == "model":
+        pools = [_pooled(pair, None, settings.exclude) for pair in pairs]
+        embeddings = tuple(of_them / (n or 1.0) for n, of_them in pools)
+    else:
+        name = group.metadata.name or ""
+        _require_same_layer(group, {base_of(group).id: base, **known})
+        keys = [layer_key(pair.counted_as.get(name, name)) for pair in pairs]
+        pools = [
+            _pooled(pair, key, settings.exclude)
+            for pair, key in zip(pairs, keys, strict=True)
+        ]
+        embeddings = ()
+    if all(n is None for n, _ in pools):
+        return None
+    values = [n or 0.0 for n, _ in pools]
+    return Measured(torch.tensor(values, dtype=torch.float64, device="cpu"), embeddings)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _pooled(
+    pair: PairNorms, key: str | None, exclude: tuple[str, ...]
+) -> tuple[float | None, float]:
+    """Sum over a layer, or the model; None if nothing counts. And the embeddings'."""
+    chosen = {
+        name: value
+        for name, value in pair.sq_norms.items()
+        if (key is None or layer_key(name) == key) and not is_excluded(name, exclude)
+    }
+    embeddings = sum(value for name, value in chosen.items() if is_embedding(name))
+    return (sum(chosen.values()) if chosen else None), embeddings
+
+
+def _require_same_layer(group: TensorGroup, opened: dict[Hashable, Checkpoint]) -> None:
+    """Compare a few stored elements with those handed over, under the output's name.
+
+    `slices:` may put a layer of the inputs at another index of the output; the method
+    sees only the output's name, under which the scan has the norms of another layer.
+    """
+    name = group.metadata.name or ""
+    if layer_key(name) == name or group.metadata.vocabulary_axis is not None:
+        return
+    for entry in group.entries:
+        checkpoint = opened[entry.id]
+        if name in checkpoint.tensors:
+            stored = checkpoint.first_elements(name, PROBE).to(entry.tensor.dtype)
+            given = entry.tensor.reshape(-1)[:PROBE].to(device="cpu")
+            same = torch.equal(stored, given)
+        else:
+            # Stored in another layout (experts), or the layer does not exist there.
+            same = any(layer_key(key) == layer_key(name) for key in checkpoint.tensors)
+        if same:
+            continue
+        raise ValueError(
+            f"granularity 'layer': {name} of the output is not {name} of {entry.id}. "
+            "Slices that move layers to other indices have no layer-wise norms; use "
+            "granularity: model or granularity: tensor"
+        )
