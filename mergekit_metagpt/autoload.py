@@ -8,7 +8,9 @@ from typing import Any
 SWITCH = "MERGEKIT_METAGPT_AUTOLOAD"
 
 # Why autoloading did not register the methods, for our own command to say.
-failure: str | None = None
+failure: str | None = (
+    "torch has not loaded it (TORCH_DEVICE_BACKEND_AUTOLOAD=0, or not installed)"
+)
 
 
 def autoload() -> None:
@@ -24,6 +26,7 @@ def autoload() -> None:
     try:
         import wrapt
 
+        failure = None
         wrapt.register_post_import_hook(_register, "mergekit.merge_methods.registry")
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"

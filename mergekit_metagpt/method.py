@@ -21,15 +21,15 @@ from mergekit.merge_methods.base import (
 from mergekit_metagpt import kernels, sources
 from mergekit_metagpt.announce import Announcer
 from mergekit_metagpt.closed_form import coefficients, contributes
-from mergekit_metagpt.parameters import Settings, own_parameters
+from mergekit_metagpt.parameters import (
+    Settings,
+    all_zero,
+    no_base,
+    own_parameters,
+)
 from mergekit_metagpt.planning import PlanWatch
 
 REFERENCE_URL = "https://arxiv.org/abs/2406.11385"
-
-ALL_ZERO = (
-    "weight is 0 for every model: nothing would be merged. Give at least one model a "
-    "weight > 0, or leave weight out"
-)
 
 # The name under which mergekit's planner validates a slice, before any tensor's.
 _SLICE = re.compile(r".+\.slices\[\d+\]")
@@ -81,14 +81,10 @@ class MetaGPTMerge(GroupMergeMethod):
                 configured, or by its header a model does not fit the base.
             OSError: a file is missing, truncated or has changed.
         """
-        place = f" for {group_name}" if group_name else ""
         if base_id is None:
-            raise ValueError(
-                f"{self.spec.name} measures task vectors against a base, and none is "
-                f"given{place}. Add `base_model:` with the model that all others were "
-                "fine-tuned from"
-            )
+            raise ValueError(no_base(self.spec.name, group_name))
         if base_id not in input_ids:
+            place = f" for {group_name}" if group_name else ""
             raise ValueError(
                 f"the base {base_id} is not among the inputs{place}. Add it to the "
                 "sources (or to the models): task vectors are measured against it"
@@ -164,7 +160,7 @@ class MetaGPTMerge(GroupMergeMethod):
             power, sq_norms = settings.power, measured.sq_norms
         if not models or not bool((weight > 0).any()):
             if models and self.watch.every_weight_is_zero(base):
-                raise ValueError(ALL_ZERO)
+                raise ValueError(all_zero())
             return torch.zeros_like(weight)
 
         where = settings.pool(group.metadata.name)
@@ -227,7 +223,7 @@ class InMemoryMerge(MetaGPTMerge):
     ) -> list[sources.Measured | None]:
         weights = [chosen.weight for chosen in settings if len(chosen.weight)]
         if weights and not any(bool(weight.any()) for weight in weights):
-            raise ValueError(ALL_ZERO)
+            raise ValueError(all_zero())
         return sources.of_call(groups, settings)
 
 

@@ -50,7 +50,7 @@ class CheckedParameter(ParameterSpec):
 
 
 def own_parameters(
-    saw_weight: Callable[[float], None],
+    saw_weight: Callable[[float], None] = lambda value: None,
 ) -> tuple[CheckedParameter, ...]:
     """Return the parameters of `metagpt`; every weight read is told to `saw_weight`."""
     return (
@@ -99,6 +99,31 @@ def own_parameters(
             description="comma-separated parts of tensor names that do not count",
             legal="a string of comma-separated parts of tensor names",
         ),
+    )
+
+
+def no_base(method: str, place: str | None) -> str:
+    """Return what to say of a merge without a base."""
+    where = f" for {place}" if place else ""
+    return (
+        f"{method} measures task vectors against a base, and none is given{where}. Add "
+        "`base_model:` with the model that all others were fine-tuned from"
+    )
+
+
+def only_base(base: object) -> str:
+    """Return what to say of a merge of nothing but its base."""
+    return (
+        f"only the base {base} is given: there is nothing to merge. Add the fine-tuned "
+        "models under `models:`"
+    )
+
+
+def all_zero() -> str:
+    """Return what to say of a merge in which no model has a weight."""
+    return (
+        "weight is 0 for every model: nothing would be merged. Give at least one model "
+        "a weight > 0, or leave weight out"
     )
 
 

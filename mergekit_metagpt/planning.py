@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Sequence
 
+from mergekit_metagpt.parameters import only_base
+
 
 class PlanWatch:
     """Watches one method's validation calls, which mergekit makes in a known order.
@@ -49,10 +51,7 @@ class PlanWatch:
         if plan.get("reading_slices"):
             plan["reading_slices"] = False
             if not plan["models"]:
-                raise ValueError(
-                    f"only the base {base} is given: there is nothing to merge. Add "
-                    "the fine-tuned models under `models:`"
-                )
+                raise ValueError(only_base(base))
         if base in plan.get("bases", ()):
             largest = max(self._largest_weight.get(base, 0.0), plan["largest"])
             self._largest_weight[base] = largest

@@ -1,0 +1,255 @@
+"""Reads a merge YAML and checks, without touching a weight, that it can be merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mergekit_metagpt.parameters import all_zero, no_base, only_base, own_parameters
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
+    from mergekit.config import MergeConfiguration
+
+Settings = Mapping[str, Any]
+
+# Keys of a merge YAML whose values name a model or a tokenizer.
+_MODEL_KEYS = ("model", "base_model", "path", "source", "tokenizer_source")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The models of one slice (or of a whole module): those merged with each other.
+
+    Attributes:
+        place: where the configuration names them, for messages.
+        base: theta_0, or None.
+        models: all of them, the base too where it is listed.
+        settings: for each model its parameters, from highest to lowest precedence.
+        moves_layers: whether a layer of an input comes out at another index.
+    """
+
+    place: str
+    base: ModelReference | None
+    models: tuple[ModelReference, ...]
+    settings: tuple[tuple[Settings, ...], ...]
+    moves_layers: bool
+
+
+def read(text: str) -> MergeConfiguration:
+    """Parse a merge YAML; local models in it become absolute paths.
+
+    mergekit's model card asks the hub for every path with exactly one slash, so that
+    an offline merge of `out/base` would fail at its very end.
+
+    Args:
+        text: the YAML.
+
+    Returns:
+        mergekit's configuration.
+
+    Raises:
+        ValueError: the text is no YAML mapping, or mergekit refuses it.
+    """
+    from mergekit.config import MergeConfiguration
+
+    try:
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"not readable as YAML: {_one_line(error)}") from error
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"holds {type(data).__name__}; expected a mapping with merge_method, "
+            "base_model and models"
+        )
+    try:
+        return MergeConfiguration.model_validate(_absolute(data))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"no merge configuration: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _absolute(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _absolute(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_absolute(item, key) for item in value]
+    if isinstance(value, str) and key in _MODEL_KEYS:
+        parts = [
+            str(Path(part).absolute()) if part and Path(part).exists() else part
+            for part in value.split("+")
+        ]
+        return "+".join(parts)
+    return value
+
+
+def inputs(config: MergeConfiguration) -> Iterator[Inputs]:
+    """Yield the models of each slice, or of each module that has no slices.
+
+    Args:
+        config: mergekit's configuration.
+
+    Yields:
+        what is merged with each other.
+    """
+    modules = config.modules or {"": config}
+    for module_name, module in modules.items():
+        within = f"modules.{module_name}." if module_name else ""
+        shared = [module.parameters] if module_name else []
+        shared.append(config.parameters)
+        if module.models:
+            yield Inputs(
+                place=f"{within}models",
+                base=config.base_model,
+                models=tuple(entry.model for entry in module.models),
+                settings=tuple(
+                    _given(entry.parameters, *shared) for entry in module.models
+                ),
+                moves_layers=False,
+            )
+        first_layer = 0
+        for number, entry in enumerate(module.slices or ()):
+            ranges = [source.layer_range for source in entry.sources]
+            yield Inputs(
+                place=f"{within}slices[{number}]",
+                base=entry.base_model or config.base_model,
+                models=tuple(source.model for source in entry.sources),
+                settings=tuple(
+                    _given(source.parameters, entry.parameters, *shared)
+                    for source in entry.sources
+                ),
+                moves_layers=any(start != first_layer for start, _ in ranges),
+            )
+            first_layer += ranges[0][1] - ranges[0][0]
+
+
+def models(config: MergeConfiguration) -> list[ModelReference]:
+    """Return every base and model of a configuration once, in its order."""
+    named = {
+        model: None
+        for part in inputs(config)
+        for model in (part.base, *part.models)
+        if model is not None
+    }
+    return list(named)
+
+
+def _given(*settings: Settings | None) -> tuple[Settings, ...]:
+    return tuple(found for found in settings if found)
+
+
+def check(config: MergeConfiguration) -> None:
+    """Check all that a YAML alone can tell of a `metagpt` merge.
+
+    Args:
+        config: mergekit's configuration.
+
+    Raises:
+        ValueError: another method; no base, or only the base; the base is missing
+            among the sources of a slice; an illegal parameter; every weight 0;
+            `granularity: layer` with slices that move layers.
+    """
+    if config.merge_method != "metagpt":
+        raise ValueError(
+            f"merge_method is {config.merge_method!r}; this command merges metagpt. "
+            "Use mergekit-yaml for other methods"
+        )
+    found = list(inputs(config))
+    for part in found:
+        if part.base is None:
+            raise ValueError(no_base(config.merge_method, part.place))
+        if not part.place.endswith("models") and part.base not in part.models:
+            raise ValueError(
+                f"the base {part.base} is not among the sources of {part.place}. Add "
+                "it there: task vectors are measured against it"
+            )
+    if all(model == part.base for part in found for model in part.models):
+        raise ValueError(only_base(found[0].base))
+    _check_parameters(found)
+
+
+def _check_parameters(found: Sequence[Inputs]) -> None:
+    legal = {parameter.name: parameter for parameter in own_parameters()}
+    for part in found:
+        for settings in part.settings:
+            for name, value in _leaves(settings):
+                if name in legal:
+                    legal[name].validate(value)
+            for exclude in (level.get("exclude") for level in settings):
+                if isinstance(exclude, list) and not _is_conditional(exclude):
+                    raise ValueError(
+                        f"exclude is the list {exclude!r}, of which mergekit would "
+                        "pick one entry; expected one string, comma-separated"
+                    )
+            if part.moves_layers and ("granularity", "layer") in _leaves(settings):
+                raise ValueError(
+                    f"granularity 'layer': {part.place} moves layers to other "
+                    "indices, which have no layer-wise norms; use granularity: model "
+                    "or granularity: tensor"
+                )
+    weights = [
+        next((level["weight"] for level in settings if "weight" in level), 1.0)
+        for part in found
+        for model, settings in zip(part.models, part.settings, strict=True)
+        if model != part.base
+    ]
+    if all(_is_always_zero(weight) for weight in weights):
+        raise ValueError(all_zero())
+
+
+def _leaves(settings: Sequence[Settings]) -> list[tuple[str, Any]]:
+    """All single values that parameters take anywhere in their settings."""
+
+    def values(setting: Any) -> Iterator[Any]:
+        if isinstance(setting, list):
+            for item in setting:
+                yield from values(item)
+        elif hasattr(setting, "value"):
+            yield from values(setting.value)
+        else:
+            yield setting
+
+    return [
+        (name, value)
+        for level in settings
+        for name, setting in level.items()
+        for value in values(setting)
+    ]
+
+
+def _is_conditional(setting: list[Any]) -> bool:
+    return any(hasattr(item, "value") for item in setting)
+
+
+def _is_always_zero(setting: Any) -> bool:
+    """Whether a weight is 0 on every tensor; filters leave some to the default."""
+    if hasattr(setting, "value"):
+        setting = [setting]
+    if not isinstance(setting, list):
+        return float(setting) == 0
+    if not _is_conditional(setting):
+        return all(float(value) == 0 for value in setting)
+    reaches_all = any(item.filter in (None, "*") for item in setting)
+    return reaches_all and all(_is_always_zero(item.value) for item in setting)
+
+
+def needs_scan(part: Inputs) -> bool:
+    """Whether coefficients of these inputs rest on a scan of their checkpoints.
+
+    Args:
+        part: what is merged with each other.
+
+    Returns:
+        False if granularity is `tensor` throughout, or power 0.
+    """
+    leaves = [leaf for settings in part.settings for leaf in _leaves(settings)]
+    granularities = {value for name, value in leaves if name == "granularity"}
+    powers = {float(value) for name, value in leaves if name == "power"}
+    return granularities != {"tensor"} and powers != {0.0}

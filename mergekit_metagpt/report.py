@@ -1,0 +1,104 @@
+"""Turns what was measured into tables and figures; computes nothing of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from mergekit_metagpt.demo import DemoResult
+
+
+def task_vector_table(result: DemoResult) -> Table:
+    """Tabulate squared norm, coefficient and cosines of each specialist.
+
+    Args:
+        result: of the demo.
+
+    Returns:
+        a table of K rows.
+    """
+    names = list(result.family.specialists)
+    table = Table(title="Task vectors, and the coefficients that follow from them")
+    table.add_column("specialist")
+    for heading in ("||tau||^2", "lambda", *(f"cos {name}" for name in names)):
+        table.add_column(heading, justify="right")
+    for row, name in enumerate(names):
+        cosines = [f"{value:+.3f}" for value in result.cosines[row].tolist()]
+        table.add_row(
+            name,
+            f"{float(result.sq_norms[row]):.4g}",
+            f"{float(result.lambdas[row]):.4f}",
+            *cosines,
+        )
+    return table
+
+
+def loss_table(result: DemoResult) -> Table:
+    """Tabulate held-out losses of all models, and each merge's loss difference.
+
+    Args:
+        result: of the demo.
+
+    Returns:
+        a table with a row for the base, each specialist and each merge.
+    """
+    domains = list(next(iter(result.losses.values())))
+    table = Table(
+        title="Held-out loss, nats per byte (lower is better)",
+        caption="ALD: mean over the specialists' domains of the merge's loss minus "
+        "the specialist's",
+    )
+    table.add_column("model")
+    for heading in (*domains, "ALD"):
+        table.add_column(heading, justify="right")
+    sections = (["base"], list(result.family.specialists), list(result.merges))
+    for names in sections:
+        for name in names:
+            losses = [f"{result.losses[name][domain]:.3f}" for domain in domains]
+            difference = f"{result.ald[name]:.3f}" if name in result.merges else ""
+            table.add_row(name, *losses, difference)
+        table.add_section()
+    return table
+
+
+def demo_figure(result: DemoResult, file: Path) -> None:
+    """Draw the coefficients, and every merge's loss against base and specialist.
+
+    Args:
+        result: of the demo.
+        file: the picture to write; its ending chooses the format.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(result.family.specialists)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 2))
+
+    bars = left.barh(names, result.lambdas.tolist(), color="#4c72b0")
+    left.bar_label(bars, fmt="%.3f", padding=3)
+    left.set_xlim(0, 1)
+    left.invert_yaxis()
+    left.set_title("MetaGPT's coefficients")
+    left.set_xlabel("lambda")
+
+    shown = ["base", *result.merges]
+    width = 0.8 / len(shown)
+    greys = ["#222222", "#4c72b0", "#dd8452", "#9aa6b2", "#cccccc"]
+    for number, model in enumerate(shown):
+        at = [
+            row + (number - (len(shown) - 1) / 2) * width for row in range(len(names))
+        ]
+        excess = [result.losses[model][n] - result.losses[n][n] for n in names]
+        label = f"{model} (ALD {result.ald[model]:.3f})" if number else model
+        color = greys[number % len(greys)]
+        right.bar(at, excess, width, label=label, color=color, edgecolor="black")
+    right.set_xticks(range(len(names)), names)
+    right.set_ylabel("loss above the specialist's (nats per byte)")
+    right.set_title("What merging costs in each domain")
+    right.legend(frameon=False, fontsize="small")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
