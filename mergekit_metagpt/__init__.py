@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mergekit_metagpt.closed_form import coefficients
-    from mergekit_metagpt.method import register
+    from mergekit_metagpt.registration import register
     from mergekit_metagpt.results import ScanResult
     from mergekit_metagpt.scanning import scan
 
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ScanResult": "results",
     "coefficients": "closed_form",
-    "register": "method",
+    "register": "registration",
     "scan": "scanning",
 }
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mergekit_metagpt import recipe
 from mergekit_metagpt.alignment import check_pair
 from mergekit_metagpt.checkpoints import open_checkpoint
-from mergekit_metagpt.method import register
+from mergekit_metagpt.registration import register
 from mergekit_metagpt.scanning import pair_norms
 
 if TYPE_CHECKING:

@@ -1,10 +1,8 @@
-"""The mergekit methods: find this merge's coefficients, then form the scaled sum."""
+"""The mergekit method: find this merge's coefficients, then form the scaled sum."""
 
 from __future__ import annotations
 
-import importlib
 import re
-import threading
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -49,7 +47,10 @@ class MetaGPTMerge(GroupMergeMethod):
     def __init__(self) -> None:
         self.watch = PlanWatch()
         self.announcer = Announcer()
-        self.spec = MergeMethodSpec(
+        self.spec = self._spec()
+
+    def _spec(self) -> MergeMethodSpec:
+        return MergeMethodSpec(
             name="metagpt",
             pretty_name="MetaGPT",
             reference_url=REFERENCE_URL,
@@ -209,6 +210,7 @@ class InMemoryMerge(MetaGPTMerge):
     from_files = False
 
     def __init__(self, method: MetaGPTMerge) -> None:
+        self.method = method
         self.spec = method.spec
         self.watch = method.watch
         self.announcer = Announcer()
@@ -218,6 +220,10 @@ class InMemoryMerge(MetaGPTMerge):
     ) -> tuple[torch.Tensor, ...]:
         return GroupMergeMethod.__call__(self, groups, **options)
 
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+        """Merge as the method does from files."""
+        return self.method.merge_group(group, **parameters)
+
     def _sq_norms(
         self, groups: Sequence[TensorGroup], settings: Sequence[Settings]
     ) -> list[sources.Measured | None]:
@@ -225,27 +231,3 @@ class InMemoryMerge(MetaGPTMerge):
         if weights and not any(bool(weight.any()) for weight in weights):
             raise ValueError(all_zero())
         return sources.of_call(groups, settings)
-
-
-_METHOD: MetaGPTMerge | None = None
-_REGISTERING = threading.Lock()
-
-
-def register(registry: Any | None = None) -> None:
-    """Make `metagpt` known to mergekit; calling it again is harmless.
-
-    Args:
-        registry: the module `mergekit.merge_methods.registry`; imported if None.
-
-    Raises:
-        ValueError: another method of that name is registered.
-        ImportError: mergekit cannot be imported.
-    """
-    global _METHOD
-    if registry is None:
-        registry = importlib.import_module("mergekit.merge_methods.registry")
-    with _REGISTERING:
-        if _METHOD is None:
-            _METHOD = MetaGPTMerge()
-        if _METHOD not in registry.registered_methods():
-            registry.register(_METHOD)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mergekit_metagpt.composed import COMPOSED
 from mergekit_metagpt.parameters import all_zero, no_base, only_base, own_parameters
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
 
 Settings = Mapping[str, Any]
+
+METHODS = ("metagpt", *(f"metagpt_{name}" for name in COMPOSED))
 
 # Keys of a merge YAML whose values name a model or a tokenizer.
 _MODEL_KEYS = ("model", "base_model", "path", "source", "tokenizer_source")
@@ -146,7 +149,7 @@ def _given(*settings: Settings | None) -> tuple[Settings, ...]:
 
 
 def check(config: MergeConfiguration) -> None:
-    """Check all that a YAML alone can tell of a `metagpt` merge.
+    """Check all that a YAML alone can tell of a merge by MetaGPT.
 
     Args:
         config: mergekit's configuration.
@@ -156,10 +159,10 @@ def check(config: MergeConfiguration) -> None:
             among the sources of a slice; an illegal parameter; every weight 0;
             `granularity: layer` with slices that move layers.
     """
-    if config.merge_method != "metagpt":
+    if config.merge_method not in METHODS:
         raise ValueError(
-            f"merge_method is {config.merge_method!r}; this command merges metagpt. "
-            "Use mergekit-yaml for other methods"
+            f"merge_method is {config.merge_method!r}; this command merges "
+            f"{', '.join(METHODS)}. Use mergekit-yaml for other methods"
         )
     found = list(inputs(config))
     for part in found:
