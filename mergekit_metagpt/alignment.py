@@ -10,7 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from mergekit_metagpt.checkpoints import Checkpoint
-from mergekit_metagpt.files import Readers, StoredTensor
+from mergekit_metagpt.files import ConvertedTensor, Readers, StoredTensor
+from mergekit_metagpt.kernels import coarser_dtype
+from mergekit_metagpt.names import layer_key
+
+Stored = StoredTensor | ConvertedTensor
 
 # Below this share of covered parameters, base and model are taken for strangers.
 MIN_COVERED = 0.5
@@ -21,13 +25,20 @@ class SharedTensor:
     """A tensor that counts in n_t: where base and model store it, and the overlap."""
 
     name: str
-    base: StoredTensor
-    model: StoredTensor
+    base: Stored
+    model: Stored
     shape: tuple[int, ...]
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether parts can be read without making the whole tensor."""
+        return not isinstance(self.base, ConvertedTensor) and not isinstance(
+            self.model, ConvertedTensor
+        )
 
     def cut(self, tensor: torch.Tensor) -> torch.Tensor:
         """Flatten the part of either tensor that both have."""
@@ -58,6 +69,62 @@ def _overlap(base: tuple[int, ...], model: tuple[int, ...]) -> tuple[int, ...] |
 
 
 @functools.lru_cache(maxsize=1024)
+def _layers(checkpoint: Checkpoint) -> Mapping[str, tuple[StoredTensor, ...]]:
+    layers: dict[str, list[StoredTensor]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        layers.setdefault(layer_key(name), []).append(tensor)
+    return {key: tuple(tensors) for key, tensors in layers.items()}
+
+
+def _stand_in(checkpoint: Checkpoint, like: StoredTensor, name: str) -> Stored | None:
+    """A tensor of that name made from what a checkpoint stores in another layout."""
+    layer = _layers(checkpoint).get(layer_key(name))
+    if layer is None or checkpoint.model_type is None:
+        return None
+    from mergekit.architecture.conversion import can_convert_checkpoint_keys
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    rules = get_checkpoint_conversion_mapping(checkpoint.model_type) or ()
+    if any(rule.rename_source_key(name)[1] is not None for rule in rules):
+        return None  # a name of the layout that rules start from: nothing makes it
+    stored = {tensor.name for tensor in layer}
+    if not can_convert_checkpoint_keys(checkpoint.model_type, stored, name):
+        return None
+    dtype = functools.reduce(coarser_dtype, (tensor.dtype for tensor in layer))
+    return ConvertedTensor(name, checkpoint.model_type, layer, dtype, like.shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def counterparts(
+    base: Checkpoint, model: Checkpoint
+) -> Mapping[str, tuple[Stored, Stored]]:
+    """Find for each output name what base and model store under it, from headers.
+
+    Where only one of them stores a tensor, the other's may follow from another layout,
+    such as single experts beside fused ones.
+
+    Args:
+        base: the base.
+        model: a fine-tune of it.
+
+    Returns:
+        what both have, by output name; ties are not looked at.
+    """
+    found: dict[str, tuple[Stored, Stored]] = {}
+    for name in base.tensors.keys() | model.tensors.keys():
+        first, second = base.tensors.get(name), model.tensors.get(name)
+        ours: Stored | None = first
+        theirs: Stored | None = second
+        if first is None and second is not None:
+            ours = _stand_in(base, second, name)
+        elif second is None and first is not None:
+            theirs = _stand_in(model, first, name)
+        if ours is not None and theirs is not None:
+            found[name] = ours, theirs
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
 def check_pair(base: Checkpoint, model: Checkpoint) -> None:
     """Check from headers that model is a fine-tune of base.
 
@@ -69,44 +136,44 @@ def check_pair(base: Checkpoint, model: Checkpoint) -> None:
         ValueError: they share less than half of their parameters, or a tensor differs
             in more than one axis; names the share and the first mismatching tensors.
     """
-    covered, mismatches = 0, []
-    for name, tensor in model.tensors.items():
-        partner = base.tensors.get(name)
-        if partner is None:
-            mismatches.append(f"{name} is not in {base.label}")
-            continue
-        shape = _overlap(partner.shape, tensor.shape)
+    shared = counterparts(base, model)
+    covered, differing = 0, []
+    for name, (ours, theirs) in sorted(shared.items()):
+        shape = _overlap(ours.shape, theirs.shape)
         if shape is None:
-            mismatches.insert(
-                0, f"{name} is {list(tensor.shape)}, in the base {list(partner.shape)}"
+            differing.append(
+                f"{name} is {list(theirs.shape)}, in the base {list(ours.shape)}"
             )
-            continue
-        covered += math.prod(shape)
+        else:
+            covered += math.prod(shape)
     totals = [sum(t.numel for t in c.tensors.values()) for c in (base, model)]
     share = covered / max(*totals, 1)
-    differs = bool(mismatches) and "in the base" in mismatches[0]
-    if share < MIN_COVERED or differs:
-        if not mismatches:
-            mismatches = [
-                f"{name} is not in {model.label}"
-                for name in base.tensors
-                if name not in model.tensors
-            ]
-        raise ValueError(
-            f"{model.label} is no fine-tune of {base.label}: {share:.1%} of the "
-            f"parameters match; first differences: {'; '.join(mismatches[:3])}. Give "
-            "the base that it was trained from"
-        )
+    if share >= MIN_COVERED and not differing:
+        return
+    absent = [
+        f"{name} is not in {owner.label}"
+        for owner, other in ((base, model), (model, base))
+        for name in other.tensors
+        if name not in shared
+    ]
+    raise ValueError(
+        f"{model.label} is no fine-tune of {base.label}: {share:.1%} of the parameters "
+        f"match; first differences: {'; '.join([*differing, *absent][:3])}. Give the "
+        "base that it was trained from"
+    )
 
 
-def _roots(checkpoint: Checkpoint, readers: Readers) -> dict[str, str]:
+def _roots(
+    tensors: Mapping[str, Stored],
+    tied_names: Mapping[str, tuple[str, ...]],
+    readers: Readers,
+) -> dict[str, str]:
     """For each output name, the stored tensor that it is: its own or a tied one."""
-    tensors = checkpoint.tensors
-    roots = {
-        name: tensor.shares if tensor.shares and tensor.shares in tensors else name
-        for name, tensor in tensors.items()
-    }
-    for name, partners in checkpoint.tied_names.items():
+    roots = {}
+    for name, tensor in tensors.items():
+        shares = tensor.shares if isinstance(tensor, StoredTensor) else None
+        roots[name] = shares if shares in tensors and shares else name
+    for name, partners in tied_names.items():
         own = tensors.get(name)
         for partner in partners:
             other = tensors.get(partner)
@@ -117,7 +184,7 @@ def _roots(checkpoint: Checkpoint, readers: Readers) -> dict[str, str]:
     return roots
 
 
-def _same_bits(first: StoredTensor, second: StoredTensor, readers: Readers) -> bool:
+def _same_bits(first: Stored, second: Stored, readers: Readers) -> bool:
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     return torch.equal(readers.read(first), readers.read(second))
@@ -144,14 +211,18 @@ def align(base: Checkpoint, model: Checkpoint, readers: Readers) -> Alignment:
         OSError: a file cannot be read.
     """
     check_pair(base, model)
-    base_roots, model_roots = _roots(base, readers), _roots(model, readers)
+    shared = counterparts(base, model)
+    ours = {**base.tensors, **{name: pair[0] for name, pair in shared.items()}}
+    theirs = {**model.tensors, **{name: pair[1] for name, pair in shared.items()}}
+    our_roots = _roots(ours, base.tied_names, readers)
+    their_roots = _roots(theirs, model.tied_names, readers)
     tied = {*base.tied_names, *model.tied_names}
     counted: dict[tuple[str, str], SharedTensor] = {}
     counted_as: dict[str, str] = {}
-    for name in sorted(base_roots.keys() & model_roots, key=lambda n: (n in tied, n)):
-        roots = base_roots[name], model_roots[name]
+    for name in sorted(our_roots.keys() & their_roots, key=lambda n: (n in tied, n)):
+        roots = our_roots[name], their_roots[name]
         if roots not in counted:
-            first, second = base.tensors[roots[0]], model.tensors[roots[1]]
+            first, second = ours[roots[0]], theirs[roots[1]]
             shape = _overlap(first.shape, second.shape)
             if shape is None:
                 raise ValueError(

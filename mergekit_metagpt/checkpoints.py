@@ -42,12 +42,14 @@ class Checkpoint:
         tied_names: for an output name, the weights that stand in for it when it is
             not stored, by the architecture.
         identity: of every file, when it was opened.
+        model_type: by its configuration, or None.
     """
 
     label: str
     tensors: Mapping[str, StoredTensor]
     tied_names: Mapping[str, tuple[str, ...]]
     identity: tuple[FileIdentity, ...]
+    model_type: str | None = None
 
     def first_elements(self, name: str, count: int) -> torch.Tensor:
         """Return up to `count` leading elements of a stored tensor, flattened."""
@@ -89,10 +91,10 @@ def _read_header(label: str, index: ShardedTensorIndex) -> Checkpoint:
     folder = Path(index.base_path)
     config_file = folder / "config.json"
     try:
-        config = json.loads(config_file.read_bytes())
-    except (OSError, ValueError):
+        config = dict(json.loads(config_file.read_bytes()))
+    except (OSError, ValueError, TypeError):
         config = {}
-    if isinstance(config, dict) and config.get("quantization_config"):
+    if config.get("quantization_config"):
         raise quantised(label, f"{config_file} has a quantization_config")
 
     files = sorted({_shard_path(folder, label, s) for s in index.tensor_paths.values()})
@@ -113,6 +115,7 @@ def _read_header(label: str, index: ShardedTensorIndex) -> Checkpoint:
         tensors={names.get(name, name): tensor for name, tensor in stored.items()},
         tied_names={w.name: tuple(w.tied_names) for w in weights if w.tied_names},
         identity=tuple(FileIdentity.of(file) for file in files),
+        model_type=config.get("model_type"),
     )
 
 

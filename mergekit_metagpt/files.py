@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,26 @@ class StoredTensor:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True, eq=False)
+class ConvertedTensor:
+    """A tensor that is stored in another layout, as single experts instead of fused.
+
+    transformers' conversion rules of `model_type` make it from `sources`, as when
+    mergekit loads it.
+    """
+
+    name: str
+    model_type: str
+    sources: tuple[StoredTensor, ...]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def file(self) -> Path:
+        """One of the files that hold it, for messages."""
+        return self.sources[0].file
+
+
 @dataclass(frozen=True)
 class FileIdentity:
     """What tells one version of a file from the next."""
@@ -66,11 +87,11 @@ class Readers:
         self._lock = threading.Lock()
         self._pickles: dict[Path, Mapping[str, torch.Tensor]] = {}
 
-    def read(self, stored: StoredTensor) -> torch.Tensor:
+    def read(self, stored: StoredTensor | ConvertedTensor) -> torch.Tensor:
         """Return the stored tensor, on the CPU, backed by the file where possible.
 
         Args:
-            stored: the tensor, from `headers`.
+            stored: the tensor, from `headers`, or one that is made from such.
 
         Returns:
             its values: a view of the mapped file, not to be written to.
@@ -78,6 +99,8 @@ class Readers:
         Raises:
             OSError: the file is missing, truncated or corrupt.
         """
+        if isinstance(stored, ConvertedTensor):
+            return self._convert(stored)
         if stored.file.suffix != ".safetensors":
             with self._lock:
                 if stored.file not in self._pickles:
@@ -94,6 +117,22 @@ class Readers:
             raise OSError(
                 f"cannot read {stored.name} from {stored.file}: {error}"
             ) from error
+        return tensor
+
+    def _convert(self, wanted: ConvertedTensor) -> torch.Tensor:
+        from mergekit.architecture.conversion import convert_checkpoint_tensors
+
+        tensor: torch.Tensor | None = convert_checkpoint_tensors(
+            wanted.model_type,
+            {source.name: partial(self.read, source) for source in wanted.sources},
+            wanted.name,
+        )
+        if tensor is None or tuple(tensor.shape) != wanted.shape:
+            found = "nothing" if tensor is None else list(tensor.shape)
+            raise ValueError(
+                f"{wanted.name} cannot be made from what {wanted.file.parent} stores: "
+                f"expected shape {list(wanted.shape)}, got {found}"
+            )
         return tensor
 
 

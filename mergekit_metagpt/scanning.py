@@ -36,6 +36,20 @@ class _Group:
     pairs: tuple[SharedTensor, ...]
     kernel: Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]
 
+    @property
+    def segments(self) -> list[slice]:
+        """Parts of the flattened overlap; one where a tensor cannot be read in part."""
+        numel = self.pairs[0].numel
+        step = SEGMENT if all(pair.divisible for pair in self.pairs) else numel
+        starts = range(0, max(numel, 1), step or 1)
+        return [slice(at, min(at + step, numel)) for at in starts]
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Stored bytes, of base and models, behind one element of the overlap."""
+        stored = [self.pairs[0].base, *(pair.model for pair in self.pairs)]
+        return sum(tensor.dtype.itemsize for tensor in stored)
+
     def sums(self, readers: Readers, part: slice) -> torch.Tensor:
         """Run the kernel over a part of the flattened overlap."""
         base = self.pairs[0].cut(readers.read(self.pairs[0].base))
@@ -73,8 +87,8 @@ def _groups(
             )
             for shape, ks, kernel in calls
         ]
-    position = {t.name: at for at, t in enumerate(base.tensors.values())}
-    return sorted(groups, key=lambda group: position[group.pairs[0].base.name])
+    position = {name: at for at, name in enumerate(base.tensors)}
+    return sorted(groups, key=lambda group: position.get(group.name, -1))
 
 
 def _scan(
@@ -103,20 +117,17 @@ def _scan(
     groups = _groups(base, alignments, gram=gram)
     tasks = [
         (
-            (part.stop - part.start)
-            * sum(
-                t.dtype.itemsize for t in (g.pairs[0].base, *(p.model for p in g.pairs))
-            ),
-            functools.partial(g.sums, readers, part),
+            (part.stop - part.start) * group.bytes_per_element,
+            functools.partial(group.sums, readers, part),
         )
-        for g in groups
-        for part in _segments(g.pairs[0].numel)
+        for group in groups
+        for part in group.segments
     ]
     results = iter(run(tasks, workers))
     norms: list[dict[str, float]] = [{} for _ in models]
     grams: dict[str, torch.Tensor] = {}
     for group in groups:
-        parts = [next(results) for _ in _segments(group.pairs[0].numel)]
+        parts = [next(results) for _ in group.segments]
         sums = sum(parts[1:], parts[0])
         values = sums
         if sums.ndim == 2:
@@ -141,11 +152,6 @@ def _scan(
         )
         for found, alignment in zip(norms, alignments, strict=True)
     ], grams
-
-
-def _segments(numel: int) -> list[slice]:
-    starts = range(0, max(numel, 1), SEGMENT)
-    return [slice(at, min(at + SEGMENT, numel)) for at in starts]
 
 
 def _check_finite(

@@ -231,6 +231,14 @@ def _stored_sq_norms(group: TensorGroup, settings: Settings) -> Measured | None:
         name = group.metadata.name or ""
         _require_same_layer(group, {base_of(group).id: base, **known})
         keys = [layer_key(pair.counted_as.get(name, name)) for pair in pairs]
+        if all(
+            _pooled(pair, key, ())[0] is None
+            for pair, key in zip(pairs, keys, strict=True)
+        ):
+            raise ValueError(
+                f"granularity 'layer': no stored tensor of {base.label} belongs to "
+                f"the layer of {name}. Use granularity: model or granularity: tensor"
+            )
         pools = [
             _pooled(pair, key, settings.exclude)
             for pair, key in zip(pairs, keys, strict=True)
