@@ -140,17 +140,24 @@ def of_call(
         return pool_key(name or "", granularity)
 
     @functools.cache
+    def members(granularity: str) -> dict[Hashable, list[int]]:
+        pools: dict[Hashable, list[int]] = {}
+        for at in range(len(groups)):
+            pools.setdefault(key(at, granularity), []).append(at)
+        return pools
+
+    @functools.cache
     def pooled(
         pool: Hashable, granularity: str, exclude: tuple[str, ...], model: Hashable
     ) -> torch.Tensor | None:
         chosen = [
             norms[at, model]
-            for at, group in enumerate(groups)
+            for at in members(granularity)[pool]
             if counted_as.get((at, model)) == at
-            and key(at, granularity) == pool
-            and not is_excluded(group.metadata.name or "", exclude)
+            and not is_excluded(groups[at].metadata.name or "", exclude)
         ]
-        return torch.stack(chosen).sum() if chosen else None
+        # Sorted, so that the order of the groups does not show in the last bits.
+        return torch.stack(chosen).sort().values.sum() if chosen else None
 
     found = []
     for at, (group, chosen) in enumerate(zip(groups, settings, strict=True)):
