@@ -25,6 +25,10 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     # Every `import torch` of the environment imports this package: keep it light.
     if name in _HOMES:
+        if name == "register":
+            # Importing mergekit's methods makes our hook import this module; it would
+            # find it half imported if this module were the first to import them.
+            importlib.import_module("mergekit.merge_methods")
         module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
         return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,8 +20,8 @@ from mergekit_metagpt.files import (
     FileIdentity,
     Readers,
     StoredTensor,
-    headers,
     quantised,
+    read_header,
 )
 
 if TYPE_CHECKING:
@@ -78,11 +78,35 @@ class Checkpoint:
                 )
 
 
+# What mergekit looks for, in its order; an index goes before the single file.
+_WEIGHTS = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+
+def _index(label: str, folder: Path) -> ShardedTensorIndex:
+    from mergekit.io import ShardedTensorIndex
+
+    try:
+        return ShardedTensorIndex.from_disk(str(folder))
+    except Exception as error:
+        found = (folder / name for name in _WEIGHTS if (folder / name).exists())
+        file = next(found, folder)
+        raise OSError(
+            f"{file} cannot be read: {error}. It is truncated or corrupt: fetch it "
+            "again"
+        ) from error
+
+
 def _shard_path(folder: Path, label: str, entry: str) -> Path:
     path = Path(os.path.normpath(folder / entry))
     if not path.is_relative_to(os.path.normpath(folder)):
         raise ValueError(
-            f"the index of {label} points outside its folder: {entry!r}; refused"
+            f"the index of {label} points outside its folder: {entry!r}; expected "
+            "a file beside it. Fetch the model again"
         )
     return path
 
@@ -98,11 +122,19 @@ def _read_header(label: str, index: ShardedTensorIndex) -> Checkpoint:
         raise quantised(label, f"{config_file} has a quantization_config")
 
     files = sorted({_shard_path(folder, label, s) for s in index.tensor_paths.values()})
-    stored: dict[str, StoredTensor] = {}
-    for file in files:
-        for tensor in headers(label, file):
-            if tensor.name in index.tensor_paths:
-                stored[tensor.name] = tensor
+    headers = [read_header(label, file) for file in files]
+    held = frozenset[str]().union(*(header.names for header in headers))
+    if lost := sorted(index.tensor_paths.keys() - held):
+        raise OSError(
+            f"{lost[0]} is named by the index of {label}, but no file holds it. Fetch "
+            "the model again"
+        )
+    stored = {
+        tensor.name: tensor
+        for header in headers
+        for tensor in header.tensors
+        if tensor.name in index.tensor_paths
+    }
     weights = _architecture_weights(folder, stored)
     names = {
         alias: weight.name
@@ -208,12 +240,14 @@ def open_checkpoint(
         OSError: a file of it is missing, truncated or corrupt.
     """
     from mergekit.common import ModelReference
+    from mergekit.io.tasks import LoaderCache
 
     if not isinstance(model, ModelReference):
         model = ModelReference.parse(os.fspath(model))
     label, path = str(model), Path(model.model.path)
-    weights = [*path.glob("*.safetensors*"), *path.glob("pytorch_model*.bin*")]
-    if path.is_dir() and not weights:
+    if path.is_file():
+        raise ValueError(f"{label} is a file; expected a model's folder")
+    if path.is_dir() and not any((path / name).exists() for name in _WEIGHTS):
         if (path / "adapter_config.json").is_file():
             raise ValueError(
                 f"{label} is a bare LoRA adapter; write it as base+adapter "
@@ -227,5 +261,15 @@ def open_checkpoint(
         raise ValueError(f"{label} does not exist; expected a model's folder")
     if model.lora and not lora_merge_cache:
         raise ValueError(f"{label} has a LoRA adapter; give --lora-merge-cache FOLDER")
-    merged = model.merged(cache_dir=lora_merge_cache)
-    return _read_header(label, merged.tensor_index(transformers_cache))
+    merged = model.merged(
+        cache_dir=lora_merge_cache,
+        trust_remote_code=LoaderCache().trust_remote_code,
+        lora_merge_dtype=LoaderCache().lora_merge_dtype,
+    )
+    try:
+        folder = Path(merged.local_path(transformers_cache))
+    except Exception as error:
+        raise ValueError(
+            f"{label} is no folder here, nor to be had from the hub: {error}"
+        ) from error
+    return _read_header(label, _index(label, folder))

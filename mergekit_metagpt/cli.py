@@ -27,7 +27,7 @@ def _one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return command(*args, **kwargs)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             raise Refusal(" ".join(str(error).split())) from error
 
     return wrapper
@@ -90,7 +90,7 @@ def _merge_command() -> click.Command:
     from mergekit_metagpt import merging
 
     @click.command("merge", cls=PrettyPrintHelp)
-    @click.argument("config", type=click.Path(exists=True, dir_okay=False))
+    @click.argument("config", type=click.Path())
     @click.argument("out", type=click.Path(file_okay=False))
     @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
     @add_merge_options  # type: ignore[untyped-decorator]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,7 +91,7 @@ class Readers:
         """Return the stored tensor, on the CPU, backed by the file where possible.
 
         Args:
-            stored: the tensor, from `headers`, or one that is made from such.
+            stored: the tensor, from `read_header`, or one that is made from such.
 
         Returns:
             its values: a view of the mapped file, not to be written to.
@@ -181,47 +181,65 @@ def quantised(label: str, why: str) -> ValueError:
     )
 
 
-def headers(label: str, file: Path) -> Iterator[StoredTensor]:
-    """Yield the floating-point tensors of a file, in the order of its bytes.
+@dataclass(frozen=True)
+class FileHeader:
+    """What a file holds: names of all tensors, and those of floating point.
+
+    `tensors` are in the order of their bytes.
+    """
+
+    names: frozenset[str]
+    tensors: tuple[StoredTensor, ...]
+
+
+def read_header(label: str, file: Path) -> FileHeader:
+    """Read what is known of a file's tensors without their values.
 
     Args:
         label: the model as its user wrote it, for messages.
         file: a safetensors file or a pickle of tensors.
 
-    Yields:
-        what is known of each tensor without its values.
+    Returns:
+        the header.
 
     Raises:
         ValueError: the weights are quantised.
         OSError: the file is missing, truncated or corrupt.
     """
-    if file.suffix == ".safetensors":
-        handle = _open_safetensors(file)
-        for name in handle.offset_keys():
-            view = handle.get_slice(name)
-            kind = view.get_dtype()
-            if kind in _SAFETENSORS_FLOATS:
-                shape = tuple(view.get_shape())
-                yield StoredTensor(name, file, _SAFETENSORS_FLOATS[kind], shape)
-            elif kind.startswith("F") or (
-                kind in _SAFETENSORS_INTEGERS and name.endswith(_PACKED_SUFFIXES)
-            ):
-                raise quantised(label, f"{name} is stored as {kind}")
-        return
+    read = _safetensors_header if file.suffix == ".safetensors" else _pickle_header
+    return read(label, file)
+
+
+def _safetensors_header(label: str, file: Path) -> FileHeader:
+    handle = _open_safetensors(file)
+    names, tensors = handle.offset_keys(), []
+    for name in names:
+        view = handle.get_slice(name)
+        kind = view.get_dtype()
+        if kind in _SAFETENSORS_FLOATS:
+            shape = tuple(view.get_shape())
+            dtype = _SAFETENSORS_FLOATS[kind]
+            tensors.append(StoredTensor(name, file, dtype, shape))
+        elif kind.startswith("F") or (
+            kind in _SAFETENSORS_INTEGERS and name.endswith(_PACKED_SUFFIXES)
+        ):
+            raise quantised(label, f"{name} is stored as {kind}")
+    return FileHeader(frozenset(names), tuple(tensors))
+
+
+def _pickle_header(label: str, file: Path) -> FileHeader:
+    state, tensors = _load_pickle(file), []
     seen: dict[tuple[Any, ...], str] = {}
-    for name, tensor in sorted(_load_pickle(file).items()):
+    for name, tensor in sorted(state.items()):
         kind = str(tensor.dtype).removeprefix("torch.")
         if tensor.dtype in _FLOATS:
             place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            shares = seen.setdefault(place, name) if tensor.numel() else name
-            yield StoredTensor(
-                name,
-                file,
-                tensor.dtype,
-                tuple(tensor.shape),
-                shares if shares != name else None,
-            )
+            first = seen.setdefault(place, name) if tensor.numel() else name
+            shares = first if first != name else None
+            shape = tuple(tensor.shape)
+            tensors.append(StoredTensor(name, file, tensor.dtype, shape, shares))
         elif tensor.is_floating_point() or (
             "int" in kind and name.endswith(_PACKED_SUFFIXES)
         ):
             raise quantised(label, f"{name} is stored as {kind}")
+    return FileHeader(frozenset(state), tuple(tensors))

@@ -39,34 +39,71 @@ def merge(
     from mergekit.io.tasks import LoaderCache
     from mergekit.merge import run_merge
 
-    text = config_file.read_text(encoding="utf-8")
     try:
+        text = config_file.read_text(encoding="utf-8")
         config = recipe.read(text)
     except ValueError as error:
         raise ValueError(f"{config_file}: {error}") from error
     recipe.check(config)
-    if not force and out.exists() and (out.is_file() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; choose another, or --force")
+    out = out.resolve()
+    _check_place(out, config_file, config, force=force)
     options.apply_global_options()
     register()
     LoaderCache().setup(options)
     _check_models(config, options)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    parent = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    home = next(folder for folder in out.parents if folder.is_dir())
+    parent = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=home))
     try:
         # Under the name of `out`, which mergekit makes the title of the model card.
-        run_merge(config, str(parent / out.name), options, config_source=text)
-        if out.exists():
-            out.rename(parent / "replaced")
-        (parent / out.name).rename(out)
+        made = parent / out.name
+        run_merge(config, str(made), options, config_source=text)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _put(made, out, aside=parent / "replaced")
     finally:
         shutil.rmtree(parent)
 
 
+def _check_place(
+    out: Path, config_file: Path, config: MergeConfiguration, *, force: bool
+) -> None:
+    """Refuse an output folder that is taken, or that holds what is to be merged."""
+    if out.is_file():
+        raise ValueError(f"{out} is a file; expected a folder for the merged model")
+    paths = [
+        Path(part.path)
+        for model in recipe.models(config)
+        for part in (model.model, model.lora)
+        if part is not None
+    ]
+    for path in (config_file, *paths):
+        if path.resolve().is_relative_to(out):
+            raise ValueError(
+                f"{out} holds {path}, which this merge reads; choose another folder"
+            )
+    if not force and out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} exists and is not empty; choose another, or --force")
+
+
+def _put(made: Path, out: Path, aside: Path) -> None:
+    """Move a finished model to its place; what was there comes back on failure."""
+    if out.is_dir() and not any(out.iterdir()):
+        # The folder itself stays: it may be where somebody stands.
+        for path in made.iterdir():
+            path.rename(out / path.name)
+        return
+    if out.exists():
+        out.rename(aside)
+    try:
+        made.rename(out)
+    except BaseException:
+        if aside.exists():
+            aside.rename(out)
+        raise
+
+
 def _check_models(config: MergeConfiguration, options: MergeOptions) -> None:
     """Check headers of all models first, then all weights that a scan reads."""
-
     checkpoints = {
         model: open_checkpoint(
             model,
@@ -75,6 +112,10 @@ def _check_models(config: MergeConfiguration, options: MergeOptions) -> None:
         )
         for model in recipe.models(config)
     }
+    for model in checkpoints:
+        folder = Path(model.model.path)
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no config.json; expected a model's folder")
     jobs = []
     for part in recipe.inputs(config):
         if part.base is None:

@@ -113,6 +113,7 @@ class MetaGPTMerge(GroupMergeMethod):
             Settings.of(group, bound)
             for group, bound in zip(groups, parameters, strict=True)
         ]
+        self._require_weights(groups, settings)
         measured = self._sq_norms(groups, settings)
         lambdas = [
             self._coefficients(*arguments)
@@ -140,6 +141,16 @@ class MetaGPTMerge(GroupMergeMethod):
             parameters["coefficients"] * parameters["lambda"],
         )
 
+    def _require_weights(
+        self, groups: Sequence[TensorGroup], settings: Sequence[Settings]
+    ) -> None:
+        """Refuse a merge whose every weight is 0 (on one tensor, it is the base's)."""
+        for group, chosen in zip(groups, settings, strict=True):
+            if not bool(chosen.weight.any()) and self.watch.every_weight_is_zero(
+                sources.base_of(group).id
+            ):
+                raise ValueError(all_zero())
+
     def _sq_norms(
         self, groups: Sequence[TensorGroup], settings: Sequence[Settings]
     ) -> list[sources.Measured | None]:
@@ -160,8 +171,6 @@ class MetaGPTMerge(GroupMergeMethod):
         else:
             power, sq_norms = settings.power, measured.sq_norms
         if not models or not bool((weight > 0).any()):
-            if models and self.watch.every_weight_is_zero(base):
-                raise ValueError(all_zero())
             return torch.zeros_like(weight)
 
         where = settings.pool(group.metadata.name)
@@ -224,10 +233,14 @@ class InMemoryMerge(MetaGPTMerge):
         """Merge as the method does from files."""
         return self.method.merge_group(group, **parameters)
 
-    def _sq_norms(
+    def _require_weights(
         self, groups: Sequence[TensorGroup], settings: Sequence[Settings]
-    ) -> list[sources.Measured | None]:
+    ) -> None:
         weights = [chosen.weight for chosen in settings if len(chosen.weight)]
         if weights and not any(bool(weight.any()) for weight in weights):
             raise ValueError(all_zero())
+
+    def _sq_norms(
+        self, groups: Sequence[TensorGroup], settings: Sequence[Settings]
+    ) -> list[sources.Measured | None]:
         return sources.of_call(groups, settings)

@@ -69,7 +69,7 @@ def own_parameters(
             ParameterScope.NON_BASE,
             default=1.0,
             description="importance of a model, before norms are taken into account",
-            legal="a number >= 0",
+            legal="a finite number >= 0",
             accepts=lambda value: 0 <= value < math.inf,
             seen=saw_weight,
         ),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# Before our own modules: importing it makes our hook import them, and it would find
+# them half imported if one of them were the first to import mergekit's methods.
+import mergekit.merge_methods  # noqa: F401
 import yaml
 
 from mergekit_metagpt.composed import COMPOSED
@@ -84,6 +87,8 @@ def _absolute(value: Any, key: str = "") -> Any:
         return {name: _absolute(item, name) for name, item in value.items()}
     if isinstance(value, list):
         return [_absolute(item, key) for item in value]
+    if key in ("source", "tokenizer_source") and value in ("base", "union"):
+        return value
     if isinstance(value, str) and key in _MODEL_KEYS:
         parts = [
             str(Path(part).absolute()) if part and Path(part).exists() else part
@@ -166,6 +171,8 @@ def check(config: MergeConfiguration) -> None:
         )
     found = list(inputs(config))
     for part in found:
+        if twice := [m for m in part.models if part.models.count(m) > 1]:
+            raise ValueError(f"{twice[0]} is given twice in {part.place}. Once is all")
         if part.base is None:
             raise ValueError(no_base(config.merge_method, part.place))
         if not part.place.endswith("models") and part.base not in part.models:
@@ -233,14 +240,20 @@ def _is_conditional(setting: list[Any]) -> bool:
 
 def _is_always_zero(setting: Any) -> bool:
     """Whether a weight is 0 on every tensor; filters leave some to the default."""
+    return _is_always(setting, lambda value: float(value) == 0)
+
+
+def _is_always(setting: Any, wanted: Callable[[Any], bool]) -> bool:
     if hasattr(setting, "value"):
         setting = [setting]
     if not isinstance(setting, list):
-        return float(setting) == 0
+        return wanted(setting)
+    if not setting:
+        return False
     if not _is_conditional(setting):
-        return all(float(value) == 0 for value in setting)
+        return all(wanted(value) for value in setting)
     reaches_all = any(item.filter in (None, "*") for item in setting)
-    return reaches_all and all(_is_always_zero(item.value) for item in setting)
+    return reaches_all and all(_is_always(item.value, wanted) for item in setting)
 
 
 def needs_scan(part: Inputs) -> bool:
@@ -252,7 +265,15 @@ def needs_scan(part: Inputs) -> bool:
     Returns:
         False if granularity is `tensor` throughout, or power 0.
     """
-    leaves = [leaf for settings in part.settings for leaf in _leaves(settings)]
-    granularities = {value for name, value in leaves if name == "granularity"}
-    powers = {float(value) for name, value in leaves if name == "power"}
-    return granularities != {"tensor"} and powers != {0.0}
+
+    def always(name: str, wanted: Callable[[Any], bool]) -> bool:
+        return any(
+            name in level and _is_always(level[name], wanted)
+            for settings in part.settings
+            for level in settings
+        )
+
+    return not (
+        always("granularity", "tensor".__eq__)
+        or always("power", lambda value: float(value) == 0)
+    )
