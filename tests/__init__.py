@@ -1,0 +1,1 @@
+"""Tests of mergekit_metagpt; `support` holds the oracle, `conftest` the checkpoints."""

@@ -1,0 +1,94 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import mergekit_metagpt
+from tests.support import State, cast, llama_state, tuned, write_model
+
+
+@dataclass(frozen=True)
+class Family:
+    """A base and its fine-tunes, on disk and as state dicts."""
+
+    base: Path
+    models: tuple[Path, ...]
+    base_state: State
+    states: tuple[State, ...]
+
+
+def make_family(
+    folder: Path,
+    *,
+    count: int = 3,
+    dtype: torch.dtype = torch.bfloat16,
+    shards: int = 1,
+    sizes: tuple[float, ...] = (1e-2, 2e-2, 3e-2),
+) -> Family:
+    """Write a random base and `count` fine-tunes of different distances."""
+    whole = llama_state()
+    base = cast(whole, dtype)
+    states = tuple(
+        cast(tuned(whole, seed=k + 1, size=sizes[k % len(sizes)]), dtype)
+        for k in range(count)
+    )
+    return Family(
+        base=write_model(folder / "base", base, shards=shards),
+        models=tuple(
+            write_model(folder / f"tuned{k}", state, shards=1 + (k + shards) % 3)
+            for k, state in enumerate(states)
+        ),
+        base_state=base,
+        states=states,
+    )
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Three bfloat16 fine-tunes of one base, in different shard layouts."""
+    return make_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(autouse=True)
+def _registered_and_forgetful() -> Iterator[None]:
+    """Have metagpt registered, and no model open from an earlier test."""
+    from mergekit.io.tasks import LoaderCache
+
+    mergekit_metagpt.register()
+    LoaderCache.loaders.clear()
+    yield
+    LoaderCache.loaders.clear()
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(
+                    not torch.cuda.is_available(), reason="no CUDA device here"
+                ),
+            ],
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that a merge may run on."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Run torch on one thread: on busy CPUs, more make tiny operations far slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

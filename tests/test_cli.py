@@ -1,0 +1,255 @@
+"""The command line as such: help, version, streams, exit status, documentation."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+import mergekit_metagpt
+from mergekit_metagpt.cli import main
+from tests.processes import ask_python, assert_succeeded, run_process, script
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = sorted(main.commands)
+# Packages that take seconds to import: nobody should wait for them to read help.
+HEAVY = ("torch", "transformers", "mergekit", "safetensors", "matplotlib", "rich")
+
+each_command = pytest.mark.parametrize("name", COMMANDS)
+
+
+def run(*arguments: str) -> int:
+    """Run `mergekit-metagpt` in this process; return its exit status."""
+    with pytest.raises(SystemExit) as ended:
+        main.main(list(arguments), prog_name="mergekit-metagpt")
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    """What `--help` prints; checks that it goes to stdout alone, with status 0."""
+    assert run(*command, "--help") == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    return said.out
+
+
+def assert_begins(text: str, *lines: str) -> None:
+    """Check the first lines of a text."""
+    assert text.splitlines()[: len(lines)] == list(lines)
+
+
+def test_help_of_the_group(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(capsys)
+    assert_begins(
+        text,
+        "Usage: mergekit-metagpt [OPTIONS] COMMAND [ARGS]...",
+        "",
+        "  MetaGPT merging for mergekit: no weights to guess, no data, no search.",
+    )
+    listed = text.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == COMMANDS
+    assert {"demo", "merge"} <= set(COMMANDS)
+
+
+HELP = {
+    "demo": (
+        "Usage: mergekit-metagpt demo [OPTIONS] DIR",
+        "",
+        "  Train a tiny base and three specialists in DIR, merge and compare them.",
+    ),
+    "merge": (
+        "Usage: mergekit-metagpt merge [OPTIONS] CONFIG OUT",
+        "",
+        "  Merge CONFIG into OUT as mergekit-yaml does, for metagpt configurations.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_help_begins_with(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_begins(help_of(capsys, name), *HELP[name])
+
+
+@each_command
+def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    usage, blank, summary, *_ = help_of(capsys, name).splitlines()
+    assert usage.startswith(f"Usage: mergekit-metagpt {name} [OPTIONS]")
+    assert blank == ""
+    assert re.match(r"  [A-Z].*\S", summary), summary
+
+
+@each_command
+def test_every_command_fits_the_list_of_commands(name: str) -> None:
+    command = main.commands[name]
+    assert command.get_short_help_str(limit=200)
+    assert not command.hidden and not command.deprecated
+
+
+def test_short_help_option(capsys: pytest.CaptureFixture[str]) -> None:
+    long = help_of(capsys)
+    assert run("-h") == 0
+    assert capsys.readouterr().out == long
+
+
+def test_help_of_merge_shows_the_options_of_mergekit_and_ours(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from mergekit.scripts.run_yaml import main as mergekit_yaml
+
+    text = help_of(capsys, "merge")
+    theirs = {
+        option
+        for parameter in mergekit_yaml.params
+        if isinstance(parameter, click.Option)
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    assert {"--cuda", "--lazy-unpickle", "--lora-merge-cache", "-j", "-v"} <= theirs
+    for option in (*theirs, "--force"):
+        assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", text), option
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    said = capsys.readouterr()
+    assert said.out == f"mergekit-metagpt, version {mergekit_metagpt.__version__}\n"
+    assert said.err == ""
+    installed = importlib.metadata.version("mergekit-metagpt")
+    assert installed == mergekit_metagpt.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["frobnicate"], "No such command 'frobnicate'."),
+        (["--frobnicate"], "No such option"),
+        (["merge"], "Missing argument 'CONFIG'."),
+        (["merge", str(ROOT / "pyproject.toml")], "Missing argument 'OUT'."),
+        (["merge", "--frobnicate", "config.yml", "out"], "No such option"),
+        (["demo"], "Missing argument 'DIR'."),
+        (["demo", "there", "and-there"], "unexpected extra argument"),
+    ],
+)
+def test_wrong_usage_is_status_2_and_says_so_on_stderr(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("Usage: mergekit-metagpt ")
+    assert said.err.splitlines()[-1].startswith("Error: ")
+    assert complaint in said.err
+
+
+def test_group_without_a_command_shows_its_help(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = help_of(capsys)
+    assert run() == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == text
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, FileExistsError])
+def test_demo_chats_on_stderr_and_answers_errors_in_one_line(
+    error: type[Exception],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import mergekit_metagpt.demo
+
+    def fail(folder: Path, say: Callable[[str], Any]) -> None:
+        say("training the base")
+        raise error(f"{folder} is\n   not to my taste")
+
+    monkeypatch.setattr(mergekit_metagpt.demo, "run", fail)
+    folder = tmp_path / "demo"
+    assert run("demo", str(folder)) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == f"training the base\nError: {folder} is not to my taste\n"
+
+
+# --- fresh processes ------------------------------------------------------------------
+
+IMPORTED = f"""
+import contextlib, io, sys
+from mergekit_metagpt.cli import main
+
+with contextlib.redirect_stdout(io.StringIO()) as said:
+    try:
+        main(ARGUMENTS, prog_name="mergekit-metagpt")
+    except SystemExit as ended:
+        assert ended.code == 0, ended.code
+assert said.getvalue().startswith(("Usage: ", "mergekit-metagpt, version"))
+answer(sorted(set(sys.modules) & set({HEAVY!r})))
+"""
+
+
+def imported_by(*arguments: str) -> list[str]:
+    """Which heavy packages a fresh process has imported after printing help."""
+    found = ask_python(IMPORTED.replace("ARGUMENTS", json.dumps(arguments)))
+    assert isinstance(found, list)
+    return found
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["demo", "--help"]], ids=" ".join
+)
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    assert imported_by(*arguments) == []
+
+
+def test_the_check_of_imports_can_fail() -> None:
+    # The options are mergekit's: its help cannot do without.
+    assert {"torch", "transformers", "mergekit"} <= set(imported_by("merge", "--help"))
+
+
+def test_console_script() -> None:
+    done = run_process([script("mergekit-metagpt"), "--version"])
+    assert_succeeded(done)
+    assert done.stdout == f"mergekit-metagpt, version {mergekit_metagpt.__version__}\n"
+    assert done.stderr == ""
+
+    done = run_process([script("mergekit-metagpt"), "frobnicate"])
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.endswith("Error: No such command 'frobnicate'.\n")
+
+
+# --- documentation --------------------------------------------------------------------
+
+
+def documentation() -> str:
+    """README.md and, where it exists, docs/cli.md."""
+    pages = [ROOT / "README.md", ROOT / "docs" / "cli.md"]
+    return "\n".join(page.read_text() for page in pages if page.exists())
+
+
+@each_command
+def test_every_command_is_documented(name: str) -> None:
+    assert re.search(rf"`?mergekit-metagpt {name}\b", documentation())
+
+
+def test_every_documented_command_exists() -> None:
+    named = set(re.findall(r"`mergekit-metagpt ([a-z]+)", documentation()))
+    assert named and named <= set(COMMANDS), named - set(COMMANDS)
+
+
+def test_every_documented_option_of_merge_exists(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = help_of(capsys, "merge")
+    lines = re.findall(r"mergekit-(?:metagpt merge|yaml) [^`\n]*", documentation())
+    assert lines
+    for line in lines:
+        for option in re.findall(r"(?<!\S)--[a-z-]+", line):
+            assert option in text, (option, line)
