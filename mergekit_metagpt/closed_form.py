@@ -120,4 +120,6 @@ def cosines(gram: torch.Tensor) -> torch.Tensor:
             f"a Gram matrix is square, got shape {tuple(gram.shape)}; expected (K, K)"
         )
     norms = gram.diagonal().sqrt()
-    return (gram / norms[:, None] / norms[None, :]).clamp(-1.0, 1.0)
+    found = (gram / norms[:, None] / norms[None, :]).clamp(-1.0, 1.0)
+    found.diagonal()[norms > 0] = 1.0
+    return found

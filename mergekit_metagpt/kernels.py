@@ -11,6 +11,7 @@ import torch
 # the scratch buffers stay in a CPU's cache; on other devices a step costs a launch.
 CHUNK = 1 << 18
 DEVICE_CHUNK = 1 << 25
+ROW = 1 << 10
 
 _MANTISSA_BITS = {
     torch.float64: 52,
@@ -87,6 +88,14 @@ def _task_vectors(
             yield k, step
 
 
+def _sum_of_squares(values: torch.Tensor) -> torch.Tensor:
+    """Sum in rows of fixed length: the same bits for any number of torch's threads."""
+    whole = values.numel() // ROW * ROW
+    rows, rest = values[:whole].view(-1, ROW), values[whole:]
+    norm = torch.linalg.vector_norm
+    return norm(rows, dim=1).square().sum() + norm(rest).square()
+
+
 def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
     """Squared norm of every model's task vector on one tensor.
 
@@ -114,7 +123,7 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.stack([tau.square().sum() for tau in taus]).cpu()
     sums = [torch.zeros((), dtype=torch.float64, device=base.device) for _ in tuned]
     for k, tau in _task_vectors(base, tuned):
-        sums[k] += torch.dot(tau, tau)
+        sums[k] += _sum_of_squares(tau)
     return torch.stack(sums).cpu()
 
 
@@ -143,7 +152,7 @@ def accumulate_gram(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.
     sums = [gram.new_zeros(()) for _ in tuned]
     buffer = gram.new_empty(count, _chunk_size(base))
     for k, tau in _task_vectors(base, tuned):
-        sums[k] += torch.dot(tau, tau)
+        sums[k] += _sum_of_squares(tau)
         rows = buffer[:, : tau.numel()]
         rows[k].copy_(tau)
         if k == count - 1:
@@ -167,7 +176,8 @@ def scaled_sum(
 
     in float32 for 16- and 32-bit inputs and in float64 for float64, rounded once.
     For every element |theta - exact| <= 0.5 ulp + (K + 3) 2^-24 (|base| + sum_k
-    lambda_k |tau_k|). An element that no model changed keeps its bits. Keeps autograd
+    lambda_k |tau_k|), and K 2^-150 more where float32 products underflow. An element
+    that no model changed keeps its bits. Keeps autograd
     where an input (or `lambdas`) requires a gradient.
 
     Args:
@@ -185,7 +195,10 @@ def scaled_sum(
     """
     dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
     if needs_grad([base, *tuned, lambdas]):
-        return _summed(base, tuned, list(lambdas), dtype)
+        merged = _summed(base, tuned, list(lambdas), dtype)
+        if not bool(torch.isfinite(merged.detach().sum())):
+            merged = _summed(base, tuned, list(lambdas), torch.float64)
+        return merged
     merged = torch.empty_like(base, memory_format=torch.contiguous_format)
     flat_merged, flat_base = merged.view(-1), base.detach().reshape(-1)
     flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]

@@ -91,14 +91,18 @@ class MetaGPTMerge(GroupMergeMethod):
                 "sources (or to the models): task vectors are measured against it"
             )
         super().validate_inputs(input_ids, base_id, group_name=group_name)
-        if not sources.are_references(input_ids):
+        if not self.from_files or not sources.are_references(input_ids):
             return
         if group_name is not None and not _SLICE.fullmatch(group_name):
             self.watch.saw_tensor(base_id)
             return
-        if self.watch.saw_slice(input_ids, base_id):
+        if self.watch.saw_slice(group_name, input_ids, base_id):
             self.announcer.new_merge(base_id)
-        sources.check_headers(input_ids, base_id)
+        sources.forget_failures()
+        # Without a name this is mergekit-pytorch, which has nothing open yet, or a
+        # merge in memory, where files do not matter.
+        if group_name is not None:
+            sources.check_headers(input_ids, base_id)
 
     def _execute(
         self,

@@ -21,11 +21,19 @@ class PlanWatch:
         self._plan = threading.local()
         self._largest_weight: dict[Hashable, float] = {}
 
-    def saw_slice(self, models: Sequence[Hashable], base: Hashable) -> bool:
-        """Note a slice; return whether it is the first with this base in its plan."""
+    def saw_slice(
+        self, name: str | None, models: Sequence[Hashable], base: Hashable
+    ) -> bool:
+        """Note a slice; return whether it is the first with this base in its plan.
+
+        A name seen before, or none, starts a plan: the last one may have failed.
+        """
         plan = self._plan.__dict__
-        if not plan.get("reading_slices"):
+        slices = plan.setdefault("slices", set())
+        if not plan.get("reading_slices") or name in slices or None in slices:
+            slices.clear()
             plan.update(reading_slices=True, bases=set(), models=False, largest=0.0)
+        slices.add(name)
         plan["models"] |= any(model != base for model in models)
         first = base not in plan["bases"]
         plan["bases"].add(base)

@@ -51,6 +51,13 @@ def are_references(ids: Sequence[Hashable]) -> bool:
     )
 
 
+def forget_failures() -> None:
+    """Let a new merge try again what failed in an earlier one."""
+    from mergekit_metagpt import scanning
+
+    scanning.forget_failures()
+
+
 def check_headers(ids: Sequence[Hashable], base: Hashable) -> None:
     """Check by their headers that the open models among the inputs fit the base.
 
@@ -62,9 +69,8 @@ def check_headers(ids: Sequence[Hashable], base: Hashable) -> None:
         ValueError: a model is quantised or does not fit the base.
         OSError: a file is missing, truncated, or changed since it was opened.
     """
-    from mergekit_metagpt import alignment, checkpoints, scanning
+    from mergekit_metagpt import alignment, checkpoints
 
-    scanning.forget_failures()
     opened = {model: checkpoints.already_open(model) for model in ids}
     reference = opened.pop(base)
     if reference is None:
@@ -127,11 +133,18 @@ def of_call(
     places: dict[tuple[Hashable, ...], int] = {}
     counted_as: dict[tuple[int, Hashable], int] = {}
     norms: dict[tuple[int, Hashable], torch.Tensor] = {}
-    for at, group in enumerate(groups):
+    names = [group.metadata.name or "" for group in groups]
+    # A shared weight goes by one of its names, whatever the order of the groups: a
+    # tied head by its embedding's.
+    for at in sorted(
+        range(len(groups)), key=lambda at: ("head" in names[at], names[at])
+    ):
+        group = groups[at]
         for entry, value in zip(group.non_base, own[at], strict=True):
-            place = entry.id, _place(base_of(group).tensor), _place(entry.tensor)
-            counted_as[at, entry.id] = places.setdefault(place, at)
-            norms[at, entry.id] = value
+            pair = base_of(group).id, entry.id
+            place = pair, _place(base_of(group).tensor), _place(entry.tensor)
+            counted_as[at, pair] = places.setdefault(place, at)
+            norms[at, pair] = value
 
     def key(at: int, granularity: str) -> Hashable:
         name = groups[at].metadata.name
@@ -148,12 +161,12 @@ def of_call(
 
     @functools.cache
     def pooled(
-        pool: Hashable, granularity: str, exclude: tuple[str, ...], model: Hashable
+        pool: Hashable, granularity: str, exclude: tuple[str, ...], pair: Hashable
     ) -> torch.Tensor | None:
         chosen = [
-            norms[at, model]
+            norms[at, pair]
             for at in members(granularity)[pool]
-            if counted_as.get((at, model)) == at
+            if counted_as.get((at, pair)) == at
             and not is_excluded(groups[at].metadata.name or "", exclude)
         ]
         # Sorted, so that the order of the groups does not show in the last bits.
@@ -163,10 +176,10 @@ def of_call(
     for at, (group, chosen) in enumerate(zip(groups, settings, strict=True)):
         values = [
             pooled(
-                key(counted_as[at, entry.id], chosen.granularity),
+                key(counted_as[at, (base_of(group).id, entry.id)], chosen.granularity),
                 chosen.granularity,
                 chosen.exclude,
-                entry.id,
+                (base_of(group).id, entry.id),
             )
             for entry in group.non_base
         ]

@@ -5,7 +5,8 @@
 Every round starts one process for each statement and switch, in turn, so that what else
 the machine does falls on all of them. On a busy machine the differences between whole
 imports of a second or more drown in its noise; the last table does not subtract: it
-times, inside one import, just the calls that autoload adds.
+times, inside one import, just the calls that autoload adds. Bytecode is cached (in a
+folder of the benchmark's own), as it is wherever pip has installed a package.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 
@@ -82,12 +84,13 @@ PART_NAMES = (
 Times = list[float]
 
 
-def measure(code: str, switches: Mapping[str, str]) -> Times:
+def measure(code: str, switches: Mapping[str, str], bytecode: str) -> Times:
     """Milliseconds that a fresh process reports: wall clock, CPU, wall clock, ..."""
-    clean = {key: value for key, value in os.environ.items() if key not in SWITCHES}
+    dropped = (*SWITCHES, "PYTHONDONTWRITEBYTECODE")
+    clean = {key: value for key, value in os.environ.items() if key not in dropped}
     done = subprocess.run(
         [sys.executable, "-c", CLOCK + code],
-        env={**clean, **switches},
+        env={**clean, **switches, "PYTHONPYCACHEPREFIX": bytecode},
         cwd=sys.prefix,
         stdout=subprocess.PIPE,
         text=True,
@@ -108,15 +111,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def measure_all(pairs: int) -> Iterator[tuple[tuple[str, str], Times]]:
+def measure_all(pairs: int, bytecode: str) -> Iterator[tuple[tuple[str, str], Times]]:
     """Yield what is measured and its times, `pairs` times over, alternating."""
-    for number in range(-1, pairs):  # the first round warms the page cache
+    for number in range(-1, pairs):  # the first round fills the caches
         for statement in STATEMENTS:
             for label, switches in CONDITIONS.items():
-                times = measure(WHOLE.format(statement=statement), switches)
+                times = measure(WHOLE.format(statement=statement), switches, bytecode)
                 if number >= 0:
                     yield (statement, label), times
-        parts = measure(PARTS, {SWITCHES[1]: "0"})
+        parts = measure(PARTS, {SWITCHES[1]: "0"}, bytecode)
         if number >= 0:
             for at, name in enumerate(PART_NAMES):
                 yield ("parts", name), parts[2 * at : 2 * at + 2]
@@ -126,14 +129,15 @@ def measure_all(pairs: int) -> Iterator[tuple[tuple[str, str], Times]]:
 def main(pairs: int) -> None:
     """Measure and print the tables."""
     found: dict[tuple[str, str], list[Times]] = {}
-    for key, times in measure_all(pairs):
-        found.setdefault(key, []).append(times)
+    with tempfile.TemporaryDirectory() as bytecode:
+        for key, times in measure_all(pairs, bytecode):
+            found.setdefault(key, []).append(times)
 
     print(
         f"{platform.platform()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, "
         f"Python {platform.python_version()}, torch {version('torch')}, mergekit "
-        f"{version('mergekit')}; {pairs} pairs, page cache warm. Milliseconds: median "
-        "(quartiles; least).\n"
+        f"{version('mergekit')}; {pairs} pairs, bytecode and page cache warm. "
+        "Milliseconds: median (quartiles; least).\n"
     )
     whole, differences = [], []
     for statement in STATEMENTS:

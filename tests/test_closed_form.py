@@ -1,0 +1,471 @@
+"""K numbers in, coefficients out: against the formula, at extremes, by properties."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, localcontext
+
+import pytest
+import torch
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+import mergekit_metagpt
+from mergekit_metagpt.closed_form import coefficients, contributes, cosines
+from tests.support import assert_same_bits, assert_unchanged, naive_coefficients
+
+F64 = torch.float64
+TINIEST = 5e-324
+HUGEST = 1.7e308
+POWERS = [-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.7]
+
+same_every_run = settings(deadline=None, derandomize=True, max_examples=80)
+
+
+def f64(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=F64)
+
+
+def exact_coefficients(
+    sq_norms: Sequence[float], weight: Sequence[float], power: float, scale: float
+) -> list[float]:
+    """The formula in 50 digits and unlimited exponents; n_t > 0 only."""
+    with localcontext(Context(prec=50, Emax=MAX_EMAX, Emin=MIN_EMIN)):
+        logs = [Decimal(n).ln() * Decimal(power) / 2 for n in sq_norms]
+        terms = [
+            Decimal(w) * (log - max(logs)).exp()
+            for w, log in zip(weight, logs, strict=True)
+        ]
+        return [float(Decimal(scale) * term / sum(terms)) for term in terms]
+
+
+def assert_coefficients(found: torch.Tensor, expected: Sequence[float]) -> None:
+    """Check them to 1e-10 of their size (or 1e-300, where doubles end)."""
+    assert found.dtype == F64
+    assert found.shape == (len(expected),)
+    torch.testing.assert_close(found, f64(*expected), rtol=1e-10, atol=1e-300)
+
+
+# --- the formula ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 12])
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize("scale", [1.0, 0.3, 2.5])
+def test_coefficients_follow_the_formula(
+    count: int, power: float, scale: float
+) -> None:
+    generator = torch.Generator().manual_seed(count)
+    sq_norms = 10 ** (4 * torch.rand(count, generator=generator, dtype=F64) - 2)
+    weight = torch.rand(count, generator=generator, dtype=F64) + 0.1
+    found = coefficients(sq_norms, weight, power, scale)
+    expected = naive_coefficients(sq_norms, weight.tolist(), power, scale)
+    torch.testing.assert_close(found, expected.to(F64), rtol=1e-6, atol=0)
+    assert_coefficients(
+        found, exact_coefficients(sq_norms.tolist(), weight.tolist(), power, scale)
+    )
+
+
+def test_the_defaults_are_the_papers_shares_of_the_squared_norms() -> None:
+    assert coefficients(f64(1, 3)).tolist() == [0.25, 0.75]
+    sq_norms = f64(0.2, 5.0, 17.0, 1e-3)
+    assert_coefficients(coefficients(sq_norms), (sq_norms / sq_norms.sum()).tolist())
+
+
+def test_the_package_exports_this_function() -> None:
+    assert mergekit_metagpt.coefficients is coefficients
+
+
+def test_weight_multiplies_and_scale_multiplies_all() -> None:
+    sq_norms, weight = f64(1, 3), f64(3, 1)
+    assert_coefficients(coefficients(sq_norms, weight), [0.5, 0.5])
+    assert_coefficients(coefficients(sq_norms, weight, scale=-2.0), [-1.0, -1.0])
+    assert coefficients(sq_norms, scale=0.0).tolist() == [0.0, 0.0]
+
+
+def test_power_one_weighs_norms_and_power_minus_one_their_inverses() -> None:
+    sq_norms = f64(1, 9)
+    assert_coefficients(coefficients(sq_norms, power=1.0), [0.25, 0.75])
+    assert_coefficients(coefficients(sq_norms, power=-1.0), [0.75, 0.25])
+    assert_coefficients(coefficients(sq_norms, power=-2.0), [0.9, 0.1])
+
+
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_equal_norms_share_equally(count: int, power: float) -> None:
+    found = coefficients(torch.full((count,), 0.7, dtype=F64), power=power)
+    assert found.tolist() == [1 / count] * count
+
+
+# --- promises about types, inputs, places --------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64]
+)
+def test_any_number_type_gives_float64(dtype: torch.dtype) -> None:
+    found = coefficients(torch.tensor([1, 3], dtype=dtype), torch.tensor([1, 1]))
+    assert_coefficients(found, [0.25, 0.75])
+
+
+def test_strided_inputs_are_read_and_left_alone() -> None:
+    sq_norms, weight = f64(1, 100, 3, 100)[::2], f64(1).expand(2)
+    with assert_unchanged([sq_norms, weight]):
+        found = coefficients(sq_norms, weight, 1.0)
+    assert_same_bits(found, coefficients(f64(1, 3), f64(1, 1), 1.0))
+
+
+def test_the_result_has_its_own_memory_even_for_one_model() -> None:
+    for power in (0.0, 2.0):
+        sq_norms, weight = f64(1), f64(1)
+        with assert_unchanged([sq_norms, weight]):
+            coefficients(sq_norms, weight, power).zero_()
+
+
+def test_ambient_default_device_and_dtype_do_not_matter() -> None:
+    sq_norms, gram = f64(1, 3), torch.eye(2, dtype=F64)
+    expected = coefficients(sq_norms, power=1.0)
+    with torch.device("meta"):
+        found, angles = coefficients(sq_norms, power=1.0), cosines(gram)
+        marks = contributes(sq_norms, sq_norms, 2.0)
+    assert found.device.type == angles.device.type == marks.device.type == "cpu"
+    assert_same_bits(found, expected)
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert_same_bits(coefficients(sq_norms, power=1.0), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+# --- zero norms and zero weights -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("power", "expected"),
+    [
+        (2.0, [0.0, 0.25, 0.75]),
+        (1e-9, [0.0, 0.5, 0.5]),
+        (0.0, [1 / 3, 1 / 3, 1 / 3]),
+        (-1e-9, [0.0, 0.5, 0.5]),
+        (-2.0, [0.0, 0.75, 0.25]),
+    ],
+)
+def test_a_model_that_equals_the_base(power: float, expected: list[float]) -> None:
+    found = coefficients(f64(0, 1, 3), power=power)
+    torch.testing.assert_close(found, f64(*expected), rtol=1e-8, atol=0)
+    assert contributes(f64(0, 1, 3), f64(1, 1, 1), power).tolist() == [
+        power == 0,
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("power", POWERS)
+def test_a_weight_of_zero_takes_a_model_out(power: float) -> None:
+    found = coefficients(f64(2, 1, 3), f64(0, 1, 1), power)
+    rest = coefficients(f64(1, 3), power=power)
+    assert found[0] == 0
+    assert_same_bits(found[1:].clone(), rest)
+    assert contributes(f64(2, 1, 3), f64(0, 1, 1), power).tolist() == [
+        False,
+        True,
+        True,
+    ]
+
+
+def test_a_lone_model_has_the_whole_scale_whatever_its_norm() -> None:
+    for n in (TINIEST, 1.0, HUGEST):
+        for power in (-7.0, 0.0, 2.0):
+            assert coefficients(f64(n), power=power, scale=0.3).tolist() == [0.3]
+    assert coefficients(f64(0.0), power=0.0).tolist() == [1.0]
+
+
+# --- errors: the subject, what was got -----------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [-1.0, -TINIEST, math.nan, math.inf, -math.inf])
+def test_bad_entries_are_named(bad: float) -> None:
+    with pytest.raises(ValueError, match=rf"^sq_norms .*>= 0.*{bad}"):
+        coefficients(f64(1, bad))
+    with pytest.raises(ValueError, match=rf"^weight .*>= 0.*{bad}"):
+        coefficients(f64(1, 1), f64(1, bad))
+
+
+@pytest.mark.parametrize(
+    ("sq_norms", "weight", "subject"),
+    [
+        (torch.ones((), dtype=F64), None, "sq_norms"),
+        (torch.ones(2, 2, dtype=F64), None, "sq_norms"),
+        (f64(1, 2), f64(1), "weight"),
+        (f64(1, 2), f64(1, 2, 3), "weight"),
+        (f64(1, 2), torch.ones(2, 1, dtype=F64), "weight"),
+        (f64(1, 2), torch.ones((), dtype=F64), "weight"),
+    ],
+)
+def test_wrong_shapes_are_named(
+    sq_norms: torch.Tensor, weight: torch.Tensor | None, subject: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"^{subject} has shape .*expected"):
+        coefficients(sq_norms, weight)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["power", "scale"])
+def test_power_and_scale_must_be_finite(name: str, bad: float) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} .*finite.*{bad}"):
+        coefficients(f64(1, 2), **{name: bad})
+
+
+@pytest.mark.parametrize(
+    ("sq_norms", "weight", "power"),
+    [
+        (f64(0, 0), f64(1, 1), 2.0),
+        (f64(0, 0), f64(1, 1), -1.0),
+        (f64(1, 1), f64(0, 0), 2.0),
+        (f64(1, 1), f64(0, 0), 0.0),
+        (f64(1, 0), f64(0, 1), 2.0),
+        (f64(), f64(), 2.0),
+    ],
+)
+def test_no_model_to_weight_is_an_error(
+    sq_norms: torch.Tensor, weight: torch.Tensor, power: float
+) -> None:
+    assert not contributes(sq_norms, weight, power).any()
+    with pytest.raises(ValueError, match="no model to weight"):
+        coefficients(sq_norms, weight, power)
+
+
+# --- extremes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "power", [-1e308, -1e4, -100.0, -TINIEST, TINIEST, 100.0, 1e4, 1e308]
+)
+@pytest.mark.parametrize(
+    "sq_norms",
+    [
+        [TINIEST, 1.0, HUGEST],
+        [1.0, 1.0 + 2**-52, 1.0 - 2**-53],
+        [1e-300, 2e-300],
+        [1e300, 2e300, 1e300],
+        [1e-12, 1e12],
+    ],
+)
+def test_no_power_overflows_or_underflows(power: float, sq_norms: list[float]) -> None:
+    found = coefficients(f64(*sq_norms), power=power)
+    assert torch.isfinite(found).all()
+    assert found.sum() == pytest.approx(1, rel=1e-12)
+    ones = [1.0] * len(sq_norms)
+    if abs(power) <= 1e4 and 1.0 + 2**-52 not in sq_norms:
+        assert_coefficients(found, exact_coefficients(sq_norms, ones, power, 1.0))
+    if abs(power) >= 1e4 and 1.0 + 2**-52 not in sq_norms:
+        wanted = max(sq_norms) if power > 0 else min(sq_norms)
+        assert (found > 0.3).tolist() == [n == wanted for n in sq_norms]
+
+
+@pytest.mark.parametrize("power", [-1.0, 0.0, 1.0, 2.0])
+def test_extreme_weights_do_not_overflow_either(power: float) -> None:
+    for weight in ([HUGEST, HUGEST, 1.0], [TINIEST, TINIEST, TINIEST], [1e-300, 1, 1]):
+        found = coefficients(f64(1, 2, 4), f64(*weight), power)
+        assert_coefficients(found, exact_coefficients([1, 2, 4], weight, power, 1.0))
+
+
+def test_weight_and_norm_may_cancel_beyond_the_range_of_doubles() -> None:
+    found = coefficients(f64(1e-200, 1.0), f64(1e200, 1.0), power=2.0)
+    assert_coefficients(found, [0.5, 0.5])
+    found = coefficients(f64(1e-300, 1e300), f64(1e300, 1e-300), power=2.0)
+    assert_coefficients(found, [0.5, 0.5])
+
+
+# --- autograd ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", POWERS)
+def test_gradients_reach_norms_and_weights(power: float) -> None:
+    sq_norms = f64(0.5, 2.0, 3.0).requires_grad_()
+    weight = f64(1.0, 0.5, 2.0).requires_grad_()
+
+    def merge(n: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return coefficients(n, w, power, 1.3)
+
+    assert torch.autograd.gradcheck(merge, (sq_norms, weight))
+
+
+@pytest.mark.parametrize("power", [-40.0, 2.0, 1e308])
+def test_gradients_stay_finite_with_models_left_out(power: float) -> None:
+    sq_norms = f64(0.0, 1e-300, 2.0, 3.0).requires_grad_()
+    weight = f64(1.0, 1.0, 0.0, 2.0).requires_grad_()
+    coefficients(sq_norms, weight, power)[3].backward()
+    for leaf in (sq_norms, weight):
+        assert leaf.grad is not None
+        assert leaf.grad[0] == leaf.grad[2] == 0
+    assert weight.grad is not None
+    assert torch.isfinite(weight.grad).all()
+
+
+def test_no_graph_is_recorded_without_need() -> None:
+    assert not coefficients(f64(1, 3)).requires_grad
+    with torch.no_grad():
+        assert not coefficients(f64(1, 3).requires_grad_()).requires_grad
+
+
+# --- cosines -------------------------------------------------------------------------
+
+
+def random_gram(count: int, length: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    taus = torch.randn(count, length, generator=generator, dtype=F64)
+    return taus @ taus.T
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 12])
+def test_cosines_follow_the_formula(count: int) -> None:
+    gram = random_gram(count, 20, seed=count)
+    with assert_unchanged([gram]):
+        found = cosines(gram)
+    expected = [
+        [
+            float(gram[i, j]) / math.sqrt(float(gram[i, i]) * float(gram[j, j]))
+            for j in range(count)
+        ]
+        for i in range(count)
+    ]
+    assert found.dtype == F64
+    torch.testing.assert_close(
+        found, torch.tensor(expected, dtype=F64), rtol=1e-14, atol=1e-16
+    )
+
+
+def test_the_diagonal_of_cosines_is_one_and_all_lie_within_bounds() -> None:
+    for seed in range(40):
+        found = cosines(random_gram(4, 3, seed))
+        assert found.diagonal().tolist() == [1.0] * 4
+        assert found.abs().max() <= 1
+
+
+def test_parallel_and_opposite_task_vectors() -> None:
+    tau = torch.tensor([[1.0, 2.0], [3.0, 6.0], [-0.1, -0.2]], dtype=F64)
+    expected = torch.tensor([[1, 1, -1], [1, 1, -1], [-1, -1, 1]], dtype=F64)
+    torch.testing.assert_close(cosines(tau @ tau.T), expected, rtol=1e-14, atol=0)
+
+
+def test_a_zero_task_vector_has_no_angle() -> None:
+    tau = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]], dtype=F64)
+    found = cosines(tau @ tau.T)
+    assert torch.isnan(found).tolist() == [
+        [False, True, False],
+        [True, True, True],
+        [False, True, False],
+    ]
+    assert found[0, 2] == pytest.approx(math.sqrt(0.5))
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-160, 1e160, 1e300])
+def test_cosines_of_extreme_norms(size: float) -> None:
+    gram = torch.tensor([[2.0, -1.0], [-1.0, 2.0]], dtype=F64) * size
+    torch.testing.assert_close(
+        cosines(gram),
+        torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=F64),
+        rtol=1e-14,
+        atol=0,
+    )
+    apart = torch.tensor([[1 / size, 0.5], [0.5, size]], dtype=F64)
+    assert cosines(apart)[0, 1] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 2, 2)])
+def test_only_square_matrices_have_cosines(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"square.*got shape.*expected"):
+        cosines(torch.ones(shape, dtype=F64))
+
+
+def test_cosines_of_no_models() -> None:
+    assert cosines(torch.zeros(0, 0, dtype=F64)).shape == (0, 0)
+
+
+# --- properties ----------------------------------------------------------------------
+
+positive = st.floats(1e-300, 1e300)
+norms = st.lists(st.one_of(st.just(0.0), positive), min_size=1, max_size=6)
+powers = st.floats(-50, 50)
+
+
+@given(norms, powers, st.randoms(use_true_random=False))
+@same_every_run
+def test_permuting_models_permutes_coefficients(
+    values: list[float], power: float, random: object
+) -> None:
+    assume(any(values))
+    order = list(range(len(values)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    weight = [1.0 + at for at in order]
+    found = coefficients(f64(*values), f64(*sorted(weight)), power)
+    moved = coefficients(f64(*[values[at] for at in order]), f64(*weight), power)
+    torch.testing.assert_close(moved, found[order], rtol=1e-12, atol=1e-300)
+
+
+@given(norms, powers, st.integers(-200, 200))
+@same_every_run
+def test_only_ratios_of_norms_and_of_weights_matter(
+    values: list[float], power: float, exponent: int
+) -> None:
+    kept = [min(max(v, 1e-200), 1e200) if v else 0.0 for v in values]
+    assume(any(kept))
+    factor = 2.0**exponent
+    found = coefficients(f64(*kept), power=power)
+    scaled = coefficients(f64(*kept) * factor, power=power)
+    torch.testing.assert_close(scaled, found, rtol=1e-9, atol=1e-300)
+    weighted = coefficients(
+        f64(*kept), torch.full((len(kept),), factor, dtype=F64), power
+    )
+    torch.testing.assert_close(weighted, found, rtol=1e-9, atol=1e-300)
+
+
+@given(norms, powers, st.floats(-1e6, 1e6))
+@example([TINIEST, HUGEST], 2.0, 1.0)
+@example([0.0, TINIEST], -1e308, -3.0)
+@same_every_run
+def test_coefficients_sum_to_scale(
+    values: list[float], power: float, scale: float
+) -> None:
+    assume(any(values))
+    found = coefficients(f64(*values), power=power, scale=scale)
+    assert found.sum().item() == pytest.approx(scale, rel=1e-12, abs=1e-12)
+    assert ((found * math.copysign(1, scale)) >= 0).all()
+
+
+@given(st.lists(positive, min_size=2, max_size=6), powers)
+@same_every_run
+def test_larger_norms_get_more_for_positive_powers_and_less_for_negative(
+    values: list[float], power: float
+) -> None:
+    found = coefficients(f64(*sorted(values)), power=power)
+    steps = found.diff() * math.copysign(1, power)
+    assert (steps >= 0).all()
+
+
+@given(
+    st.lists(positive.map(lambda n: min(max(n, 1e-100), 1e100)), min_size=1, max_size=6)
+)
+@same_every_run
+def test_squared_coefficients_are_coefficients_of_twice_the_power(
+    values: list[float],
+) -> None:
+    half = coefficients(f64(*values), power=1.0)
+    whole = coefficients(f64(*values), power=2.0)
+    squared = half.square() / half.square().sum()
+    torch.testing.assert_close(whole, squared, rtol=1e-10, atol=1e-290)
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 10**6))
+@same_every_run
+def test_cosines_are_symmetric_and_ignore_lengths(
+    count: int, length: int, seed: int
+) -> None:
+    gram = random_gram(count, length, seed)
+    found = cosines(gram)
+    torch.testing.assert_close(found, found.T, rtol=0, atol=1e-15)
+    stretch = 10.0 ** torch.arange(count, dtype=F64)
+    longer = cosines(gram * stretch[:, None] * stretch[None, :])
+    torch.testing.assert_close(longer, found, rtol=0, atol=1e-12)

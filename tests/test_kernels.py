@@ -1,0 +1,725 @@
+"""The loops over elements against naive float64, on every kind of tensor there is."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import pytest
+import torch
+
+from mergekit_metagpt.kernels import (
+    CHUNK,
+    accumulate_gram,
+    coarser_dtype,
+    scaled_sum,
+    sq_norms,
+)
+from tests.support import (
+    ORDER,
+    assert_same_bits,
+    assert_unchanged,
+    assert_within_bound,
+    bits,
+    coarser,
+    naive_sq_norm,
+)
+
+F64, F32, F16, BF16 = ORDER
+COUNTS = [1, 2, 3, 12]
+MOST = max(COUNTS)
+SQ_NORM_RTOL = 1e-12
+# Dtypes in which each of the K products may lose half of the smallest number there is
+# by underflow: their sums are formed in a dtype that reaches no further down.
+UNDERFLOWS = {F64, F32}
+
+
+# --- the menagerie -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A base and its fine-tunes, `MOST` at most, of one dtype and shape."""
+
+    base: torch.Tensor
+    tuned: tuple[torch.Tensor, ...]
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of models to merge."""
+        return [count for count in COUNTS if count <= len(self.tuned)]
+
+
+Maker = Callable[[torch.device], Specimen]
+
+
+def noise(shape: Sequence[int], seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def usual(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    size: float = 1.0,
+    step: float = 1e-2,
+    count: int = MOST,
+) -> Specimen:
+    """Random weights with steps of increasing length; the third equals the base."""
+    base = size * noise(shape, 0)
+    taus = [size * step * (k + 1) * noise(shape, k + 1) for k in range(count)]
+    taus[2] = torch.zeros_like(base)
+    return Specimen(
+        base.to(device, dtype), tuple((base + tau).to(device, dtype) for tau in taus)
+    )
+
+
+def relaid(
+    layout: Callable[[torch.Tensor], torch.Tensor],
+    shape: Sequence[int],
+    device: torch.device,
+) -> Specimen:
+    """Views that are not contiguous; the base and every other fine-tune."""
+    base, tuned = unpacked(usual(shape, F32, device))
+    views = tuple(
+        layout(tensor) if k % 2 else layout(tensor).contiguous()
+        for k, tensor in enumerate(tuned)
+    )
+    return Specimen(layout(base), views)
+
+
+def constants(dtype: torch.dtype, device: torch.device) -> Specimen:
+    """Every element of a tensor is the same number."""
+    values = [1 + torch.finfo(dtype).eps * 2**k for k in range(MOST)]
+    return Specimen(
+        torch.ones(777, dtype=dtype, device=device),
+        tuple(torch.full((777,), v, dtype=dtype, device=device) for v in values),
+    )
+
+
+def subnormal(dtype: torch.dtype, device: torch.device) -> Specimen:
+    """Numbers below the smallest normal one, down to the smallest there is."""
+    smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    base = torch.tensor([0, 1, -1, 3, 60, -60, 7, 0], dtype=F64)
+    steps = torch.tensor([1, 1, -1, 2, 0, 5, -7, 0], dtype=F64)
+    return Specimen(
+        (smallest * base).to(device, dtype),
+        tuple(
+            (smallest * (base + steps * (k % 4))).to(device, dtype) for k in range(MOST)
+        ),
+    )
+
+
+def enormous(dtype: torch.dtype, device: torch.device) -> Specimen:
+    """Differences beyond the dtype (and float32), with merges that are finite."""
+    largest = torch.finfo(dtype).max
+    if dtype == F64:
+        # Even the differences stay finite here: nothing is wider than float64.
+        largest /= 4
+    base = largest * torch.tensor([-1, -0.9, 1, 0.5, 1e-3, 0], dtype=F64)
+    tuned = [
+        largest * torch.tensor(row, dtype=F64)
+        for row in ([1, 0.9, -1, 0.5, -1, 1], [-1, -0.8, 1, 0.7, 1, 0], [1] * 6)
+    ]
+    return Specimen(
+        base.to(device, dtype),
+        tuple(tuned[k % 3].to(device, dtype) for k in range(MOST)),
+    )
+
+
+def signed_zeros(device: torch.device) -> Specimen:
+    base = torch.tensor([-0.0, 0.0, -0.0, 0.0, 1.0], device=device)
+    tuned = torch.tensor([-0.0, 0.0, 0.0, -0.0, 1.0], device=device)
+    return Specimen(base, tuple(base if k % 2 else tuned for k in range(MOST)))
+
+
+def uneven(device: torch.device) -> Specimen:
+    """Magnitudes from 1e-20 to 1e20 side by side, steps far below and far above."""
+    base = 10 ** torch.linspace(-20, 20, 500, dtype=F64) * noise((500,), 5).sign()
+    steps = [1e-7, 1.0, 1e7, 0.0]
+    return Specimen(
+        base.to(device, F32),
+        tuple(
+            (base * (1 + steps[k % 4] * noise((500,), k))).to(device, F32)
+            for k in range(MOST)
+        ),
+    )
+
+
+MENAGERIE: dict[str, Maker] = {
+    "ordinary": functools.partial(usual, (30, 40), F32),
+    "scalar": functools.partial(usual, (), F32),
+    "one element": functools.partial(usual, (1,), BF16),
+    "empty": functools.partial(usual, (0,), F32),
+    "empty matrix": functools.partial(usual, (3, 0), BF16),
+    "four axes": functools.partial(usual, (2, 3, 4, 5), F16),
+    "far from zero": functools.partial(usual, (1000,), F32, size=1e6, step=1e-6),
+    "transposed": functools.partial(relaid, torch.t, (20, 31)),
+    "every other column": functools.partial(relaid, lambda t: t[:, ::2], (20, 31)),
+    "expanded": functools.partial(relaid, lambda t: t.expand(50, 31), (1, 31)),
+    "expanded scalar": functools.partial(relaid, lambda t: t.expand(4, 5), ()),
+    "channels last": functools.partial(
+        relaid, lambda t: t.permute(0, 3, 1, 2), (2, 3, 4, 5)
+    ),
+    "a slice at an offset": functools.partial(relaid, lambda t: t[7:19, 3:], (20, 31)),
+    "signed zeros": signed_zeros,
+    "uneven": uneven,
+    **{
+        name: functools.partial(usual, shape, dtype, count=3)
+        for name, shape, dtype in [
+            ("one less than a chunk", (CHUNK - 1,), F32),
+            ("a whole chunk", (CHUNK,), BF16),
+            ("one more than a chunk", (CHUNK + 1,), F16),
+            ("two chunks and a bit", (2, CHUNK + 3), F32),
+        ]
+    },
+    **{
+        f"{name}, {dtype}": functools.partial(maker, dtype)
+        for name, maker in {
+            "random": functools.partial(usual, (37, 11)),
+            "constant": constants,
+            "subnormal": subnormal,
+            "enormous": enormous,
+        }.items()
+        for dtype in ORDER
+    },
+}
+LARGE = [name for name in MENAGERIE if "chunk" in name]
+SMALL = [
+    name for name in MENAGERIE if name.startswith(("subnormal", "enormous", "signed"))
+]
+
+
+@functools.cache
+def caught(name: str, device: torch.device) -> Specimen:
+    return MENAGERIE[name](device)
+
+
+@pytest.fixture(params=list(MENAGERIE))
+def specimen(request: pytest.FixtureRequest, device: torch.device) -> Specimen:
+    return caught(request.param, device)
+
+
+def unpacked(specimen: Specimen) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    return specimen.base, specimen.tuned
+
+
+def is_subnormal(base: torch.Tensor) -> bool:
+    largest = float(base.abs().max()) if base.numel() else 0.0
+    return 0 < largest < torch.finfo(base.dtype).tiny
+
+
+def shares(count: int, *, seed: int = 0) -> torch.Tensor:
+    """Coefficients that sum to 1."""
+    raw = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    return (raw + 0.05) / (raw + 0.05).sum()
+
+
+def naive_taus(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The task vectors as rows, each at the coarser of its two precisions."""
+    rows = [
+        (t.to(coarser(base.dtype, t.dtype)).double()).flatten()
+        - (base.to(coarser(base.dtype, t.dtype)).double()).flatten()
+        for t in tuned
+    ]
+    return torch.stack(rows).cpu()
+
+
+def assert_sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> None:
+    """Compare with the one-liner in float64; an overflow of float64 is one too."""
+    found = sq_norms(base, tuned)
+    expected = torch.tensor([naive_sq_norm(base, t) for t in tuned], dtype=F64)
+    assert found.dtype == F64
+    assert found.device.type == "cpu"
+    torch.testing.assert_close(found, expected, rtol=SQ_NORM_RTOL, atol=0)
+
+
+def assert_within_bound_exactly(
+    merged: torch.Tensor,
+    base: torch.Tensor,
+    tuned: Sequence[torch.Tensor],
+    lambdas: torch.Tensor,
+) -> None:
+    """The bound of `scaled_sum` in rational numbers, for a few elements."""
+    info = torch.finfo(merged.dtype)
+    smallest = Fraction(info.tiny) * Fraction(info.eps)
+    factors = [Fraction(factor) for factor in lambdas.tolist()]
+    columns = [t.flatten().tolist() for t in (merged, base, *tuned)]
+    for at, (got, start, *ends) in enumerate(zip(*columns, strict=True)):
+        steps = [
+            factor * (Fraction(end) - Fraction(start))
+            for factor, end in zip(factors, ends, strict=True)
+        ]
+        exact = Fraction(start) + sum(steps)
+        size = abs(Fraction(start)) + sum(map(abs, steps))
+        _, exponent = math.frexp(exact)
+        ulp = max(Fraction(2) ** (exponent - 1) * Fraction(info.eps), smallest)
+        bound = ulp / 2 + (len(tuned) + 3) * Fraction(1, 2**24) * size
+        if merged.dtype in UNDERFLOWS:
+            bound += len(tuned) * smallest / 2
+        assert math.isfinite(got), f"element {at} is {got}, exactly {float(exact):g}"
+        error = abs(Fraction(got) - exact)
+        assert error <= bound, (
+            f"element {at} is {got:g}, exactly {float(exact):g}: off by "
+            f"{float(error / ulp):g} ulp"
+        )
+
+
+# --- coarser_dtype -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ORDER)
+@pytest.mark.parametrize("second", ORDER)
+def test_the_coarser_dtype_is_the_one_of_fewer_mantissa_bits(
+    first: torch.dtype, second: torch.dtype
+) -> None:
+    found = coarser_dtype(first, second)
+    assert found == coarser_dtype(second, first) == coarser(first, second)
+    assert torch.finfo(found).eps == max(
+        torch.finfo(first).eps, torch.finfo(second).eps
+    )
+
+
+# --- squared norms and Gram matrices -------------------------------------------------
+
+
+def test_sq_norms_equal_the_naive_sum(specimen: Specimen) -> None:
+    base, tuned = unpacked(specimen)
+    for count in specimen.counts:
+        assert_sq_norms(base, tuned[:count])
+
+
+def test_gram_equals_the_naive_product(specimen: Specimen) -> None:
+    base, tuned = unpacked(specimen)
+    taus = naive_taus(base, tuned)
+    for count in specimen.counts:
+        found = accumulate_gram(base, tuned[:count])
+        expected = taus[:count] @ taus[:count].T
+        assert found.dtype == F64
+        assert found.device.type == "cpu"
+        norms = taus[:count].norm(dim=1)
+        torch.testing.assert_close(
+            found.diagonal(), expected.diagonal(), rtol=SQ_NORM_RTOL, atol=0
+        )
+        if torch.isfinite(expected).all():
+            error = (found - expected).abs()
+            assert (error <= SQ_NORM_RTOL * norms[:, None] * norms[None, :]).all()
+        assert_same_bits(found, found.T.contiguous())
+        assert_same_bits(found.diagonal(), sq_norms(base, tuned[:count]))
+
+
+def test_a_model_that_equals_the_base_has_norm_exactly_zero(
+    specimen: Specimen,
+) -> None:
+    base, tuned = unpacked(specimen)
+    assert sq_norms(base, [base, base.clone()]).tolist() == [0.0, 0.0]
+    gram = accumulate_gram(base, [tuned[0], base.clone()])
+    assert gram[1].tolist() == [0.0, 0.0]
+
+
+def test_each_norm_is_independent_of_the_other_models(specimen: Specimen) -> None:
+    base, tuned = unpacked(specimen)
+    together = sq_norms(base, tuned)
+    reverse = sq_norms(base, tuned[::-1])
+    alone = torch.cat([sq_norms(base, [model]) for model in tuned])
+    assert_same_bits(together, reverse.flip(0))
+    assert_same_bits(together, alone)
+
+
+def test_without_models_there_is_nothing_to_sum(device: torch.device) -> None:
+    base = torch.ones(3, device=device)
+    assert_same_bits(sq_norms(base, []), torch.zeros(0, dtype=F64))
+    assert_same_bits(accumulate_gram(base, []), torch.zeros(0, 0, dtype=F64))
+
+
+@pytest.mark.parametrize(
+    ("stored", "shape"),
+    [
+        *((dtype, shape) for dtype in ORDER for shape in ((), (0,), (33, 5))),
+        (F32, (CHUNK + 1,)),
+        (BF16, (CHUNK + 1,)),
+    ],
+)
+def test_differences_are_taken_at_the_coarser_precision_of_each_pair(
+    stored: torch.dtype, shape: tuple[int, ...], device: torch.device
+) -> None:
+    wide = usual(shape, F64, device, count=4)
+    base = wide.base.to(stored)
+    tuned = [wide.tuned[k].to(dtype) for k, dtype in enumerate(ORDER)]
+    with assert_unchanged([base, *tuned]):
+        assert_sq_norms(base, tuned)
+        gram = accumulate_gram(base, tuned)
+    taus = naive_taus(base, tuned)
+    norms = taus.norm(dim=1)
+    error = (gram - taus @ taus.T).abs()
+    assert (error <= SQ_NORM_RTOL * norms[:, None] * norms[None, :]).all()
+    assert_same_bits(gram.diagonal(), sq_norms(base, tuned))
+
+
+@pytest.mark.parametrize("stored", ORDER)
+@pytest.mark.parametrize("elsewhere", ORDER)
+def test_a_weight_that_was_only_stored_differently_counts_exactly_zero(
+    stored: torch.dtype, elsewhere: torch.dtype, device: torch.device
+) -> None:
+    # Within the range of all four, so that storing never over- or underflows.
+    exponents = torch.linspace(-4, 4, 2000, dtype=F64, device=device)
+    trained = 10**exponents * noise((2000,), 3).sign().to(device)
+    base, model = trained.to(stored), trained.to(stored).to(elsewhere)
+    assert sq_norms(base, [model]).tolist() == [0.0]
+    assert sq_norms(model, [base]).tolist() == [0.0]
+    moved = model.clone()
+    moved[7] *= 2
+    assert (sq_norms(base, [moved, model]) > 0).tolist() == [True, False]
+
+
+def test_rounding_to_the_coarser_precision_never_makes_an_infinity(
+    device: torch.device,
+) -> None:
+    base = torch.tensor([1.0, 1e5, -3e38], device=device)
+    half = torch.tensor([1.0, 5e4, 0.0], dtype=F16, device=device)
+    found = sq_norms(base, [half, base])
+    assert found.tolist() == [
+        pytest.approx(5e4**2 + float(torch.tensor(3e38)) ** 2),
+        0,
+    ]
+    # 3.4e38 is finite in float32 and rounds to infinity in bfloat16.
+    wide = torch.full((3,), torch.finfo(F32).max, device=device)
+    assert torch.isfinite(sq_norms(wide, [base.to(BF16)])).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("numel", [3, CHUNK + 1])
+def test_a_weight_that_is_not_finite_shows_in_its_own_norm_only(
+    bad: float, dtype: torch.dtype, numel: int, device: torch.device
+) -> None:
+    base = torch.ones(numel, device=device)
+    tuned = [base * 2, base.clone().to(dtype), base * 3]
+    tuned[1][-1] = bad
+    finite = torch.isfinite(sq_norms(base, tuned))
+    assert finite.tolist() == [True, False, True]
+    finite = torch.isfinite(accumulate_gram(base, tuned).diagonal())
+    assert finite.tolist() == [True, False, True]
+    base[-1] = bad
+    assert not torch.isfinite(sq_norms(base, tuned)).any()
+    assert not torch.isfinite(sq_norms(base, [base])).any()
+
+
+# --- the scaled sum ------------------------------------------------------------------
+
+
+def test_every_element_of_a_merge_is_within_the_bound(specimen: Specimen) -> None:
+    base = specimen.base
+    for count in specimen.counts:
+        tuned, lambdas = specimen.tuned[:count], shares(count)
+        merged = scaled_sum(base, tuned, lambdas)
+        assert (merged.dtype, merged.shape) == (base.dtype, base.shape)
+        assert merged.device == base.device
+        if not is_subnormal(base):  # for these see the exact test below
+            assert_within_bound(merged, base, tuned, lambdas)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", SMALL)
+def test_the_bound_holds_exactly_at_the_ends_of_each_range(
+    name: str, count: int, device: torch.device
+) -> None:
+    base, tuned = unpacked(caught(name, device))
+    for seed in range(8):
+        lambdas = shares(count, seed=seed)
+        merged = scaled_sum(base, tuned[:count], lambdas)
+        assert_within_bound_exactly(merged, base, tuned[:count], lambdas)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, 1.7, -0.5, 1e-8])
+@pytest.mark.parametrize("name", ["ordinary", "far from zero", "uneven", "random, "])
+def test_the_bound_holds_for_coefficients_of_any_sum(
+    name: str, scale: float, device: torch.device
+) -> None:
+    for full in (n for n in MENAGERIE if n.startswith(name)):
+        base, tuned = unpacked(caught(full, device))
+        for count in COUNTS:
+            lambdas = scale * shares(count)
+            merged = scaled_sum(base, tuned[:count], lambdas)
+            assert_within_bound(merged, base, tuned[:count], lambdas)
+
+
+def test_an_element_that_no_model_changed_keeps_its_bits(specimen: Specimen) -> None:
+    base, tuned = unpacked(specimen)
+    for count in specimen.counts:
+        for scale in (1.0, -0.7):
+            lambdas = scale * shares(count)
+            assert_same_bits(scaled_sum(base, [base] * count, lambdas), base)
+            merged = scaled_sum(base, tuned[:count], lambdas)
+            same = functools.reduce(
+                torch.logical_and, [model == base for model in tuned[:count]]
+            )
+            assert_same_bits(merged[same], base[same])
+
+
+@pytest.mark.parametrize("dtype", ORDER)
+def test_every_number_of_16_bits_survives_an_idle_merge(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    codes = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    numbers = codes.view(BF16 if dtype in (F32, F64) else dtype).to(device)
+    base = numbers[torch.isfinite(numbers)].to(dtype)
+    models = [base.clone() for _ in range(3)]
+    assert_same_bits(scaled_sum(base, models, shares(3)), base)
+
+
+def test_coefficients_of_zero_or_no_models_leave_the_base(
+    specimen: Specimen,
+) -> None:
+    base, tuned = unpacked(specimen)
+    idle = torch.zeros(3, dtype=F64)
+    for merged in (
+        scaled_sum(base, [], idle[:0]),
+        scaled_sum(base, tuned[:3], idle),
+        scaled_sum(base, tuned[:3], -idle),
+    ):
+        assert_same_bits(merged, base)
+        assert merged.data_ptr() != base.data_ptr() or not base.numel()
+
+
+def test_one_model_with_the_whole_weight_comes_out_itself(
+    device: torch.device,
+) -> None:
+    whole = torch.ones(1, dtype=F64)
+    for name in ("ordinary", "random, torch.bfloat16", "random, torch.float16"):
+        base, tuned = unpacked(caught(name, device))
+        merged = scaled_sum(base, tuned[:1], whole)
+        torch.testing.assert_close(merged, tuned[0])
+
+
+def test_twelve_models_of_more_than_a_chunk(device: torch.device) -> None:
+    base, tuned = unpacked(usual((CHUNK + 1,), BF16, device))
+    assert_within_bound(scaled_sum(base, tuned, shares(12)), base, tuned, shares(12))
+    assert_sq_norms(base, tuned)
+
+
+def test_coefficients_may_be_strided(device: torch.device) -> None:
+    base, tuned = unpacked(caught("ordinary", device))
+    wide = torch.tensor([[0.25, 9.0], [0.75, 9.0]], dtype=F64)
+    assert_same_bits(
+        scaled_sum(base, tuned[:2], wide[:, 0]),
+        scaled_sum(base, tuned[:2], wide[:, 0].contiguous()),
+    )
+
+
+def test_one_bad_element_spoils_no_other(device: torch.device) -> None:
+    base, tuned = unpacked(usual((1000,), F32, device))
+    models = [tensor.clone() for tensor in tuned[:3]]
+    models[1][10], models[2][20] = math.nan, math.inf
+    merged = scaled_sum(base, models, shares(3))
+    assert torch.isnan(merged[10])
+    assert torch.isinf(merged[20])
+    good = torch.isfinite(models[1]) & torch.isfinite(models[2])
+    assert_within_bound(
+        merged[good], base[good], [model[good] for model in models], shares(3)
+    )
+
+
+# --- memory, devices, threads --------------------------------------------------------
+
+
+def test_inputs_are_borrowed(specimen: Specimen) -> None:
+    base, tuned = unpacked(specimen)
+    lambdas = shares(len(tuned))
+    with assert_unchanged([base, *tuned, lambdas]):
+        sq_norms(base, tuned)
+        accumulate_gram(base, tuned)
+        scaled_sum(base, tuned, lambdas)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_results_have_memory_of_their_own(specimen: Specimen, count: int) -> None:
+    base, tuned = specimen.base, specimen.tuned[:count]
+    lambdas = shares(count)
+    results = [
+        scaled_sum(base, tuned, lambdas),
+        sq_norms(base, tuned),
+        accumulate_gram(base, tuned),
+    ]
+    assert results[0].is_contiguous()
+    with assert_unchanged([base, *tuned, lambdas]):
+        for result in results:
+            result.fill_(3.0)
+
+
+def test_the_ambient_default_device_does_not_matter(specimen: Specimen) -> None:
+    base, tuned = specimen.base, specimen.tuned[:3]
+    lambdas = shares(3)
+    expected = (
+        scaled_sum(base, tuned, lambdas),
+        sq_norms(base, tuned),
+        accumulate_gram(base, tuned),
+        sq_norms(base, []),
+        accumulate_gram(base, []),
+        scaled_sum(base, [], lambdas[:0]),
+    )
+    with torch.device("meta"):
+        found = (
+            scaled_sum(base, tuned, lambdas),
+            sq_norms(base, tuned),
+            accumulate_gram(base, tuned),
+            sq_norms(base, []),
+            accumulate_gram(base, []),
+            scaled_sum(base, [], lambdas[:0]),
+        )
+    for mine, wanted in zip(found, expected, strict=True):
+        assert mine.device == wanted.device
+        assert_same_bits(mine, wanted)
+
+
+def test_ambient_dtype_and_autocast_do_not_matter(device: torch.device) -> None:
+    base, tuned = unpacked(caught("ordinary", device))
+    lambdas = shares(3)
+
+    def results() -> list[torch.Tensor]:
+        return [
+            scaled_sum(base, tuned[:3], lambdas),
+            sq_norms(base, tuned[:3]),
+            accumulate_gram(base, tuned[:3]),
+        ]
+
+    expected = results()
+    with torch.autocast(device.type, dtype=BF16):
+        found = results()
+    torch.set_default_dtype(F16)
+    try:
+        found += results()
+    finally:
+        torch.set_default_dtype(F32)
+    for mine, wanted in zip(found, expected * 2, strict=True):
+        assert_same_bits(mine, wanted)
+
+
+@pytest.mark.parametrize("name", [*LARGE, "ordinary", "transposed"])
+@pytest.mark.parametrize("kernel", [sq_norms, accumulate_gram, scaled_sum])
+def test_bits_do_not_depend_on_the_number_of_threads(
+    kernel: Callable[..., torch.Tensor], name: str
+) -> None:
+    base, tuned = unpacked(caught(name, torch.device("cpu")))
+    more = (shares(3),) if kernel is scaled_sum else ()
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            found.append(kernel(base, tuned[:3], *more))
+    finally:
+        torch.set_num_threads(before)
+    for result in found[1:]:
+        assert_same_bits(result, found[0])
+
+
+def test_two_runs_give_the_same_bits(specimen: Specimen) -> None:
+    base, tuned = specimen.base, specimen.tuned[:3]
+    for kernel in (sq_norms, accumulate_gram):
+        assert_same_bits(kernel(base, tuned), kernel(base, tuned))
+    assert_same_bits(
+        scaled_sum(base, tuned, shares(3)), scaled_sum(base, tuned, shares(3))
+    )
+
+
+# --- autograd ------------------------------------------------------------------------
+
+
+def test_results_that_record_gradients_keep_the_same_promises(
+    specimen: Specimen,
+) -> None:
+    base, leaf = specimen.base, specimen.base.detach().clone().requires_grad_()
+    for count in specimen.counts:
+        tuned, lambdas = specimen.tuned[:count], shares(count)
+        with assert_unchanged([leaf, base, *tuned, lambdas]):
+            norms = sq_norms(leaf, tuned)
+            merged = scaled_sum(leaf, tuned, lambdas)
+        assert norms.requires_grad
+        assert merged.requires_grad
+        assert (merged.dtype, merged.shape) == (base.dtype, base.shape)
+        torch.testing.assert_close(
+            norms.detach(), sq_norms(base, tuned), rtol=SQ_NORM_RTOL, atol=0
+        )
+        if not is_subnormal(base):
+            assert_within_bound(merged.detach(), base, tuned, lambdas)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_bound_holds_with_gradients_at_the_ends_of_each_range(
+    name: str, device: torch.device
+) -> None:
+    base, tuned = unpacked(caught(name, device))
+    leaf = base.clone().requires_grad_()
+    for count in COUNTS:
+        merged = scaled_sum(leaf, tuned[:count], shares(count)).detach()
+        assert_within_bound_exactly(merged, base, tuned[:count], shares(count))
+        merged = scaled_sum(leaf, [base] * count, shares(count)).detach()
+        assert_same_bits(merged, base)
+
+
+def test_gradients_of_the_kernels_are_those_of_the_formula(
+    device: torch.device,
+) -> None:
+    base = noise((2, 3), 0).to(device).requires_grad_()
+    tuned = [noise((2, 3), k).to(device).requires_grad_() for k in (1, 2)]
+    lambdas = shares(2).requires_grad_()
+    check = torch.autograd.gradcheck
+    assert check(lambda *all_: sq_norms(all_[0], all_[1:]), (base, *tuned))
+    assert check(lambda f, b, *rest: scaled_sum(b, rest, f), (lambdas, base, *tuned))
+    assert check(lambda f: scaled_sum(base.detach(), tuned, f), (lambdas,))
+    assert check(lambda b: scaled_sum(b, [t.detach() for t in tuned], lambdas), (base,))
+
+
+@pytest.mark.parametrize("dtype", ORDER)
+@pytest.mark.parametrize("shape", [(), (0, 2), (5,)])
+def test_gradients_have_the_dtype_and_shape_of_their_inputs(
+    dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+) -> None:
+    base, tuned = unpacked(usual(shape, dtype, device))
+    leaves = [tensor.clone().requires_grad_() for tensor in (base, *tuned[:2])]
+    lambdas = torch.tensor([0.25, 0.5], dtype=F64)
+    scaled_sum(leaves[0], leaves[1:], lambdas).sum().backward()
+    for leaf, factor in zip(leaves, (0.25, 0.25, 0.5), strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad, torch.full_like(leaf.detach(), factor))
+
+
+def test_no_graph_is_recorded_without_need(device: torch.device) -> None:
+    base, tuned = unpacked(usual((5,), F32, device))
+    lambdas = shares(2)
+    leaves = [tensor.clone().requires_grad_() for tensor in (base, *tuned[:2])]
+    results = [
+        sq_norms(base, tuned[:2]),
+        scaled_sum(base, tuned[:2], lambdas),
+        accumulate_gram(*leaves[:1], leaves[1:]),
+    ]
+    for guard in (torch.no_grad, torch.inference_mode):
+        with guard():
+            results += [
+                sq_norms(leaves[0], leaves[1:]),
+                scaled_sum(leaves[0], leaves[1:], lambdas),
+            ]
+            assert_same_bits(results[-1], scaled_sum(base, tuned[:2], lambdas))
+    for result in results:
+        assert not result.requires_grad
+        assert result.grad_fn is None
+
+
+def test_the_menagerie_holds_what_it_says() -> None:
+    cpu = torch.device("cpu")
+    for dtype in ORDER:
+        base, tuned = unpacked(caught(f"subnormal, {dtype}", cpu))
+        assert is_subnormal(base)
+        assert (bits(tuned[1]) != bits(base)).any()
+    base, tuned = unpacked(caught("enormous, torch.float32", cpu))
+    assert not torch.isfinite(tuned[0] - base).all()
+    for name in ("transposed", "every other column", "expanded", "channels last"):
+        assert not caught(name, cpu).base.is_contiguous()
+    assert caught("two chunks and a bit", cpu).base.numel() > 2 * CHUNK
+    assert len(LARGE) == 4
+    assert len(SMALL) == 9
