@@ -14,6 +14,14 @@ DOMINANT = 0.9
 STARVED = 0.1
 
 
+def _log(level: int, message: str, *values: object) -> None:
+    """Log on a row of its own, above the progress bar that mergekit may be drawing."""
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode():
+        LOG.log(level, message, *values)
+
+
 class Announcer:
     """Logs each kind of message once for each set of inputs, until `new_merge`."""
 
@@ -36,7 +44,7 @@ class Announcer:
     def warn(self, base: Hashable, kind: Hashable, message: str) -> None:
         """Log a warning unless this kind was logged for this merge."""
         if self._first(base, ("warning", kind)):
-            LOG.warning(message)
+            _log(logging.WARNING, message)
 
     def coefficients(
         self,
@@ -64,7 +72,7 @@ class Announcer:
                 for share, model in zip(shares, models, strict=True)
             )
             if os.environ.get(QUIET, "0") in ("", "0"):
-                LOG.warning("lambda of %s: %s (base %s)", where, line, base)
+                _log(logging.WARNING, "lambda of %s: %s (base %s)", where, line, base)
         if LOG.isEnabledFor(logging.INFO) and self._first(
             base, ("table", where, tuple(models), tuple(shares))
         ):
@@ -74,7 +82,7 @@ class Announcer:
                 for share, norm, model in zip(shares, norms, models, strict=True)
             ]
             table = "\n".join([f"  {'lambda':>10} {'||tau||':>12}  model", *rows])
-            LOG.info("task vectors of %s against %s:\n%s", where, base, table)
+            _log(logging.INFO, "task vectors of %s against %s:\n%s", where, base, table)
         self._degenerate(base, models, shares, where)
 
     def _degenerate(
@@ -89,7 +97,7 @@ class Announcer:
         largest = max(range(len(shares)), key=shares.__getitem__)
         smallest = min(range(len(shares)), key=shares.__getitem__)
         if shares[largest] > DOMINANT:
-            found = f"{models[largest]} takes {shares[largest]:.1%}"
+            found = f"{models[largest]} takes {shares[largest]:.2%}"
         elif shares[smallest] < STARVED / len(shares):
             found = f"{models[smallest]} gets only {shares[smallest]:.2%}"
         else:

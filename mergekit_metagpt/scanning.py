@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -179,8 +179,11 @@ def _check_finite(
         )
 
 
+_Request = tuple[object, tuple[object, ...]]
+
 _MEMO: dict[tuple[object, object], Future[PairNorms]] = {}
 _MEMO_SIZE = 1024
+_FAILURES: dict[_Request, Exception] = {}
 _MEMO_LOCK = threading.Lock()
 _SCAN_LOCK = threading.Lock()
 
@@ -188,8 +191,8 @@ _SCAN_LOCK = threading.Lock()
 def pair_norms(base: Checkpoint, models: Sequence[Checkpoint]) -> list[PairNorms]:
     """Return the squared norms of each model, scanning what was not scanned before.
 
-    One thread scans, all others that ask for the same pairs wait for it; an error of
-    the scan is raised in all of them.
+    One thread scans, all others that ask for the same pairs wait for it. An error of
+    the scan is raised in all that ask for the same models, until `forget_failures`.
 
     Args:
         base: the base.
@@ -202,40 +205,61 @@ def pair_norms(base: Checkpoint, models: Sequence[Checkpoint]) -> list[PairNorms
         ValueError: base and model do not fit, or a weight is NaN or infinite.
         OSError: a file cannot be read or has changed since it was opened.
     """
+    request = base.identity, tuple(model.identity for model in models)
     keys = [(base.identity, model.identity) for model in models]
-    with _MEMO_LOCK:
-        mine = {
-            key: model
-            for key, model in zip(keys, models, strict=True)
-            if key not in _MEMO
-        }
-        for key in mine:
-            _MEMO[key] = Future()
-        futures = [_MEMO[key] for key in keys]
-        while len(_MEMO) > max(_MEMO_SIZE, len(keys)):
-            del _MEMO[next(iter(_MEMO))]
-    if mine:
-        claimed = dict(zip(keys, futures, strict=True))
-        try:
-            with _SCAN_LOCK:
-                found, _ = _scan(base, list(mine.values()))
-        except BaseException as error:
+    while True:
+        with _MEMO_LOCK:
+            if request in _FAILURES:
+                raise _FAILURES[request]
+            mine = {
+                key: model
+                for key, model in zip(keys, models, strict=True)
+                if key not in _MEMO
+            }
             for key in mine:
-                claimed[key].set_exception(error)
-                if not isinstance(error, Exception):
-                    _MEMO.pop(key, None)
-            raise
-        for key, norms in zip(mine, found, strict=True):
-            claimed[key].set_result(norms)
-    return [future.result() for future in futures]
+                _MEMO[key] = Future()
+            futures = [_MEMO[key] for key in keys]
+            while len(_MEMO) > max(_MEMO_SIZE, len(keys)):
+                del _MEMO[next(iter(_MEMO))]
+        if mine:
+            claimed = dict(zip(keys, futures, strict=True))
+            _fill({key: claimed[key] for key in mine}, base, mine.values(), request)
+        try:
+            return [future.result() for future in futures]
+        except Exception:
+            # Another request's scan failed, perhaps for a model that is not ours: what
+            # it had claimed is free again.
+            continue
+
+
+def _fill(
+    claimed: Mapping[tuple[object, object], Future[PairNorms]],
+    base: Checkpoint,
+    models: Iterable[Checkpoint],
+    request: _Request,
+) -> None:
+    """Scan, and hand the results (or the error) to everybody who waits for them."""
+    try:
+        with _SCAN_LOCK:
+            found, _ = _scan(base, list(models))
+    except BaseException as error:
+        with _MEMO_LOCK:
+            for key in claimed:
+                _MEMO.pop(key, None)
+            if isinstance(error, Exception):
+                _FAILURES[request] = error
+        waiting = error if isinstance(error, Exception) else RuntimeError("interrupted")
+        for future in claimed.values():
+            future.set_exception(waiting)
+        raise
+    for future, norms in zip(claimed.values(), found, strict=True):
+        future.set_result(norms)
 
 
 def forget_failures() -> None:
     """Let the next merge try again what failed in an earlier one."""
     with _MEMO_LOCK:
-        for key, future in list(_MEMO.items()):
-            if future.done() and future.exception() is not None:
-                del _MEMO[key]
+        _FAILURES.clear()
 
 
 def scan(

@@ -1,0 +1,365 @@
+"""What a merge says, where and how often: lambda, tables, warnings, progress."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from mergekit.merge_methods import merge_state_dicts
+
+from mergekit_metagpt import workers
+from tests.conftest import Family, make_family
+from tests.processes import (
+    assert_succeeded,
+    environment,
+    merge_command,
+    mergekit_yaml,
+)
+from tests.support import (
+    assert_same_bits,
+    cast,
+    llama_state,
+    merge_config,
+    naive_coefficients,
+    naive_sq_norms,
+    run_mergekit,
+    said,
+    tuned,
+    write_model,
+)
+
+LINE = "WARNING:mergekit_metagpt:lambda of "
+BAR = "measuring task vectors"
+
+
+def screen(text: str) -> list[str]:
+    """The rows that a terminal shows after this text, without wrapping."""
+    rows, row, column = [""], 0, 0
+    for part in re.split(r"(\r|\n|\x1b\[A)", text):
+        if part == "\r":
+            column = 0
+        elif part == "\n":
+            row, column = row + 1, 0
+            rows += [""] * (row + 1 - len(rows))
+        elif part == "\x1b[A":
+            row = max(row - 1, 0)
+        elif part:
+            old = rows[row].ljust(column)
+            rows[row] = old[:column] + part + old[column + len(part) :]
+            column += len(part)
+    return [shown.rstrip() for shown in rows]
+
+
+def test_screen() -> None:
+    assert screen("one\rTW\n\nthree\x1b[A\rx\n") == ["TWe", "x", "three"]
+
+
+def assert_names_lambda(line: str, family: Family) -> None:
+    """Check that a line gives every model its coefficient, and nothing is left out."""
+    expected = naive_coefficients(naive_sq_norms(family.base_state, family.states))
+    for value, model in zip(expected.tolist(), family.models, strict=True):
+        (number,) = re.findall(rf"(\S+) {re.escape(str(model))}(?=,| |$)", line)
+        assert float(number) == pytest.approx(value, rel=1e-3)
+    assert str(family.base) in line
+
+
+def assert_row_of_its_own(shown: str, family: Family) -> None:
+    """Check that what is seen on the line's row is the line, and nothing else."""
+    (line,) = [row for row in screen(shown) if "lambda" in row]
+    assert line.startswith(LINE)
+    assert line.endswith(f"(base {family.base})")
+
+
+def assert_nothing_from_us(text: str) -> None:
+    """Check that neither lambda nor a bar nor our name is in what was printed."""
+    assert not re.search(rf"lambda|{BAR}|metagpt", text), text
+
+
+# ---- through the real `mergekit-yaml`
+
+
+@pytest.fixture(scope="module")
+def in_a_file(
+    family: Family, tmp_path_factory: pytest.TempPathFactory
+) -> subprocess.CompletedProcess[str]:
+    """A merge whose stdout and stderr go to files."""
+    out = tmp_path_factory.mktemp("in_a_file") / "out"
+    done = mergekit_yaml(merge_config(family.base, family.models), out)
+    assert_succeeded(done)
+    return done
+
+
+def test_one_line_with_lambda(
+    in_a_file: subprocess.CompletedProcess[str], family: Family
+) -> None:
+    assert_nothing_from_us(in_a_file.stdout)
+    (line,) = [line for line in screen(in_a_file.stderr) if "lambda" in line]
+    assert_names_lambda(line, family)
+    assert in_a_file.stderr.count("mergekit_metagpt:") == 1
+
+
+def test_no_progress_without_a_terminal(
+    in_a_file: subprocess.CompletedProcess[str],
+) -> None:
+    assert "Executing graph" in in_a_file.stderr
+    assert BAR not in in_a_file.stderr
+
+
+def test_the_line_has_a_row_of_its_own(
+    in_a_file: subprocess.CompletedProcess[str], family: Family
+) -> None:
+    """mergekit's bar is in use when lambda is known: they must not share a row."""
+    assert_row_of_its_own(in_a_file.stderr, family)
+
+
+def test_table_at_info(family: Family, tmp_path: Path) -> None:
+    config = merge_config(family.base, family.models)
+    done = mergekit_yaml(config, tmp_path / "out", "-v", "--quiet")
+    assert_succeeded(done)
+    assert_nothing_from_us(done.stdout)
+    assert sum(line.startswith(LINE) for line in done.stderr.splitlines()) == 1
+    assert done.stderr.count("INFO:mergekit_metagpt:task vectors of") == 1
+    sq_norms = naive_sq_norms(family.base_state, family.states)
+    rows = zip(
+        naive_coefficients(sq_norms).tolist(),
+        sq_norms.sqrt().tolist(),
+        family.models,
+        strict=True,
+    )
+    for share, norm, model in rows:
+        row = rf"^ +(\S+) +(\S+) +{re.escape(str(model))}$"
+        (numbers,) = re.findall(row, done.stderr, re.MULTILINE)
+        assert [float(n) for n in numbers] == pytest.approx([share, norm], rel=1e-4)
+
+
+def test_quiet_silences_the_line_alone(tmp_path: Path) -> None:
+    family = make_family(tmp_path / "family", sizes=(1e-3, 1e-3, 1e-1))
+    config = merge_config(family.base, family.models)
+    done = mergekit_yaml(
+        config, tmp_path / "out", "--quiet", MERGEKIT_METAGPT_QUIET="1"
+    )
+    assert_succeeded(done)
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"WARNING:mergekit_metagpt:{family.models[2]} takes ")
+
+
+def on_a_terminal(command: Sequence[str | Path]) -> tuple[str, str]:
+    """Run a command with stderr on a terminal of 160 columns: stdout and stderr."""
+    fcntl = pytest.importorskip("fcntl", reason="needs pseudo-terminals")
+    import pty
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 160, 0, 0))
+    shown = b""
+    with subprocess.Popen(
+        [str(part) for part in command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=environment(),
+        cwd=sys.prefix,
+    ) as process:
+        os.close(theirs)
+        try:
+            while data := os.read(ours, 1 << 16):
+                shown += data
+        except OSError:  # Linux says so when the other end is closed
+            pass
+        assert process.stdout is not None
+        out = process.stdout.read().decode()
+    os.close(ours)
+    assert process.returncode == 0, shown.decode()
+    return out, shown.decode().replace("\r\n", "\n")
+
+
+@pytest.fixture(scope="module")
+def in_a_terminal(
+    family: Family, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, str]:
+    """What a merge on a terminal writes to stdout and to stderr."""
+    out = tmp_path_factory.mktemp("in_a_terminal") / "out"
+    return on_a_terminal(merge_command(merge_config(family.base, family.models), out))
+
+
+def test_progress_on_a_terminal(in_a_terminal: tuple[str, str], family: Family) -> None:
+    out, shown = in_a_terminal
+    assert_nothing_from_us(out)
+    states = [family.base_state, *family.states]
+    size = sum(tensor.nbytes for state in states for tensor in state.values())
+    bars = [part for part in re.split(r"[\r\n]", shown) if BAR in part]
+    assert bars
+    assert f"0.00/{size / 1000:.0f}k [00:00<" in bars[0]
+    assert "B/s]" in bars[0]
+    assert not [row for row in screen(shown) if BAR in row], "the bar is left behind"
+    (line,) = [row for row in screen(shown) if "lambda" in row]
+    assert_names_lambda(line, family)
+
+
+def test_the_line_has_a_row_of_its_own_on_a_terminal(
+    in_a_terminal: tuple[str, str], family: Family
+) -> None:
+    assert_row_of_its_own(in_a_terminal[1], family)
+
+
+# ---- progress
+
+
+class Terminal(io.StringIO):
+    """A terminal that keeps what is written."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def slow_task() -> torch.Tensor:
+    time.sleep(0.12)
+    return torch.zeros(())
+
+
+@pytest.mark.parametrize("stderr", [Terminal(), io.StringIO()], ids=["tty", "file"])
+def test_bytes_rate_and_time_left(
+    stderr: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert len(workers.run([(3_000_000, slow_task)] * 5, 1)) == 5
+    shown = stderr.getvalue()
+    if not stderr.isatty():
+        assert shown == ""
+        return
+    assert "0.00/15.0M [00:00<?, ?B/s]" in shown
+    assert re.search(r"[369]\.00M?/15\.0M \[00:00<00:00, [12]\d\.\dMB/s\]", shown)
+    assert screen(shown) == [""]
+
+
+# ---- in one process
+
+
+def test_level_above_warning_silences_all(
+    family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger("mergekit_metagpt")
+    logger.setLevel(logging.ERROR)
+    try:
+        run_mergekit(merge_config(family.base, family.models), tmp_path / "out")
+    finally:
+        logger.setLevel(logging.NOTSET)
+    assert_nothing_from_us("".join(capfd.readouterr()))
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["reopened", "kept open"])
+@pytest.mark.parametrize("granularity", ["model", "layer", "tensor"])
+def test_lambda_once_a_merge(
+    granularity: str,
+    fresh: bool,
+    family: Family,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    parameters = {"granularity": granularity}
+    config = merge_config(family.base, family.models, parameters=parameters)
+    for count in (1, 2):
+        run_mergekit(config, tmp_path / f"out{count}", fresh=fresh)
+        assert len(said(caplog, "lambda of ")) == count
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((1e-2, 1e-2, 1e-1), r"tuned2 takes 98\.\d\d% of the merge"),
+        ((1e-3, 5e-2, 5e-2), r"tuned0 gets only 0\.0\d% of the merge"),
+    ],
+)
+@pytest.mark.parametrize("fresh", [True, False], ids=["reopened", "kept open"])
+def test_degenerate_merge_is_said_once(
+    sizes: tuple[float, ...],
+    words: str,
+    fresh: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    family = make_family(tmp_path / "family", sizes=sizes)
+    config = merge_config(family.base, family.models)
+    for count in (1, 2):
+        run_mergekit(config, tmp_path / f"out{count}", fresh=fresh)
+        warnings = said(caplog, "of the merge")
+        assert len(warnings) == count
+        assert re.search(words, warnings[-1])
+        for way_out in ("power: 1", "weight", "exclude", "LoRA", "wrong base"):
+            assert way_out in warnings[-1]
+
+
+def test_ordinary_merge_warns_of_nothing(
+    family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_mergekit(merge_config(family.base, family.models), tmp_path / "out")
+    assert said(caplog, "") == said(caplog, "lambda of the whole model: ")
+    assert_names_lambda(said(caplog, "")[0], family)
+
+
+def test_other_merge_with_the_same_base_has_its_own_line(
+    family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for models in (family.models[:2], family.models[1:], family.models[:2]):
+        caplog.clear()
+        run_mergekit(merge_config(family.base, models), tmp_path / "out", fresh=False)
+        (line,) = said(caplog, "lambda of ")
+        assert [str(model) in line for model in family.models] == [
+            model in models for model in family.models
+        ]
+
+
+def test_no_task_vector_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = cast(llama_state(), torch.bfloat16)
+    base, *copies = (write_model(tmp_path / f"same{k}", state) for k in range(3))
+    config = merge_config(base, copies)
+    for count in (1, 2):
+        merged = run_mergekit(config, tmp_path / f"out{count}")
+        (*_, warning) = said(caplog, "no model differs from the base")
+        assert len(said(caplog, "")) == count
+        assert str(base) in warning
+        for name, tensor in merged.items():
+            assert_same_bits(tensor, state[name])
+
+
+def test_left_out_model_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A negative power has no value for a model that equals the base."""
+    whole = llama_state()
+    states = [whole, whole, tuned(whole, 1), tuned(whole, 2)]
+    base, same, *moved = (
+        write_model(tmp_path / f"model{k}", state) for k, state in enumerate(states)
+    )
+    config = merge_config(base, [same, *moved], parameters={"power": -1.0})
+    for count in (1, 2):
+        run_mergekit(config, tmp_path / f"out{count}")
+        warnings = said(caplog, "left out")
+        assert len(warnings) == count
+        assert str(same) in warnings[-1]
+        assert not any(str(model) in warnings[-1] for model in moved)
+
+
+def test_in_memory_merge_shows_no_line(
+    family: Family, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its caller has the tensors at hand; perils are said, once per call."""
+    states = {"base": family.base_state, "a": family.states[0]}
+    states["b"] = tuned(family.base_state, 7, size=1.0)
+    for count in (1, 2):
+        merge_state_dicts(states, "metagpt", base="base")
+        assert not said(caplog, "lambda of ")
+        assert len(said(caplog, "of the merge")) == count
