@@ -23,27 +23,21 @@ def _log(level: int, message: str, *values: object) -> None:
 
 
 class Announcer:
-    """Logs each kind of message once for each set of inputs, until `new_merge`."""
+    """Logs each kind of message of one merge once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._said: dict[Hashable, set[Hashable]] = {}
+        self._said: set[Hashable] = set()
 
-    def new_merge(self, base: Hashable) -> None:
-        """Forget what was said of earlier merges with this base."""
+    def _first(self, *kind: Hashable) -> bool:
         with self._lock:
-            self._said.pop(base, None)
-
-    def _first(self, base: Hashable, kind: Hashable) -> bool:
-        with self._lock:
-            said = self._said.setdefault(base, set())
-            new = kind not in said
-            said.add(kind)
+            new = kind not in self._said
+            self._said.add(kind)
         return new
 
-    def warn(self, base: Hashable, kind: Hashable, message: str) -> None:
-        """Log a warning unless this kind was logged for this merge."""
-        if self._first(base, ("warning", kind)):
+    def warn(self, kind: Hashable, message: str) -> None:
+        """Log a warning unless this kind was logged before."""
+        if self._first("warning", kind):
             _log(logging.WARNING, message)
 
     def coefficients(
@@ -66,7 +60,7 @@ class Announcer:
             where: the pool of tensors, for the reader.
             visible: whether to show the line at WARNING (merges from files).
         """
-        if visible and self._first(base, ("lambda", tuple(models))):
+        if visible and self._first("lambda", base, tuple(models)):
             line = ", ".join(
                 f"{share:.4g} {model}"
                 for share, model in zip(shares, models, strict=True)
@@ -74,7 +68,7 @@ class Announcer:
             if os.environ.get(QUIET, "0") in ("", "0"):
                 _log(logging.WARNING, "lambda of %s: %s (base %s)", where, line, base)
         if LOG.isEnabledFor(logging.INFO) and self._first(
-            base, ("table", where, tuple(models), tuple(shares))
+            "table", base, where, tuple(models), tuple(shares)
         ):
             norms = sq_norms or [float("nan")] * len(shares)
             rows = [
@@ -103,7 +97,6 @@ class Announcer:
         else:
             return
         self.warn(
-            base,
             "degenerate",
             f"{found} of the merge ({where}). Usual causes: a LoRA beside full "
             f"fine-tunes, a wrong base (here {base}), a resized or reordered "

@@ -40,6 +40,19 @@ def coarser_dtype(first: torch.dtype, second: torch.dtype) -> torch.dtype:
     return min(first, second, key=_MANTISSA_BITS.__getitem__)
 
 
+def _common_grid(first: torch.dtype, second: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Dtypes to round to in turn, for values that both dtypes can represent.
+
+    bfloat16 has the fewer mantissa bits, float16 the narrower range: small weights
+    keep fewer bits there, and an unchanged weight must not show that as a difference.
+    """
+    if first == second:
+        return ()
+    if {first, second} == {torch.float16, torch.bfloat16}:
+        return (torch.float16, torch.bfloat16)
+    return (coarser_dtype(first, second),)
+
+
 def _chunk_size(like: torch.Tensor) -> int:
     return min(CHUNK if like.device.type == "cpu" else DEVICE_CHUNK, like.numel())
 
@@ -50,15 +63,16 @@ def _chunks(like: torch.Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, like.numel()))
 
 
-def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Values in float64 after rounding to dtype, except where that would overflow."""
-    wide = values.double()
-    if values.dtype == dtype:
-        return wide
-    narrow = values.to(dtype).double()
-    if bool(torch.isfinite(narrow.sum())):
-        return narrow
-    return torch.where(torch.isfinite(narrow), narrow, wide)
+def _rounded(values: torch.Tensor, grid: tuple[torch.dtype, ...]) -> torch.Tensor:
+    """Values in float64 after rounding to each dtype that does not overflow there."""
+    for dtype in grid:
+        narrow = values.to(dtype)
+        if not bool(torch.isfinite(narrow.sum(dtype=torch.float64))):
+            wide = torch.promote_types(values.dtype, dtype)
+            kept = torch.isfinite(narrow)
+            narrow = torch.where(kept, narrow.to(wide), values.to(wide))
+        values = narrow
+    return values.double()
 
 
 def _task_vectors(
@@ -71,20 +85,20 @@ def _task_vectors(
     """
     flat_base = base.detach().reshape(-1)
     flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
-    dtypes = [coarser_dtype(base.dtype, tensor.dtype) for tensor in tuned]
+    grids = [_common_grid(base.dtype, tensor.dtype) for tensor in tuned]
     buffers = torch.empty(
         2, _chunk_size(flat_base), dtype=torch.float64, device=base.device
     )
     for chunk in _chunks(flat_base):
         step, reference = buffers[:, : chunk.stop - chunk.start]
         reference.copy_(flat_base[chunk])
-        for k, (tensor, dtype) in enumerate(zip(flat_tuned, dtypes, strict=True)):
-            if tensor.dtype == base.dtype:
+        for k, (tensor, grid) in enumerate(zip(flat_tuned, grids, strict=True)):
+            if grid:
+                step.copy_(_rounded(tensor[chunk], grid))
+                step.sub_(_rounded(flat_base[chunk], grid))
+            else:
                 step.copy_(tensor[chunk])
                 step.sub_(reference)
-            else:
-                step.copy_(_rounded(tensor[chunk], dtype))
-                step.sub_(_rounded(flat_base[chunk], dtype))
             yield k, step
 
 
@@ -118,8 +132,11 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
     if not tuned:
         return torch.zeros(0, dtype=torch.float64, device="cpu")
     if needs_grad([base, *tuned]):
-        pairs = [(t, coarser_dtype(base.dtype, t.dtype)) for t in tuned]
-        taus = [_rounded(t, dtype) - _rounded(base, dtype) for t, dtype in pairs]
+        grids = [_common_grid(base.dtype, tensor.dtype) for tensor in tuned]
+        taus = [
+            _rounded(tensor, grid) - _rounded(base, grid)
+            for tensor, grid in zip(tuned, grids, strict=True)
+        ]
         return torch.stack([tau.square().sum() for tau in taus]).cpu()
     sums = [torch.zeros((), dtype=torch.float64, device=base.device) for _ in tuned]
     for k, tau in _task_vectors(base, tuned):

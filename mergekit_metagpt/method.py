@@ -46,7 +46,6 @@ class MetaGPTMerge(GroupMergeMethod):
 
     def __init__(self) -> None:
         self.watch = PlanWatch()
-        self.announcer = Announcer()
         self.spec = self._spec()
 
     def _spec(self) -> MergeMethodSpec:
@@ -96,8 +95,7 @@ class MetaGPTMerge(GroupMergeMethod):
         if group_name is not None and not _SLICE.fullmatch(group_name):
             self.watch.saw_tensor(base_id)
             return
-        if self.watch.saw_slice(group_name, input_ids, base_id):
-            self.announcer.new_merge(base_id)
+        self.watch.saw_slice(group_name, input_ids, base_id)
         sources.forget_failures()
         # Without a name this is mergekit-pytorch, which has nothing open yet, or a
         # merge in memory, where files do not matter.
@@ -177,19 +175,17 @@ class MetaGPTMerge(GroupMergeMethod):
         if not models or not bool((weight > 0).any()):
             return torch.zeros_like(weight)
 
-        where = settings.pool(group.metadata.name)
+        where, say = settings.pool(group.metadata.name), self._announcer(base)
         unmoved = (weight > 0) & (sq_norms == 0)
         if not bool(contributes(sq_norms, weight, power).any()):
-            self.announcer.warn(
-                base,
+            say.warn(
                 "unmoved",
                 f"no model differs from the base {base} ({where}): the base is kept",
             )
             return torch.zeros_like(weight)
         if power < 0 and bool(unmoved.any()):
             names = [str(m) for m, same in zip(models, unmoved, strict=True) if same]
-            self.announcer.warn(
-                base,
+            say.warn(
                 "left out",
                 f"{', '.join(names)} equals the base {base} ({where}) and has no "
                 f"norm to the power {power:g}: left out",
@@ -198,15 +194,14 @@ class MetaGPTMerge(GroupMergeMethod):
             models, measured.embeddings if measured else (), strict=False
         ):
             if share > 0.5:
-                self.announcer.warn(
-                    base,
+                say.warn(
                     ("embeddings", model),
                     f"embeddings hold {share:.0%} of ||tau||^2 of {model}: if its "
                     "vocabulary was resized or reordered, keep them out with "
                     "exclude: embed_tokens,lm_head",
                 )
         shares = coefficients(sq_norms, weight, power)
-        self.announcer.coefficients(
+        say.coefficients(
             base,
             models,
             shares.detach().tolist(),
@@ -215,6 +210,10 @@ class MetaGPTMerge(GroupMergeMethod):
             visible=self.from_files,
         )
         return shares
+
+    def _announcer(self, base: Hashable) -> Announcer:
+        plan = self.watch.of(base)
+        return plan.announcer if plan else Announcer()
 
 
 class InMemoryMerge(MetaGPTMerge):
@@ -226,12 +225,15 @@ class InMemoryMerge(MetaGPTMerge):
         self.method = method
         self.spec = method.spec
         self.watch = method.watch
-        self.announcer = Announcer()
+        self._said_in_this_call = Announcer()
 
     def __call__(
         self, groups: Sequence[TensorGroup], /, **options: Any
     ) -> tuple[torch.Tensor, ...]:
         return GroupMergeMethod.__call__(self, groups, **options)
+
+    def _announcer(self, base: Hashable) -> Announcer:
+        return self._said_in_this_call
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         """Merge as the method does from files."""

@@ -4,8 +4,29 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 
+from mergekit_metagpt.announce import Announcer
 from mergekit_metagpt.parameters import only_base
+
+
+@dataclass
+class Plan:
+    """What is known of one merge from files.
+
+    Attributes:
+        slices: names of the slices seen so far.
+        has_models: whether any slice has a model beside its base.
+        reading_slices: whether tensors are still to come.
+        largest_weight: of all models on all tensors.
+        announcer: says each kind of message once for this merge.
+    """
+
+    slices: set[str | None] = field(default_factory=set)
+    has_models: bool = False
+    reading_slices: bool = True
+    largest_weight: float = 0.0
+    announcer: Announcer = field(default_factory=Announcer)
 
 
 class PlanWatch:
@@ -18,33 +39,29 @@ class PlanWatch:
     """
 
     def __init__(self) -> None:
-        self._plan = threading.local()
-        self._largest_weight: dict[Hashable, float] = {}
+        self._here = threading.local()
+        self._by_base: dict[Hashable, Plan] = {}
+
+    def of(self, base: Hashable) -> Plan | None:
+        """Return the latest plan with this base."""
+        return self._by_base.get(base)
 
     def saw_slice(
         self, name: str | None, models: Sequence[Hashable], base: Hashable
-    ) -> bool:
-        """Note a slice; return whether it is the first with this base in its plan.
-
-        A name seen before, or none, starts a plan: the last one may have failed.
-        """
-        plan = self._plan.__dict__
-        slices = plan.setdefault("slices", set())
-        if not plan.get("reading_slices") or name in slices or None in slices:
-            slices.clear()
-            plan.update(reading_slices=True, bases=set(), models=False, largest=0.0)
-        slices.add(name)
-        plan["models"] |= any(model != base for model in models)
-        first = base not in plan["bases"]
-        plan["bases"].add(base)
-        if first:
-            self._largest_weight.pop(base, None)
-        return first
+    ) -> None:
+        """Note a slice. A name seen before, or none, starts a plan: the last failed."""
+        plan = getattr(self._here, "plan", None)
+        if plan is None or not plan.reading_slices or {name, None} & plan.slices:
+            plan = self._here.plan = Plan()
+        plan.slices.add(name)
+        plan.has_models |= any(model != base for model in models)
+        self._by_base[base] = plan
 
     def saw_weight(self, value: float) -> None:
         """Note a weight from the configuration, whichever tensor it is for."""
-        plan = self._plan.__dict__
-        plan["largest"] = max(plan.get("largest", 0.0), value)
+        plan = getattr(self._here, "plan", None)
+        if plan is not None:
+            plan.largest_weight = max(plan.largest_weight, value)
 
     def saw_tensor(self, base: Hashable) -> None:
         """Note that a tensor's task is built, its parameters being resolved.
@@ -55,15 +72,13 @@ class PlanWatch:
         Raises:
             ValueError: no slice has a model beside its base.
         """
-        plan = self._plan.__dict__
-        if plan.get("reading_slices"):
-            plan["reading_slices"] = False
-            if not plan["models"]:
+        plan = getattr(self._here, "plan", None)
+        if plan is not None and plan.reading_slices:
+            plan.reading_slices = False
+            if not plan.has_models:
                 raise ValueError(only_base(base))
-        if base in plan.get("bases", ()):
-            largest = max(self._largest_weight.get(base, 0.0), plan["largest"])
-            self._largest_weight[base] = largest
 
     def every_weight_is_zero(self, base: Hashable) -> bool:
         """Whether all weights of the plan with this base are 0."""
-        return self._largest_weight.get(base) == 0
+        plan = self.of(base)
+        return plan is not None and plan.largest_weight == 0

@@ -79,7 +79,10 @@ class ScanResult:
                 pools.setdefault(pool_key(name, granularity), []).append(row)
 
         def summed(values: torch.Tensor) -> torch.Tensor:
-            sums = torch.stack([values[rows].sum(dim=0) for rows in pools.values()])
+            sums = values.new_zeros(len(pools), *values.shape[1:])
+            for at, rows in enumerate(pools.values()):
+                for row in rows:
+                    sums[at] += values[row]
             return sums[0] if granularity == "model" else sums
 
         return Pooled(

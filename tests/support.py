@@ -137,10 +137,17 @@ def coarser(first: torch.dtype, second: torch.dtype) -> torch.dtype:
 
 
 def naive_sq_norm(base: torch.Tensor, model: torch.Tensor) -> float:
-    """||model - base||^2 in float64, at the coarser of the two stored precisions."""
-    dtype = coarser(base.dtype, model.dtype)
-    tau = model.to(dtype).double() - base.to(dtype).double()
-    return float(tau.square().sum())
+    """||model - base||^2 in float64, at the coarser of the two stored precisions.
+
+    Between float16 and bfloat16, at what both can represent: an unchanged weight that
+    float16 stores as a subnormal number has lost bits that bfloat16 keeps.
+    """
+    grid = [coarser(base.dtype, model.dtype)]
+    if {base.dtype, model.dtype} == {torch.float16, torch.bfloat16}:
+        grid = [torch.float16, torch.bfloat16]
+    for dtype in grid:
+        base, model = base.to(dtype), model.to(dtype)
+    return float((model.double() - base.double()).square().sum())
 
 
 def naive_sq_norms(base: State, models: Sequence[State]) -> torch.Tensor:
