@@ -16,8 +16,10 @@ from mergekit_metagpt.names import layer_key
 
 Stored = StoredTensor | ConvertedTensor
 
-# Below this share of covered parameters, base and model are taken for strangers.
+# Below this share of covered parameters, or if both have more than that of their own,
+# base and model are taken for strangers. (One alone may have more: a head, a tower.)
 MIN_COVERED = 0.5
+MAX_FOREIGN = 0.1
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,12 @@ class Alignment:
         shared: the tensors that count, in name order.
         counted_as: for each output name that both have, the name under which it
             counts: its own, or its embedding's for a tied head.
+        layers: for the layers of renamed tensors, the layer under which they count.
     """
 
     shared: tuple[SharedTensor, ...]
     counted_as: Mapping[str, str]
+    layers: Mapping[str, str]
 
 
 def _overlap(base: tuple[int, ...], model: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -71,13 +75,15 @@ def _overlap(base: tuple[int, ...], model: tuple[int, ...]) -> tuple[int, ...] |
 @functools.lru_cache(maxsize=1024)
 def _layers(checkpoint: Checkpoint) -> Mapping[str, tuple[StoredTensor, ...]]:
     layers: dict[str, list[StoredTensor]] = {}
-    for name, tensor in checkpoint.tensors.items():
-        layers.setdefault(layer_key(name), []).append(tensor)
-    return {key: tuple(tensors) for key, tensors in layers.items()}
+    for alias, name in checkpoint.renamed.items():
+        layers.setdefault(layer_key(alias), []).append(checkpoint.tensors[name])
+    return {key: tuple(dict.fromkeys(tensors)) for key, tensors in layers.items()}
 
 
 def _stand_in(checkpoint: Checkpoint, like: StoredTensor, name: str) -> Stored | None:
     """A tensor of that name made from what a checkpoint stores in another layout."""
+    if name in checkpoint.renamed:
+        return checkpoint.tensors[checkpoint.renamed[name]]
     layer = _layers(checkpoint).get(layer_key(name))
     if layer is None or checkpoint.model_type is None:
         return None
@@ -133,8 +139,9 @@ def check_pair(base: Checkpoint, model: Checkpoint) -> None:
         model: the model.
 
     Raises:
-        ValueError: they share less than half of their parameters, or a tensor differs
-            in more than one axis; names the share and the first mismatching tensors.
+        ValueError: they share less than half of their parameters, both have much that
+            the other lacks, or a tensor differs in more than one axis; names the share
+            and the first mismatching tensors.
     """
     shared = counterparts(base, model)
     covered, differing = 0, []
@@ -148,7 +155,8 @@ def check_pair(base: Checkpoint, model: Checkpoint) -> None:
             covered += math.prod(shape)
     totals = [sum(t.numel for t in c.tensors.values()) for c in (base, model)]
     share = covered / max(*totals, 1)
-    if share >= MIN_COVERED and not differing:
+    foreign = (min(totals) - covered) / max(*totals, 1)
+    if share >= MIN_COVERED and foreign <= MAX_FOREIGN and not differing:
         return
     absent = [
         f"{name} is not in {owner.label}"
@@ -231,7 +239,14 @@ def align(base: Checkpoint, model: Checkpoint, readers: Readers) -> Alignment:
                 )
             counted[roots] = SharedTensor(name, first, second, shape)
         counted_as[name] = counted[roots].name
+    layers: dict[str, str] = {}
+    for checkpoint in (base, model):
+        for alias, name in checkpoint.renamed.items():
+            if name in counted_as:
+                counted_as.setdefault(alias, counted_as[name])
+                layers.setdefault(layer_key(alias), layer_key(counted_as[name]))
     return Alignment(
+        layers=layers,
         shared=tuple(sorted(counted.values(), key=lambda pair: pair.name)),
         counted_as=counted_as,
     )

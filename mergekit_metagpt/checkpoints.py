@@ -51,6 +51,21 @@ class Checkpoint:
     identity: tuple[FileIdentity, ...]
     model_type: str | None = None
 
+    @functools.cached_property
+    def renamed(self) -> Mapping[str, str]:
+        """Output names by every name that transformers' renaming rules give them."""
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        found = {name: name for name in self.tensors}
+        if self.model_type is None:
+            return found
+        for rule in get_checkpoint_conversion_mapping(self.model_type) or ():
+            if isinstance(rule, WeightRenaming):
+                new = {rule.rename_source_key(n)[0]: own for n, own in found.items()}
+                found = {**new, **found}
+        return found
+
     def first_elements(self, name: str, count: int) -> torch.Tensor:
         """Return up to `count` leading elements of a stored tensor, flattened."""
         return self._readers.read(self.tensors[name]).reshape(-1)[:count]
@@ -111,7 +126,14 @@ def _shard_path(folder: Path, label: str, entry: str) -> Path:
     return path
 
 
-def _read_header(label: str, index: ShardedTensorIndex) -> Checkpoint:
+def _read_header(
+    label: str,
+    index: ShardedTensorIndex,
+    *,
+    trust_remote_code: bool,
+    bare: bool = False,
+) -> Checkpoint:
+    """Read headers; of a `bare` file, nothing that may lie beside it."""
     folder = Path(index.base_path)
     config_file = folder / "config.json"
     try:
@@ -135,7 +157,7 @@ def _read_header(label: str, index: ShardedTensorIndex) -> Checkpoint:
         for tensor in header.tensors
         if tensor.name in index.tensor_paths
     }
-    weights = _architecture_weights(folder, stored)
+    weights = [] if bare else _architecture_weights(folder, stored, trust_remote_code)
     names = {
         alias: weight.name
         for weight in weights
@@ -147,23 +169,22 @@ def _read_header(label: str, index: ShardedTensorIndex) -> Checkpoint:
         tensors={names.get(name, name): tensor for name, tensor in stored.items()},
         tied_names={w.name: tuple(w.tied_names) for w in weights if w.tied_names},
         identity=tuple(FileIdentity.of(file) for file in files),
-        model_type=config.get("model_type"),
+        model_type=None if bare else config.get("model_type"),
     )
 
 
 def _architecture_weights(
-    folder: Path, stored: Mapping[str, StoredTensor]
+    folder: Path, stored: Mapping[str, StoredTensor], trust_remote_code: bool
 ) -> list[WeightInfo]:
     """Weights by mergekit's definition, or by transformers' ties where it has none."""
     import transformers
     from mergekit.architecture import WeightInfo, arch_info_for_config
-    from mergekit.io.tasks import LoaderCache
 
     if not (folder / "config.json").is_file():
         return []
     try:
         config = transformers.AutoConfig.from_pretrained(
-            str(folder), trust_remote_code=LoaderCache().trust_remote_code
+            str(folder), trust_remote_code=trust_remote_code
         )
         if architecture := arch_info_for_config(config):
             return architecture.all_weights(config)
@@ -208,13 +229,19 @@ def already_open(model: Hashable) -> Checkpoint | None:
         return None
     loader = LoaderCache.loaders.get(model)
     raw_files = sys.modules.get("mergekit.scripts.merge_raw_pytorch")
-    if loader is None and raw_files is not None:
+    bare = loader is None
+    if bare and raw_files is not None:
         loader = raw_files.SimpleLoaderCache().loaders.get(model.model.path)
     if loader is None:
         return None
     with _BY_LOADER_LOCK:
         if loader not in _BY_LOADER:
-            _BY_LOADER[loader] = _read_header(str(model), loader.index)
+            _BY_LOADER[loader] = _read_header(
+                str(model),
+                loader.index,
+                trust_remote_code=LoaderCache().trust_remote_code,
+                bare=bare,
+            )
         return _BY_LOADER[loader]
 
 
@@ -223,6 +250,7 @@ def open_checkpoint(
     *,
     lora_merge_cache: str | None = None,
     transformers_cache: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Checkpoint:
     """Open a model as mergekit does, reading headers only.
 
@@ -231,6 +259,7 @@ def open_checkpoint(
             LoRA, which is merged into `lora_merge_cache` first.
         lora_merge_cache: folder for merged adapters, needed for LoRA models.
         transformers_cache: folder of downloaded models.
+        trust_remote_code: run code that comes with a model, for its architecture.
 
     Returns:
         the checkpoint's header.
@@ -263,7 +292,7 @@ def open_checkpoint(
         raise ValueError(f"{label} has a LoRA adapter; give --lora-merge-cache FOLDER")
     merged = model.merged(
         cache_dir=lora_merge_cache,
-        trust_remote_code=LoaderCache().trust_remote_code,
+        trust_remote_code=trust_remote_code,
         lora_merge_dtype=LoaderCache().lora_merge_dtype,
     )
     try:
@@ -272,4 +301,6 @@ def open_checkpoint(
         raise ValueError(
             f"{label} is no folder here, nor to be had from the hub: {error}"
         ) from error
-    return _read_header(label, _index(label, folder))
+    return _read_header(
+        label, _index(label, folder), trust_remote_code=trust_remote_code
+    )

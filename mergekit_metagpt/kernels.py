@@ -78,7 +78,7 @@ def _rounded(values: torch.Tensor, grid: tuple[torch.dtype, ...]) -> torch.Tenso
 def _task_vectors(
     base: torch.Tensor, tuned: Sequence[torch.Tensor]
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (k, a chunk of tau_k in float64); the buffer is reused between steps.
+    """Yield (k, a chunk of tau_k in float64), which the caller may overwrite.
 
     base and model are both rounded to the coarser of their two precisions first, so
     that a weight which was only stored differently contributes exactly 0.
@@ -103,11 +103,13 @@ def _task_vectors(
 
 
 def _sum_of_squares(values: torch.Tensor) -> torch.Tensor:
-    """Sum in rows of fixed length: the same bits for any number of torch's threads."""
+    """Square a vector in place and sum it.
+
+    In rows of fixed length: the same bits for any number of torch's threads.
+    """
     whole = values.numel() // ROW * ROW
-    rows, rest = values[:whole].view(-1, ROW), values[whole:]
-    norm = torch.linalg.vector_norm
-    return norm(rows, dim=1).square().sum() + norm(rest).square()
+    squares = values.square_()
+    return squares[:whole].view(-1, ROW).sum(dim=1).sum() + squares[whole:].sum()
 
 
 def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -169,9 +171,9 @@ def accumulate_gram(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.
     sums = [gram.new_zeros(()) for _ in tuned]
     buffer = gram.new_empty(count, _chunk_size(base))
     for k, tau in _task_vectors(base, tuned):
-        sums[k] += _sum_of_squares(tau)
         rows = buffer[:, : tau.numel()]
         rows[k].copy_(tau)
+        sums[k] += _sum_of_squares(tau)
         if k == count - 1:
             gram += rows @ rows.T
     gram = (gram + gram.T) / 2

@@ -109,6 +109,7 @@ def _check_models(config: MergeConfiguration, options: MergeOptions) -> None:
             model,
             lora_merge_cache=options.lora_merge_cache,
             transformers_cache=options.transformers_cache,
+            trust_remote_code=options.trust_remote_code,
         )
         for model in recipe.models(config)
     }

@@ -84,6 +84,11 @@ class MetaGPTMerge(GroupMergeMethod):
         if base_id is None:
             raise ValueError(no_base(self.spec.name, group_name))
         if base_id not in input_ids:
+            if group_name is not None and not _SLICE.fullmatch(group_name):
+                raise ValueError(
+                    f"the base {base_id} has no {group_name}, which others have: there "
+                    "is no task vector of it. Leave these tensors out of the models"
+                )
             place = f" for {group_name}" if group_name else ""
             raise ValueError(
                 f"the base {base_id} is not among the inputs{place}. Add it to the "

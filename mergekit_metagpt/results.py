@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mergekit_metagpt.names import is_excluded, pool_key
+from mergekit_metagpt.names import is_excluded, layer_key, pool_key
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,10 +18,18 @@ class PairNorms:
         sq_norms: ||tau||^2 of each counted tensor by output name, in name order.
         counted_as: for every output name that the pair shares, the name under which
             it counts: its own, except for a tied head.
+        layers: for the layers of renamed tensors, the layer under which they count.
     """
 
     sq_norms: Mapping[str, float]
     counted_as: Mapping[str, str]
+    layers: Mapping[str, str]
+
+    def layer_of(self, name: str) -> str:
+        """Return the pool of an output name under `granularity: layer`."""
+        if name in self.counted_as:
+            return layer_key(self.counted_as[name])
+        return self.layers.get(layer_key(name), layer_key(name))
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,7 @@ def _scan(
         PairNorms(
             sq_norms={pair.name: found[pair.name] for pair in alignment.shared},
             counted_as=alignment.counted_as,
+            layers=alignment.layers,
         )
         for found, alignment in zip(norms, alignments, strict=True)
     ], grams
@@ -270,6 +271,7 @@ def scan(
     workers: int | None = None,
     lora_merge_cache: str | None = None,
     transformers_cache: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ScanResult:
     """Measure the task vectors of fine-tunes of one base, without merging.
 
@@ -284,6 +286,7 @@ def scan(
         workers: threads; by default the number of CPUs at hand.
         lora_merge_cache: folder for merged adapters, needed for LoRA models.
         transformers_cache: folder of downloaded models.
+        trust_remote_code: run code that comes with a model, for its architecture.
 
     Returns:
         the squared norms per tensor group; the same bits for any number of workers.
@@ -297,12 +300,15 @@ def scan(
         raise ValueError("no models to measure against the base; give at least one")
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; expected a number >= 1 or None")
-    options = {
-        "lora_merge_cache": lora_merge_cache,
-        "transformers_cache": transformers_cache,
-    }
-    opened = open_checkpoint(base, **options)
-    tuned = [open_checkpoint(model, **options) for model in models]
+    opened, *tuned = (
+        open_checkpoint(
+            model,
+            lora_merge_cache=lora_merge_cache,
+            transformers_cache=transformers_cache,
+            trust_remote_code=trust_remote_code,
+        )
+        for model in (base, *models)
+    )
     with _SCAN_LOCK:
         found, grams = _scan(opened, tuned, gram=gram, workers=workers)
     names = sorted({name for norms in found for name in norms.sq_norms})

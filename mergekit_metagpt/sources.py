@@ -250,8 +250,8 @@ def _stored_sq_norms(group: TensorGroup, settings: Settings) -> Measured | None:
     else:
         name = group.metadata.name or ""
         _require_same_layer(group, {base_of(group).id: base, **known})
-        keys = [layer_key(pair.counted_as.get(name, name)) for pair in pairs]
-        if all(
+        keys = [pair.layer_of(name) for pair in pairs]
+        if any(
             _pooled(pair, key, ())[0] is None
             for pair, key in zip(pairs, keys, strict=True)
         ):
@@ -295,13 +295,14 @@ def _require_same_layer(group: TensorGroup, opened: dict[Hashable, Checkpoint]) 
         return
     for entry in group.entries:
         checkpoint = opened[entry.id]
-        if name in checkpoint.tensors:
-            stored = checkpoint.first_elements(name, PROBE).to(entry.tensor.dtype)
+        if name in checkpoint.renamed:
+            own = checkpoint.renamed[name]
+            stored = checkpoint.first_elements(own, PROBE).to(entry.tensor.dtype)
             given = entry.tensor.reshape(-1)[:PROBE].to(device="cpu")
             same = torch.equal(stored, given)
         else:
             # Stored in another layout (experts), or the layer does not exist there.
-            same = any(layer_key(key) == layer_key(name) for key in checkpoint.tensors)
+            same = any(layer_key(key) == layer_key(name) for key in checkpoint.renamed)
         if same:
             continue
         raise ValueError(

@@ -1,0 +1,595 @@
+"""Architectures, layouts and the syntax of mergekit's YAML, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.matrix import BY_NAME, Row, covers
+from tests.merges import (
+    GRANULARITIES,
+    Oracle,
+    assert_merged,
+    assert_merges,
+    assert_merges_exactly,
+    assert_sq_norms,
+    assert_task_arithmetic_fails,
+    task_arithmetic,
+    with_granularity,
+)
+from tests.support import (
+    State,
+    assert_same_bits,
+    llama_state,
+    merge_config,
+    naive_coefficients,
+    read_model,
+    run_mergekit,
+    tuned,
+    write_model,
+)
+
+pytestmark = [
+    pytest.mark.usefixtures("one_torch_thread"),
+    # GPT-2 and Qwen2-VL name token ids beyond a vocabulary of 96.
+    pytest.mark.filterwarnings("ignore:.*token_id must be:UserWarning"),
+]
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+DECODER: dict[str, Any] = {**SIZES, "num_key_value_heads": 2}
+ENCODER: dict[str, Any] = {**SIZES, "max_position_embeddings": 32}
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+TOWER: dict[str, Any] = {"depth": 2, "num_heads": 4, "patch_size": 14}
+ROPE: dict[str, Any] = {"type": "mrope", "mrope_section": [1, 1, 2]}
+
+# transformers' class, its configuration, and what that takes.
+CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Llama": ("LlamaForCausalLM", "LlamaConfig", DECODER),
+    "Mistral": ("MistralForCausalLM", "MistralConfig", DECODER),
+    "Qwen2": ("Qwen2ForCausalLM", "Qwen2Config", DECODER),
+    "Qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**DECODER, "head_dim": 8}),
+    "Gemma 2": ("Gemma2ForCausalLM", "Gemma2Config", {**DECODER, "head_dim": 8}),
+    "GPT-2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {
+            "vocab_size": 96,
+            "n_positions": 32,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+    ),
+    "BERT with a classifier": ("BertForSequenceClassification", "BertConfig", ENCODER),
+    "BERT encoder": ("BertModel", "BertConfig", ENCODER),
+    "ModernBERT": (
+        "ModernBertModel",
+        "ModernBertConfig",
+        {
+            **ENCODER,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+        },
+    ),
+    "Qwen2.5-VL": (
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLConfig",
+        {
+            "text_config": {**DECODER, "rope_scaling": ROPE},
+            "vision_config": {
+                **TOWER,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "out_hidden_size": 32,
+            },
+        },
+    ),
+    "Qwen2-VL": (
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2VLConfig",
+        {
+            "text_config": {
+                **DECODER,
+                "rope_scaling": ROPE,
+                "bos_token_id": 0,
+                "eos_token_id": 0,
+            },
+            "vision_config": {
+                **TOWER,
+                "embed_dim": 32,
+                "hidden_size": 32,
+                "mlp_ratio": 2,
+            },
+        },
+    ),
+    "LLaVA": (
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        {
+            # As in real ones, the language model holds most of the parameters.
+            "text_config": {"model_type": "llama", **DECODER, "intermediate_size": 512},
+            "vision_config": {"model_type": "clip_vision_model", **VISION},
+            "image_seq_length": 4,
+            "image_token_index": 95,
+        },
+    ),
+    "Qwen3-MoE": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {
+            **DECODER,
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        },
+    ),
+    "Mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {**DECODER, "num_local_experts": 4},
+    ),
+    "DINOv3": (
+        "DINOv3ViTModel",
+        "DINOv3ViTConfig",
+        {**VISION, "num_register_tokens": 2},
+    ),
+    "NomicBERT": ("NomicBertModel", "NomicBertConfig", ENCODER),
+}
+
+# How a checkpoint is saved: in the layout that transformers 4 wrote, or as loaded.
+ORIGINAL, LOADED = True, False
+Layouts = tuple[bool, bool, bool]
+
+
+@dataclass(frozen=True)
+class Trio:
+    """A base and two models as transformers writes them.
+
+    Attributes:
+        folders: the base's, then the models', by layout.
+        states: their parameters by the names of the loaded model.
+    """
+
+    folders: Mapping[bool, tuple[Path, ...]]
+    states: tuple[State, ...]
+
+    def paths(self, layouts: Layouts) -> list[Path]:
+        return [self.folders[kind][k] for k, kind in enumerate(layouts)]
+
+
+def save_trio(folder: Path, name: str) -> Trio:
+    """Make a model with random weights and two with noise, saved in both layouts."""
+    import transformers
+
+    model_class, config_class, sizes = CLASSES[name]
+    config = getattr(transformers, config_class)(**sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, model_class)(config)
+    start = {n: t.detach().clone() for n, t in model.named_parameters()}
+    folders: dict[bool, list[Path]] = {ORIGINAL: [], LOADED: []}
+    states = []
+    for number in range(3):
+        state = tuned(start, number, 0.01 * number)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                parameter.copy_(state[key])
+        for kind, saved in folders.items():
+            saved.append(folder / f"{number}-{kind}")
+            model.save_pretrained(saved[-1], save_original_format=kind)
+        states.append(state)
+    return Trio({kind: tuple(f) for kind, f in folders.items()}, tuple(states))
+
+
+@pytest.fixture(scope="session")
+def trios(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trio]:
+    """Make each architecture's checkpoints when they are first asked for."""
+    made: dict[str, Trio] = {}
+
+    def trio(name: str) -> Trio:
+        if name not in made:
+            made[name] = save_trio(tmp_path_factory.mktemp("trio"), name)
+        return made[name]
+
+    return trio
+
+
+SAME: Layouts = (ORIGINAL, ORIGINAL, ORIGINAL)
+FUSED: Layouts = (LOADED, LOADED, LOADED)
+FROM_ORIGINAL: Layouts = (ORIGINAL, LOADED, ORIGINAL)
+FROM_LOADED: Layouts = (LOADED, ORIGINAL, LOADED)
+
+ARCHITECTURES: dict[str, tuple[str, Sequence[Layouts]]] = {
+    **{name: (name, [SAME]) for name in ("Llama", "Mistral", "Qwen2", "Qwen3")},
+    "Gemma 2": ("Gemma 2", [SAME]),
+    "GPT-2": ("GPT-2", [SAME]),
+    "BERT with a classifier (`BertForSequenceClassification`)": (
+        "BERT with a classifier",
+        [SAME],
+    ),
+    "ModernBERT, of which mergekit has no definition": ("ModernBERT", [SAME]),
+    "LLaVA, saved with `save_original_format=False`": ("LLaVA", [FUSED]),
+    **{
+        f"{name}, {layout}": (name, layouts)
+        for name in ("Qwen3-MoE", "Mixtral")
+        for layout, layouts in {
+            "fused experts": [FUSED],
+            "single experts": [SAME],
+            "base with single experts, models with fused and single ones": [
+                FROM_ORIGINAL
+            ],
+            "base with fused experts, models with single and fused ones": [FROM_LOADED],
+        }.items()
+    },
+    "DINOv3, whose layers transformers 5 renames": ("DINOv3", [SAME, FUSED]),
+    "DINOv3, base and models in different layouts": (
+        "DINOv3",
+        [FROM_ORIGINAL, FROM_LOADED],
+    ),
+    "NomicBERT, whose layers transformers 5 renames and splits": (
+        "NomicBERT",
+        [SAME, FUSED],
+    ),
+    "NomicBERT, base and models in different layouts": (
+        "NomicBERT",
+        [FROM_ORIGINAL, FROM_LOADED],
+    ),
+}
+
+
+def assert_architecture(
+    row: Row, out: Path, folders: Sequence[Path], states: Sequence[State]
+) -> None:
+    """Check n_t, lambda and every element under each granularity."""
+    oracle = Oracle(states[0], states[1:])
+    config = merge_config(folders[0], folders[1:])
+    with row.expect():
+        assert_sq_norms(oracle, folders[0], folders[1:])
+        assert_merges(config, out, oracle)
+        for granularity in GRANULARITIES:
+            assert_merges_exactly(config, out, oracle, granularity=granularity)
+
+
+@covers(*ARCHITECTURES)
+def test_architectures(row: Row, tmp_path: Path, trios: Callable[[str], Trio]) -> None:
+    name, variants = ARCHITECTURES[row.name]
+    trio = trios(name)
+    for number, layouts in enumerate(variants):
+        out = tmp_path / str(number)
+        assert_architecture(row, out, trio.paths(layouts), trio.states)
+
+
+@covers("Qwen2.5-VL: language model, projector and vision tower")
+def test_stored_names(row: Row, tmp_path: Path, trios: Callable[[str], Trio]) -> None:
+    """mergekit's definition of this model has the names that transformers 4 wrote."""
+    folders = trios("Qwen2.5-VL").paths(SAME)
+    assert_architecture(row, tmp_path, folders, [read_model(f) for f in folders])
+
+
+@covers("GPT-2, base stored under the names of older checkpoints")
+def test_older_names(row: Row, tmp_path: Path, trios: Callable[[str], Trio]) -> None:
+    trio = trios("GPT-2")
+    base, *models = trio.paths(SAME)
+    older = {
+        name.removeprefix("transformer."): tensor
+        for name, tensor in trio.states[0].items()
+    }
+    folder = write_model(tmp_path / "older", older, config_of(base))
+    assert_architecture(row, tmp_path, [folder, *models], trio.states)
+
+
+def config_of(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder)
+
+
+@covers("BERT encoder (`BertModel`)", "Qwen2-VL")
+def test_architectures_that_mergekit_cannot_merge(
+    row: Row, tmp_path: Path, trios: Callable[[str], Trio]
+) -> None:
+    folders = trios(row.name.split(" (")[0]).paths(SAME)
+    config = merge_config(folders[0], folders[1:])
+    assert_task_arithmetic_fails(config, tmp_path, row.message)
+    with row.expect():
+        run_mergekit(config, tmp_path / "out")
+
+
+@covers("`BertModel` by `mergekit-pytorch`")
+def test_bare_files_of_a_model(
+    row: Row, tmp_path: Path, trios: Callable[[str], Trio]
+) -> None:
+    from mergekit.scripts.merge_raw_pytorch import main
+
+    trio = trios("BERT encoder")
+    files = [folder / "model.safetensors" for folder in trio.paths(SAME)]
+    config_file = tmp_path / "raw.yml"
+    oracle = Oracle(trio.states[0], trio.states[1:])
+    with row.expect():
+        for granularity in GRANULARITIES:
+            config = with_granularity(merge_config(files[0], files[1:]), granularity)
+            config_file.write_text(yaml.safe_dump(config))
+            out = tmp_path / granularity
+            main.main([str(config_file), str(out), "--quiet"], standalone_mode=False)
+            assert_merged(read_model(out), oracle, granularity)
+
+
+@covers("LLaVA, as `save_pretrained` writes it")
+def test_llava_loses_its_language_model(
+    row: Row, tmp_path: Path, trios: Callable[[str], Trio]
+) -> None:
+    """mergekit's translation of LLaVA's names is wrong under transformers 5."""
+    trio = trios("LLaVA")
+    folders = trio.paths(SAME)
+    config = merge_config(folders[0], folders[1:])
+    lost = {name for name in trio.states[0] if name.startswith("model.language_model.")}
+    theirs = run_mergekit(task_arithmetic(config), tmp_path / "theirs")
+    assert trio.states[0].keys() - theirs.keys() >= lost
+    oracle = Oracle(trio.states[0], trio.states[1:])
+    assert_sq_norms(oracle, folders[0], folders[1:])
+    with row.expect():
+        merged = run_mergekit(config, tmp_path / "out")
+        assert merged.keys() == theirs.keys()
+        written = [{n: s[n] for n in merged} for s in trio.states]
+        given = Oracle(written[0], written[1:])
+        assert_merged(merged, oracle, handed_over=given)
+
+
+@covers("LLaVA, base and models in different layouts")
+def test_llava_in_different_layouts(
+    row: Row, tmp_path: Path, trios: Callable[[str], Trio]
+) -> None:
+    trio = trios("LLaVA")
+    for layouts in (FROM_ORIGINAL, FROM_LOADED):
+        folders = trio.paths(layouts)
+        config = merge_config(folders[0], folders[1:])
+        with row.expect():
+            run_mergekit(config, tmp_path / f"out{layouts[0]}")
+    theirs = run_mergekit(task_arithmetic(config), tmp_path / "theirs")
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    only = trio.states[0][name] + 0.5 * (trio.states[2][name] - trio.states[0][name])
+    torch.testing.assert_close(theirs[name], only)
+
+
+@dataclass(frozen=True)
+class Deep:
+    """A Llama of three layers and three fine-tunes of it."""
+
+    base: Path
+    models: tuple[Path, ...]
+    states: tuple[State, ...]
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return (self.base, *self.models)
+
+    def moved(self, maps: Sequence[Sequence[int]]) -> Oracle:
+        """The oracle of what is handed over: for each checkpoint its layers in turn."""
+        states = []
+        for state, layers in zip(self.states, maps, strict=False):
+            moved = {n: t for n, t in state.items() if ".layers." not in n}
+            for number, layer in enumerate(layers):
+                start = f"model.layers.{layer}."
+                moved |= {
+                    n.replace(start, f"model.layers.{number}.", 1): t
+                    for n, t in state.items()
+                    if n.startswith(start)
+                }
+            states.append(moved)
+        return Oracle(states[0], states[1:])
+
+
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Deep:
+    """Checkpoints in float32, so that the bound tells every lambda."""
+    folder = tmp_path_factory.mktemp("deep")
+    base = llama_state()
+    states = (base, *(tuned(base, k + 1, 0.01 * (k + 1)) for k in range(3)))
+    base_folder, *models = (
+        write_model(folder / f"m{k}", state) for k, state in enumerate(states)
+    )
+    return Deep(base_folder, tuple(models), states)
+
+
+def sources(folders: Sequence[Path], *ranges: tuple[int, int]) -> list[dict[str, Any]]:
+    """Sources of a slice; the last range is that of all further ones."""
+    padded = [*ranges, *([ranges[-1]] * len(folders))]
+    return [
+        {"model": str(folder), "layer_range": list(layers)}
+        for folder, layers in zip(folders, padded, strict=False)
+    ]
+
+
+@covers(
+    "`models:` without the base",
+    "`models:` with the base among them",
+    "`slices:` in which layers stay in place",
+)
+def test_the_same_merge_in_other_words(row: Row, tmp_path: Path, deep: Deep) -> None:
+    config = merge_config(deep.base, deep.models)
+    if row.name == "`models:` with the base among them":
+        config = merge_config(deep.base, [deep.models[0], deep.base, *deep.models[1:]])
+    elif row.name.startswith("`slices:`"):
+        halves = [
+            {"sources": sources(deep.folders, layers)} for layers in ((0, 1), (1, 3))
+        ]
+        config = merge_config(deep.base, [], slices=halves)
+    oracle = Oracle(deep.states[0], deep.states[1:])
+    assert_sq_norms(oracle, deep.base, deep.models)
+    with row.expect():
+        for granularity in GRANULARITIES:
+            assert_merges(config, tmp_path, oracle, granularity=granularity)
+            assert_merges_exactly(config, tmp_path, oracle, granularity=granularity)
+
+
+def frankenmerge(deep: Deep) -> dict[str, Any]:
+    """Layers 0, 1, 1, 2 of all checkpoints."""
+    slices = [{"sources": sources(deep.folders, layers)} for layers in ((0, 2), (1, 3))]
+    return merge_config(deep.base, [], slices=slices)
+
+
+@covers("`slices:` that move layers, `granularity: model` and `tensor`")
+def test_layers_that_move(row: Row, tmp_path: Path, deep: Deep) -> None:
+    stored = Oracle(deep.states[0], deep.states[1:])
+    given = deep.moved([(0, 1, 1, 2)] * 4)
+    with row.expect():
+        for granularity, measured in (("model", stored), ("tensor", given)):
+            config = with_granularity(frankenmerge(deep), granularity)
+            merged = run_mergekit(config, tmp_path / granularity)
+            assert_merged(merged, measured, granularity, handed_over=given)
+
+
+@covers("`slices:` that move layers, `granularity: layer`")
+def test_layers_that_move_have_no_layer_norms(
+    row: Row, tmp_path: Path, deep: Deep
+) -> None:
+    with row.expect():
+        config = with_granularity(frankenmerge(deep), "layer")
+        run_mergekit(config, tmp_path / "out")
+
+
+@covers("a slice of different layers of its sources, `model` and `tensor`")
+def test_different_layers_of_the_sources(row: Row, tmp_path: Path, deep: Deep) -> None:
+    slices = [{"sources": sources(deep.folders[:3], (0, 2), (1, 3), (0, 2))}]
+    config = merge_config(deep.base, [], slices=slices)
+    stored = Oracle(deep.states[0], deep.states[1:3])
+    given = deep.moved([(0, 1), (1, 2), (0, 1)])
+    with row.expect():
+        for granularity, measured in (("model", stored), ("tensor", given)):
+            merged = run_mergekit(
+                with_granularity(config, granularity), tmp_path / granularity
+            )
+            assert_merged(merged, measured, granularity, handed_over=given)
+
+
+def parts(merged: State) -> list[State]:
+    """What the first and the second of two slices wrote: the second has layer 2."""
+    second = ("model.layers.2.", "model.norm.", "lm_head.")
+    return [
+        {n: t for n, t in merged.items() if n.startswith(second) == last}
+        for last in (False, True)
+    ]
+
+
+def of_part(part: State, *states: State) -> Oracle:
+    first, *others = ({name: state[name] for name in part} for state in states)
+    return Oracle(first, others)
+
+
+@covers("`slices:` with different models", "`slices:` with a `base_model` of their own")
+def test_slices_of_their_own(row: Row, tmp_path: Path, deep: Deep) -> None:
+    """The ratio is taken over the models of the slice at hand."""
+    chosen = [(0, 1, 2), (0, 3, 1)]
+    slices: list[dict[str, Any]] = [{}, {}]
+    if row.name.endswith("of their own"):
+        chosen[1] = (3, 1, 2)
+        slices = [{"base_model": str(deep.folders[first])} for first, *_ in chosen]
+    for entry, numbers, layers in zip(slices, chosen, ((0, 2), (2, 3)), strict=True):
+        entry["sources"] = sources([deep.folders[k] for k in numbers], layers)
+    base = None if "base_model" in slices[0] else deep.base
+    config = merge_config(base, [], slices=slices)
+    with row.expect():
+        for granularity in GRANULARITIES:
+            merged = run_mergekit(
+                with_granularity(config, granularity), tmp_path / granularity
+            )
+            for part, numbers in zip(parts(merged), chosen, strict=True):
+                states = [deep.states[k] for k in numbers]
+                stored = Oracle(states[0], states[1:])
+                given = of_part(part, *states)
+                assert_merged(part, stored, granularity, handed_over=given)
+
+
+@covers("`slices:` without the base among their sources")
+def test_slices_without_the_base(row: Row, tmp_path: Path, deep: Deep) -> None:
+    slices = [{"sources": sources(deep.models, (0, 3))}]
+    with row.expect():
+        run_mergekit(merge_config(deep.base, [], slices=slices), tmp_path / "out")
+
+
+@covers("`modules:` with `models:`", "`modules:` with `slices:`")
+def test_modules(row: Row, tmp_path: Path, trios: Callable[[str], Trio]) -> None:
+    trio = trios("LLaVA")
+    folders = trio.paths(FUSED)
+    layers = {
+        "default": 0,
+        "model.language_model.layers": 2,
+        "model.vision_tower.encoder.layers": 2,
+    }
+    modules: dict[str, Any] = {}
+    for name, count in layers.items():
+        if row.name == "`modules:` with `models:`":
+            modules[name] = {"models": [{"model": str(f)} for f in folders[1:]]}
+        else:
+            given = {"sources": sources(folders, (0, count))}
+            modules[name] = {"slices": [given]}
+    config = merge_config(folders[0], [], modules=modules)
+    oracle = Oracle(trio.states[0], trio.states[1:])
+    with row.expect():
+        for granularity in GRANULARITIES:
+            assert_merges(config, tmp_path, oracle, granularity=granularity)
+            assert_merges_exactly(config, tmp_path, oracle, granularity=granularity)
+
+
+@covers("parameters with filters and gradients")
+def test_filters_and_gradients(row: Row, tmp_path: Path, deep: Deep) -> None:
+    config = merge_config(deep.base, deep.models[:2])
+    # The first model fades out towards the last layer, but for its attention.
+    config["models"][0]["parameters"] = {
+        "weight": [{"filter": "self_attn", "value": 2.0}, {"value": [1.0, 0.0]}]
+    }
+    config["parameters"] = {
+        "granularity": [{"filter": "mlp", "value": "tensor"}, {"value": "model"}]
+    }
+    oracle = Oracle(deep.states[0], deep.states[1:3])
+    fading = {"0": 1.0, "1": 0.5, "2": 0.0}
+    with row.expect():
+        merged = run_mergekit({**config, "dtype": "float64"}, tmp_path / "out")
+        for name, tensor in merged.items():
+            layer = name.split(".")[2] if ".layers." in name else "0"
+            first = 2.0 if "self_attn" in name else fading[layer]
+            base, *models = (
+                state[name].double() for state in (oracle.base, *oracle.models)
+            )
+            sq_norms = oracle.sq_norms
+            if "mlp" in name:
+                own = [float((m - base).square().sum()) for m in models]
+                sq_norms = torch.tensor(own, dtype=torch.float64)
+            lambdas = naive_coefficients(sq_norms, [first, 1.0])
+            shift = sum(x * (m - base) for x, m in zip(lambdas, models, strict=True))
+            torch.testing.assert_close(tensor, base + shift, rtol=0, atol=1e-14)
+
+
+def test_unchanged_layouts_agree(trios: Callable[[str], Trio]) -> None:
+    """Both ways of saving hold the same weights: the tests above compare layouts."""
+    trio = trios("Mixtral")
+    original, loaded = (read_model(trio.folders[k][0]) for k in (ORIGINAL, LOADED))
+    assert len(original) > len(loaded)
+    for name, tensor in trio.states[0].items():
+        assert_same_bits(loaded[name], tensor)
+    assert BY_NAME["Mixtral, single experts"]

@@ -1,0 +1,800 @@
+"""Every kind of checkpoint that mergekit can feed metagpt, against a float64 oracle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import matrix
+from tests.matrix import Row, covers
+from tests.merges import (
+    GRANULARITIES,
+    Oracle,
+    assert_merged,
+    assert_merges,
+    assert_merges_exactly,
+    assert_sq_norms,
+    assert_task_arithmetic_fails,
+    with_granularity,
+)
+from tests.support import (
+    State,
+    assert_same_bits,
+    assert_within_bound,
+    cast,
+    llama_config,
+    llama_state,
+    merge_config,
+    read_model,
+    run_mergekit,
+    said,
+    tuned,
+    write_model,
+)
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TIES = {HEAD: EMBEDDING}
+
+
+@pytest.fixture(scope="session")
+def base_state() -> State:
+    """A random base in float32."""
+    return llama_state()
+
+
+@pytest.fixture(scope="session")
+def states(base_state: State) -> list[State]:
+    """Three fine-tunes of it at different distances, in float32."""
+    return [tuned(base_state, k + 1, size) for k, size in enumerate((0.01, 0.02, 0.03))]
+
+
+def write_all(folder: Path, base: State, models: Sequence[State]) -> dict[str, Any]:
+    """Write safetensors checkpoints; return the configuration that merges them."""
+    return merge_config(
+        write_model(folder / "base", base),
+        [write_model(folder / f"m{k}", state) for k, state in enumerate(models)],
+    )
+
+
+def models_of(config: Mapping[str, Any]) -> list[str]:
+    return [entry["model"] for entry in config["models"]]
+
+
+def write_pickles(
+    folder: Path, state: State, *, shards: int = 1, old_format: bool = False
+) -> Path:
+    """Write a checkpoint as pytorch_model.bin, or as several with an index.
+
+    Matrices are stored column by column, as after a transposition.
+    """
+    folder.mkdir(parents=True)
+    llama_config().save_pretrained(folder)
+    weight_map = {}
+    for number in range(shards):
+        part = {
+            name: tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor
+            for name, tensor in list(state.items())[number::shards]
+        }
+        name = "pytorch_model.bin"
+        if shards > 1:
+            name = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
+        torch.save(part, folder / name, _use_new_zipfile_serialization=not old_format)
+        weight_map.update(dict.fromkeys(part, name))
+    if shards > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return folder
+
+
+Write = Callable[[Path, State, int], Path]
+
+
+def safetensors(*shards: int) -> Write:
+    def write(folder: Path, state: State, number: int) -> Path:
+        return write_model(folder, state, shards=shards[number])
+
+    return write
+
+
+def pickles(*shards: int, old_format: bool = False) -> Write:
+    def write(folder: Path, state: State, number: int) -> Path:
+        return write_pickles(
+            folder, state, shards=shards[number], old_format=old_format
+        )
+
+    return write
+
+
+def mixed(folder: Path, state: State, number: int) -> Path:
+    return write_pickles(folder, state) if number else write_model(folder, state)
+
+
+LAZY = ("--lazy-unpickle",)
+LAYOUTS: dict[str, tuple[Write, tuple[tuple[str, ...], ...]]] = {
+    "one safetensors file": (safetensors(1, 1, 1, 1), ((),)),
+    "safetensors in shards, cut differently in every model": (
+        safetensors(3, 1, 4, 2),
+        ((),),
+    ),
+    "`pytorch_model.bin`": (pickles(1, 1, 1, 1), ((),)),
+    "`pytorch_model.bin` with `--lazy-unpickle`": (pickles(1, 1, 1, 1), (LAZY,)),
+    "`pytorch_model.bin` in shards, with and without `--lazy-unpickle`": (
+        pickles(3, 1, 4, 2),
+        ((), LAZY),
+    ),
+    "pickles in the format of torch before 1.6": (
+        pickles(1, 1, 1, 1, old_format=True),
+        ((),),
+    ),
+    "base as safetensors, models as pickles": (mixed, ((),)),
+}
+
+
+@pytest.fixture(scope="session")
+def reference(
+    tmp_path_factory: pytest.TempPathFactory, base_state: State, states: list[State]
+) -> dict[str, State]:
+    """The merge of one safetensors file each, by granularity."""
+    folder = tmp_path_factory.mktemp("reference")
+    config = write_all(folder, base_state, states)
+    return {
+        granularity: run_mergekit(
+            with_granularity(config, granularity), folder / granularity
+        )
+        for granularity in GRANULARITIES
+    }
+
+
+@covers(*LAYOUTS)
+def test_files(
+    row: Row,
+    tmp_path: Path,
+    base_state: State,
+    states: list[State],
+    reference: dict[str, State],
+) -> None:
+    write, variants = LAYOUTS[row.name]
+    folders = [
+        write(tmp_path / f"model{number}", state, number)
+        for number, state in enumerate([base_state, *states])
+    ]
+    oracle = Oracle(base_state, states)
+    config = merge_config(folders[0], folders[1:])
+    assert_sq_norms(oracle, folders[0], folders[1:])
+    with row.expect():
+        for options in variants:
+            out = tmp_path / f"out{len(options)}"
+            assert_merges_exactly(config, out, oracle, *options)
+            for granularity in GRANULARITIES:
+                merged = assert_merges(
+                    config, out, oracle, *options, granularity=granularity
+                )
+                for name, tensor in merged.items():
+                    assert_same_bits(tensor, reference[granularity][name])
+
+
+def with_head(state: State, kind: str, seed: int) -> State:
+    """The state with its output head not stored, a copy of the embedding, or own."""
+    kept = {name: tensor for name, tensor in state.items() if name != HEAD}
+    if kind == "a copy of the embedding":
+        kept[HEAD] = state[EMBEDDING].clone()
+    elif kind == "its own":
+        kept[HEAD] = tuned({HEAD: state[EMBEDDING]}, seed, 0.05)[HEAD]
+    return kept
+
+
+HEAD_PAIRS = {
+    f"head: {base} in the base, {model} in a model": (base, model)
+    for base in matrix.HEAD_KINDS
+    for model in matrix.HEAD_KINDS
+}
+
+
+@covers(*HEAD_PAIRS)
+def test_heads(
+    row: Row, tmp_path: Path, base_state: State, states: list[State]
+) -> None:
+    of_base, of_model = HEAD_PAIRS[row.name]
+    for third in matrix.HEAD_KINDS:
+        base = with_head(base_state, of_base, 10)
+        models = [with_head(states[0], of_model, 11), with_head(states[1], third, 12)]
+        oracle = Oracle(base, models, TIES)
+        folder = tmp_path / third
+        config = write_all(folder, base, models)
+        assert_sq_norms(oracle, config["base_model"], models_of(config))
+        with row.expect():
+            assert_merges_exactly(config, folder, oracle)
+            if third == "its own":
+                assert_merges_exactly(config, folder, oracle, granularity="layer")
+                assert_merges_exactly(config, folder, oracle, granularity="tensor")
+
+
+def test_a_copied_head_changes_no_lambda(
+    base_state: State, states: list[State]
+) -> None:
+    """The oracle itself counts a tied head once, however it is stored."""
+    found = []
+    for kinds in (["absent"] * 3, ["a copy of the embedding", *["absent"] * 2]):
+        tied = [
+            with_head(state, kind, 0)
+            for state, kind in zip([base_state, *states[:2]], kinds, strict=True)
+        ]
+        found.append(Oracle(tied[0], tied[1:], TIES).sq_norms)
+    assert torch.equal(*found)
+
+
+@covers("head that shares its embedding's memory in a pickle")
+def test_head_in_shared_memory(
+    row: Row, tmp_path: Path, base_state: State, states: list[State]
+) -> None:
+    shared = [{**state, HEAD: state[EMBEDDING]} for state in (base_state, *states)]
+    folders = []
+    for number, state in enumerate(shared):
+        folders.append(tmp_path / f"m{number}")
+        llama_config().save_pretrained(folders[-1])
+        torch.save(state, folders[-1] / "pytorch_model.bin")
+    oracle = Oracle(shared[0], shared[1:], TIES)
+    assert_sq_norms(oracle, folders[0], folders[1:])
+    config = merge_config(folders[0], folders[1:])
+    with row.expect():
+        for granularity in GRANULARITIES:
+            assert_merges_exactly(
+                config, tmp_path / "out", oracle, granularity=granularity
+            )
+
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+MIXTURES = {
+    f"base in {base}; models in float32, float16 and bfloat16": (
+        DTYPES[base],
+        (torch.float32, torch.float16, torch.bfloat16),
+    )
+    for base in ("float32", "float16", "bfloat16")
+} | {
+    "base in float64; models in float64 and bfloat16": (
+        torch.float64,
+        (torch.float64, torch.bfloat16),
+    )
+}
+
+
+@covers(*MIXTURES)
+def test_precisions(
+    row: Row, tmp_path: Path, base_state: State, states: list[State]
+) -> None:
+    of_base, of_models = MIXTURES[row.name]
+    base = cast(base_state, of_base)
+    models = [
+        cast(state, dtype) for state, dtype in zip(states, of_models, strict=False)
+    ]
+    oracle = Oracle(base, models)
+    config = write_all(tmp_path, base, models)
+    assert_sq_norms(oracle, config["base_model"], models_of(config))
+    with row.expect():
+        assert_merges_exactly(config, tmp_path, oracle)
+        for granularity in GRANULARITIES:
+            assert_merges(config, tmp_path, oracle, granularity=granularity)
+
+
+@covers("several precisions within one checkpoint")
+def test_precisions_within_a_checkpoint(
+    row: Row, tmp_path: Path, base_state: State, states: list[State]
+) -> None:
+    def mix(state: State, start: int) -> State:
+        order = [torch.bfloat16, torch.float32, torch.float16]
+        return {
+            name: tensor.to(order[(start + k) % 3])
+            for k, (name, tensor) in enumerate(state.items())
+        }
+
+    base, models = mix(base_state, 0), [mix(s, k) for k, s in enumerate(states)]
+    oracle = Oracle(base, models)
+    config = write_all(tmp_path, base, models)
+    assert_sq_norms(oracle, config["base_model"], models_of(config))
+    with row.expect():
+        assert_merges_exactly(config, tmp_path, oracle)
+        for granularity in GRANULARITIES:
+            assert_merges(config, tmp_path, oracle, granularity=granularity)
+
+
+@covers("`dtype`")
+def test_dtype(
+    row: Row, tmp_path: Path, base_state: State, states: list[State]
+) -> None:
+    config = write_all(tmp_path, base_state, states)
+    stored = Oracle(base_state, states)
+    with row.expect():
+        for name, dtype in DTYPES.items():
+            given = stored.as_dtype(dtype)
+            for granularity in GRANULARITIES:
+                merged = run_mergekit(
+                    with_granularity({**config, "dtype": name}, granularity),
+                    tmp_path / f"{name}-{granularity}",
+                )
+                # Under `tensor`, n_t is that of the tensors which mergekit hands over.
+                measured = given if granularity == "tensor" else stored
+                assert_merged(merged, measured, granularity, handed_over=given)
+
+
+@covers("`out_dtype`", "`dtype` and `out_dtype`")
+def test_out_dtype(
+    row: Row, tmp_path: Path, base_state: State, states: list[State]
+) -> None:
+    config = write_all(tmp_path, cast(base_state, torch.bfloat16), states)
+    if row.name != "`out_dtype`":
+        config["dtype"] = "float32"
+    plain = run_mergekit(config, tmp_path / "plain")
+    with row.expect():
+        for name, dtype in DTYPES.items():
+            merged = run_mergekit({**config, "out_dtype": name}, tmp_path / name)
+            assert merged.keys() == plain.keys()
+            for key, tensor in merged.items():
+                assert_same_bits(tensor, plain[key].to(dtype))
+
+
+POOLER = "bert.pooler.dense.weight"
+
+
+@pytest.fixture(scope="session")
+def bert_states() -> list[State]:
+    """A sequence classifier, whose pooler mergekit takes for optional, and two more."""
+    from transformers import BertForSequenceClassification
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(bert_config())
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return [base, *(tuned(base, k + 1, 0.01 * (k + 1)) for k in range(2))]
+
+
+def bert_config() -> Any:
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        architectures=["BertForSequenceClassification"],
+    )
+
+
+LACKING = {
+    "optional tensor that one model lacks": (2,),
+    "optional tensor that all models lack": (1, 2),
+    "optional tensor that the base lacks": (0,),
+}
+
+
+@covers(*LACKING)
+def test_optional_tensors(row: Row, tmp_path: Path, bert_states: list[State]) -> None:
+    states = [dict(state) for state in bert_states]
+    for number in LACKING[row.name]:
+        del states[number][POOLER]
+    folders = [
+        write_model(tmp_path / f"m{number}", state, bert_config())
+        for number, state in enumerate(states)
+    ]
+    config = merge_config(folders[0], folders[1:])
+    if row.verdict != matrix.WORKS:
+        assert_task_arithmetic_fails(config, tmp_path, "Base input is not present")
+        with row.expect():
+            run_mergekit(config, tmp_path / "out")
+        return
+    oracle = Oracle(states[0], states[1:])
+    assert_sq_norms(oracle, folders[0], folders[1:])
+    with row.expect():
+        for granularity in GRANULARITIES:
+            merged = assert_merges_exactly(
+                config, tmp_path, oracle, granularity=granularity
+            )
+            if not oracle.tensors(POOLER):
+                assert_same_bits(merged[POOLER], states[0][POOLER].double())
+
+
+@covers("buffer of integers, as in older BERT checkpoints")
+def test_integers(row: Row, tmp_path: Path, bert_states: list[State]) -> None:
+    name = "bert.embeddings.position_ids"
+    positions = torch.arange(32)[None]
+    oracle = Oracle(bert_states[0], bert_states[1:])
+    with row.expect():
+        for holders in ((0, 1, 2), (0, 2)):
+            folder = tmp_path / str(len(holders))
+            folders = [
+                write_model(
+                    folder / f"m{number}",
+                    {**state, name: positions} if number in holders else state,
+                    bert_config(),
+                )
+                for number, state in enumerate(bert_states)
+            ]
+            assert_sq_norms(oracle, folders[0], folders[1:])
+            merged = run_mergekit(merge_config(folders[0], folders[1:]), folder / "out")
+            assert_same_bits(merged.pop(name), positions)
+            assert_merged(merged, oracle)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A base and two adapters of it, as written by peft.
+
+    Attributes:
+        base: the base's folder.
+        adapters: the adapters' folders.
+        state: what the base stores.
+        config: of the base.
+    """
+
+    base: Path
+    adapters: tuple[Path, ...]
+    state: State
+    config: Any
+
+
+def qwen2_config() -> Any:
+    """Qwen 2 has biases in its attention, and mergekit writes them."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        architectures=["Qwen2ForCausalLM"],
+    )
+
+
+def write_adapters(folder: Path, **settings: Any) -> Adapted:
+    """Write a base and two LoRA adapters with random weights."""
+    import peft
+    from transformers import Qwen2ForCausalLM
+
+    adapters = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        base = Qwen2ForCausalLM(qwen2_config())
+        state = {name: t.detach().clone() for name, t in base.state_dict().items()}
+        for number in range(2):
+            model = Qwen2ForCausalLM(qwen2_config())
+            model.load_state_dict(state)
+            adapter = peft.get_peft_model(
+                model,
+                peft.LoraConfig(
+                    r=4,
+                    lora_alpha=8,
+                    target_modules=["q_proj", "down_proj"],
+                    task_type="CAUSAL_LM",
+                    **settings,
+                ),
+            )
+            with torch.no_grad():
+                for parameter in adapter.parameters():
+                    if parameter.requires_grad:
+                        noise = torch.randn(parameter.shape)
+                        parameter.add_(noise, alpha=0.05 * (number + 1))
+            adapter.save_pretrained(folder / f"adapter{number}")
+            adapters.append(folder / f"adapter{number}")
+    write_model(folder / "base", state, qwen2_config())
+    return Adapted(folder / "base", tuple(adapters), state, qwen2_config())
+
+
+def naive_adapted(state: State, adapter: Path, scale: float) -> State:
+    """The base with W + scale * B A, and with what else the adapter stores."""
+    merged = dict(state)
+    stored = read_model(adapter)
+    for name, tensor in stored.items():
+        target = name.removeprefix("base_model.model.")
+        target = target.replace(".lora_A", "").replace(".base_layer", "")
+        if ".lora_A" in name:
+            product = stored[name.replace("lora_A", "lora_B")] @ tensor
+            merged[target] = state[target] + scale * product
+        elif ".lora_B" not in name:
+            merged[target] = tensor
+    return merged
+
+
+ADAPTERS: dict[str, tuple[dict[str, Any], float]] = {
+    "LoRA adapter as `base+adapter`, with `--lora-merge-cache`": ({}, 8 / 4),
+    "rank-stabilised LoRA": ({"use_rslora": True}, 8 / 4**0.5),
+    "LoRA that carries biases": ({"bias": "all"}, 8 / 4),
+    "LoRA that carries whole modules": ({"modules_to_save": ["lm_head"]}, 8 / 4),
+}
+PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+
+
+@PEFT_WARNS
+@covers(*ADAPTERS)
+def test_adapters(row: Row, tmp_path: Path) -> None:
+    settings, scale = ADAPTERS[row.name]
+    adapted = write_adapters(tmp_path, **settings)
+    cache = tmp_path / "cache"
+    whole = tuned(adapted.state, 7, 5e-3)
+    models = [
+        *(f"{adapted.base}+{adapter}" for adapter in adapted.adapters),
+        write_model(tmp_path / "whole", whole, adapted.config),
+    ]
+    config = merge_config(adapted.base, models)
+    with row.expect():
+        options = ("--lora-merge-cache", str(cache))
+        run_mergekit(config, tmp_path / "first", *options)
+        states = [cached_state(cache, adapter) for adapter in adapted.adapters]
+        for state, adapter in zip(states, adapted.adapters, strict=True):
+            expected = naive_adapted(adapted.state, adapter, scale)
+            assert state.keys() == expected.keys()
+            for name, tensor in state.items():
+                torch.testing.assert_close(tensor, expected[name])
+        if settings.get("bias"):
+            name = "model.layers.0.self_attn.k_proj.bias"
+            assert not torch.equal(states[0][name], adapted.state[name])
+        oracle = Oracle(adapted.state, [*states, whole])
+        assert_sq_norms(oracle, adapted.base, models, lora_merge_cache=str(cache))
+        assert_merges_exactly(config, tmp_path, oracle, *options)
+        for granularity in GRANULARITIES:
+            assert_merges(config, tmp_path, oracle, *options, granularity=granularity)
+
+
+def cached_state(cache: Path, adapter: Path) -> State:
+    """What mergekit's cache of merged adapters holds of one."""
+    (folder,) = cache.glob(f"*_{adapter.name}_*")
+    return read_model(folder)
+
+
+@PEFT_WARNS
+@covers("`--lora-merge-dtype`")
+def test_precision_of_adapted_models(row: Row, tmp_path: Path) -> None:
+    adapted = write_adapters(tmp_path)
+    cache = tmp_path / "cache"
+    models = [f"{adapted.base}+{adapter}" for adapter in adapted.adapters]
+    options = ("--lora-merge-cache", str(cache), "--lora-merge-dtype", "bfloat16")
+    config = merge_config(adapted.base, models)
+    with row.expect():
+        run_mergekit(config, tmp_path / "first", *options)
+        states = [cached_state(cache, adapter) for adapter in adapted.adapters]
+        assert {t.dtype for s in states for t in s.values()} == {torch.bfloat16}
+        oracle = Oracle(adapted.state, states)
+        assert_merges(config, tmp_path, oracle, *options)
+        assert_merges_exactly(config, tmp_path, oracle, *options)
+
+
+@PEFT_WARNS
+@covers("adapter on the base, `base_model: base+adapter`")
+def test_adapted_base(row: Row, tmp_path: Path) -> None:
+    adapted = write_adapters(tmp_path)
+    cache = tmp_path / "cache"
+    options = ("--lora-merge-cache", str(cache))
+    base, model = (f"{adapted.base}+{adapter}" for adapter in adapted.adapters)
+    config = merge_config(base, [model, adapted.base])
+    with row.expect():
+        run_mergekit(config, tmp_path / "first", *options)
+        states = [cached_state(cache, adapter) for adapter in adapted.adapters]
+        oracle = Oracle(states[0], [states[1], adapted.state])
+        assert_merges(config, tmp_path, oracle, *options)
+        assert_merges_exactly(config, tmp_path, oracle, *options)
+
+
+@PEFT_WARNS
+@covers("LoRA adapter without `--lora-merge-cache`", "bare LoRA adapter")
+def test_adapters_that_mergekit_cannot_merge(row: Row, tmp_path: Path) -> None:
+    adapted = write_adapters(tmp_path)
+    model = str(adapted.adapters[0])
+    if row.name != "bare LoRA adapter":
+        model = f"{adapted.base}+{model}"
+    config = merge_config(adapted.base, [model])
+    assert_task_arithmetic_fails(config, tmp_path, row.message.strip(" ."))
+    with row.expect():
+        run_mergekit(config, tmp_path / "out")
+
+
+WORDS = ("<unk>", *(f"word{k}" for k in range(1, 90)))
+
+
+def write_tokenizer(folder: Path, words: Sequence[str], added: Sequence[str]) -> None:
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate(words)}
+    model = tokenizers.models.BPE(vocabulary, [], unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(model), unk_token="<unk>"
+    )
+    tokenizer.add_tokens(list(added))
+    tokenizer.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A checkpoint with a tokenizer: its tensors, and the token of each row."""
+
+    folder: Path
+    state: State
+    tokens: list[str]
+
+    @classmethod
+    def write(
+        cls,
+        folder: Path,
+        state: State,
+        words: Sequence[str] = WORDS,
+        added: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Speaker:
+        tokens = [*words, *added]
+        state = dict(state)
+        generator = torch.Generator().manual_seed(seed)
+        for name in (EMBEDDING, HEAD):
+            rows = state[name][[WORDS.index(word) for word in words]]
+            new = torch.randn(len(added), rows.shape[1], generator=generator)
+            state[name] = torch.cat([rows, 0.02 * new])
+        write_model(folder, state, llama_config(vocab_size=len(tokens)))
+        write_tokenizer(folder, words, added)
+        return cls(folder, state, tokens)
+
+    def row(self, name: str, token: str) -> torch.Tensor | None:
+        if token not in self.tokens:
+            return None
+        return self.state[name][self.tokens.index(token)]
+
+
+def aligned(speakers: Sequence[Speaker], vocabulary: Sequence[str]) -> list[State]:
+    """The states with the rows that mergekit gives to each token, the base first.
+
+    A token that a model lacks gets the row of the only model that has it, else the
+    base's, else the mean of all that have it.
+    """
+    states = []
+    for speaker in speakers:
+        state = dict(speaker.state)
+        for name in (EMBEDDING, HEAD):
+            rows = []
+            for token in vocabulary:
+                row = speaker.row(name, token)
+                if row is None:
+                    known = [s.row(name, token) for s in speakers]
+                    having = [r for r in known if r is not None]
+                    row = having[0] if known[0] is not None else sum(having)
+                    row = row if known[0] is not None else row / len(having)
+                rows.append(row)
+            state[name] = torch.stack(rows)
+        states.append(state)
+    return states
+
+
+@pytest.fixture(scope="session")
+def speakers(tmp_path_factory: pytest.TempPathFactory) -> list[Speaker]:
+    """A base and two models that have added two and three tokens, one in common."""
+    folder = tmp_path_factory.mktemp("speakers")
+    state = llama_state(vocab_size=len(WORDS))
+    return [
+        Speaker.write(folder / "base", state),
+        Speaker.write(folder / "m0", tuned(state, 1), WORDS, ("<a>", "<b>"), 1),
+        Speaker.write(
+            folder / "m1", tuned(state, 2, 0.02), WORDS, ("<b>", "<c>", "<d>"), 2
+        ),
+    ]
+
+
+def read_vocabulary(folder: Path) -> list[str]:
+    """The tokens of a written tokenizer, by row."""
+    from transformers import AutoTokenizer
+
+    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    return sorted(vocabulary, key=vocabulary.__getitem__)
+
+
+def assert_merges_aligned(
+    row: Row, config: Mapping[str, Any], tmp_path: Path, speakers: Sequence[Speaker]
+) -> list[str]:
+    """Check merges of aligned embeddings; return the vocabulary of the result."""
+    stored = Oracle(speakers[0].state, [s.state for s in speakers[1:]])
+    assert_sq_norms(stored, config["base_model"], models_of(config))
+    tokens: list[str] = []
+    with row.expect():
+        for granularity in GRANULARITIES:
+            out = tmp_path / granularity
+            merged = run_mergekit(with_granularity(config, granularity), out)
+            tokens = read_vocabulary(out)
+            states = aligned(speakers, tokens)
+            given = Oracle(states[0], states[1:])
+            # Under `tensor`, n_t is that of the tensors which mergekit hands over.
+            measured = given if granularity == "tensor" else stored
+            assert_merged(merged, measured, granularity, handed_over=given)
+    return tokens
+
+
+TOKENIZERS: dict[str, tuple[dict[str, Any], int]] = {
+    "`tokenizer: {source: union}` with added tokens": (
+        {"tokenizer": {"source": "union"}},
+        len(WORDS) + 4,
+    ),
+    "`tokenizer: {source: base}` with added tokens": (
+        {"tokenizer": {"source": "base"}},
+        len(WORDS),
+    ),
+    "`tokenizer_source: union`": ({"tokenizer_source": "union"}, len(WORDS) + 4),
+}
+
+
+@covers(*TOKENIZERS)
+def test_tokenizers(row: Row, tmp_path: Path, speakers: list[Speaker]) -> None:
+    settings, size = TOKENIZERS[row.name]
+    folders = [speaker.folder for speaker in speakers]
+    config = merge_config(folders[0], folders[1:], **settings)
+    tokens = assert_merges_aligned(row, config, tmp_path, speakers)
+    assert len(tokens) == size
+
+
+@covers("`tokenizer` with a vocabulary in another order")
+def test_vocabulary_in_another_order(
+    row: Row,
+    tmp_path: Path,
+    speakers: list[Speaker],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    base = speakers[0]
+    words = ["<unk>", *reversed(WORDS[1:])]
+    models = [
+        Speaker.write(tmp_path / "m0", tuned(base.state, 1), words),
+        Speaker.write(tmp_path / "m1", tuned(base.state, 2, 0.02)),
+    ]
+    everyone = [base, *models]
+    config = merge_config(
+        base.folder, [m.folder for m in models], tokenizer={"source": "base"}
+    )
+    tokens = assert_merges_aligned(row, config, tmp_path, everyone)
+    assert tokens == list(WORDS)
+    assert said(caplog, "exclude: embed_tokens,lm_head")
+
+    config["parameters"] = {"exclude": "embed_tokens,lm_head"}
+    merged = run_mergekit(config, tmp_path / "without")
+    kept = [
+        {n: t for n, t in speaker.state.items() if n not in (EMBEDDING, HEAD)}
+        for speaker in everyone
+    ]
+    states = aligned(everyone, tokens)
+    lambdas = Oracle(kept[0], kept[1:]).lambdas("model.norm.weight")
+    for name, tensor in merged.items():
+        given = [state[name] for state in states]
+        assert_within_bound(tensor, given[0], given[1:], lambdas)
+
+
+@covers(
+    "`--unsafe-truncate-embeddings`", "vocabularies of different sizes with neither"
+)
+def test_resized_vocabularies(
+    row: Row, tmp_path: Path, speakers: list[Speaker]
+) -> None:
+    folders = [speaker.folder for speaker in speakers]
+    config = merge_config(folders[0], folders[1:])
+    if row.verdict != matrix.WORKS:
+        assert_task_arithmetic_fails(config, tmp_path, "Tensor size mismatch")
+        with row.expect():
+            run_mergekit(config, tmp_path / "out")
+        return
+    states = [dict(speaker.state) for speaker in speakers]
+    for state in states:
+        for name in (EMBEDDING, HEAD):
+            state[name] = state[name][: len(WORDS)]
+    oracle = Oracle(states[0], states[1:])
+    assert_sq_norms(oracle, folders[0], folders[1:])
+    with row.expect():
+        for granularity in GRANULARITIES:
+            assert_merges(
+                config, tmp_path, oracle, row.name.strip("`"), granularity=granularity
+            )
