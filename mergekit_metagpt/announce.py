@@ -77,15 +77,22 @@ class Announcer:
             ]
             table = "\n".join([f"  {'lambda':>10} {'||tau||':>12}  model", *rows])
             _log(logging.INFO, "task vectors of %s against %s:\n%s", where, base, table)
-        self._degenerate(base, models, shares, where)
 
-    def _degenerate(
+    def degenerate(
         self,
         base: Hashable,
         models: Sequence[Hashable],
         shares: Sequence[float],
         where: str,
     ) -> None:
+        """Warn if one model takes almost all, or gets almost nothing.
+
+        Args:
+            base: id of the base.
+            models: ids of the K models that have a weight.
+            shares: their coefficients, summing to 1.
+            where: the pool of tensors, for the reader.
+        """
         if len(shares) < 2:
             return
         largest = max(range(len(shares)), key=shares.__getitem__)

@@ -214,6 +214,13 @@ class MetaGPTMerge(GroupMergeMethod):
             where,
             visible=self.from_files,
         )
+        wanted = (weight > 0).nonzero().flatten().tolist()
+        say.degenerate(
+            base,
+            [models[k] for k in wanted],
+            shares.detach()[wanted].tolist(),
+            where,
+        )
         return shares
 
     def _announcer(self, base: Hashable) -> Announcer:

@@ -165,8 +165,9 @@ def naive_coefficients(
     scale: float = 1.0,
 ) -> torch.Tensor:
     """lambda * w n^(p/2) / sum w n^(p/2), straight from the formula."""
-    factors = torch.ones_like(sq_norms) if weight is None else torch.tensor(weight)
-    raw = factors.double() * sq_norms ** (power / 2)
+    if weight is None:
+        weight = [1.0] * len(sq_norms)
+    raw = torch.tensor(weight, dtype=torch.float64) * sq_norms ** (power / 2)
     return scale * raw / raw.sum()
 
 

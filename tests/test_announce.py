@@ -363,3 +363,12 @@ def test_in_memory_merge_shows_no_line(
         merge_state_dicts(states, "metagpt", base="base")
         assert not said(caplog, "lambda of ")
         assert len(said(caplog, "of the merge")) == count
+
+
+def test_a_model_without_weight_is_no_degenerate_result(
+    tmp_path: Path, family: Family, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = merge_config(family.base, family.models)
+    config["models"][0]["parameters"] = {"weight": 0}
+    run_mergekit(config, tmp_path / "out")
+    assert "Usual causes" not in caplog.text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,7 +203,7 @@ def test_share_of_correctly_rounded_elements(
     tmp_path: Path,
     trained_weights: Weights,
     stored: torch.dtype,
-    capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
     for model in trained_weights.models:
         moved = naive_sq_norms(trained_weights.base, [model])
@@ -215,8 +215,7 @@ def test_share_of_correctly_rounded_elements(
     expected = naive_coefficients(naive_sq_norms(base, states))
     merged = run_mergekit(merge_config(family.base, family.models), tmp_path / "out")
     share = correctly_rounded(merged, base, states, expected)
-    with capsys.disabled():
-        print(f"\n{stored}: {share:.4%} of the elements are correctly rounded")
+    record_property(f"elements correctly rounded, {stored}", f"{share:.4%}")
     assert share >= 0.99
 
 
