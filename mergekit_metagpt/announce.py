@@ -12,6 +12,7 @@ QUIET = "MERGEKIT_METAGPT_QUIET"
 
 DOMINANT = 0.9
 STARVED = 0.1
+MOST = 0.5
 
 
 def _log(level: int, message: str, *values: object) -> None:
@@ -35,10 +36,39 @@ class Announcer:
             self._said.add(kind)
         return new
 
-    def warn(self, kind: Hashable, message: str) -> None:
-        """Log a warning unless this kind was logged before."""
+    def _warn(self, kind: Hashable, message: str) -> None:
         if self._first("warning", kind):
             _log(logging.WARNING, message)
+
+    def nothing_moved(self, base: Hashable, where: str) -> None:
+        """Warn that all models equal the base."""
+        self._warn(
+            "unmoved",
+            f"no model differs from the base {base} ({where}): the base is kept",
+        )
+
+    def left_out(
+        self, base: Hashable, models: Sequence[Hashable], power: float, where: str
+    ) -> None:
+        """Warn of models that equal the base, whose norm has no negative power."""
+        if models:
+            names = ", ".join(str(model) for model in models)
+            self._warn(
+                "left out",
+                f"{names} equals the base {base} ({where}) and has no norm to the "
+                f"power {power:g}: left out",
+            )
+
+    def embeddings(self, models: Sequence[Hashable], shares: Sequence[float]) -> None:
+        """Warn of models whose embeddings hold most of their squared norm."""
+        for model, share in zip(models, shares, strict=True):
+            if share > MOST:
+                self._warn(
+                    ("embeddings", model),
+                    f"embeddings hold {share:.0%} of ||tau||^2 of {model}: if its "
+                    "vocabulary was resized or reordered, keep them out with "
+                    "exclude: embed_tokens,lm_head",
+                )
 
     def coefficients(
         self,
@@ -103,7 +133,7 @@ class Announcer:
             found = f"{models[smallest]} gets only {shares[smallest]:.2%}"
         else:
             return
-        self.warn(
+        self._warn(
             "degenerate",
             f"{found} of the merge ({where}). Usual causes: a LoRA beside full "
             f"fine-tunes, a wrong base (here {base}), a resized or reordered "

@@ -181,30 +181,14 @@ class MetaGPTMerge(GroupMergeMethod):
             return torch.zeros_like(weight)
 
         where, say = settings.pool(group.metadata.name), self._announcer(base)
-        unmoved = (weight > 0) & (sq_norms == 0)
         if not bool(contributes(sq_norms, weight, power).any()):
-            say.warn(
-                "unmoved",
-                f"no model differs from the base {base} ({where}): the base is kept",
-            )
+            say.nothing_moved(base, where)
             return torch.zeros_like(weight)
-        if power < 0 and bool(unmoved.any()):
-            names = [str(m) for m, same in zip(models, unmoved, strict=True) if same]
-            say.warn(
-                "left out",
-                f"{', '.join(names)} equals the base {base} ({where}) and has no "
-                f"norm to the power {power:g}: left out",
-            )
-        for model, share in zip(
-            models, measured.embeddings if measured else (), strict=False
-        ):
-            if share > 0.5:
-                say.warn(
-                    ("embeddings", model),
-                    f"embeddings hold {share:.0%} of ||tau||^2 of {model}: if its "
-                    "vocabulary was resized or reordered, keep them out with "
-                    "exclude: embed_tokens,lm_head",
-                )
+        if power < 0:
+            unmoved = ((weight > 0) & (sq_norms == 0)).nonzero().flatten().tolist()
+            say.left_out(base, [models[k] for k in unmoved], power, where)
+        if measured is not None and measured.embeddings:
+            say.embeddings(models, measured.embeddings)
         shares = coefficients(sq_norms, weight, power)
         say.coefficients(
             base,
