@@ -78,6 +78,8 @@ class Announcer:
         sq_norms: Sequence[float] | None,
         where: str,
         *,
+        scale: float,
+        one_of_many: bool,
         visible: bool,
     ) -> None:
         """Say lambda: one visible line per set of models, a table at INFO.
@@ -88,6 +90,8 @@ class Announcer:
             shares: their coefficients before `lambda` scales them, summing to 1.
             sq_norms: their squared norms, or None where none were measured.
             where: the pool of tensors, for the reader.
+            scale: `lambda`, by which the merged task vector is scaled.
+            one_of_many: whether other pools have other coefficients.
             visible: whether to show the line at WARNING (merges from files).
         """
         if visible and self._first("lambda", base, tuple(models)):
@@ -95,8 +99,12 @@ class Announcer:
                 f"{share:.4g} {model}"
                 for share, model in zip(shares, models, strict=True)
             )
+            if scale != 1:
+                line += f"; all times lambda: {scale:g}"
+            more = "; -v lists all pools" if one_of_many else ""
             if os.environ.get(QUIET, "0") in ("", "0"):
-                _log(logging.WARNING, "lambda of %s: %s (base %s)", where, line, base)
+                text = f"lambda of {where}: {line} (base {base}{more})"
+                _log(logging.WARNING, "%s", text)
         if LOG.isEnabledFor(logging.INFO) and self._first(
             "table", base, where, tuple(models), tuple(shares)
         ):
@@ -129,13 +137,15 @@ class Announcer:
         smallest = min(range(len(shares)), key=shares.__getitem__)
         if shares[largest] > DOMINANT:
             found = f"{models[largest]} takes {shares[largest]:.2%}"
+            correction = "a weight below 1 for it"
         elif shares[smallest] < STARVED / len(shares):
             found = f"{models[smallest]} gets only {shares[smallest]:.2%}"
+            correction = "a weight above 1 for it"
         else:
             return
         self._warn(
             "degenerate",
             f"{found} of the merge ({where}). Usual causes: a LoRA beside full "
             f"fine-tunes, a wrong base (here {base}), a resized or reordered "
-            "vocabulary. Ways out: power: 1, a weight for this model, or exclude",
+            f"vocabulary. Ways out: power: 1, {correction}, or exclude",
         )

@@ -60,13 +60,15 @@ def demo(folder: Path) -> None:
     figure = folder / "demo.png"
     report.demo_figure(result, figure)
     best = min(result.ald, key=result.ald.__getitem__)
-    console.print(f"Lowest average loss difference here: {best}. Figure: {figure}")
-    console.print("Merge again by hand, with mergekit's own command:", soft_wrap=True)
     console.print(
-        f"cd {shlex.quote(str(folder))} && mergekit-yaml metagpt.yml ./merged-by-hand",
+        f"Lowest ALD here: {best}. Which it is depends on text, seed and training "
+        f"lengths: no evidence for a method. Figure: {figure}",
         soft_wrap=True,
-        highlight=False,
     )
+    console.print("Merge again by hand, with mergekit's own command:", soft_wrap=True)
+    place = shlex.quote(str(folder))
+    command = f"(cd {place} && mergekit-yaml metagpt.yml ./merged-by-hand)"
+    console.print(command, soft_wrap=True, highlight=False)
 
 
 # mergekit's options take seconds to import: only this command's parser needs them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,6 +17,8 @@ from mergekit_metagpt.scanning import pair_norms
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
+
+LOG = logging.getLogger("mergekit_metagpt")
 
 
 def merge(
@@ -38,6 +41,7 @@ def merge(
     """
     from mergekit.io.tasks import LoaderCache
     from mergekit.merge import run_merge
+    from mergekit.merge_methods import registry
 
     try:
         text = config_file.read_text(encoding="utf-8")
@@ -49,6 +53,9 @@ def merge(
     _check_place(out, config_file, config, force=force)
     options.apply_global_options()
     register()
+    spec = registry.get(config.merge_method).spec
+    if unknown := recipe.ignored(config, {p.name for p in spec.parameters}):
+        LOG.warning("ignored, as %s has none: %s", spec.name, ", ".join(unknown))
     LoaderCache().setup(options)
     _check_models(config, options)
 

@@ -196,6 +196,8 @@ class MetaGPTMerge(GroupMergeMethod):
             shares.detach().tolist(),
             None if power == 0 else sq_norms.detach().tolist(),
             where,
+            scale=settings.scale,
+            one_of_many=settings.granularity != "model",
             visible=self.from_files,
         )
         wanted = (weight > 0).nonzero().flatten().tolist()

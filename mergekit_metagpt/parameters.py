@@ -138,6 +138,7 @@ class Settings:
     power: float
     exclude: tuple[str, ...]
     weight: torch.Tensor
+    scale: float
 
     @classmethod
     def of(cls, group: TensorGroup, bound: dict[str, Any]) -> Settings:
@@ -149,6 +150,7 @@ class Settings:
             power=bound["power"],
             exclude=tuple(part for part in parts if part),
             weight=torch.tensor(weights, dtype=torch.float64, device="cpu"),
+            scale=bound["lambda"],
         )
 
     def pool(self, name: str | None) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import difflib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ class Inputs:
 
 
 def read(text: str) -> MergeConfiguration:
-    """Parse a merge YAML; local models in it become absolute paths.
+    """Parse a merge YAML; local models in it are marked as such (`./out/base`).
 
     mergekit's model card asks the hub for every path with exactly one slash, so that
     an offline merge of `out/base` would fail at its very end.
@@ -73,7 +74,7 @@ def read(text: str) -> MergeConfiguration:
             "base_model and models"
         )
     try:
-        return MergeConfiguration.model_validate(_absolute(data))
+        return MergeConfiguration.model_validate(_local(data))
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"no merge configuration: {_one_line(error)}") from error
 
@@ -82,20 +83,22 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _absolute(value: Any, key: str = "") -> Any:
+def _local(value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
-        return {name: _absolute(item, name) for name, item in value.items()}
+        return {name: _local(item, name) for name, item in value.items()}
     if isinstance(value, list):
-        return [_absolute(item, key) for item in value]
+        return [_local(item, key) for item in value]
     if key in ("source", "tokenizer_source") and value in ("base", "union"):
         return value
     if isinstance(value, str) and key in _MODEL_KEYS:
-        parts = [
-            str(Path(part).absolute()) if part and Path(part).exists() else part
-            for part in value.split("+")
-        ]
-        return "+".join(parts)
+        return "+".join(map(_marked, value.split("+")))
     return value
+
+
+def _marked(path: str) -> str:
+    if not path or path.startswith(("/", ".", "~")) or not Path(path).exists():
+        return path
+    return f"./{path}"
 
 
 def inputs(config: MergeConfiguration) -> Iterator[Inputs]:
@@ -254,6 +257,36 @@ def _is_always(setting: Any, wanted: Callable[[Any], bool]) -> bool:
         return all(wanted(value) for value in setting)
     reaches_all = any(item.filter in (None, "*") for item in setting)
     return reaches_all and all(_is_always(item.value, wanted) for item in setting)
+
+
+def ignored(config: MergeConfiguration, known: Collection[str]) -> list[str]:
+    """Find parameters that mergekit would ignore without a word.
+
+    Args:
+        config: mergekit's configuration.
+        known: the parameters of its method.
+
+    Returns:
+        names that mean nothing to the method, sorted.
+
+    Raises:
+        ValueError: one of them looks like a known one misspelt.
+    """
+    given = {
+        name
+        for part in inputs(config)
+        for settings in part.settings
+        for level in settings
+        for name in level
+    }
+    unknown = sorted(given - set(known))
+    for name in unknown:
+        if meant := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
+            raise ValueError(
+                f"{name} is no parameter of {config.merge_method}; did you mean "
+                f"{meant[0]}?"
+            )
+    return unknown
 
 
 def needs_scan(part: Inputs) -> bool:

@@ -49,7 +49,7 @@ def loss_table(result: DemoResult) -> Table:
     table = Table(
         title="Held-out loss, nats per byte (lower is better)",
         caption="ALD: mean over the specialists' domains of the merge's loss minus "
-        "the specialist's",
+        "the specialist's. task_arithmetic: weight 0.3 each",
     )
     table.add_column("model")
     for heading in (*domains, "ALD"):

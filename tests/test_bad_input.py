@@ -1230,9 +1230,9 @@ def test_only_models_are_taken_for_paths(job: Job) -> None:
         "dtype": "float32",
     }
     config = recipe.read(yaml.safe_dump(given))
-    assert str(config.base_model) == str(job.folder / "base")
+    assert str(config.base_model) == "./base"
     models = [str(entry.model) for entry in config.models or ()]
-    assert models == [str(job.folder / "m"), "./missing", "a/missing"]
+    assert models == ["./m", "./missing", "a/missing"]
     assert config.merge_method == "linear"
     assert config.tokenizer_source == "base"
 
