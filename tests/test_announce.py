@@ -372,3 +372,38 @@ def test_a_model_without_weight_is_no_degenerate_result(
     config["models"][0]["parameters"] = {"weight": 0}
     run_mergekit(config, tmp_path / "out")
     assert "Usual causes" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "parameters, wanted",
+    [
+        ({"lambda": 0.5}, "; all times lambda: 0.5 (base"),
+        ({"granularity": "layer"}, "; -v lists all pools)"),
+        ({"granularity": "tensor"}, "; -v lists all pools)"),
+    ],
+)
+def test_the_line_tells_what_it_leaves_out(
+    parameters: dict[str, object],
+    wanted: str,
+    tmp_path: Path,
+    family: Family,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = merge_config(family.base, family.models, parameters=parameters)
+    run_mergekit(config, tmp_path / "out")
+    (line,) = (m for m in caplog.messages if m.startswith("lambda of"))
+    assert wanted in line
+
+
+def test_degenerate_warning_says_which_way_a_weight_must_go(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    far = make_family(tmp_path / "far", sizes=(1e-2, 1e-2, 1e-1))
+    run_mergekit(merge_config(far.base, far.models), tmp_path / "out")
+    assert "tuned2 takes" in caplog.text
+    assert "a weight below 1 for it" in caplog.text
+    caplog.clear()
+    near = make_family(tmp_path / "near", sizes=(1e-4, 1e-2, 1e-2))
+    run_mergekit(merge_config(near.base, near.models), tmp_path / "out2")
+    assert "tuned0 gets only" in caplog.text
+    assert "a weight above 1 for it" in caplog.text

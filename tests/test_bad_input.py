@@ -1173,6 +1173,33 @@ def test_an_interrupted_merge_leaves_nothing(
     assert_only_new(before, job.folder.parent)
 
 
+def test_a_misspelt_parameter_is_named(
+    job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def misspell(folder: Path, config: Config) -> None:
+        config["parameters"] = {"granularty": "layer"}
+
+    job.prepare(misspell)
+    before = snapshot(job.folder.parent)
+    capsys.readouterr()
+    assert job.merge() == 2
+    said = capsys.readouterr()
+    wanted = "granularty is no parameter of metagpt; did you mean granularity?"
+    assert_refused(2, said.out, said.err, wanted)
+    assert_only_new(before, job.folder.parent)
+
+
+def test_parameters_of_other_methods_are_said_to_be_ignored(
+    job: Job, caplog: pytest.LogCaptureFixture
+) -> None:
+    def keep_old_ones(folder: Path, config: Config) -> None:
+        config["parameters"] = {"normalize": True, "int8_mask": True}
+
+    job.prepare(keep_old_ones)
+    assert job.merge() == 0
+    assert "ignored, as metagpt has none: int8_mask, normalize" in caplog.text
+
+
 # --- local models by relative paths ---------------------------------------------------
 
 
