@@ -43,6 +43,8 @@ class Checkpoint:
             not stored, by the architecture.
         identity: of every file, when it was opened.
         model_type: by its configuration, or None.
+        written: output names by mergekit's definition of the architecture, or None
+            where it has none and writes what the inputs store.
     """
 
     label: str
@@ -50,6 +52,7 @@ class Checkpoint:
     tied_names: Mapping[str, tuple[str, ...]]
     identity: tuple[FileIdentity, ...]
     model_type: str | None = None
+    written: frozenset[str] | None = None
 
     @functools.cached_property
     def renamed(self) -> Mapping[str, str]:
@@ -157,7 +160,9 @@ def _read_header(
         for tensor in header.tensors
         if tensor.name in index.tensor_paths
     }
-    weights = [] if bare else _architecture_weights(folder, stored, trust_remote_code)
+    weights, defined = (
+        ([], False) if bare else _architecture(folder, stored, trust_remote_code)
+    )
     names = {
         alias: weight.name
         for weight in weights
@@ -170,35 +175,37 @@ def _read_header(
         tied_names={w.name: tuple(w.tied_names) for w in weights if w.tied_names},
         identity=tuple(FileIdentity.of(file) for file in files),
         model_type=None if bare else config.get("model_type"),
+        written=frozenset(weight.name for weight in weights) if defined else None,
     )
 
 
-def _architecture_weights(
+def _architecture(
     folder: Path, stored: Mapping[str, StoredTensor], trust_remote_code: bool
-) -> list[WeightInfo]:
-    """Weights by mergekit's definition, or by transformers' ties where it has none."""
+) -> tuple[list[WeightInfo], bool]:
+    """Weights by mergekit's definition, or transformers' ties and False without one."""
     import transformers
     from mergekit.architecture import WeightInfo, arch_info_for_config
 
     if not (folder / "config.json").is_file():
-        return []
+        return [], False
     try:
         config = transformers.AutoConfig.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code
         )
         if architecture := arch_info_for_config(config):
-            return architecture.all_weights(config)
+            return architecture.all_weights(config), True
         model_class = getattr(transformers, config.architectures[0], None)
         ties = getattr(model_class, "_tied_weights_keys", None)
     except Exception as error:
         # mergekit cannot plan such a merge; bare files and our own scan still can.
         LOG.info("no architecture known for %s: %s", folder, error)
-        return []
-    return [
+        return [], False
+    tied = [
         WeightInfo(name=name, tied_names=(source,))
         for name, source in (ties.items() if isinstance(ties, dict) else ())
         if source in stored
     ]
+    return tied, False
 
 
 _BY_LOADER: weakref.WeakKeyDictionary[LazyTensorLoader, Checkpoint] = (

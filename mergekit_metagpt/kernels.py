@@ -146,6 +146,59 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(sums).cpu()
 
 
+def sq_norm(tensor: torch.Tensor) -> torch.Tensor:
+    """Squared norm of a tensor.
+
+    Args:
+        tensor: any shape and strides, floating point. Not changed.
+
+    Returns:
+        shape `()`, float64, on the CPU.
+
+    Example:
+        >>> sq_norm(torch.tensor([3.0, 4.0]))
+        tensor(25., dtype=torch.float64)
+    """
+    flat = tensor.detach().reshape(-1)
+    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
+    for chunk in _chunks(flat):
+        total += _sum_of_squares(flat[chunk].to(torch.float64, copy=True))
+    return total.cpu()
+
+
+def rounding_sq_norms(
+    base: torch.Tensor, tuned: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Squared norm of what the coarser of two stored precisions cannot hold.
+
+    r_k = ||base - R(base)||^2 + ||tuned_k - R(tuned_k)||^2, R rounding to the coarser
+    precision of the pair: what `sq_norms` would count as learning if it did not round.
+
+    Args:
+        base: theta_0, any shape, floating point.
+        tuned: K tensors of the base's shape and device. Inputs are not changed.
+
+    Returns:
+        shape `(K,)`, float64, on the CPU; 0 where the precisions agree.
+
+    Example:
+        >>> base = torch.tensor([1.0, 1.0009765625])
+        >>> rounding_sq_norms(base, [base.bfloat16(), base])
+        tensor([9.5367e-07, 0.0000e+00], dtype=torch.float64)
+    """
+    sums = torch.zeros(len(tuned), dtype=torch.float64, device=base.device)
+    flat_base = base.detach().reshape(-1)
+    for k, tensor in enumerate(tuned):
+        if not (grid := _common_grid(base.dtype, tensor.dtype)):
+            continue
+        flat = tensor.detach().reshape(-1)
+        for chunk in _chunks(flat):
+            for exact in (flat_base[chunk], flat[chunk]):
+                lost = exact.double() - _rounded(exact, grid)
+                sums[k] += _sum_of_squares(lost)
+    return sums.cpu()
+
+
 def accumulate_gram(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
     """Gram matrix of the task vectors on one tensor.
 

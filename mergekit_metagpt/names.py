@@ -90,3 +90,36 @@ def is_embedding(name: str) -> bool:
     """
     usual = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_out")
     return is_excluded(name, usual)
+
+
+# What a part of a model is usually called, in the order in which to ask.
+_PARTS = (
+    ("head", ("lm_head", "embed_out", "classifier", "score.", "output_layer", "cls.")),
+    ("embeddings", ("embed", "wte", "wpe", "shared.weight")),
+    ("norms", ("norm", "ln_", ".ln.")),
+    ("attention", ("attn", "attention", "wqkv", "q_proj", "k_proj", "v_proj")),
+    ("mlp", ("mlp", "feed_forward", "ffn", "expert", "moe", "fc1", "fc2", "dense")),
+)
+PARTS = ("embeddings", "attention", "mlp", "norms", "head", "other")
+
+
+def part_of(name: str) -> str:
+    """Return the part of a model that a tensor belongs to, by its usual names.
+
+    Args:
+        name: of a tensor.
+
+    Returns:
+        one of `PARTS`.
+
+    Example:
+        >>> part_of("h.0.self_attn.q_proj.weight"), part_of("model.norm.weight")
+        ('attention', 'norms')
+        >>> part_of("model.layers.0.post_attention_layernorm.weight")
+        'norms'
+    """
+    lowered = name.lower()
+    for part, usual in _PARTS:
+        if is_excluded(lowered, usual):
+            return part
+    return "other"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -32,6 +33,31 @@ class PairNorms:
         return self.layers.get(layer_key(name), layer_key(name))
 
 
+@dataclass(frozen=True, eq=False)
+class Details:
+    """What else a detailed scan of K models finds, by output name of counted tensors.
+
+    Attributes:
+        count: K.
+        gram: <tau_s, tau_t>, shape `(K, K)`, float64; 0 where a model does not share
+            the tensor.
+        base_sq_norms: ||theta_0||^2 of what the models share of it.
+        rounding: squared norm of what rounding to the coarser of the two stored
+            precisions takes from base and model, shape `(K,)`, float64; 0 where the
+            precisions agree.
+    """
+
+    count: int
+    gram: dict[str, torch.Tensor]
+    base_sq_norms: dict[str, float]
+    rounding: dict[str, torch.Tensor]
+
+    @classmethod
+    def empty(cls, count: int) -> Details:
+        """Return details of nothing, to be filled by the scan."""
+        return cls(count, {}, {}, {})
+
+
 @dataclass(frozen=True)
 class Pooled:
     """Squared norms (and Gram matrices) of pools of tensors.
@@ -40,11 +66,15 @@ class Pooled:
         keys: name of each pool, `G` of them.
         sq_norms: shape `(K,)` under `model`, else `(G, K)`, float64.
         gram: shape `(K, K)` under `model`, else `(G, K, K)`, float64, or None.
+        base_sq_norms: ||theta_0||^2, shape `()` under `model`, else `(G,)`, or None.
+        rounding: shape of `sq_norms`, or None.
     """
 
     keys: tuple[str, ...]
     sq_norms: torch.Tensor
-    gram: torch.Tensor | None
+    gram: torch.Tensor | None = None
+    base_sq_norms: torch.Tensor | None = None
+    rounding: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +88,9 @@ class ScanResult:
         sq_norms: ||tau_t||^2 per tensor, shape `(N, K)`, float64; 0 where a model
             does not share the tensor.
         gram: <tau_s, tau_t> per tensor, shape `(N, K, K)`, float64, or None.
+        base_sq_norms: ||theta_0||^2 per tensor, shape `(N,)`, float64, or None.
+        rounding: squared norm of what rounding to the coarser of two stored precisions
+            takes away, shape `(N, K)`, float64, or None.
     """
 
     base: str
@@ -65,6 +98,46 @@ class ScanResult:
     names: tuple[str, ...]
     sq_norms: torch.Tensor
     gram: torch.Tensor | None = None
+    base_sq_norms: torch.Tensor | None = None
+    rounding: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        base: str,
+        models: Sequence[str],
+        pairs: Sequence[PairNorms],
+        details: Details | None = None,
+    ) -> ScanResult:
+        """Arrange what was found for each pair in tensors.
+
+        Args:
+            base: the base, as given.
+            models: the K fine-tunes, as given.
+            pairs: the squared norms of each.
+            details: of the same scan.
+
+        Returns:
+            the result.
+        """
+        names = sorted({name for norms in pairs for name in norms.sq_norms})
+        rows = [[norms.sq_norms.get(name, 0.0) for norms in pairs] for name in names]
+
+        def stacked(values: Mapping[str, Any] | None) -> torch.Tensor | None:
+            if values is None:
+                return None
+            found = [torch.as_tensor(values[name], device="cpu") for name in names]
+            return torch.stack(found).double()
+
+        return cls(
+            base=base,
+            models=tuple(models),
+            names=tuple(names),
+            sq_norms=torch.tensor(rows, dtype=torch.float64, device="cpu"),
+            gram=stacked(details.gram if details else None),
+            base_sq_norms=stacked(details.base_sq_norms if details else None),
+            rounding=stacked(details.rounding if details else None),
+        )
 
     def pool(self, granularity: str = "model", exclude: Sequence[str] = ()) -> Pooled:
         """Sum over the tensors of each pool, in name order.
@@ -86,15 +159,21 @@ class ScanResult:
             if not is_excluded(name, exclude):
                 pools.setdefault(pool_key(name, granularity), []).append(row)
 
-        def summed(values: torch.Tensor) -> torch.Tensor:
+        def summed(values: torch.Tensor | None) -> torch.Tensor | None:
+            if values is None:
+                return None
             sums = values.new_zeros(len(pools), *values.shape[1:])
             for at, rows in enumerate(pools.values()):
                 for row in rows:
                     sums[at] += values[row]
             return sums[0] if granularity == "model" else sums
 
+        sq_norms = summed(self.sq_norms)
+        assert sq_norms is not None
         return Pooled(
             keys=tuple(pools),
-            sq_norms=summed(self.sq_norms),
-            gram=None if self.gram is None else summed(self.gram),
+            sq_norms=sq_norms,
+            gram=summed(self.gram),
+            base_sq_norms=summed(self.base_sq_norms),
+            rounding=summed(self.rounding),
         )

@@ -7,8 +7,11 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def default_workers() -> int:
@@ -36,9 +39,8 @@ def _use_one_torch_thread() -> None:
 
 
 def run(
-    tasks: Sequence[tuple[int, Callable[[], torch.Tensor]]],
-    workers: int | None,
-) -> list[torch.Tensor]:
+    tasks: Sequence[tuple[int, Callable[[], T]]], workers: int | None
+) -> list[T]:
     """Run tasks on threads that each do torch's work alone; show progress in bytes.
 
     The bar goes to stderr, only if that is a terminal.

@@ -78,14 +78,14 @@ def four_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 def scans(monkeypatch: pytest.MonkeyPatch) -> Scans:
     """The base and the models of every scan from now on."""
     seen: Scans = []
-    scan_files = scanning._scan
+    scan_files = scanning.scan_checkpoints
 
     def counted(base: Any, models: Any, **options: Any) -> Any:
         seen.append((base.label, tuple(model.label for model in models)))
         time.sleep(0.05)  # long enough for the other threads to ask too
         return scan_files(base, models, **options)
 
-    monkeypatch.setattr(scanning, "_scan", counted)
+    monkeypatch.setattr(scanning, "scan_checkpoints", counted)
     return seen
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import mergekit_metagpt
-from mergekit_metagpt import kernels, scanning
+from mergekit_metagpt import kernels, one_pass
 from tests.support import (
     State,
     assert_same_bits,
@@ -935,7 +935,7 @@ def test_5_the_same_bits_whatever_the_number_of_workers(
     large: list[Path], segment: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if segment:  # many parts of one tensor, without gigabytes of it
-        monkeypatch.setattr(scanning, "SEGMENT", segment)
+        monkeypatch.setattr(one_pass, "SEGMENT", segment)
     results = [
         mergekit_metagpt.scan(large[0], large[1:], workers=workers)
         for workers in (1, 2, 5)

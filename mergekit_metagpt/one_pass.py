@@ -1,0 +1,218 @@
+"""One pass over the files of a base and its fine-tunes: kernels in, sums out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from mergekit_metagpt import kernels
+from mergekit_metagpt.alignment import Alignment, SharedTensor, align
+from mergekit_metagpt.checkpoints import Checkpoint
+from mergekit_metagpt.files import Readers
+from mergekit_metagpt.results import Details, PairNorms
+from mergekit_metagpt.workers import run
+
+# Elements that one worker takes at a time. Fixed, as are the kernel's chunks, so that
+# sums are formed in the same order whatever the number of workers.
+SEGMENT = 64 * kernels.CHUNK
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What the kernels found on a part of a tensor group; see `Details`."""
+
+    sq_norms: torch.Tensor
+    gram: torch.Tensor | None = None
+    base: torch.Tensor | None = None
+    rounding: torch.Tensor | None = None
+
+    def __add__(self, other: _Sums) -> _Sums:
+        def both(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+            return None if a is None or b is None else a + b
+
+        return _Sums(
+            self.sq_norms + other.sq_norms,
+            both(self.gram, other.gram),
+            both(self.base, other.base),
+            both(self.rounding, other.rounding),
+        )
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Models that share one stored base tensor, and what is summed over it."""
+
+    name: str
+    members: tuple[int, ...]
+    pairs: tuple[SharedTensor, ...]
+    gram: bool
+    detailed: bool
+
+    @property
+    def segments(self) -> list[slice]:
+        """Parts of the flattened overlap; one where a tensor cannot be read in part."""
+        numel = self.pairs[0].numel
+        step = SEGMENT if all(pair.divisible for pair in self.pairs) else numel
+        starts = range(0, max(numel, 1), step or 1)
+        return [slice(at, min(at + step, numel)) for at in starts]
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Stored bytes, of base and models, behind one element of the overlap."""
+        stored = [self.pairs[0].base, *(pair.model for pair in self.pairs)]
+        return sum(tensor.dtype.itemsize for tensor in stored)
+
+    def sums(self, readers: Readers, part: slice) -> _Sums:
+        """Run the kernels over a part of the flattened overlap."""
+        base = self.pairs[0].cut(readers.read(self.pairs[0].base))[part]
+        tuned = [pair.cut(readers.read(pair.model))[part] for pair in self.pairs]
+        if not self.gram:
+            sums = _Sums(kernels.sq_norms(base, tuned))
+        else:
+            gram = kernels.accumulate_gram(base, tuned)
+            sums = _Sums(gram.diagonal().clone(), gram)
+        if not self.detailed:
+            return sums
+        return replace(
+            sums,
+            base=kernels.sq_norm(base),
+            rounding=kernels.rounding_sq_norms(base, tuned),
+        )
+
+
+def _groups(
+    base: Checkpoint, alignments: Sequence[Alignment], *, detailed: bool
+) -> list[_Group]:
+    """Group the pairs of all models, in the order in which the base stores them."""
+    found: dict[tuple[str, str], dict[tuple[int, ...], list[int]]] = {}
+    pairs: dict[tuple[str, int], SharedTensor] = {}
+    for k, alignment in enumerate(alignments):
+        for pair in alignment.shared:
+            pairs[pair.name, k] = pair
+            by_shape = found.setdefault((pair.name, pair.base.name), {})
+            by_shape.setdefault(pair.shape, []).append(k)
+
+    groups = []
+    for (name, _), by_shape in found.items():
+        calls = [(s, ks, False) for s, ks in by_shape.items()]
+        if detailed:
+            # Task vectors of different lengths meet on the rows that all of them have.
+            common = tuple(map(min, zip(*by_shape, strict=True)))
+            everyone = [k for ks in by_shape.values() for k in ks]
+            longer = [call for call in calls if call[0] != common]
+            calls = [(common, everyone, True), *longer]
+        groups += [
+            _Group(
+                name,
+                tuple(ks),
+                tuple(replace(pairs[name, k], shape=shape) for k in ks),
+                gram,
+                detailed,
+            )
+            for shape, ks, gram in calls
+        ]
+    position = {name: at for at, name in enumerate(base.tensors)}
+    return sorted(groups, key=lambda group: position.get(group.name, -1))
+
+
+def scan_checkpoints(
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    *,
+    detailed: bool = False,
+    workers: int | None = None,
+) -> tuple[list[PairNorms], Details | None]:
+    """Measure every model against the base in one pass over the files.
+
+    Args:
+        base: the base.
+        models: K fine-tunes of it.
+        detailed: also measure what `Details` holds.
+        workers: threads; the CPUs at hand if None.
+
+    Returns:
+        the squared norms of each pair, and the details or None.
+
+    Raises:
+        ValueError: base and model do not fit, or a weight is NaN or infinite.
+        OSError: a file cannot be read or has changed since it was opened.
+    """
+    readers = Readers()
+    for checkpoint in (base, *models):
+        checkpoint.verify_unchanged()
+    alignments = [align(base, model, readers) for model in models]
+    groups = _groups(base, alignments, detailed=detailed)
+    tasks = [
+        (
+            (part.stop - part.start) * group.bytes_per_element,
+            functools.partial(group.sums, readers, part),
+        )
+        for group in groups
+        for part in group.segments
+    ]
+    results = iter(run(tasks, workers))
+    norms: list[dict[str, float]] = [{} for _ in models]
+    details = Details.empty(len(models)) if detailed else None
+    for group in groups:
+        parts = [next(results) for _ in group.segments]
+        sums = sum(parts[1:], parts[0])
+        _check_finite(sums.sq_norms, group, base, models, readers)
+        for k, value in zip(group.members, sums.sq_norms.tolist(), strict=True):
+            norms[k][group.name] = value
+        if details is not None:
+            _note(details, group, sums)
+    for checkpoint in (base, *models):
+        checkpoint.verify_unchanged()
+    return [
+        PairNorms(
+            sq_norms={pair.name: found[pair.name] for pair in alignment.shared},
+            counted_as=alignment.counted_as,
+            layers=alignment.layers,
+        )
+        for found, alignment in zip(norms, alignments, strict=True)
+    ], details
+
+
+def _note(details: Details, group: _Group, sums: _Sums) -> None:
+    """Add what was found on one group."""
+    count = details.count
+    members = torch.tensor(group.members, device="cpu")
+    empty = torch.zeros(count, count, dtype=torch.float64, device="cpu")
+    gram = details.gram.setdefault(group.name, empty)
+    if sums.gram is not None:
+        gram[members[:, None], members] += sums.gram
+    gram[members, members] = sums.sq_norms
+    if sums.base is not None and sums.rounding is not None:
+        details.base_sq_norms.setdefault(group.name, float(sums.base))
+        rounding = details.rounding.setdefault(group.name, empty.new_zeros(count))
+        rounding[members] = sums.rounding
+
+
+def _check_finite(
+    values: torch.Tensor,
+    group: _Group,
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    readers: Readers,
+) -> None:
+    """Explain a squared norm that is not finite: name the tensor and the model."""
+    for k, pair, finite in zip(
+        group.members, group.pairs, torch.isfinite(values).tolist(), strict=True
+    ):
+        if finite:
+            continue
+        for owner, stored in ((base, pair.base), (models[k], pair.model)):
+            if not bool(torch.isfinite(pair.cut(readers.read(stored))).all()):
+                raise ValueError(
+                    f"{stored.name} of {owner.label} holds NaN or infinity (in "
+                    f"{stored.file}); a merge would spread it. Repair or replace it"
+                )
+        raise ValueError(
+            f"||tau||^2 of {pair.name} of {models[k].label} exceeds float64: its "
+            "weights differ from the base's by more than 1e150"
+        )
+
+
