@@ -7,12 +7,10 @@ import os
 import threading
 from collections.abc import Hashable, Sequence
 
+from mergekit_metagpt import perils
+
 LOG = logging.getLogger("mergekit_metagpt")
 QUIET = "MERGEKIT_METAGPT_QUIET"
-
-DOMINANT = 0.9
-STARVED = 0.1
-MOST = 0.5
 
 
 def _log(level: int, message: str, *values: object) -> None:
@@ -36,39 +34,24 @@ class Announcer:
             self._said.add(kind)
         return new
 
-    def _warn(self, kind: Hashable, message: str) -> None:
-        if self._first("warning", kind):
+    def _warn(self, kind: Hashable, message: str | None) -> None:
+        if message and self._first("warning", kind):
             _log(logging.WARNING, message)
 
     def nothing_moved(self, base: Hashable, where: str) -> None:
         """Warn that all models equal the base."""
-        self._warn(
-            "unmoved",
-            f"no model differs from the base {base} ({where}): the base is kept",
-        )
+        self._warn("unmoved", perils.nothing_moved(base, where))
 
     def left_out(
         self, base: Hashable, models: Sequence[Hashable], power: float, where: str
     ) -> None:
         """Warn of models that equal the base, whose norm has no negative power."""
-        if models:
-            names = ", ".join(str(model) for model in models)
-            self._warn(
-                "left out",
-                f"{names} equals the base {base} ({where}) and has no norm to the "
-                f"power {power:g}: left out",
-            )
+        self._warn("left out", perils.left_out(base, models, power, where))
 
     def embeddings(self, models: Sequence[Hashable], shares: Sequence[float]) -> None:
         """Warn of models whose embeddings hold most of their squared norm."""
         for model, share in zip(models, shares, strict=True):
-            if share > MOST:
-                self._warn(
-                    ("embeddings", model),
-                    f"embeddings hold {share:.0%} of ||tau||^2 of {model}: if its "
-                    "vocabulary was resized or reordered, keep them out with "
-                    "exclude: embed_tokens,lm_head",
-                )
+            self._warn(("embeddings", model), perils.embeddings(model, share))
 
     def coefficients(
         self,
@@ -123,29 +106,5 @@ class Announcer:
         shares: Sequence[float],
         where: str,
     ) -> None:
-        """Warn if one model takes almost all, or gets almost nothing.
-
-        Args:
-            base: id of the base.
-            models: ids of the K models that have a weight.
-            shares: their coefficients, summing to 1.
-            where: the pool of tensors, for the reader.
-        """
-        if len(shares) < 2:
-            return
-        largest = max(range(len(shares)), key=shares.__getitem__)
-        smallest = min(range(len(shares)), key=shares.__getitem__)
-        if shares[largest] > DOMINANT:
-            found = f"{models[largest]} takes {shares[largest]:.2%}"
-            correction = "a weight below 1 for it"
-        elif shares[smallest] < STARVED / len(shares):
-            found = f"{models[smallest]} gets only {shares[smallest]:.2%}"
-            correction = "a weight above 1 for it"
-        else:
-            return
-        self._warn(
-            "degenerate",
-            f"{found} of the merge ({where}). Usual causes: a LoRA beside full "
-            f"fine-tunes, a wrong base (here {base}), a resized or reordered "
-            f"vocabulary. Ways out: power: 1, {correction}, or exclude",
-        )
+        """Warn if one model takes almost all, or gets almost nothing."""
+        self._warn("degenerate", perils.degenerate(base, models, shares, where))

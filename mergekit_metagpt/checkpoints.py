@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mergekit.architecture import WeightInfo
     from mergekit.common import ModelReference
     from mergekit.io import LazyTensorLoader, ShardedTensorIndex
+    from mergekit.options import MergeOptions
 
 LOG = logging.getLogger(__name__)
 
@@ -311,3 +312,30 @@ def open_checkpoint(
     return _read_header(
         label, _index(label, folder), trust_remote_code=trust_remote_code
     )
+
+
+def open_checkpoints(
+    models: Iterable[ModelReference], options: MergeOptions
+) -> dict[ModelReference, Checkpoint]:
+    """Open models as mergekit does with these options, reading headers only.
+
+    Args:
+        models: references; each is opened once.
+        options: mergekit's own.
+
+    Returns:
+        the headers by model.
+
+    Raises:
+        ValueError: as `open_checkpoint`.
+        OSError: as `open_checkpoint`.
+    """
+    return {
+        model: open_checkpoint(
+            model,
+            lora_merge_cache=options.lora_merge_cache,
+            transformers_cache=options.transformers_cache,
+            trust_remote_code=options.trust_remote_code,
+        )
+        for model in dict.fromkeys(models)
+    }

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import functools
+import os
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
 from mergekit_metagpt import __version__, autoload
 
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
+    from rich.console import Console
+
 P = ParamSpec("P")
 T = TypeVar("T")
+
+# Columns where stdout is no terminal: lines of a table should not be broken there.
+PIPE_WIDTH = 240
 
 
 class Refusal(click.ClickException):
@@ -27,6 +36,8 @@ def _one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return command(*args, **kwargs)
+        except BrokenPipeError:
+            raise  # whoever read our output has seen enough; click ends quietly
         except (ValueError, OSError, RuntimeError) as error:
             raise Refusal(" ".join(str(error).split())) from error
 
@@ -37,6 +48,187 @@ def _one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
 @click.version_option(__version__)
 def main() -> None:
     """MetaGPT merging for mergekit: no weights to guess, no data, no search."""
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    fixed = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if fixed else PIPE_WIDTH, highlight=False)
+
+
+def _loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """mergekit's options that say how to load models, collected in MergeOptions."""
+
+    @functools.wraps(command)
+    def wrapper(
+        lora_merge_cache: str | None,
+        transformers_cache: str | None,
+        trust_remote_code: bool,
+        lazy_unpickle: bool,
+        **others: Any,
+    ) -> Any:
+        import logging
+
+        from mergekit.options import MergeOptions
+
+        logging.basicConfig(level=logging.WARNING)
+        options = MergeOptions(
+            lora_merge_cache=lora_merge_cache,
+            transformers_cache=transformers_cache,
+            trust_remote_code=trust_remote_code,
+            lazy_unpickle=lazy_unpickle,
+        )
+        return command(options=options, **others)
+
+    for option in (
+        click.option(
+            "--lazy-unpickle/--no-lazy-unpickle",
+            default=False,
+            help="As in mergekit. (A scan maps pickles into memory either way.)",
+        ),
+        click.option(
+            "--trust-remote-code/--no-trust-remote-code",
+            default=False,
+            help="Run code that comes with a model, for its configuration (danger).",
+        ),
+        click.option(
+            "--transformers-cache", help="Folder of downloaded models, as in mergekit."
+        ),
+        click.option(
+            "--lora-merge-cache",
+            help="Folder for merged LoRA models; needed for base+adapter.",
+        ),
+    ):
+        wrapper = option(wrapper)
+    return wrapper
+
+
+def _config(file: str) -> Any:
+    from mergekit_metagpt import recipe
+
+    try:
+        return recipe.read(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _check_target(file: str | None, endings: tuple[str, ...] = ()) -> None:
+    """Refuse a file that cannot be written, before the work that it is to hold."""
+    if file is None or file == "-":
+        return
+    path = Path(file)
+    if endings and path.suffix.lower() not in endings:
+        raise ValueError(
+            f"{file} ends in {path.suffix!r}; expected one of {', '.join(endings)}"
+        )
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"{file} cannot be written; expected a file in a folder")
+
+
+@main.command()
+@click.argument("models", nargs=-1, required=True, metavar="CONFIG | MODEL...")
+@click.option("--base", help="The base that MODEL... were fine-tuned from.")
+@click.option(
+    "--granularity",
+    type=click.Choice(["model", "layer", "tensor"]),
+    help="Pool squared norms over these; by default as CONFIG says, else the model.",
+)
+@click.option("--power", type=float, help="Exponent of the norms; 2 is MetaGPT.")
+@click.option("--exclude", help="Comma-separated parts of names that do not count.")
+@click.option("--json", "json_file", metavar="FILE", help="Write all; - for stdout.")
+@click.option("--csv", "csv_file", metavar="FILE", help="Write a row for each pool.")
+@click.option("--plot", metavar="FILE", help="Draw a figure: .png, .svg or .pdf.")
+@_loading_options
+@_one_line_errors
+def inspect(
+    options: MergeOptions,
+    models: tuple[str, ...],
+    base: str | None,
+    granularity: str | None,
+    power: float | None,
+    exclude: str | None,
+    json_file: str | None,
+    csv_file: str | None,
+    plot: str | None,
+) -> None:
+    """Measure the models of CONFIG, or MODEL... against --base, without merging.
+
+    CONFIG is a merge YAML of any method with a base_model. Prints norms of the task
+    vectors, the coefficients that MetaGPT gives them, their cosines, the share of each
+    part of the model, tensors that a merge leaves out, and warnings. One pass over
+    the files.
+    """
+    for file, endings in ((json_file, ()), (csv_file, ())):
+        _check_target(file, endings)
+
+    from mergekit_metagpt import families, figures, inspecting, tables
+
+    _check_target(plot, figures.FORMATS)
+    if base is None and len(models) != 1:
+        raise ValueError(
+            f"{len(models)} models are given and no base; expected one CONFIG, or "
+            "--base BASE and the models"
+        )
+    wishes: dict[str, Any] = {
+        "granularity": granularity,
+        "power": power,
+        "exclude": exclude,
+    }
+    method = "metagpt"
+    if base is None:
+        if Path(models[0]).is_dir():
+            raise ValueError(
+                f"{models[0]} is a folder; expected a merge YAML, or --base BASE and "
+                "the models"
+            )
+        config = _config(models[0])
+        method = config.merge_method
+        found = families.of_config(config, **wishes)
+    else:
+        found = families.of_models(base, models, **wishes)
+    report = inspecting.inspect(found, options, method=method)
+    if json_file is not None:
+        with click.open_file(json_file, "w", encoding="utf-8") as stream:
+            stream.write(report.model_dump_json(indent=2) + "\n")
+    if csv_file is not None:
+        with click.open_file(csv_file, "w", encoding="utf-8") as stream:
+            stream.write(tables.as_csv(report))
+    if plot is not None:
+        figures.report_figure(report, Path(plot))
+    if "-" not in (json_file, csv_file):
+        console = _console()
+        for part in tables.report(report):
+            console.print(part, soft_wrap=isinstance(part, str), markup=False)
+
+
+@main.command()
+@click.argument("config")
+@click.argument("out", metavar="OUT.yml")
+@click.option("--force", is_flag=True, help="Replace OUT.yml if it exists.")
+@_loading_options
+@_one_line_errors
+def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
+    """Write the metagpt merge CONFIG as plain mergekit YAML with fixed weights.
+
+    Anyone can merge OUT.yml (- for stdout) with mergekit alone and gets the same model
+    but for rounding in the last place. Scans, and does not merge.
+    """
+    _check_target(out)
+    if out != "-" and Path(out).exists() and not force:
+        raise ValueError(f"{out} exists; choose another name, or --force")
+
+    from mergekit_metagpt import exporting, recipe
+    from mergekit_metagpt.registration import register
+
+    register()
+    read = _config(config)
+    recipe.check(read)
+    exported = exporting.export(read, options)
+    with click.open_file(out, "w", encoding="utf-8", atomic=True) as stream:
+        stream.write(exported.text)
+    for change in exported.changes:
+        click.echo(f"Differs from {read.merge_method}: {change}.", err=True)
 
 
 @main.command()
@@ -50,15 +242,15 @@ def demo(folder: Path) -> None:
     """
     from rich.console import Console
 
-    from mergekit_metagpt import report
+    from mergekit_metagpt import figures, tables
     from mergekit_metagpt.demo import run
 
-    chatter, console = Console(stderr=True), Console()
+    chatter, console = Console(stderr=True), _console()
     result = run(folder, say=lambda line: chatter.print(line, highlight=False))
-    console.print(report.task_vector_table(result))
-    console.print(report.loss_table(result))
+    console.print(tables.demo_task_vectors(result))
+    console.print(tables.demo_losses(result))
     figure = folder / "demo.png"
-    report.demo_figure(result, figure)
+    figures.demo_figure(result, figure)
     best = min(result.ald, key=result.ald.__getitem__)
     console.print(
         f"Lowest ALD here: {best}. Which it is depends on text, seed and training "
@@ -87,7 +279,7 @@ def merge(context: click.Context, arguments: tuple[str, ...]) -> None:
 
 
 def _merge_command() -> click.Command:
-    from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+    from mergekit.options import PrettyPrintHelp, add_merge_options
 
     from mergekit_metagpt import merging
 

@@ -8,11 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_metagpt import recipe
+from mergekit_metagpt import card, exporting, families, inspecting, recipe
 from mergekit_metagpt.alignment import check_pair
-from mergekit_metagpt.checkpoints import open_checkpoint
+from mergekit_metagpt.checkpoints import open_checkpoints
+from mergekit_metagpt.figures import report_figure
 from mergekit_metagpt.registration import register
-from mergekit_metagpt.scanning import pair_norms
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -20,14 +20,20 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("mergekit_metagpt")
 
+# What is left beside the merged model.
+REPORT = "metagpt.json"
+FIGURE = "metagpt.png"
+PLAIN = "mergekit_config.plain.yml"
+
 
 def merge(
     config_file: Path, out: Path, options: MergeOptions, *, force: bool = False
 ) -> None:
     """Merge with `metagpt` through mergekit; `out` appears only when it is whole.
 
-    The YAML, the headers of all models and (where the coefficients need them) all
-    weights are checked before mergekit starts. mergekit then finds the scan done.
+    The YAML, the headers of all models and all weights are checked before mergekit
+    starts. mergekit then finds the scan done. Beside the model lie the report of
+    `inspect`, its figure, and the merge as plain YAML; the model card tells of them.
 
     Args:
         config_file: the merge YAML.
@@ -59,12 +65,31 @@ def merge(
     LoaderCache().setup(options)
     _check_models(config, options)
 
+    found = families.of_config(config)
+    report = inspecting.inspect(found, options, method=config.merge_method)
+    exported = exporting.export(config, options)
+
     home = next(folder for folder in out.parents if folder.is_dir())
     parent = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=home))
     try:
+        # First what a merge of hours should not be lost to.
+        beside = parent / "beside"
+        beside.mkdir()
+        json_text = report.model_dump_json(indent=2)
+        (beside / REPORT).write_text(f"{json_text}\n", encoding="utf-8")
+        (beside / PLAIN).write_text(exported.text, encoding="utf-8")
+        report_figure(report, beside / FIGURE)
+        about = card.section(
+            report, figure=FIGURE, plain=PLAIN, changes=exported.changes
+        )
         # Under the name of `out`, which mergekit makes the title of the model card.
-        made = parent / out.name
+        made = parent / "made" / out.name
         run_merge(config, str(made), options, config_source=text)
+        for path in beside.iterdir():
+            path.rename(made / path.name)
+        if options.write_model_card:
+            with (made / "README.md").open("a", encoding="utf-8") as stream:
+                stream.write(f"\n{about}")
         out.parent.mkdir(parents=True, exist_ok=True)
         _put(made, out, aside=parent / "replaced")
     finally:
@@ -110,28 +135,13 @@ def _put(made: Path, out: Path, aside: Path) -> None:
 
 
 def _check_models(config: MergeConfiguration, options: MergeOptions) -> None:
-    """Check headers of all models first, then all weights that a scan reads."""
-    checkpoints = {
-        model: open_checkpoint(
-            model,
-            lora_merge_cache=options.lora_merge_cache,
-            transformers_cache=options.transformers_cache,
-            trust_remote_code=options.trust_remote_code,
-        )
-        for model in recipe.models(config)
-    }
+    """Check the headers of all models before any weight is read."""
+    checkpoints = open_checkpoints(recipe.models(config), options)
     for model in checkpoints:
         folder = Path(model.model.path)
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise ValueError(f"{folder} has no config.json; expected a model's folder")
-    jobs = []
     for part in recipe.inputs(config):
-        if part.base is None:
-            continue
-        tuned = [checkpoints[model] for model in part.models if model != part.base]
-        for model in tuned:
-            check_pair(checkpoints[part.base], model)
-        if tuned and recipe.needs_scan(part):
-            jobs.append((checkpoints[part.base], tuned))
-    for base, tuned in jobs:
-        pair_norms(base, tuned)
+        for model in part.models:
+            if part.base is not None and model != part.base:
+                check_pair(checkpoints[part.base], checkpoints[model])

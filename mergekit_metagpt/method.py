@@ -18,7 +18,6 @@ from mergekit.merge_methods.base import (
 
 from mergekit_metagpt import kernels, sources
 from mergekit_metagpt.announce import Announcer
-from mergekit_metagpt.closed_form import coefficients, contributes
 from mergekit_metagpt.parameters import (
     Settings,
     all_zero,
@@ -162,39 +161,36 @@ class MetaGPTMerge(GroupMergeMethod):
         self, groups: Sequence[TensorGroup], settings: Sequence[Settings]
     ) -> list[sources.Measured | None]:
         """For each group n_t of its pool, shape `(K,)`; None where no norm counts."""
-        return [
-            sources.of_group(group, chosen)
-            for group, chosen in zip(groups, settings, strict=True)
-        ]
+        found = []
+        for group, chosen in zip(groups, settings, strict=True):
+            found.append(sources.of_group(group, chosen))
+            if chosen.granularity == "layer" and found[-1] is not None:
+                sources.require_same_layer(group)
+        return found
 
     def _coefficients(
         self, group: TensorGroup, settings: Settings, measured: sources.Measured | None
     ) -> torch.Tensor:
         """Shares of the models, summing to 1 (or 0 where the base is to be kept)."""
-        models = [entry.id for entry in group.non_base]
-        base, weight = sources.base_of(group).id, settings.weight
-        if measured is None:
-            power, sq_norms = 0.0, torch.zeros_like(weight)
-        else:
-            power, sq_norms = settings.power, measured.sq_norms
+        models, weight = [entry.id for entry in group.non_base], settings.weight
+        base, where = sources.base_of(group).id, settings.pool(group.metadata.name)
+        say, sq_norms = self._announcer(base), measured.sq_norms if measured else None
+        shares = settings.shares(sq_norms)
         if not models or not bool((weight > 0).any()):
-            return torch.zeros_like(weight)
-
-        where, say = settings.pool(group.metadata.name), self._announcer(base)
-        if not bool(contributes(sq_norms, weight, power).any()):
+            return shares
+        if not bool((shares > 0).any()):
             say.nothing_moved(base, where)
-            return torch.zeros_like(weight)
-        if power < 0:
+            return shares
+        if sq_norms is not None and settings.power < 0:
             unmoved = ((weight > 0) & (sq_norms == 0)).nonzero().flatten().tolist()
-            say.left_out(base, [models[k] for k in unmoved], power, where)
+            say.left_out(base, [models[k] for k in unmoved], settings.power, where)
         if measured is not None and measured.embeddings:
             say.embeddings(models, measured.embeddings)
-        shares = coefficients(sq_norms, weight, power)
         say.coefficients(
             base,
             models,
             shares.detach().tolist(),
-            None if power == 0 else sq_norms.detach().tolist(),
+            None if sq_norms is None else sq_norms.detach().tolist(),
             where,
             scale=settings.scale,
             one_of_many=settings.granularity != "model",

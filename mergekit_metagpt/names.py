@@ -123,3 +123,22 @@ def part_of(name: str) -> str:
         if is_excluded(lowered, usual):
             return part
     return "other"
+
+
+def natural(name: str) -> tuple[object, ...]:
+    """Return a sort key by which layer 10 comes after layer 9.
+
+    Args:
+        name: of a tensor or a pool.
+
+    Returns:
+        the key.
+
+    Example:
+        >>> sorted(["layers.10", "layers.9", "embed"], key=natural)
+        ['embed', 'layers.9', 'layers.10']
+    """
+    return tuple(
+        (1, int(part), "") if part.isdecimal() else (0, 0, part)
+        for part in name.split(".")
+    )

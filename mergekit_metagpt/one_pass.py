@@ -214,5 +214,3 @@ def _check_finite(
             f"||tau||^2 of {pair.name} of {models[k].label} exceeds float64: its "
             "weights differ from the base's by more than 1e150"
         )
-
-

@@ -11,6 +11,7 @@ import torch
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec, TensorGroup
 from pydantic import ValidationError
 
+from mergekit_metagpt.closed_form import coefficients, contributes
 from mergekit_metagpt.names import pool_key
 
 
@@ -152,6 +153,24 @@ class Settings:
             weight=torch.tensor(weights, dtype=torch.float64, device="cpu"),
             scale=bound["lambda"],
         )
+
+    def shares(self, sq_norms: torch.Tensor | None) -> torch.Tensor:
+        """Return the coefficients before `lambda` scales them.
+
+        Args:
+            sq_norms: n_t of the pool, shape `(K,)`, float64, or None where nothing was
+                measured and the weights alone count.
+
+        Returns:
+            shape `(K,)`, float64, summing to 1; or 0 where the base is to be kept.
+        """
+        if sq_norms is None:
+            power, sq_norms = 0.0, torch.zeros_like(self.weight)
+        else:
+            power = self.power
+        if not bool(contributes(sq_norms, self.weight, power).any()):
+            return torch.zeros_like(self.weight)
+        return coefficients(sq_norms, self.weight, power)
 
     def pool(self, name: str | None) -> str:
         """Name the pool of a tensor, for messages."""

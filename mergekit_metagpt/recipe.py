@@ -37,6 +37,7 @@ class Inputs:
         base: theta_0, or None.
         models: all of them, the base too where it is listed.
         settings: for each model its parameters, from highest to lowest precedence.
+        shared: parameters that hold for all models, likewise.
         moves_layers: whether a layer of an input comes out at another index.
     """
 
@@ -44,6 +45,7 @@ class Inputs:
     base: ModelReference | None
     models: tuple[ModelReference, ...]
     settings: tuple[tuple[Settings, ...], ...]
+    shared: tuple[Settings, ...]
     moves_layers: bool
 
 
@@ -123,6 +125,7 @@ def inputs(config: MergeConfiguration) -> Iterator[Inputs]:
                 settings=tuple(
                     _given(entry.parameters, *shared) for entry in module.models
                 ),
+                shared=_given(*shared),
                 moves_layers=False,
             )
         first_layer = 0
@@ -136,6 +139,7 @@ def inputs(config: MergeConfiguration) -> Iterator[Inputs]:
                     _given(source.parameters, entry.parameters, *shared)
                     for source in entry.sources
                 ),
+                shared=_given(entry.parameters, *shared),
                 moves_layers=any(start != first_layer for start, _ in ranges),
             )
             first_layer += ranges[0][1] - ranges[0][0]
@@ -169,7 +173,7 @@ def check(config: MergeConfiguration) -> None:
     """
     if config.merge_method not in METHODS:
         raise ValueError(
-            f"merge_method is {config.merge_method!r}; this command merges "
+            f"merge_method is {config.merge_method!r}; this command takes "
             f"{', '.join(METHODS)}. Use mergekit-yaml for other methods"
         )
     found = list(inputs(config))
@@ -287,26 +291,3 @@ def ignored(config: MergeConfiguration, known: Collection[str]) -> list[str]:
                 f"{meant[0]}?"
             )
     return unknown
-
-
-def needs_scan(part: Inputs) -> bool:
-    """Whether coefficients of these inputs rest on a scan of their checkpoints.
-
-    Args:
-        part: what is merged with each other.
-
-    Returns:
-        False if granularity is `tensor` throughout, or power 0.
-    """
-
-    def always(name: str, wanted: Callable[[Any], bool]) -> bool:
-        return any(
-            name in level and _is_always(level[name], wanted)
-            for settings in part.settings
-            for level in settings
-        )
-
-    return not (
-        always("granularity", "tensor".__eq__)
-        or always("power", lambda value: float(value) == 0)
-    )

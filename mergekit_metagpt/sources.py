@@ -16,7 +16,6 @@ from mergekit_metagpt.names import is_embedding, is_excluded, layer_key, pool_ke
 from mergekit_metagpt.parameters import Settings
 
 if TYPE_CHECKING:
-    from mergekit_metagpt.checkpoints import Checkpoint
     from mergekit_metagpt.results import PairNorms
 
 # Elements compared to tell a layer from another one.
@@ -94,8 +93,8 @@ def of_group(group: TensorGroup, settings: Settings) -> Measured | None:
         beside the base, or a pool of which `exclude` leaves nothing.
 
     Raises:
-        ValueError: a weight is NaN or infinite; the checkpoints are not open; the
-            tensor stems from another layer of its checkpoint.
+        ValueError: a weight is NaN or infinite; the checkpoints are not open, or
+            hold nothing of this layer.
         OSError: a checkpoint cannot be read or has changed.
     """
     if not group.non_base:
@@ -249,7 +248,6 @@ def _stored_sq_norms(group: TensorGroup, settings: Settings) -> Measured | None:
         embeddings = tuple(of_them / (n or 1.0) for n, of_them in pools)
     else:
         name = group.metadata.name or ""
-        _require_same_layer(group, {base_of(group).id: base, **known})
         keys = [pair.layer_of(name) for pair in pairs]
         if any(
             _pooled(pair, key, ())[0] is None
@@ -284,17 +282,27 @@ def _pooled(
     return (sum(chosen.values()) if chosen else None), embeddings
 
 
-def _require_same_layer(group: TensorGroup, opened: dict[Hashable, Checkpoint]) -> None:
+def require_same_layer(group: TensorGroup) -> None:
     """Compare a few stored elements with those handed over, under the output's name.
 
     `slices:` may put a layer of the inputs at another index of the output; the method
     sees only the output's name, under which the scan has the norms of another layer.
+
+    Args:
+        group: the inputs of a merge from files that make one output tensor.
+
+    Raises:
+        ValueError: the tensors stem from another layer of their checkpoints.
     """
+    from mergekit_metagpt import checkpoints
+
     name = group.metadata.name or ""
     if layer_key(name) == name or group.metadata.vocabulary_axis is not None:
         return
     for entry in group.entries:
-        checkpoint = opened[entry.id]
+        checkpoint = checkpoints.already_open(entry.id)
+        if checkpoint is None:
+            continue
         if name in checkpoint.renamed:
             own = checkpoint.renamed[name]
             stored = checkpoint.first_elements(own, PROBE).to(entry.tensor.dtype)

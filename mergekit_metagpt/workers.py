@@ -38,9 +38,7 @@ def _use_one_torch_thread() -> None:
         restore.join()
 
 
-def run(
-    tasks: Sequence[tuple[int, Callable[[], T]]], workers: int | None
-) -> list[T]:
+def run(tasks: Sequence[tuple[int, Callable[[], T]]], workers: int | None) -> list[T]:
     """Run tasks on threads that each do torch's work alone; show progress in bytes.
 
     The bar goes to stderr, only if that is a terminal.

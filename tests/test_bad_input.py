@@ -598,7 +598,7 @@ YAML = [
         broken.both(
             broken.settings(merge_method="task_arithmetic"), broken.weights(1, 1)
         ),
-        ours="merge_method is 'task_arithmetic'; this command merges metagpt…. Use "
+        ours="merge_method is 'task_arithmetic'; this command takes metagpt…. Use "
         "mergekit-yaml for other methods",
         mergekit=None,
     ),

@@ -14,6 +14,7 @@ import pytest
 
 import mergekit_metagpt
 from mergekit_metagpt.cli import main
+from tests import pages
 from tests.processes import ask_python, assert_succeeded, run_process, script
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +56,7 @@ def test_help_of_the_group(capsys: pytest.CaptureFixture[str]) -> None:
     )
     listed = text.partition("Commands:\n")[2].splitlines()
     assert [line.split()[0] for line in listed] == COMMANDS
-    assert {"demo", "merge"} <= set(COMMANDS)
+    assert {"demo", "export", "inspect", "merge"} <= set(COMMANDS)
 
 
 HELP = {
@@ -63,6 +64,16 @@ HELP = {
         "Usage: mergekit-metagpt demo [OPTIONS] DIR",
         "",
         "  Train a tiny base and three specialists in DIR, merge and compare them.",
+    ),
+    "export": (
+        "Usage: mergekit-metagpt export [OPTIONS] CONFIG OUT.yml",
+        "",
+        "  Write the metagpt merge CONFIG as plain mergekit YAML with fixed weights.",
+    ),
+    "inspect": (
+        "Usage: mergekit-metagpt inspect [OPTIONS] CONFIG | MODEL...",
+        "",
+        "  Measure the models of CONFIG, or MODEL... against --base, without merging.",
     ),
     "merge": (
         "Usage: mergekit-metagpt merge [OPTIONS] CONFIG OUT",
@@ -202,7 +213,9 @@ def imported_by(*arguments: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["demo", "--help"]], ids=" ".join
+    "arguments",
+    [["--help"], ["--version"], ["demo", "--help"], ["inspect", "--help"]],
+    ids=" ".join,
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert imported_by(*arguments) == []
@@ -232,6 +245,13 @@ def documentation() -> str:
     """README.md and, where it exists, docs/cli.md."""
     pages = [ROOT / "README.md", ROOT / "docs" / "cli.md"]
     return "\n".join(page.read_text() for page in pages if page.exists())
+
+
+def test_the_page_is_what_the_code_says() -> None:
+    # To renew it: python -m tests.pages
+    page = pages.CLI.read_text()
+    assert page == pages.with_current_parts(page)
+    assert page.count("<!-- help: ") >= 3 and "schema_version" in page
 
 
 @each_command

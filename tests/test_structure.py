@@ -125,7 +125,7 @@ def test_reading_imports() -> None:
 import os, {NAME}.kernels
 from {NAME} import names, scan
 from .closed_form import coefficients
-from . import report as shown
+from . import tables as shown
 from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from {NAME} import demo
@@ -139,7 +139,7 @@ try:
 except ImportError:
     pass
 """
-    at_top = {"kernels", "names", "scanning", "closed_form", "report", "results"}
+    at_top = {"kernels", "names", "scanning", "closed_form", "tables", "results"}
     assert imports_of(source) == Imports(
         frozenset({*at_top, "files"}), frozenset({"recipe", "cli"})
     )

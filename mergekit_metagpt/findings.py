@@ -1,0 +1,135 @@
+"""The schema of what `inspect --json` and `metagpt.json` hold."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Tensors(_Schema):
+    """Some tensors of a checkpoint."""
+
+    count: int
+    parameters: int
+    bytes: int
+    examples: tuple[str, ...] = Field(description="the first three names")
+    share: float | None = Field(
+        default=None, description="their share of ||tau||^2, where they count in it"
+    )
+
+
+class File(_Schema):
+    """A file of a checkpoint."""
+
+    name: str
+    bytes: int
+    digest: str = Field(description="the hub's hash, or SHA-256 of size and samples")
+    whole: bool = Field(description="whether the digest is of the whole content")
+
+
+class Source(_Schema):
+    """Which version of a model was read."""
+
+    revision: str | None = Field(description="commit of a hub snapshot")
+    digest: str = Field(description="SHA-256 over the digests of all files")
+    files: tuple[File, ...]
+
+
+class Stored(_Schema):
+    """A checkpoint as it lies on disk."""
+
+    name: str
+    source: Source
+    parameters: int = Field(description="elements of all floating-point tensors")
+    bytes: int
+    precisions: dict[str, int] = Field(description="elements by stored dtype")
+    not_written: Tensors | None = Field(
+        description="floating-point tensors that mergekit's definition of the "
+        "architecture leaves out; null where mergekit has no definition"
+    )
+
+
+class Base(Stored):
+    """theta_0."""
+
+    norm: float = Field(description="||theta_0|| over all tensors that count")
+
+
+class Model(Stored):
+    """A fine-tune theta_t and its task vector tau_t = theta_t - theta_0."""
+
+    sq_norm: float = Field(description="n_t = ||tau_t||^2 over all tensors that count")
+    norm: float = Field(description="||tau_t||")
+    relative_norm: float | None = Field(
+        description="||tau_t|| / ||theta_0|| over the tensors of n_t"
+    )
+    coefficient: float | None = Field(
+        description="lambda_t; null unless granularity is model"
+    )
+    coefficient_range: tuple[float, float] = Field(
+        description="smallest and largest lambda_t of any pool"
+    )
+    weight: float = Field(description="importance w_t")
+    weight_by_hand: str | None = Field(
+        description="weight in a YAML of another method; numbers joined by - are a "
+        "gradient"
+    )
+    rounding: float = Field(
+        description="norm of what rounding to the coarser of two stored precisions "
+        "takes from base and model; 0 where they agree"
+    )
+    parts: dict[str, float] = Field(description="share of each part in n_t")
+    not_in_base: Tensors
+    only_in_base: Tensors
+
+
+class Pool(_Schema):
+    """Tensors whose squared norms are summed before the ratio is taken."""
+
+    key: str
+    sq_norms: tuple[float, ...] = Field(description="n_t on this pool, per model")
+    relative_norms: tuple[float | None, ...]
+    coefficients: tuple[float, ...] = Field(description="lambda_t on this pool")
+
+
+class Settings(_Schema):
+    """Parameters of the closed form."""
+
+    granularity: str
+    power: float
+    exclude: tuple[str, ...]
+    scale: float = Field(description="`lambda` of the YAML")
+    varying: tuple[str, ...] = Field(
+        description="parameters that the YAML sets tensor by tensor; the figures here "
+        "are for their defaults"
+    )
+
+
+class Family(_Schema):
+    """A base, the models merged with each other, and what was measured."""
+
+    places: tuple[str, ...] = Field(description="where the YAML names them")
+    settings: Settings
+    base: Base
+    models: tuple[Model, ...]
+    cosines: tuple[tuple[float | None, ...], ...] = Field(
+        description="between task vectors; null where one is zero"
+    )
+    reading: str = Field(description="the cosines in words")
+    pools: tuple[Pool, ...] = Field(description="at the granularity of the settings")
+    layers: tuple[Pool, ...] = Field(description="at granularity layer, always")
+    warnings: tuple[str, ...]
+
+
+class Report(_Schema):
+    """What `mergekit-metagpt inspect` found."""
+
+    schema_version: Literal[1] = 1
+    versions: dict[str, str] = Field(description="of this package and its host")
+    method: str = Field(description="merge_method of the YAML, or metagpt")
+    families: tuple[Family, ...]

@@ -1,0 +1,294 @@
+"""Measures families of models without merging them: checkpoints in, a report out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import torch
+
+from mergekit_metagpt import findings, perils
+from mergekit_metagpt.alignment import check_pair
+from mergekit_metagpt.checkpoints import Checkpoint, open_checkpoints
+from mergekit_metagpt.closed_form import cosines
+from mergekit_metagpt.families import Family
+from mergekit_metagpt.inventory import stored, unshared
+from mergekit_metagpt.names import (
+    PARTS,
+    is_embedding,
+    is_excluded,
+    natural,
+    part_of,
+    pool_key,
+)
+from mergekit_metagpt.parameters import Settings
+from mergekit_metagpt.results import Details, PairNorms
+from mergekit_metagpt.scanning import detailed_norms
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
+    from mergekit.options import MergeOptions
+
+
+def inspect(
+    families: Sequence[Family], options: MergeOptions, *, method: str = "metagpt"
+) -> findings.Report:
+    """Scan the checkpoints of all families, one pass for each base, and report.
+
+    Args:
+        families: who is merged with whom.
+        options: mergekit's; those that say how to load models.
+        method: merge_method of the YAML.
+
+    Returns:
+        the report.
+
+    Raises:
+        ValueError: a model does not fit its base, is quantised, or holds NaN.
+        OSError: a file cannot be read.
+    """
+    wanted: dict[ModelReference, list[ModelReference]] = {}
+    for family in families:
+        known = wanted.setdefault(family.base, [])
+        known += [model for model in family.models if model not in known]
+    opened = open_checkpoints(
+        [model for base, models in wanted.items() for model in (base, *models)], options
+    )
+    for base, models in wanted.items():
+        for model in models:
+            check_pair(opened[base], opened[model])
+    scans = {
+        base: _Scanned(
+            models,
+            *detailed_norms(opened[base], [opened[model] for model in models]),
+        )
+        for base, models in wanted.items()
+    }
+    packages = ("mergekit-metagpt", "mergekit", "torch", "transformers")
+    return findings.Report(
+        versions={package: version(package) for package in packages},
+        method=method,
+        families=tuple(
+            _family(family, opened, scans[family.base].of(family.models))
+            for family in families
+        ),
+    )
+
+
+class _Scanned:
+    """What a scan of one base found, for some of its models."""
+
+    def __init__(
+        self,
+        models: Sequence[ModelReference],
+        pairs: Sequence[PairNorms],
+        details: Details,
+    ) -> None:
+        self.models = list(models)
+        self.pairs = list(pairs)
+        self.details = details
+
+    def of(self, models: Sequence[ModelReference]) -> _Scanned:
+        """Return what was found for some of the models, in their order."""
+        rows = [self.models.index(model) for model in models]
+        index = torch.tensor(rows, device="cpu")
+        return _Scanned(
+            models,
+            [self.pairs[row] for row in rows],
+            Details(
+                len(rows),
+                {n: g[index[:, None], index] for n, g in self.details.gram.items()},
+                self.details.base_sq_norms,
+                {n: lost[index] for n, lost in self.details.rounding.items()},
+            ),
+        )
+
+    def names(self, exclude: Sequence[str]) -> list[str]:
+        """Return the tensors that count for any model, sorted."""
+        found = {name for pair in self.pairs for name in pair.sq_norms}
+        return sorted(name for name in found if not is_excluded(name, exclude))
+
+    def sq_norms(self, names: Iterable[str]) -> list[float]:
+        """Return n_t over some tensors, shape `(K,)`."""
+        chosen = list(names)
+        return [sum(pair.sq_norms.get(n, 0.0) for n in chosen) for pair in self.pairs]
+
+    def base_sq_norms(self, names: Iterable[str]) -> list[float]:
+        """Return ||theta_0||^2 over those of some tensors that each model shares."""
+        chosen, whole = list(names), self.details.base_sq_norms
+        return [
+            sum(whole[n] for n in chosen if n in pair.sq_norms) for pair in self.pairs
+        ]
+
+
+def _family(
+    family: Family, opened: Mapping[ModelReference, Checkpoint], scanned: _Scanned
+) -> findings.Family:
+    base, choice = opened[family.base], family.choice
+    names = scanned.names(choice.exclude)
+    pools = _pools(scanned, names, choice.granularity, family)
+    sq_norms, base_sq_norms = scanned.sq_norms(names), scanned.base_sq_norms(names)
+    gram = sum(
+        (scanned.details.gram[name] for name in names),
+        torch.zeros(len(family.models), len(family.models), dtype=torch.float64),
+    )
+    angles = cosines(gram)
+    lost = [
+        math.sqrt(sum(float(scanned.details.rounding[name][k]) for name in names))
+        for k in range(len(family.models))
+    ]
+    models = []
+    for k, reference in enumerate(family.models):
+        model, shares = opened[reference], [pool.coefficients[k] for pool in pools]
+        models.append(
+            findings.Model(
+                **stored(model, base, scanned.pairs[k].sq_norms).model_dump(),
+                sq_norm=sq_norms[k],
+                norm=math.sqrt(sq_norms[k]),
+                relative_norm=_ratio(sq_norms[k], base_sq_norms[k]),
+                coefficient=shares[0] if choice.granularity == "model" else None,
+                coefficient_range=(min(shares), max(shares)),
+                weight=family.weights[k],
+                weight_by_hand=family.by_hand[k],
+                rounding=lost[k],
+                parts=_parts(scanned.pairs[k], names),
+                not_in_base=unshared(model, base, scanned.pairs[k]),
+                only_in_base=unshared(base, model, scanned.pairs[k]),
+            )
+        )
+    counted = {n for n in names if n in scanned.details.base_sq_norms}
+    return findings.Family(
+        places=family.places,
+        settings=findings.Settings(
+            granularity=choice.granularity,
+            power=choice.power,
+            exclude=choice.exclude,
+            scale=choice.scale,
+            varying=choice.varying,
+        ),
+        base=findings.Base(
+            **stored(base, base, {}).model_dump(),
+            norm=math.sqrt(sum(scanned.details.base_sq_norms[n] for n in counted)),
+        ),
+        models=tuple(models),
+        cosines=tuple(
+            tuple(None if math.isnan(v) else v for v in row) for row in angles.tolist()
+        ),
+        reading=perils.cosine_reading(family.models, angles.tolist()),
+        pools=tuple(pools),
+        layers=tuple(_pools(scanned, names, "layer", family)),
+        warnings=tuple(_warnings(family, scanned, names, models, angles)),
+    )
+
+
+def _pools(
+    scanned: _Scanned, names: Sequence[str], granularity: str, family: Family
+) -> list[findings.Pool]:
+    members: dict[str, list[str]] = {"model": []} if granularity == "model" else {}
+    for name in names:
+        members.setdefault(pool_key(name, granularity), []).append(name)
+    pools = []
+    for key in sorted(members, key=_from_input_to_output):
+        sq_norms = scanned.sq_norms(members[key])
+        base_sq_norms = scanned.base_sq_norms(members[key])
+        present = [any(n in p.sq_norms for n in members[key]) for p in scanned.pairs]
+        if not members[key]:  # `exclude` leaves nothing: the weights alone count
+            present = [True] * len(family.models)
+        pools.append(
+            findings.Pool(
+                key=key,
+                sq_norms=tuple(sq_norms),
+                relative_norms=tuple(map(_ratio, sq_norms, base_sq_norms)),
+                coefficients=_coefficients(
+                    sq_norms, present, family, counts=bool(members[key])
+                ),
+            )
+        )
+    return pools
+
+
+def _from_input_to_output(key: str) -> tuple[object, ...]:
+    """Sort key of pools: embeddings, layers in their order, final norm, head."""
+    alone = ("embeddings", "", "norms", "head")
+    part = "" if any(at.isdecimal() for at in key.split(".")) else part_of(key)
+    return alone.index(part if part in alone else ""), natural(key)
+
+
+def _coefficients(
+    sq_norms: Sequence[float], present: Sequence[bool], family: Family, *, counts: bool
+) -> tuple[float, ...]:
+    choice = family.choice
+    weight = [w * here for w, here in zip(family.weights, present, strict=True)]
+    settings = Settings(
+        granularity=choice.granularity,
+        power=choice.power,
+        exclude=choice.exclude,
+        weight=torch.tensor(weight, dtype=torch.float64),
+        scale=choice.scale,
+    )
+    counted = torch.tensor(sq_norms, dtype=torch.float64)
+    known = counts and choice.power != 0
+    shares = settings.shares(counted if known else None)
+    return tuple((choice.scale * shares).tolist())
+
+
+def _ratio(sq_norm: float, base_sq_norm: float) -> float | None:
+    return math.sqrt(sq_norm / base_sq_norm) if base_sq_norm else None
+
+
+def _parts(pair: PairNorms, names: Sequence[str]) -> dict[str, float]:
+    found = dict.fromkeys(PARTS, 0.0)
+    for name in names:
+        found[part_of(name)] += pair.sq_norms.get(name, 0.0)
+    total = sum(found.values())
+    return {part: value / total if total else 0.0 for part, value in found.items()}
+
+
+def _warnings(
+    family: Family,
+    scanned: _Scanned,
+    names: Sequence[str],
+    models: Sequence[findings.Model],
+    angles: torch.Tensor,
+) -> list[str]:
+    base, choice = family.base, family.choice
+    said: list[str | None] = [
+        f"the YAML sets {', '.join(choice.varying)} tensor by tensor; shown here for "
+        "defaults. `export` writes each tensor's coefficients"
+        if choice.varying
+        else None
+    ]
+    moved = [k for k, model in enumerate(models) if model.sq_norm > 0]
+    if not moved:
+        return [line for line in (*said, perils.nothing_moved(base, "model")) if line]
+    if choice.power < 0:
+        unmoved = [m for k, m in enumerate(family.models) if k not in moved]
+        said.append(perils.left_out(base, unmoved, choice.power, "the whole model"))
+    if choice.granularity == "model":
+        wanted = [k for k, weight in enumerate(family.weights) if weight > 0]
+        shares = _coefficients(
+            [model.sq_norm for model in models],
+            [True] * len(models),
+            family,
+            counts=bool(names),
+        )
+        total = sum(shares) or 1.0
+        said.append(
+            perils.degenerate(
+                base,
+                [family.models[k] for k in wanted],
+                [shares[k] / total for k in wanted],
+                "the whole model",
+            )
+        )
+    for k in moved:
+        model = models[k]
+        of_embeddings = scanned.sq_norms(filter(is_embedding, names))[k]
+        said.append(perils.embeddings(model.name, of_embeddings / model.sq_norm))
+        said.append(perils.far(base, model.name, model.relative_norm or 0.0))
+        said.append(perils.rounding(model.name, model.rounding / model.norm))
+    between = [float(angles[i, j]) for i in moved for j in moved if j < i]
+    said.append(perils.siblings(base, between))
+    return [line for line in said if line]

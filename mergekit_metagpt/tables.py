@@ -1,0 +1,279 @@
+"""Turns what was measured into tables and text; computes nothing of its own."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from mergekit_metagpt import findings
+    from mergekit_metagpt.demo import DemoResult
+
+
+def demo_task_vectors(result: DemoResult) -> Table:
+    """Tabulate squared norm, coefficient and cosines of each specialist.
+
+    Args:
+        result: of the demo.
+
+    Returns:
+        a table of K rows.
+    """
+    names = list(result.family.specialists)
+    table = Table(title="Task vectors, and the coefficients that follow from them")
+    table.add_column("specialist")
+    for heading in ("||tau||^2", "lambda", *(f"cos {name}" for name in names)):
+        table.add_column(heading, justify="right")
+    for row, name in enumerate(names):
+        cosines = [f"{value:+.3f}" for value in result.cosines[row].tolist()]
+        table.add_row(
+            name,
+            f"{float(result.sq_norms[row]):.4g}",
+            f"{float(result.lambdas[row]):.4f}",
+            *cosines,
+        )
+    return table
+
+
+def demo_losses(result: DemoResult) -> Table:
+    """Tabulate held-out losses of all models, and each merge's loss difference.
+
+    Args:
+        result: of the demo.
+
+    Returns:
+        a table with a row for the base, each specialist and each merge.
+    """
+    domains = list(next(iter(result.losses.values())))
+    table = Table(
+        title="Held-out loss, nats per byte (lower is better)",
+        caption="ALD: mean over the specialists' domains of the merge's loss minus "
+        "the specialist's. task_arithmetic: weight 0.3 each",
+    )
+    table.add_column("model")
+    for heading in (*domains, "ALD"):
+        table.add_column(heading, justify="right")
+    sections = (["base"], list(result.family.specialists), list(result.merges))
+    for names in sections:
+        for name in names:
+            losses = [f"{result.losses[name][domain]:.3f}" for domain in domains]
+            difference = f"{result.ald[name]:.3f}" if name in result.merges else ""
+            table.add_row(name, *losses, difference)
+        table.add_section()
+    return table
+
+
+def report(found: findings.Report) -> Iterator[str | Table]:
+    """Lay out what `inspect` found, family by family.
+
+    Args:
+        found: the report.
+
+    Yields:
+        tables, and lines of text to be printed without wrapping.
+    """
+    for family in found.families:
+        if len(found.families) > 1:
+            yield f"Merged with each other: {', '.join(family.places)}"
+        yield from _family(family)
+
+
+def _family(family: findings.Family) -> Iterator[str | Table]:
+    base, models = family.base, family.models
+    yield (
+        f"Base {base.name}: {base.parameters:,} parameters, {_precisions(base)}, "
+        f"||theta_0|| {base.norm:.4g}"
+    )
+    yield f"\nTask vectors ({_settings(family.settings)})"
+    yield _task_vectors(family)
+    if len(models) > 1:
+        yield "Cosines between task vectors"
+        yield _cosines(family)
+        yield f"{family.reading}\n"
+    yield "Share of each part in ||tau||^2"
+    yield _parts(family)
+    if family.settings.granularity != "model":
+        of_what = family.settings.granularity
+        yield f"lambda by {of_what}, and in brackets ||tau|| / ||theta_0||"
+        yield _pools(family)
+    yield from _left_out(family)
+    for warning in family.warnings:
+        yield f"Warning: {warning}"
+
+
+def _precisions(stored: findings.Stored) -> str:
+    total = stored.parameters or 1
+    if len(stored.precisions) == 1:
+        return next(iter(stored.precisions))
+    return ", ".join(f"{n} {c / total:.1%}" for n, c in stored.precisions.items())
+
+
+def _lambda(model: findings.Model) -> str:
+    low, high = model.coefficient_range
+    if model.coefficient is not None:
+        return f"{model.coefficient:.4f}"
+    return f"{low:.4f} to {high:.4f}"
+
+
+def _settings(settings: findings.Settings) -> str:
+    chosen = [f"granularity {settings.granularity}", f"power {settings.power:g}"]
+    if settings.exclude:
+        chosen.append(f"without {', '.join(settings.exclude)}")
+    if settings.scale != 1:
+        chosen.append(f"times lambda {settings.scale:g}")
+    return ", ".join(chosen)
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _task_vectors(family: findings.Family) -> Table:
+    models, table = family.models, _table()
+    table.add_column("#", justify="right")
+    table.add_column("model", overflow="fold")
+    table.add_column("parameters", justify="right")
+    table.add_column("stored")
+    for heading in ("||tau||", "/ ||theta_0||", "lambda"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    weighted = any(model.weight != 1 for model in models)
+    by_hand = any(model.weight_by_hand for model in models)
+    rounded = any(model.rounding for model in models)
+    for shown, heading in (
+        (weighted, "weight"),
+        (by_hand, "weight in YAML"),
+        (rounded, "||rounding||"),
+    ):
+        if shown:
+            table.add_column(heading, justify="right")
+    for number, model in enumerate(models, 1):
+        relative = model.relative_norm
+        row = [
+            str(number),
+            model.name,
+            f"{model.parameters:,}",
+            _precisions(model),
+            f"{model.norm:.4g}",
+            "-" if relative is None else f"{relative:.4f}",
+            _lambda(model),
+        ]
+        row += [f"{model.weight:g}"] * weighted
+        row += [model.weight_by_hand or "-"] * by_hand
+        row += [f"{model.rounding:.3g}"] * rounded
+        table.add_row(*row)
+    return table
+
+
+def _cosines(family: findings.Family) -> Table:
+    table = _table()
+    table.add_column("#", justify="right")
+    for number in range(1, len(family.models) + 1):
+        table.add_column(str(number), justify="right", no_wrap=True)
+    for number, row in enumerate(family.cosines, 1):
+        cells = ("-" if value is None else f"{value:+.2f}" for value in row)
+        table.add_row(str(number), *cells)
+    return table
+
+
+def _parts(family: findings.Family) -> Table:
+    table = _table()
+    table.add_column("#", justify="right")
+    shown = [
+        part
+        for part in family.models[0].parts
+        if any(model.parts[part] for model in family.models)
+    ]
+    for part in shown:
+        table.add_column(part, justify="right")
+    for number, model in enumerate(family.models, 1):
+        table.add_row(str(number), *(f"{model.parts[part]:.1%}" for part in shown))
+    return table
+
+
+def _pools(family: findings.Family) -> Table:
+    table = _table()
+    table.add_column(family.settings.granularity, overflow="fold")
+    for number in range(1, len(family.models) + 1):
+        table.add_column(f"#{number}", justify="right")
+    for pool in family.pools:
+        cells = [
+            f"{value:.4f} ({'-' if relative is None else f'{relative:.4f}'})"
+            for value, relative in zip(
+                pool.coefficients, pool.relative_norms, strict=True
+            )
+        ]
+        table.add_row(pool.key, *cells)
+    return table
+
+
+def _left_out(family: findings.Family) -> Iterator[str]:
+    """Lines on tensors that a merge leaves out without a word."""
+    base = family.base
+    if base.not_written is None:
+        yield (
+            "mergekit has no definition of this architecture: it merges the tensors "
+            "that all inputs have."
+        )
+    for stored in (base, *family.models):
+        if stored.not_written is not None and stored.not_written.count:
+            yield f"{stored.name}: {_tensors(stored.not_written)} mergekit leaves out"
+    for model in family.models:
+        if model.not_in_base.count:
+            yield f"{model.name}: {_tensors(model.not_in_base)} the base lacks"
+        if model.only_in_base.count:
+            yield f"{base.name}: {_tensors(model.only_in_base)} {model.name} lacks"
+
+
+def _tensors(some: findings.Tensors) -> str:
+    examples = ", ".join(some.examples)
+    more = ", ..." if some.count > len(some.examples) else ""
+    share = f", {some.share:.2%} of ||tau||^2" if some.share else ""
+    return (
+        f"{some.count} tensors ({examples}{more}; {some.bytes / 1e6:,.1f} MB{share}) "
+        "that"
+    )
+
+
+COLUMNS = (
+    "base",
+    "model",
+    "pool",
+    "sq_norm",
+    "norm",
+    "relative_norm",
+    "coefficient",
+)
+
+
+def as_csv(found: findings.Report) -> str:
+    """Write one row per model and pool, at the granularity of the report.
+
+    Args:
+        found: the report.
+
+    Returns:
+        CSV with a header line, `COLUMNS`.
+    """
+    stream = io.StringIO()
+    rows = csv.writer(stream, lineterminator="\n")
+    rows.writerow(COLUMNS)
+    for family in found.families:
+        for pool in family.pools:
+            for k, model in enumerate(family.models):
+                rows.writerow(
+                    [
+                        family.base.name,
+                        model.name,
+                        pool.key,
+                        pool.sq_norms[k],
+                        pool.sq_norms[k] ** 0.5,
+                        pool.relative_norms[k],
+                        pool.coefficients[k],
+                    ]
+                )
+    return stream.getvalue()
