@@ -1,0 +1,936 @@
+"""The recipes: what their comments promise, and what merges of stand-ins give."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+import yaml
+from mergekit import merge_methods
+
+from mergekit_metagpt import bookshelf, cli
+from mergekit_metagpt import recipe as checks
+from mergekit_metagpt.composed import COMPOSED
+from tests.processes import ask_python, assert_succeeded, run_process, script
+from tests.support import (
+    State,
+    assert_within_bound,
+    naive_lambdas,
+    naive_pool,
+    read_model,
+    run_mergekit,
+    tuned,
+)
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+ROOT = Path(__file__).parents[1]
+FILES = {
+    file.relative_to(ROOT / "recipes").with_suffix("").as_posix(): file
+    for file in sorted((ROOT / "recipes").rglob("*.yml"))
+}
+EACH = pytest.mark.parametrize("name", FILES)
+
+
+def test_how_many_there_are() -> None:
+    assert len(FILES) == 29
+
+
+def documents_of(name: str) -> list[dict[str, Any]]:
+    """The merges of a recipe: one, or several for mergekit-multi."""
+    return list(yaml.safe_load_all(FILES[name].read_text()))
+
+
+CHAINS = [name for name in FILES if len(documents_of(name)) > 1]
+SINGLE = pytest.mark.parametrize("name", [name for name in FILES if name not in CHAINS])
+
+
+def values_of(setting: Any, *keys: str) -> list[Any]:
+    """All values of some keys, anywhere in a document, in its order."""
+    if isinstance(setting, list):
+        return [value for item in setting for value in values_of(item, *keys)]
+    if not isinstance(setting, dict):
+        return []
+    return [
+        value
+        for key, item in setting.items()
+        for value in ([item] if key in keys else values_of(item, *keys))
+    ]
+
+
+def models_of(name: str) -> list[str]:
+    """All models and adapters of a recipe once, the base first."""
+    documents = documents_of(name)
+    steps = {document["name"] for document in documents if "name" in document}
+    spelt = values_of(documents, "base_model") + values_of(documents, "model")
+    parts = (part for spelling in spelt for part in spelling.split("+"))
+    return [part for part in dict.fromkeys(parts) if part not in steps]
+
+
+# ---- what the comments say
+
+
+@dataclass(frozen=True)
+class Original:
+    """What is known of a model that a recipe names.
+
+    Attributes:
+        kind: its architecture, a key of `KINDS`.
+        billions: its parameters.
+        width: bytes of a stored parameter.
+        added: tokens that it has and its base has not.
+    """
+
+    kind: str
+    billions: float
+    width: int = 2
+    added: tuple[str, ...] = ()
+
+
+CHATML = ("<|im_end|>", "<|im_start|>")
+LLAMA_7B = Original("Llama", 6.74)
+LLAMA_13B = Original("Llama", 13.02)
+LLAMA_3B = Original("Llama with a tied head", 3.21)
+LLAMA_4B = Original("Llama of 32 layers", 4.51)
+LLAMA_70B = Original("Llama", 70.554)
+MISTRAL = Original("Mistral", 7.24)
+QWEN_7B = Original("Qwen2", 7.62)
+QWEN_32B = Original("Qwen2", 32.76)
+QWEN_VL = Original("Qwen2.5-VL", 8.29)
+GEMMA = Original("Gemma2", 9.24)
+MIXTRAL = Original("Mixtral", 46.70)
+
+ORIGINALS: dict[str, Original] = {
+    "meta-llama/Llama-2-7b-hf": LLAMA_7B,
+    "meta-llama/Llama-2-7b-chat-hf": LLAMA_7B,
+    "TIGER-Lab/MAmmoTH-7B": Original("Llama", 6.74, 4, ("[PAD]",)),
+    "mrm8488/llama-2-coder-7b": LLAMA_7B,
+    "epfl-llm/meditron-7b": Original(
+        "Llama", 6.74, added=tuple(f"<medical {k}>" for k in range(17))
+    ),
+    "meta-llama/Llama-2-13b-hf": LLAMA_13B,
+    "meta-llama/Llama-2-13b-chat-hf": LLAMA_13B,
+    "TIGER-Lab/MAmmoTH-13B": Original("Llama", 13.02, 4, ("[PAD]",)),
+    "emre/llama-2-13b-code-chat": LLAMA_13B,
+    "mistralai/Mistral-7B-v0.1": MISTRAL,
+    "mistralai/Mistral-7B-Instruct-v0.2": MISTRAL,
+    "TIGER-Lab/MAmmoTH2-7B": MISTRAL,
+    "Nondzu/Mistral-7B-codealpaca-lora": MISTRAL,
+    "OpenPipe/mistral-ft-optimized-1218": MISTRAL,
+    "mlabonne/NeuralHermes-2.5-Mistral-7B": Original("Mistral", 7.24, added=CHATML),
+    "openchat/openchat_3.5": MISTRAL,
+    **{
+        f"FuseAI/OpenChat-3.5-7B-{source}-v2.0": MISTRAL
+        for source in ("Starling", "SOLAR", "InternLM", "Mixtral", "Qwen")
+    },
+    "Qwen/Qwen2.5-7B": QWEN_7B,
+    "Qwen/Qwen2.5-7B-Instruct": QWEN_7B,
+    "Qwen/Qwen2.5-7B-Instruct-1M": QWEN_7B,
+    "Qwen/Qwen2.5-32B": QWEN_32B,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B": QWEN_32B,
+    "Qwen/QwQ-32B-Preview": QWEN_32B,
+    "NovaSky-AI/Sky-T1-32B-Preview": QWEN_32B,
+    "google/gemma-2-9b": GEMMA,
+    "testmoto/gemma-2-9b-lora-0": GEMMA,
+    "testmoto/gemma-2-9b-platypus-02": GEMMA,
+    "testmoto/gemma-2-9b-lora-aozora": GEMMA,
+    "meta-llama/Llama-3.2-3B-Instruct": LLAMA_3B,
+    **{
+        f"MergeBench/Llama-3.2-3B-Instruct_{task}": LLAMA_3B
+        for task in ("instruction", "math", "coding", "multilingual", "safety")
+    },
+    "Delta-Vector/Holland-4B-V1": LLAMA_4B,
+    "NewEden/Holland-V2": LLAMA_4B,
+    "anthracite-org/magnum-v2-4b": LLAMA_4B,
+    "meta-llama/Llama-3.1-70B": LLAMA_70B,
+    "meta-llama/Llama-3.1-70B-Instruct": LLAMA_70B,
+    "NousResearch/Hermes-3-Llama-3.1-70B": LLAMA_70B,
+    "mistralai/Mixtral-8x7B-v0.1": MIXTRAL,
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": MIXTRAL,
+    "NousResearch/Nous-Hermes-2-Mixtral-8x7B-DPO": Original(
+        "Mixtral", 46.70, added=CHATML
+    ),
+    "Qwen/Qwen2.5-VL-7B-Instruct": QWEN_VL,
+    "reducto/RolmOCR": QWEN_VL,
+    "TIGER-Lab/VL-Rethinker-7B": QWEN_VL,
+    # The reader's own: nothing to download.
+    "./base": Original("Llama", 0),
+    "./math": Original("Llama", 0),
+    "./code": Original("Llama", 0),
+}
+ADAPTERS = ("./adapters/math", "./adapters/code")
+
+PARTS = ("What", "Source", "Download", "Memory", "Run", "Inspect first")
+
+
+def parts_of(name: str) -> dict[str, list[str]]:
+    """The parts of a recipe's comment: the lines of each, by its label."""
+    lines = itertools.takewhile(
+        lambda line: line.startswith("#"), FILES[name].read_text().splitlines()
+    )
+    summary, blank, *rest = lines
+    assert blank == "#", "an empty line sets the summary off"
+    parts: dict[str, list[str]] = {"summary": [summary.removeprefix("# ")]}
+    label = ""
+    for line in rest:
+        assert re.match(r"# ( {2}| {4})?\S", line), line
+        if not line.startswith("#   "):
+            found = re.match(r"# ([A-Z][a-z ]+?)(?: \([^)]*\))?:(.*)", line)
+            assert found is not None, f"no label: {line}"
+            label, line = found.groups()
+            assert label not in parts, f"{label} is said twice"
+            parts[label] = []
+        if text := line.removeprefix("#").strip():
+            parts[label].append(text)
+    return parts
+
+
+def said_in(name: str, part: str) -> str:
+    return " ".join(parts_of(name)[part])
+
+
+def command_of(name: str, part: str = "Run") -> list[str]:
+    """The one command of a part, in words."""
+    (command,) = (
+        line for line in parts_of(name)[part] if re.match(r"mergekit-\w+ ", line)
+    )
+    return shlex.split(command)
+
+
+@EACH
+def test_comment(name: str) -> None:
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*/[a-z0-9]+(-[a-z0-9]+)*", name)
+    parts = parts_of(name)
+    assert all(parts.values()), "a part is empty"
+    given = [label for label in parts if label != "summary"]
+    assert given == [label for label in PARTS if label in given]
+    assert {*PARTS} - {*given} <= {"Memory"}
+    (summary,) = parts["summary"]
+    assert 30 < len(summary) <= 88 and summary.endswith(".")
+    text = FILES[name].read_text()
+    assert not re.search(
+        r"state of the art|state-of-the-art|sota\b|\bbest\b", text, re.I
+    )
+    if not name.startswith(("paper/", "converted/")):
+        assert "example, not a published merge" in said_in(name, "What")
+
+
+def test_summaries_differ() -> None:
+    summaries = {parts_of(name)["summary"][0] for name in FILES}
+    assert len(summaries) == len(FILES)
+
+
+@EACH
+def test_download(name: str) -> None:
+    """What is said of sizes follows from the numbers of parameters and bytes."""
+    known = [ORIGINALS[model] for model in models_of(name) if model not in ADAPTERS]
+    sizes = [original.billions * original.width for original in known]
+    said = said_in(name, "Download")
+    if not sum(sizes):
+        assert said.startswith("nothing")
+        return
+    total = re.match(r"about ([\d,]+) GB \(", said)
+    assert total is not None
+    assert abs(sum(sizes) - float(total.group(1).replace(",", ""))) <= 0.5
+    each = re.search(r"\((?:(\d+) models|the base) of ([\d.]+) B parameters", said)
+    assert each is not None
+    count, billions = each.groups(default="1")
+    assert len(known) == int(count)
+    assert {f"{original.billions:.1f}" for original in known} == {billions}
+    wider = [m for m in models_of(name) if m in ORIGINALS and ORIGINALS[m].width == 4]
+    assert [m.rpartition("/")[2] for m in wider] == re.findall(r", (\S+) 4\)", said)
+    gated = any(
+        model.startswith(("meta-llama/", "google/")) for model in models_of(name)
+    )
+    assert ("licence" in said) == gated
+
+
+def click_command(program: str) -> click.Command:
+    from mergekit.scripts import multimerge, run_yaml
+
+    return {"mergekit-yaml": run_yaml.main, "mergekit-multi": multimerge.main}[program]
+
+
+@EACH
+def test_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mergekit's own parser takes it, and it is this recipe that it merges."""
+    monkeypatch.chdir(ROOT)
+    program, *arguments = command_of(name)
+    assert (program == "mergekit-multi") == (name in CHAINS)
+    context = click_command(program).make_context(program, list(arguments))
+    assert context.params["config_file"] == f"recipes/{name}.yml"
+    assert context.params["out_path"].startswith("./")
+
+
+def test_an_unknown_option_is_noticed() -> None:
+    with pytest.raises(click.NoSuchOption, match="--lazy"):
+        arguments = ["config.yml", "./out", "--lazy"]
+        click_command("mergekit-yaml").make_context("mergekit-yaml", arguments)
+
+
+@EACH
+def test_what_to_inspect(name: str) -> None:
+    program, command, *arguments = command_of(name, "Inspect first")
+    assert (program, command) == ("mergekit-metagpt", "inspect")
+    cli.main.commands[command].make_context(command, list(arguments))
+    if name in CHAINS:
+        option, base, *models = arguments
+        first = documents_of(name)[0]
+        assert (option, base) == ("--base", first["base_model"])
+        assert models == values_of(first, "model")
+    else:
+        assert arguments[0] == f"recipes/{name}.yml"
+        run = command_of(name)
+        assert ("--lora-merge-cache" in run) == ("--lora-merge-cache" in arguments)
+    hint = [line for line in parts_of(name)["Inspect first"] if "inspect -" not in line]
+    assert len(" ".join(hint[1:])) > 60, "nothing is said of what to look at"
+
+
+def test_every_model_is_known_and_used() -> None:
+    named = {model for name in FILES for model in models_of(name)}
+    assert named == {*ORIGINALS, *ADAPTERS}
+
+
+@EACH
+def test_configuration(name: str) -> None:
+    """Our own checks of a YAML pass, and mergekit ignores no parameter of it."""
+    for document in documents_of(name):
+        document.pop("name", None)
+        assert (document["dtype"], document["out_dtype"]) == ("float32", "bfloat16")
+        config = checks.read(yaml.safe_dump(document))
+        checks.check(config)
+        spec = merge_methods.get(config.merge_method).spec
+        assert not checks.ignored(config, [known.name for known in spec.parameters])
+        widths = {ORIGINALS[m].added for m in models_of(name) if m in ORIGINALS}
+        assert (config.tokenizer is not None) == (len(widths) > 1)
+        if name.startswith("converted/"):
+            assert not values_of(document, "weight", "normalize", "int8_mask")
+
+
+def count_of_models(name: str) -> int:
+    return len(models_of(name)) - 1
+
+
+def settings_of(name: str) -> set[str]:
+    """All keys that occur in a recipe."""
+
+    def keys(setting: Any) -> Iterator[str]:
+        for item in setting if isinstance(setting, list) else ():
+            yield from keys(item)
+        for key, item in setting.items() if isinstance(setting, dict) else ():
+            yield key
+            yield from keys(item)
+
+    return set(keys(documents_of(name)))
+
+
+def kinds_of(name: str) -> set[str]:
+    return {ORIGINALS[m].kind for m in models_of(name) if m in ORIGINALS}
+
+
+def largest(name: str) -> float:
+    return max(ORIGINALS[m].billions for m in models_of(name) if m in ORIGINALS)
+
+
+REQUIRED: dict[str, Callable[[str], bool]] = {
+    "two models": lambda name: count_of_models(name) == 2,
+    "vocabularies": lambda name: "tokenizer" in settings_of(name),
+    "slices": lambda name: "slices" in settings_of(name),
+    "LoRA": lambda name: (
+        "--lora-merge-cache" in command_of(name)
+        and any("+" in spelt for spelt in values_of(documents_of(name), "model"))
+    ),
+    "vision": lambda name: "Qwen2.5-VL" in kinds_of(name),
+    "mixture of experts": lambda name: "Mixtral" in kinds_of(name),
+    "several GPUs": lambda name: (
+        largest(name) > 30 and "--multi-gpu" in command_of(name)
+    ),
+    "chain": lambda name: command_of(name)[0] == "mergekit-multi",
+    "all knobs": lambda name: {"weight", "power", "exclude"} <= settings_of(name),
+    "little memory": lambda name: (
+        "16 GB" in said_in(name, "summary")
+        and {"--lazy-unpickle", "--out-shard-size"} <= {*command_of(name)}
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REQUIRED)
+def test_each_required_kind_is_there(kind: str) -> None:
+    assert any(REQUIRED[kind](name) for name in FILES)
+
+
+def test_the_paper_and_the_published_merges_are_there() -> None:
+    papers = {name for name in FILES if name.startswith("paper/")}
+    families = {"llama-2-7b", "llama-2-13b", "mistral-7b"}
+    composed = {"llama-2-7b-ties", "llama-2-7b-dare"}
+    assert papers == {f"paper/{name}" for name in families | composed}
+    for name in composed:
+        assert values_of(documents_of(f"paper/{name}"), "density") == [0.55]
+    assert sum(name.startswith("converted/") for name in FILES) >= 8
+
+
+def test_every_method_has_a_recipe() -> None:
+    used = {d["merge_method"] for name in FILES for d in documents_of(name)}
+    assert used == {"metagpt", *(f"metagpt_{name}" for name in COMPOSED)}
+
+
+# ---- merges of tiny stand-ins
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+# transformers' class, its configuration, and what that takes beside `SIZES`.
+KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Llama": ("LlamaForCausalLM", "LlamaConfig", {}),
+    "Llama with a tied head": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {"tie_word_embeddings": True},
+    ),
+    # As many as the original's, for `layer_range`.
+    "Llama of 32 layers": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {"num_hidden_layers": 32, "hidden_size": 16, "intermediate_size": 16},
+    ),
+    "Mistral": ("MistralForCausalLM", "MistralConfig", {}),
+    "Qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {}),
+    "Gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {"head_dim": 8}),
+    "Mixtral": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 4}),
+    "Qwen2.5-VL": ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", {}),
+}
+TOWER = {
+    "depth": 2,
+    "num_heads": 4,
+    "patch_size": 14,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "out_hidden_size": 32,
+}
+ROWS = SIZES["vocab_size"]
+VOCABULARY = ("<unk>", *(f"word{number}" for number in range(1, ROWS)))
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A tiny model in place of one that a recipe names: its folder, its weights."""
+
+    folder: Path
+    state: State
+
+
+def make_model(kind: str, rows: int) -> Any:
+    import transformers
+
+    model_class, config_class, changes = KINDS[kind]
+    sizes = {**SIZES, **changes, "vocab_size": rows}
+    if kind == "Qwen2.5-VL":
+        rope = {"type": "mrope", "mrope_section": [1, 1, 2]}
+        sizes = {"text_config": {**sizes, "rope_scaling": rope}, "vision_config": TOWER}
+    config = getattr(transformers, config_class)(**sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return getattr(transformers, model_class)(config)
+
+
+def has_token_rows(name: str) -> bool:
+    return name.endswith(("embed_tokens.weight", "lm_head.weight"))
+
+
+def make_stand_in(folder: Path, original: Original, position: int) -> StandIn:
+    """Save a fine-tune as transformers does: 0 is the base, later ones moved further.
+
+    Its tensors have the original's precision, and a row more for each added token.
+    """
+    start = dict(make_model(original.kind, ROWS).named_parameters())
+    state = tuned({n: p.detach() for n, p in start.items()}, position, 0.01 * position)
+    model = make_model(original.kind, ROWS + len(original.added))
+    dtype = torch.bfloat16 if original.width == 2 else torch.float32
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter[: len(state[name])] = state[name]
+    model.to(dtype).save_pretrained(folder)
+    write_tokenizer(folder, original.added)
+    if original.kind == "Qwen2.5-VL":
+        # mergekit's definition has the names that are stored.
+        return StandIn(folder, read_model(folder))
+    return StandIn(folder, {n: p.detach() for n, p in model.named_parameters()})
+
+
+def write_tokenizer(folder: Path, added: Sequence[str]) -> None:
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    numbers = {word: number for number, word in enumerate(VOCABULARY)}
+    model = tokenizers.models.BPE(numbers, [], unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(model), unk_token="<unk>"
+    )
+    tokenizer.add_tokens(list(added))
+    tokenizer.save_pretrained(folder)
+
+
+Shelf = Callable[[str, int], StandIn]
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    """Make each stand-in when it is first asked for: by the original, the position."""
+    folder = tmp_path_factory.mktemp("stand-ins")
+    made: dict[tuple[Original, int], StandIn] = {}
+
+    def stand_in(model: str, position: int) -> StandIn:
+        key = (ORIGINALS[model], position)
+        if key not in made:
+            made[key] = make_stand_in(folder / f"m{len(made)}", *key)
+        return made[key]
+
+    return stand_in
+
+
+def make_adapter(folder: Path, base: Path, seed: int) -> Path:
+    """Write a LoRA adapter of a base, of rank 4 and with random weights."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapter = peft.get_peft_model(model, config)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape), alpha=0.05 * seed)
+    adapter.save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A recipe whose models are stand-ins.
+
+    Attributes:
+        places: the folder of each stand-in, by the name of the model in the recipe.
+        documents: its merges, with those folders in place of names.
+        options: those of its command that need no GPU.
+        states: what each of its models stores, by its name in the recipe.
+    """
+
+    places: dict[str, Path]
+    documents: list[dict[str, Any]]
+    options: list[str]
+    states: dict[str, State]
+
+
+def replaced(setting: Any, places: Mapping[str, Path]) -> Any:
+    """A document with other models; every name must have a place."""
+    if isinstance(setting, list):
+        return [replaced(item, places) for item in setting]
+    if not isinstance(setting, dict):
+        return setting
+    return {
+        key: "+".join(str(places[part]) for part in item.split("+"))
+        if key in ("model", "base_model")
+        else replaced(item, places)
+        for key, item in setting.items()
+    }
+
+
+def staged(name: str, stand_ins: Shelf, folder: Path) -> Staged:
+    """Put stand-ins in the place of a recipe's models."""
+    places: dict[str, Path] = {}
+    states: dict[str, State] = {}
+    for position, model in enumerate(models_of(name)):
+        if model in ADAPTERS:
+            base = places[models_of(name)[0]]
+            places[model] = make_adapter(folder / Path(model).name, base, position)
+        else:
+            found = stand_ins(model, position)
+            places[model], states[model] = found.folder, found.state
+    documents = documents_of(name)
+    for document in documents:
+        if step := document.get("name"):
+            places[step] = Path(step)
+    options = [
+        str(folder / "lora-cache") if option == "./lora-cache" else option
+        for option in command_of(name)[2 if name in CHAINS else 3 :]
+        if option not in ("--cuda", "--multi-gpu")
+    ]
+    staged_documents = [replaced(document, places) for document in documents]
+    return Staged(places, staged_documents, options, states)
+
+
+def with_adapters(name: str, stage: Staged, folder: Path) -> dict[str, State]:
+    """The states of a recipe's models by their full spelling, adapters merged.
+
+    Those are what mergekit has left in its cache; checked against W + 2 B A.
+    """
+    states = dict(stage.states)
+    for spelling in values_of(documents_of(name), "model"):
+        base, _, adapter = spelling.partition("+")
+        if not adapter:
+            continue
+        (cached,) = (folder / "lora-cache").glob(f"*_{Path(adapter).name}_*")
+        states[spelling] = read_model(cached)
+        stored = read_model(folder / Path(adapter).name)
+        products = {
+            key.removeprefix("base_model.model.").replace(".lora_A", ""): (
+                stored[key.replace("lora_A", "lora_B")] @ tensor
+            )
+            for key, tensor in stored.items()
+            if "lora_A" in key
+        }
+        assert products
+        for key, product in products.items():
+            expected = states[base][key].float() + 2 * product.float()
+            torch.testing.assert_close(
+                states[spelling][key].float(), expected, rtol=2**-7, atol=2**-7
+            )
+    return states
+
+
+def first_rows(state: State) -> State:
+    """The rows of the base's vocabulary alone."""
+    return {n: t[:ROWS] if has_token_rows(n) else t for n, t in state.items()}
+
+
+def handed_over(states: Sequence[State], source: str | None) -> list[State]:
+    """What mergekit merges: of a union, every model has the added rows of the one."""
+    if source != "union":
+        return [first_rows(state) for state in states]
+    (giver,) = (
+        s for s in states if any(len(s[n]) > ROWS for n in s if has_token_rows(n))
+    )
+    return [
+        {
+            n: torch.cat([t[:ROWS], giver[n][ROWS:].to(t.dtype)])
+            if has_token_rows(n)
+            else t
+            for n, t in state.items()
+        }
+        for state in states
+    ]
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a document merges, and lambda straight from the formula.
+
+    Attributes:
+        states: the base's and the models' tensors as mergekit hands them over.
+        lambdas: the coefficients of a tensor, by its name.
+    """
+
+    states: list[State]
+    lambdas: Callable[[str], torch.Tensor]
+
+
+def expectation(
+    document: Mapping[str, Any], states: Mapping[str, State]
+) -> Expectation:
+    """Read a recipe's document by itself, without our code or mergekit's."""
+    base = document["base_model"]
+    entries = document.get("models") or document["slices"][0]["sources"]
+    entries = [entry for entry in entries if entry["model"] != base]
+    given = [states[base], *(states[entry["model"]] for entry in entries)]
+    measured = [first_rows(state) for state in given]
+    settings = document.get("parameters", {})
+    weight = [entry.get("parameters", {}).get("weight", 1.0) for entry in entries]
+    granularity = settings.get("granularity", "model")
+    exclude = [part for part in settings.get("exclude", "").split(",") if part]
+    assert all(any(part in name for name in measured[0]) for part in exclude)
+    # Of a composed method `lambda` is a parameter of mergekit's part of it.
+    scale = (
+        settings.get("lambda", 1.0) if document["merge_method"] == "metagpt" else 1.0
+    )
+    known: dict[str, torch.Tensor] = {}
+
+    def lambdas(name: str) -> torch.Tensor:
+        pool = naive_pool(name, granularity)
+        if pool not in known:
+            known[pool] = naive_lambdas(
+                name,
+                measured[0],
+                measured[1:],
+                granularity=granularity,
+                exclude=exclude,
+                weight=weight,
+                power=settings.get("power", 2.0),
+                scale=scale,
+            )
+        return known[pool]
+
+    source = document.get("tokenizer", {}).get("source")
+    return Expectation(handed_over(given, source), lambdas)
+
+
+def assert_merged(merged: State, expected: Expectation) -> None:
+    """Check every element against base + sum lambda tau in float64.
+
+    Equal coefficients would not pass, so that it is lambda which is checked.
+    """
+    base, *models = expected.states
+    assert merged.keys() == base.keys()
+    for name, tensor in merged.items():
+        assert tensor.dtype == torch.bfloat16 and tensor.isfinite().all()
+        given = [model[name] for model in models]
+        assert_within_bound(tensor, base[name], given, expected.lambdas(name))
+    name = next(n for n in merged if n.endswith("0.self_attn.q_proj.weight"))
+    equal = torch.full((len(models),), 1 / len(models), dtype=torch.float64)
+    with pytest.raises(AssertionError, match="beyond the bound"):
+        given = [model[name] for model in models]
+        assert_within_bound(merged[name], base[name], given, equal)
+
+
+def assert_composed(merged: State, expected: Expectation, theirs: State) -> None:
+    """Check against mergekit's own method, which was given lambda as weights."""
+    base = expected.states[0]
+    assert merged.keys() == theirs.keys() == base.keys()
+    for name, tensor in merged.items():
+        assert tensor.dtype == torch.bfloat16 and tensor.isfinite().all()
+        torch.testing.assert_close(tensor, theirs[name], rtol=2**-7, atol=1e-6)
+        assert (tensor.float() != base[name].float()).any(), f"{name} is the base's"
+
+
+def with_weights(document: Mapping[str, Any], lambdas: torch.Tensor) -> dict[str, Any]:
+    """The same merge by mergekit's own method, its weights written out."""
+    models = [
+        {**entry, "parameters": {**entry.get("parameters", {}), "weight": weight}}
+        for entry, weight in zip(document["models"], lambdas.tolist(), strict=True)
+    ]
+    inner = document["merge_method"].removeprefix("metagpt_")
+    return {**document, "merge_method": inner, "models": models}
+
+
+@SINGLE
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_merge(name: str, tmp_path: Path, stand_ins: Shelf) -> None:
+    stage = staged(name, stand_ins, tmp_path)
+    (document,), (original,) = stage.documents, documents_of(name)
+    merged = run_mergekit(document, tmp_path / "out", *stage.options)
+    states = with_adapters(name, stage, tmp_path)
+    expected = expectation(original, states)
+    if document["merge_method"] == "metagpt":
+        assert_merged(merged, expected)
+    else:
+        explicit = with_weights(document, expected.lambdas("any"))
+        theirs = run_mergekit(explicit, tmp_path / "theirs", *stage.options)
+        assert_composed(merged, expected, theirs)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chain(name: str, tmp_path: Path, stand_ins: Shelf) -> None:
+    """Through the code of mergekit-multi; a later step is checked with earlier ones."""
+    stage = staged(name, stand_ins, tmp_path)
+    file = tmp_path / "recipe.yml"
+    file.write_text(yaml.safe_dump_all(stage.documents, sort_keys=False))
+    assert stage.options[::2] == ["--intermediate-dir", "--out-path"]
+    steps, out = (tmp_path / folder for folder in stage.options[1::2])
+    arguments = [str(file), "--intermediate-dir", str(steps), "--out-path", str(out)]
+    main = click_command("mergekit-multi")
+    options = ["--no-copy-tokenizer", "--quiet"]
+    main.main([*arguments, *options], standalone_mode=False)
+    states = dict(stage.states)
+    for document in documents_of(name):
+        step = document.get("name", "")
+        merged = read_model(steps / step if step else out)
+        assert_merged(merged, expectation(document, states))
+        states[step] = merged
+
+
+def own_file(name: str, stage: Staged, folder: Path) -> Path:
+    """What `copy` writes, with nothing but its models replaced."""
+    file = folder / "own.yml"
+    bookshelf.copy(name, file)
+    text, count = re.subn(
+        r"(?m)^((?:  - |base_)model: )(\S+)$",
+        lambda found: f"{found.group(1)}{stage.places[found.group(2)]}",
+        file.read_text(),
+    )
+    assert count == len(stage.places)
+    file.write_text(text)
+    return file
+
+
+def test_script(tmp_path: Path, stand_ins: Shelf) -> None:
+    """A reader's own file through the script mergekit-yaml."""
+    name, out = "starters/two-models", tmp_path / "out"
+    stage = staged(name, stand_ins, tmp_path)
+    file = own_file(name, stage, tmp_path)
+    command = [script("mergekit-yaml"), file, out, "--no-copy-tokenizer"]
+    done = run_process([*command, *stage.options])
+    assert_succeeded(done)
+    assert done.stderr.count("lambda of the whole model") == 1
+    (document,) = documents_of(name)
+    assert_merged(read_model(out), expectation(document, stage.states))
+
+
+def test_our_own_command(tmp_path: Path, stand_ins: Shelf) -> None:
+    """The whole job is checked, vocabularies of different sizes too."""
+    name, out = "large/mixtral-8x7b", tmp_path / "out"
+    stage = staged(name, stand_ins, tmp_path)
+    file = own_file(name, stage, tmp_path)
+    cli.main.main(["merge", str(file), str(out), "--quiet"], standalone_mode=False)
+    (document,) = documents_of(name)
+    assert_merged(read_model(out), expectation(document, stage.states))
+
+
+# ---- the shelf
+
+
+def test_shelf_holds_every_file() -> None:
+    found = bookshelf.recipes()
+    assert [recipe.name for recipe in found] == sorted(FILES)
+    for recipe in found:
+        assert recipe.text == FILES[recipe.name].read_text()
+        assert [recipe.summary] == parts_of(recipe.name)["summary"]
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "paper/llama-2-7b",
+        "paper/llama-2-7b.yml",
+        "llama-2-7b",
+        "llama-2-7b.yml",
+        "recipes/paper/llama-2-7b.yml",
+    ],
+)
+def test_find(spelling: str) -> None:
+    assert bookshelf.find(spelling).name == "paper/llama-2-7b"
+
+
+def shelf(folder: Path, *names: str) -> Path:
+    """A package folder with recipes of these names and nothing else."""
+    for name in names:
+        file = folder / "recipes" / f"{name}.yml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"# About {name}.\nmerge_method: metagpt\n")
+    return folder
+
+
+def test_find_says_what_else_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shelf(tmp_path, "one/twin", "two/twin", "two/other", "whole")
+    monkeypatch.setattr(bookshelf, "_PACKAGE", folder)
+    assert bookshelf.find("other") == bookshelf.Recipe(
+        "two/other", "About two/other.", "# About two/other.\nmerge_method: metagpt\n"
+    )
+    assert bookshelf.find("whole").name == "whole"
+    for wanted, message in {
+        "twin": "twin is one/twin or two/twin. Write it in full",
+        "othr": "there is no recipe othr; did you mean two/other? `mergekit-metagpt "
+        "recipes` lists them all",
+        "two/othr.yml": "there is no recipe two/othr.yml; did you mean two/other or "
+        "two/twin?",
+        "zzzzz": "there is no recipe zzzzz; `mergekit-metagpt recipes` lists them all",
+        "": "there is no recipe ; `mergekit-metagpt recipes` lists them all",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            bookshelf.find(wanted)
+
+
+def test_an_installation_without_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bookshelf, "_PACKAGE", tmp_path / "mergekit_metagpt")
+    with pytest.raises(FileNotFoundError, match="holds no recipes"):
+        bookshelf.recipes()
+
+
+def test_copy(tmp_path: Path) -> None:
+    """The reader's file says how to merge and inspect the reader's file."""
+    out = tmp_path / "my own.yml"
+    bookshelf.copy("two-models", out)
+    text = out.read_text()
+    path = shlex.quote(str(out))
+    assert text.replace(path, "recipes/starters/two-models.yml") == (
+        FILES["starters/two-models"].read_text()
+    )
+    assert f"#   mergekit-yaml {path} ./out\n" in text
+    assert f"#   mergekit-metagpt inspect {path}\n" in text
+    out.write_text("mine")
+    with pytest.raises(ValueError, match=r"my own\.yml exists\. Name a file"):
+        bookshelf.copy("two-models", out)
+    assert out.read_text() == "mine"
+    with pytest.raises(ValueError, match="there is no recipe"):
+        bookshelf.copy("zzzzz", tmp_path / "none.yml")
+    assert not (tmp_path / "none.yml").exists()
+
+
+LOADED = """
+import sys
+import mergekit_metagpt.{module}
+answer([name for name in ("torch", "transformers", "mergekit") if name in sys.modules])
+"""
+
+
+def test_the_shelf_is_light() -> None:
+    assert ask_python(LOADED.format(module="bookshelf")) == []
+    assert "torch" in ask_python(LOADED.format(module="kernels"))
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel and an sdist, built from a copy: building leaves files behind."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("distributions")
+    project = folder / "project"
+    for part in ("mergekit_metagpt", "recipes"):
+        unneeded = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / part, project / part, ignore=unneeded)
+    for part in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / part, project)
+    code = (
+        "from setuptools import build_meta as backend;"
+        f"backend.build_sdist({str(folder)!r}); backend.build_wheel({str(folder)!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=project, capture_output=True, text=True
+    )
+    assert_succeeded(done)
+    assert "absent from the `packages`" not in done.stdout + done.stderr
+    return folder
+
+
+def test_wheel(distributions: Path, tmp_path: Path) -> None:
+    """Unpacked, as pip does, the package finds its recipes in itself."""
+    (wheel,) = distributions.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path)
+    code = """
+        from mergekit_metagpt import bookshelf
+        answer([bookshelf.__file__, [recipe.name for recipe in bookshelf.recipes()]])
+    """
+    place, names = ask_python(code, path=[tmp_path])
+    assert Path(place).is_relative_to(tmp_path)
+    assert names == sorted(FILES)
+
+
+def test_sdist(distributions: Path) -> None:
+    import tarfile
+
+    (sdist,) = distributions.glob("*.tar.gz")
+    with tarfile.open(sdist) as file:
+        packed = {name.partition("/")[2] for name in file.getnames()}
+    assert {f"recipes/{name}.yml" for name in FILES} <= packed
