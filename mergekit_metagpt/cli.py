@@ -263,6 +263,55 @@ def demo(folder: Path) -> None:
     console.print(command, soft_wrap=True, highlight=False)
 
 
+@main.command()
+@click.option("--clear", is_flag=True, help="Remove all entries.")
+@_one_line_errors
+def cache(clear: bool) -> None:
+    """Show, or with --clear remove, what is remembered of earlier scans.
+
+    Entries hold squared norms and inner products, no weights. MERGEKIT_METAGPT_CACHE
+    names another folder for them, or 0 for none.
+    """
+    from mergekit_metagpt import cache as kept
+    from mergekit_metagpt import tables
+
+    folder = kept.folder()
+    if folder is None:
+        click.echo("The cache is off.")
+        return
+    if clear:
+        click.echo(f"Removed {kept.clear()} entries from {folder}.")
+        return
+    entries = list(kept.entries())
+    size = sum(entry.bytes for entry in entries)
+    click.echo(f"{folder}: {len(entries)} entries, {size / 1e6:.1f} MB")
+    if entries:
+        _console().print(tables.remembered(entries), markup=False)
+
+
+@main.command()
+@click.argument("name", required=False, metavar="[NAME]")
+@click.argument("out", required=False, metavar="[OUT.yml]")
+@_one_line_errors
+def recipes(name: str | None, out: str | None) -> None:
+    """List the recipes that ship, show NAME, or copy it to OUT.yml.
+
+    A recipe is a merge YAML that says at its top what it merges, what to download, and
+    how to run it.
+    """
+    from mergekit_metagpt import bookshelf
+
+    if name is None:
+        shelf = bookshelf.recipes()
+        width = max(len(recipe.name) for recipe in shelf)
+        for recipe in shelf:
+            click.echo(f"{recipe.name:<{width}}  {recipe.summary}")
+    elif out is None:
+        click.echo(bookshelf.find(name).text, nl=False)
+    else:
+        bookshelf.copy(name, Path(out))
+
+
 # mergekit's options take seconds to import: only this command's parser needs them.
 @main.command(
     add_help_option=False,

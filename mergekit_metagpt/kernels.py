@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
+
+from mergekit_metagpt.workers import spread
+
+T = TypeVar("T")
 
 # Elements per step. Large enough that Python's share is small, small enough that
 # the scratch buffers stay in a CPU's cache; on other devices a step costs a launch.
 CHUNK = 1 << 18
 DEVICE_CHUNK = 1 << 25
 ROW = 1 << 10
+# Elements that one thread takes at a time. Sums are formed part by part whatever the
+# number of threads, for the same bits.
+PART = 1 << 22
+# Below this number of elements torch runs an operation on one thread anyway.
+SERIAL = 1 << 15
 
 _MANTISSA_BITS = {
     torch.float64: 52,
@@ -63,6 +72,17 @@ def _chunks(like: torch.Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, like.numel()))
 
 
+def _in_parts(like: torch.Tensor, work: Callable[[slice], T]) -> list[T]:
+    """Call work for every part of a flat tensor, on a CPU with several threads."""
+    if like.device.type != "cpu":
+        return [work(slice(0, like.numel()))]
+    ends = [*range(PART, like.numel(), PART), like.numel()]
+    parts = [slice(max(0, (end - 1) // PART * PART), end) for end in ends]
+    if torch.get_num_threads() == 1 or like.numel() <= SERIAL:
+        return [work(part) for part in parts]
+    return spread(work, parts)
+
+
 def _rounded(values: torch.Tensor, grid: tuple[torch.dtype, ...]) -> torch.Tensor:
     """Values in float64 after rounding to each dtype that does not overflow there."""
     for dtype in grid:
@@ -76,40 +96,43 @@ def _rounded(values: torch.Tensor, grid: tuple[torch.dtype, ...]) -> torch.Tenso
 
 
 def _task_vectors(
-    base: torch.Tensor, tuned: Sequence[torch.Tensor]
+    base: torch.Tensor, tuned: Sequence[torch.Tensor], *, squared: bool = False
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (k, a chunk of tau_k in float64), which the caller may overwrite.
 
     base and model are both rounded to the coarser of their two precisions first, so
     that a weight which was only stored differently contributes exactly 0.
+
+    Args:
+        base: flat.
+        tuned: K flat tensors.
+        squared: yield the squares instead, made in one operation.
     """
-    flat_base = base.detach().reshape(-1)
-    flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
     grids = [_common_grid(base.dtype, tensor.dtype) for tensor in tuned]
-    buffers = torch.empty(
-        2, _chunk_size(flat_base), dtype=torch.float64, device=base.device
-    )
-    for chunk in _chunks(flat_base):
+    buffers = torch.empty(2, _chunk_size(base), dtype=torch.float64, device=base.device)
+    for chunk in _chunks(base):
         step, reference = buffers[:, : chunk.stop - chunk.start]
-        reference.copy_(flat_base[chunk])
-        for k, (tensor, grid) in enumerate(zip(flat_tuned, grids, strict=True)):
-            if grid:
-                step.copy_(_rounded(tensor[chunk], grid))
-                step.sub_(_rounded(flat_base[chunk], grid))
+        reference.copy_(base[chunk])
+        for k, (tensor, grid) in enumerate(zip(tuned, grids, strict=True)):
+            subtracted = _rounded(base[chunk], grid) if grid else reference
+            step.copy_(_rounded(tensor[chunk], grid) if grid else tensor[chunk])
+            if squared:
+                # (step - subtracted)^2; torch has no other operation for both.
+                torch.ops.aten.mse_loss.out(step, subtracted, 0, out=step)
             else:
-                step.copy_(tensor[chunk])
-                step.sub_(reference)
+                step.sub_(subtracted)
             yield k, step
 
 
 def _sum_of_squares(values: torch.Tensor) -> torch.Tensor:
-    """Square a vector in place and sum it.
+    """Square a vector in place and sum it."""
+    return _sum(values.square_())
 
-    In rows of fixed length: the same bits for any number of torch's threads.
-    """
+
+def _sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum in rows of fixed length: the same bits for any number of torch's threads."""
     whole = values.numel() // ROW * ROW
-    squares = values.square_()
-    return squares[:whole].view(-1, ROW).sum(dim=1).sum() + squares[whole:].sum()
+    return values[:whole].view(-1, ROW).sum(dim=1).sum() + values[whole:].sum()
 
 
 def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -140,10 +163,18 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
             for tensor, grid in zip(tuned, grids, strict=True)
         ]
         return torch.stack([tau.square().sum() for tau in taus]).cpu()
-    sums = [torch.zeros((), dtype=torch.float64, device=base.device) for _ in tuned]
-    for k, tau in _task_vectors(base, tuned):
-        sums[k] += _sum_of_squares(tau)
-    return torch.stack(sums).cpu()
+    flat = base.detach().reshape(-1)
+    flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
+
+    def of_part(part: slice) -> torch.Tensor:
+        sums = torch.zeros(len(tuned), dtype=torch.float64, device=base.device)
+        parts = [tensor[part] for tensor in flat_tuned]
+        for k, squares in _task_vectors(flat[part], parts, squared=True):
+            sums[k] += _sum(squares)
+        return sums
+
+    found = _in_parts(flat, of_part)
+    return sum(found[1:], found[0]).cpu()
 
 
 def sq_norm(tensor: torch.Tensor) -> torch.Tensor:
@@ -223,7 +254,9 @@ def accumulate_gram(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.
         return gram.cpu()
     sums = [gram.new_zeros(()) for _ in tuned]
     buffer = gram.new_empty(count, _chunk_size(base))
-    for k, tau in _task_vectors(base, tuned):
+    flat = base.detach().reshape(-1)
+    flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
+    for k, tau in _task_vectors(flat, flat_tuned):
         rows = buffer[:, : tau.numel()]
         rows[k].copy_(tau)
         sums[k] += _sum_of_squares(tau)
@@ -275,22 +308,38 @@ def scaled_sum(
     flat_merged, flat_base = merged.view(-1), base.detach().reshape(-1)
     flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
     factors = lambdas.tolist()
+
+    def write_part(part: slice) -> None:
+        tensors = [tensor[part] for tensor in flat_tuned]
+        _scaled_sum(flat_base[part], tensors, factors, dtype, flat_merged[part])
+
+    _in_parts(flat_base, write_part)
+    return merged
+
+
+def _scaled_sum(
+    base: torch.Tensor,
+    tuned: Sequence[torch.Tensor],
+    factors: Sequence[float],
+    dtype: torch.dtype,
+    out: torch.Tensor,
+) -> None:
+    """Write the scaled sum of flat tensors to `out`, chunk by chunk."""
     buffers = torch.empty(3, _chunk_size(base), dtype=dtype, device=base.device)
-    for chunk in _chunks(flat_base):
+    for chunk in _chunks(base):
         reference, step, shift = buffers[:, : chunk.stop - chunk.start]
-        reference.copy_(flat_base[chunk])
+        reference.copy_(base[chunk])
         shift.zero_()
-        for tensor, factor in zip(flat_tuned, factors, strict=True):
+        for tensor, factor in zip(tuned, factors, strict=True):
             # The difference is base - tuned, and the sum is subtracted at the end:
             # only so does a base of -0.0 that no model changed keep its sign.
             torch.sub(reference, step.copy_(tensor[chunk]), out=step)
             shift.add_(step, alpha=factor)
         total = torch.sub(reference, shift, out=shift)
         if dtype == torch.float32 and not bool(torch.isfinite(total.sum())):
-            parts = [tensor[chunk] for tensor in flat_tuned]
-            total = _summed(flat_base[chunk], parts, factors, torch.float64)
-        flat_merged[chunk].copy_(total)
-    return merged
+            parts = [tensor[chunk] for tensor in tuned]
+            total = _summed(base[chunk], parts, factors, torch.float64)
+        out[chunk].copy_(total)
 
 
 def _summed(

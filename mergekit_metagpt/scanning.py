@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+from mergekit_metagpt import cache
 from mergekit_metagpt.checkpoints import Checkpoint, open_checkpoint
 from mergekit_metagpt.one_pass import scan_checkpoints
 from mergekit_metagpt.results import Details, PairNorms, ScanResult
@@ -79,7 +80,7 @@ def _fill(
     """Scan, and hand the results (or the error) to everybody who waits for them."""
     try:
         with _SCAN_LOCK:
-            found, _ = scan_checkpoints(base, models)
+            found = _measured(base, models)
     except BaseException as error:
         with _MEMO_LOCK:
             for key in claimed:
@@ -92,6 +93,41 @@ def _fill(
         raise
     for future, norms in zip(claimed.values(), found, strict=True):
         future.set_result(norms)
+
+
+def _measured(
+    base: Checkpoint, models: Sequence[Checkpoint], workers: int | None = None
+) -> list[PairNorms]:
+    """Squared norms of each model: from the cache, or else from one scan."""
+    for checkpoint in (base, *models):
+        checkpoint.verify_unchanged()
+    found = [cache.pair_norms(base, model) for model in models]
+    unknown = [k for k, norms in enumerate(found) if norms is None]
+    if unknown:
+        wanted = [models[k] for k in unknown]
+        scanned, _ = scan_checkpoints(base, wanted, workers=workers)
+        for k, norms in zip(unknown, scanned, strict=True):
+            found[k] = norms
+            cache.keep_pair(base, models[k], norms)
+    return [norms for norms in found if norms is not None]
+
+
+def _measured_in_detail(
+    base: Checkpoint, models: Sequence[Checkpoint], workers: int | None = None
+) -> tuple[list[PairNorms], Details]:
+    """The same with the details."""
+    for checkpoint in (base, *models):
+        checkpoint.verify_unchanged()
+    known = [cache.pair_norms(base, model) for model in models]
+    pairs = [norms for norms in known if norms is not None]
+    details = cache.details(base, models) if len(pairs) == len(models) else None
+    if details is None:
+        pairs, details = scan_checkpoints(base, models, detailed=True, workers=workers)
+        assert details is not None
+        for model, norms in zip(models, pairs, strict=True):
+            cache.keep_pair(base, model, norms)
+        cache.keep_details(base, models, details)
+    return pairs, details
 
 
 def detailed_norms(
@@ -112,8 +148,7 @@ def detailed_norms(
         OSError: as `pair_norms`.
     """
     with _SCAN_LOCK:
-        found, details = scan_checkpoints(base, models, detailed=True, workers=workers)
-    assert details is not None
+        found, details = _measured_in_detail(base, models, workers)
     with _MEMO_LOCK:
         for model, norms in zip(models, found, strict=True):
             key = base.identity, model.identity
@@ -176,6 +211,10 @@ def scan(
         )
         for model in (base, *models)
     )
+    details: Details | None = None
     with _SCAN_LOCK:
-        found, details = scan_checkpoints(opened, tuned, detailed=gram, workers=workers)
+        if gram:
+            found, details = _measured_in_detail(opened, tuned, workers)
+        else:
+            found = _measured(opened, tuned, workers)
     return ScanResult.of(opened.label, [c.label for c in tuned], found, details)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -12,6 +13,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from mergekit_metagpt import findings
+    from mergekit_metagpt.cache import Remembered
     from mergekit_metagpt.demo import DemoResult
 
 
@@ -277,3 +279,29 @@ def as_csv(found: findings.Report) -> str:
                     ]
                 )
     return stream.getvalue()
+
+
+def remembered(entries: Sequence[Remembered]) -> Table:
+    """Tabulate what the cache holds.
+
+    Args:
+        entries: of the cache.
+
+    Returns:
+        a table of a row for each.
+    """
+    table = _table()
+    for heading in ("written", "holds", "base", "models"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("kB", justify="right")
+    kinds = {"pair": "squared norms", "details": "inner products"}
+    for entry in entries:
+        at = datetime.fromtimestamp(entry.written).isoformat(" ", "minutes")
+        table.add_row(
+            at,
+            kinds.get(entry.kind, "not readable"),
+            entry.base,
+            ", ".join(entry.models),
+            f"{entry.bytes / 1e3:,.1f}",
+        )
+    return table

@@ -4,3 +4,5 @@ import os
 
 # With two workers of two threads on two cores, spinning threads would hold up others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests neither read nor fill what their user's merges remember.
+os.environ["MERGEKIT_METAGPT_CACHE"] = "0"

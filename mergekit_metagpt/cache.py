@@ -1,0 +1,312 @@
+"""Keeps on disk what scans found; never fails a merge: what it cannot do, it skips."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mergekit_metagpt.checkpoints import Checkpoint
+from mergekit_metagpt.fingerprints import fingerprint
+from mergekit_metagpt.results import Details, PairNorms
+
+LOG = logging.getLogger("mergekit_metagpt")
+VARIABLE = "MERGEKIT_METAGPT_CACHE"
+# To be raised when what a scan measures, or how it is stored, changes.
+FORMAT = 1
+MOST_ENTRIES = 1000
+MOST_BYTES = 1 << 28
+# A file may change once more within one tick of a coarse clock without showing it.
+YOUNG_S = 2.0
+
+SqNorm = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Entry(BaseModel):
+    """What an entry holds beside its results."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    kind: str
+    base: str
+    models: list[str]
+    checksum: str
+
+
+class _Pair(BaseModel):
+    """`PairNorms`; `counted_as` without the names that count as themselves."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sq_norms: dict[str, SqNorm]
+    counted_as: dict[str, str]
+    layers: dict[str, str]
+
+
+class _Details(BaseModel):
+    """`Details`; of each Gram matrix the upper triangle, row by row."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    count: int
+    gram: dict[str, list[Finite]]
+    base_sq_norms: dict[str, SqNorm]
+    rounding: dict[str, list[SqNorm]]
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def folder() -> Path | None:
+    """Return where entries lie, or None where the cache is off.
+
+    MERGEKIT_METAGPT_CACHE names the folder, 0 switches the cache off; by default it is
+    mergekit-metagpt in the user's cache directory.
+    """
+    given = os.environ.get(VARIABLE, "")
+    if given == "0":
+        return None
+    if given:
+        return Path(given)
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:  # no home directory
+        return None
+    return home / "mergekit-metagpt"
+
+
+def pair_norms(base: Checkpoint, model: Checkpoint) -> PairNorms | None:
+    """Look up the squared norms of one model.
+
+    Args:
+        base: the base.
+        model: a fine-tune of it.
+
+    Returns:
+        what an earlier scan found, with the same bits, or None.
+    """
+    found = _read("pair", base, [model], _Pair)
+    if found is None:
+        return None
+    own = {name: name for name in found.sq_norms}
+    return PairNorms(found.sq_norms, {**own, **found.counted_as}, found.layers)
+
+
+def keep_pair(base: Checkpoint, model: Checkpoint, norms: PairNorms) -> None:
+    """Remember the squared norms of one model.
+
+    Args:
+        base: the base.
+        model: a fine-tune of it.
+        norms: what a scan found.
+    """
+    others = {n: other for n, other in norms.counted_as.items() if n != other}
+    kept = _Pair(
+        sq_norms=dict(norms.sq_norms), counted_as=others, layers=dict(norms.layers)
+    )
+    _write("pair", base, [model], kept)
+
+
+def details(base: Checkpoint, models: Sequence[Checkpoint]) -> Details | None:
+    """Look up what a detailed scan of these models found.
+
+    Args:
+        base: the base.
+        models: fine-tunes of it, in the order of the scan.
+
+    Returns:
+        the details, with the same bits, or None.
+    """
+    found, count = _read("details", base, models, _Details), len(models)
+    if found is None or found.count != count:
+        return None
+    upper = torch.triu_indices(count, count, device="cpu").unbind()
+    gram = {}
+    for name, values in found.gram.items():
+        if len(values) != len(upper[0]) or len(found.rounding.get(name, ())) != count:
+            return None
+        matrix = torch.zeros(count, count, dtype=torch.float64, device="cpu")
+        matrix[upper] = torch.tensor(values, dtype=torch.float64, device="cpu")
+        gram[name] = matrix + matrix.T - matrix.diag().diag()
+    if not gram.keys() == found.base_sq_norms.keys() == found.rounding.keys():
+        return None
+    rounding = {
+        name: torch.tensor(values, dtype=torch.float64, device="cpu")
+        for name, values in found.rounding.items()
+    }
+    return Details(count, gram, found.base_sq_norms, rounding)
+
+
+def keep_details(
+    base: Checkpoint, models: Sequence[Checkpoint], found: Details
+) -> None:
+    """Remember what a detailed scan found.
+
+    Args:
+        base: the base.
+        models: fine-tunes of it, in the order of the scan.
+        found: the details.
+    """
+    upper = torch.triu_indices(found.count, found.count, device="cpu").unbind()
+    kept = _Details(
+        count=found.count,
+        gram={name: gram[upper].tolist() for name, gram in found.gram.items()},
+        base_sq_norms=found.base_sq_norms,
+        rounding={name: lost.tolist() for name, lost in found.rounding.items()},
+    )
+    _write("details", base, models, kept)
+
+
+@functools.lru_cache(maxsize=1024)
+def _identity(checkpoint: Checkpoint) -> str:
+    """Everything about a checkpoint that a scan depends on, as text."""
+    files = []
+    for file in checkpoint.identity:
+        found = fingerprint(file)
+        changed = 0 if found.whole else file.modified_ns
+        files.append([found.name, found.size, found.digest, changed])
+    header = [
+        [name, tensor.name, tensor.file.name, str(tensor.dtype), tensor.shape]
+        for name, tensor in sorted(checkpoint.tensors.items())
+    ]
+    ties = sorted(checkpoint.tied_names.items())
+    return json.dumps([files, header, ties, checkpoint.model_type])
+
+
+def _place(kind: str, base: Checkpoint, models: Sequence[Checkpoint]) -> Path | None:
+    """The file of an entry; None where the cache is off."""
+    home = folder()
+    if home is None:
+        return None
+    packages = ("mergekit-metagpt", "mergekit", "transformers")
+    key = hashlib.sha256(
+        json.dumps([FORMAT, kind, [version(package) for package in packages]]).encode()
+    )
+    for checkpoint in (base, *models):
+        key.update(hashlib.sha256(_identity(checkpoint).encode()).digest())
+    return home / f"{key.hexdigest()}.json"
+
+
+def _read(
+    kind: str, base: Checkpoint, models: Sequence[Checkpoint], schema: type[M]
+) -> M | None:
+    try:
+        place = _place(kind, base, models)
+        if place is None or place.stat().st_size > MOST_BYTES:
+            return None
+        head, _, payload = place.read_bytes().partition(b"\n")
+        entry = _Entry.model_validate_json(head)
+        if entry.kind != kind or entry.checksum != hashlib.sha256(payload).hexdigest():
+            raise ValueError("its checksum is of other content")
+        found = schema.model_validate_json(payload)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, ValidationError) as error:
+        LOG.info("cache entry not used: %s", error)
+        return None
+    LOG.info("%s of %s taken from %s", kind, ", ".join(entry.models), place)
+    return found
+
+
+def _write(
+    kind: str, base: Checkpoint, models: Sequence[Checkpoint], content: BaseModel
+) -> None:
+    try:
+        place = _place(kind, base, models)
+        youngest = max(
+            file.modified_ns for model in (base, *models) for file in model.identity
+        )
+        if place is None or time.time() - youngest / 1e9 < YOUNG_S:
+            return
+        payload = content.model_dump_json().encode()
+        entry = _Entry(
+            kind=kind,
+            base=base.label,
+            models=[model.label for model in models],
+            checksum=hashlib.sha256(payload).hexdigest(),
+        )
+        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, temporary = tempfile.mkstemp(prefix=".", dir=place.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(entry.model_dump_json().encode() + b"\n" + payload)
+            Path(temporary).replace(place)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        _trim(place.parent)
+    except (OSError, ValueError) as error:
+        LOG.info("cache entry not written: %s", error)
+
+
+def _trim(home: Path) -> None:
+    """Remove the oldest entries beyond the number that is kept."""
+    files = sorted(home.glob("*.json"), key=lambda file: file.stat().st_mtime)
+    for file in files[: max(0, len(files) - MOST_ENTRIES)]:
+        file.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """An entry of the cache, for its owner to see.
+
+    Attributes:
+        file: where it lies.
+        kind: `pair` or `details`; empty if it cannot be read.
+        base: the base, as its user wrote it.
+        models: the models.
+        bytes: its size.
+        written: when, in seconds since 1970.
+    """
+
+    file: Path
+    kind: str
+    base: str
+    models: tuple[str, ...]
+    bytes: int
+    written: float
+
+
+def entries() -> Iterator[Remembered]:
+    """Yield all entries, the oldest first."""
+    home = folder()
+    if home is None or not home.is_dir():
+        return
+    for file in sorted(home.glob("*.json"), key=lambda file: file.stat().st_mtime):
+        try:
+            with file.open("rb") as stream:
+                entry = _Entry.model_validate_json(stream.readline(MOST_BYTES))
+            kind, base, models = entry.kind, entry.base, tuple(entry.models)
+        except (OSError, ValueError, ValidationError):
+            kind, base, models = "", "", ()
+        stat = file.stat()
+        yield Remembered(file, kind, base, models, stat.st_size, stat.st_mtime)
+
+
+def clear() -> int:
+    """Remove all entries.
+
+    Returns:
+        their number.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    found = list(entries())
+    for entry in found:
+        entry.file.unlink(missing_ok=True)
+    return len(found)
