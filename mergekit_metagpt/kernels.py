@@ -311,6 +311,9 @@ def scaled_sum(
 
     def write_part(part: slice) -> None:
         tensors = [tensor[part] for tensor in flat_tuned]
+        if _base_cancels(base.dtype, factors):
+            _weighted_mean(tensors, factors, flat_merged[part])
+            return
         _scaled_sum(flat_base[part], tensors, factors, dtype, flat_merged[part])
 
     _in_parts(flat_base, write_part)
@@ -339,6 +342,31 @@ def _scaled_sum(
         if dtype == torch.float32 and not bool(torch.isfinite(total.sum())):
             parts = [tensor[chunk] for tensor in tuned]
             total = _summed(base[chunk], parts, factors, torch.float64)
+        out[chunk].copy_(total)
+
+
+def _base_cancels(dtype: torch.dtype, factors: Sequence[float]) -> bool:
+    """Whether theta is a weighted mean of the models that may leave out the base.
+
+    In 16 bits: float32 sums of coefficients that sum to 1 are so close to a weight that
+    no model changed that rounding gives it back (for up to 2,000 models, of which
+    the sums are 2^-12 off in the worst case). In float32 they are not.
+    """
+    convex = min(factors, default=0.0) >= 0 and abs(sum(factors) - 1) <= 1e-12
+    few = len(factors) <= 1000
+    return convex and few and dtype in (torch.float16, torch.bfloat16)
+
+
+def _weighted_mean(
+    tuned: Sequence[torch.Tensor], factors: Sequence[float], out: torch.Tensor
+) -> None:
+    """Write sum_k lambda_k tuned_k of flat 16-bit tensors to `out`, in float32."""
+    buffers = torch.empty(2, _chunk_size(out), dtype=torch.float32, device=out.device)
+    for chunk in _chunks(out):
+        step, total = buffers[:, : chunk.stop - chunk.start]
+        total.copy_(tuned[0][chunk]).mul_(factors[0])
+        for tensor, factor in zip(tuned[1:], factors[1:], strict=True):
+            total.add_(step.copy_(tensor[chunk]), alpha=factor)
         out[chunk].copy_(total)
 
 

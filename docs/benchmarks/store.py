@@ -3,9 +3,8 @@
     python docs/benchmarks/store.py DIR [--models 3] [--scale 1.0]
 
 A base and fine-tunes of it in the shapes of a Llama of 1.1 B parameters (22 layers of
-2,048, bfloat16, shards of about 1 GB), or with `--scale` fewer layers. Fine-tunes move by
-one or a few per cent of the base's norm, each by its own. Written tensor by tensor: needs the
-memory of one shard.
+2,048, bfloat16, shards of about 1 GB), or with `--scale` fewer layers. Fine-tunes move
+by one or a few per cent of the base's norm. Needs the memory of one shard.
 """
 
 from __future__ import annotations
@@ -55,9 +54,7 @@ def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "lm_head.weight", (32000, 2048)
 
 
-def tensors(
-    layers: int, model: int | None
-) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(layers: int, model: int | None) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of the base (None) or of a fine-tune, one at a time."""
     for number, (name, shape) in enumerate(shapes(layers)):
         drawn = torch.Generator().manual_seed(number)
