@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from mergekit_metagpt.buffers import scratch
 from mergekit_metagpt.workers import spread
 
 T = TypeVar("T")
@@ -109,19 +110,19 @@ def _task_vectors(
         squared: yield the squares instead, made in one operation.
     """
     grids = [_common_grid(base.dtype, tensor.dtype) for tensor in tuned]
-    buffers = torch.empty(2, _chunk_size(base), dtype=torch.float64, device=base.device)
-    for chunk in _chunks(base):
-        step, reference = buffers[:, : chunk.stop - chunk.start]
-        reference.copy_(base[chunk])
-        for k, (tensor, grid) in enumerate(zip(tuned, grids, strict=True)):
-            subtracted = _rounded(base[chunk], grid) if grid else reference
-            step.copy_(_rounded(tensor[chunk], grid) if grid else tensor[chunk])
-            if squared:
-                # (step - subtracted)^2; torch has no other operation for both.
-                torch.ops.aten.mse_loss.out(step, subtracted, 0, out=step)
-            else:
-                step.sub_(subtracted)
-            yield k, step
+    with scratch(2, _chunk_size(base), torch.float64, base.device) as buffers:
+        for chunk in _chunks(base):
+            step, reference = buffers[:, : chunk.stop - chunk.start]
+            reference.copy_(base[chunk])
+            for k, (tensor, grid) in enumerate(zip(tuned, grids, strict=True)):
+                subtracted = _rounded(base[chunk], grid) if grid else reference
+                step.copy_(_rounded(tensor[chunk], grid) if grid else tensor[chunk])
+                if squared:
+                    # (step - subtracted)^2; torch has no other operation for both.
+                    torch.ops.aten.mse_loss.out(step, subtracted, 0, out=step)
+                else:
+                    step.sub_(subtracted)
+                yield k, step
 
 
 def _sum_of_squares(values: torch.Tensor) -> torch.Tensor:
@@ -192,8 +193,10 @@ def sq_norm(tensor: torch.Tensor) -> torch.Tensor:
     """
     flat = tensor.detach().reshape(-1)
     total = torch.zeros((), dtype=torch.float64, device=tensor.device)
-    for chunk in _chunks(flat):
-        total += _sum_of_squares(flat[chunk].to(torch.float64, copy=True))
+    with scratch(1, _chunk_size(flat), torch.float64, flat.device) as (buffer,):
+        for chunk in _chunks(flat):
+            values = buffer[: chunk.stop - chunk.start]
+            total += _sum_of_squares(values.copy_(flat[chunk]))
     return total.cpu()
 
 
@@ -249,22 +252,28 @@ def accumulate_gram(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.
                 [0., 2.]], dtype=torch.float64)
     """
     count = len(tuned)
-    gram = torch.zeros(count, count, dtype=torch.float64, device=base.device)
     if not count:
-        return gram.cpu()
-    sums = [gram.new_zeros(()) for _ in tuned]
-    buffer = gram.new_empty(count, _chunk_size(base))
+        return torch.zeros(0, 0, dtype=torch.float64, device="cpu")
     flat = base.detach().reshape(-1)
     flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
-    for k, tau in _task_vectors(flat, flat_tuned):
-        rows = buffer[:, : tau.numel()]
-        rows[k].copy_(tau)
-        sums[k] += _sum_of_squares(tau)
-        if k == count - 1:
-            gram += rows @ rows.T
-    gram = (gram + gram.T) / 2
-    gram.diagonal().copy_(torch.stack(sums))
-    return gram.cpu()
+
+    def of_part(part: slice) -> torch.Tensor:
+        chunk, parts = flat[part], [tensor[part] for tensor in flat_tuned]
+        gram = torch.zeros(count, count, dtype=torch.float64, device=base.device)
+        sums = gram.new_zeros(count)
+        with scratch(count, _chunk_size(chunk), gram.dtype, gram.device) as buffer:
+            for k, tau in _task_vectors(chunk, parts):
+                rows = buffer[:, : tau.numel()]
+                rows[k].copy_(tau)
+                sums[k] += _sum_of_squares(tau)
+                if k == count - 1:
+                    gram += rows @ rows.T
+        gram = (gram + gram.T) / 2
+        gram.diagonal().copy_(sums)
+        return gram
+
+    found = _in_parts(flat, of_part)
+    return sum(found[1:], found[0]).cpu()
 
 
 def needs_grad(tensors: Sequence[torch.Tensor]) -> bool:
@@ -328,21 +337,21 @@ def _scaled_sum(
     out: torch.Tensor,
 ) -> None:
     """Write the scaled sum of flat tensors to `out`, chunk by chunk."""
-    buffers = torch.empty(3, _chunk_size(base), dtype=dtype, device=base.device)
-    for chunk in _chunks(base):
-        reference, step, shift = buffers[:, : chunk.stop - chunk.start]
-        reference.copy_(base[chunk])
-        shift.zero_()
-        for tensor, factor in zip(tuned, factors, strict=True):
-            # The difference is base - tuned, and the sum is subtracted at the end:
-            # only so does a base of -0.0 that no model changed keep its sign.
-            torch.sub(reference, step.copy_(tensor[chunk]), out=step)
-            shift.add_(step, alpha=factor)
-        total = torch.sub(reference, shift, out=shift)
-        if dtype == torch.float32 and not bool(torch.isfinite(total.sum())):
-            parts = [tensor[chunk] for tensor in tuned]
-            total = _summed(base[chunk], parts, factors, torch.float64)
-        out[chunk].copy_(total)
+    with scratch(3, _chunk_size(base), dtype, base.device) as buffers:
+        for chunk in _chunks(base):
+            reference, step, shift = buffers[:, : chunk.stop - chunk.start]
+            reference.copy_(base[chunk])
+            shift.zero_()
+            for tensor, factor in zip(tuned, factors, strict=True):
+                # The difference is base - tuned, and the sum is subtracted at the end:
+                # only so does a base of -0.0 that no model changed keep its sign.
+                torch.sub(reference, step.copy_(tensor[chunk]), out=step)
+                shift.add_(step, alpha=factor)
+            total = torch.sub(reference, shift, out=shift)
+            if dtype == torch.float32 and not bool(torch.isfinite(total.sum())):
+                parts = [tensor[chunk] for tensor in tuned]
+                total = _summed(base[chunk], parts, factors, torch.float64)
+            out[chunk].copy_(total)
 
 
 def _base_cancels(dtype: torch.dtype, factors: Sequence[float]) -> bool:
@@ -361,13 +370,13 @@ def _weighted_mean(
     tuned: Sequence[torch.Tensor], factors: Sequence[float], out: torch.Tensor
 ) -> None:
     """Write sum_k lambda_k tuned_k of flat 16-bit tensors to `out`, in float32."""
-    buffers = torch.empty(2, _chunk_size(out), dtype=torch.float32, device=out.device)
-    for chunk in _chunks(out):
-        step, total = buffers[:, : chunk.stop - chunk.start]
-        total.copy_(tuned[0][chunk]).mul_(factors[0])
-        for tensor, factor in zip(tuned[1:], factors[1:], strict=True):
-            total.add_(step.copy_(tensor[chunk]), alpha=factor)
-        out[chunk].copy_(total)
+    with scratch(2, _chunk_size(out), torch.float32, out.device) as buffers:
+        for chunk in _chunks(out):
+            step, total = buffers[:, : chunk.stop - chunk.start]
+            total.copy_(tuned[0][chunk]).mul_(factors[0])
+            for tensor, factor in zip(tuned[1:], factors[1:], strict=True):
+                total.add_(step.copy_(tensor[chunk]), alpha=factor)
+            out[chunk].copy_(total)
 
 
 def _summed(

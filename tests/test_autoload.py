@@ -43,15 +43,18 @@ AT_REGISTRY = AT_TORCH | {
     f"mergekit_metagpt.{name}"
     for name in (
         "announce",
+        "buffers",
         "closed_form",
         "composed",
         "kernels",
         "method",
         "names",
         "parameters",
+        "perils",
         "planning",
         "registration",
         "sources",
+        "workers",
     )
 }
 
