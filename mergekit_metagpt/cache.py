@@ -64,7 +64,7 @@ class _Details(BaseModel):
 
     count: int
     gram: dict[str, list[Finite]]
-    base_sq_norms: dict[str, SqNorm]
+    base_sq_norms: dict[str, list[SqNorm]]
     rounding: dict[str, list[SqNorm]]
 
 
@@ -137,18 +137,22 @@ def details(base: Checkpoint, models: Sequence[Checkpoint]) -> Details | None:
     upper = torch.triu_indices(count, count, device="cpu").unbind()
     gram = {}
     for name, values in found.gram.items():
-        if len(values) != len(upper[0]) or len(found.rounding.get(name, ())) != count:
+        rows = found.base_sq_norms.get(name, ()), found.rounding.get(name, ())
+        if len(values) != len(upper[0]) or {len(row) for row in rows} != {count}:
             return None
         matrix = torch.zeros(count, count, dtype=torch.float64, device="cpu")
         matrix[upper] = torch.tensor(values, dtype=torch.float64, device="cpu")
         gram[name] = matrix + matrix.T - matrix.diag().diag()
     if not gram.keys() == found.base_sq_norms.keys() == found.rounding.keys():
         return None
-    rounding = {
-        name: torch.tensor(values, dtype=torch.float64, device="cpu")
-        for name, values in found.rounding.items()
-    }
-    return Details(count, gram, found.base_sq_norms, rounding)
+    base_sq_norms, rounding = (
+        {
+            name: torch.tensor(values, dtype=torch.float64, device="cpu")
+            for name, values in rows.items()
+        }
+        for rows in (found.base_sq_norms, found.rounding)
+    )
+    return Details(count, gram, base_sq_norms, rounding)
 
 
 def keep_details(
@@ -165,7 +169,7 @@ def keep_details(
     kept = _Details(
         count=found.count,
         gram={name: gram[upper].tolist() for name, gram in found.gram.items()},
-        base_sq_norms=found.base_sq_norms,
+        base_sq_norms={n: norms.tolist() for n, norms in found.base_sq_norms.items()},
         rounding={name: lost.tolist() for name, lost in found.rounding.items()},
     )
     _write("details", base, models, kept)

@@ -186,9 +186,11 @@ def _note(details: Details, group: _Group, sums: _Sums) -> None:
         gram[members[:, None], members] += sums.gram
     gram[members, members] = sums.sq_norms
     if sums.base is not None and sums.rounding is not None:
-        details.base_sq_norms.setdefault(group.name, float(sums.base))
-        rounding = details.rounding.setdefault(group.name, empty.new_zeros(count))
-        rounding[members] = sums.rounding
+        for found, values in (
+            (details.base_sq_norms, sums.base),
+            (details.rounding, sums.rounding),
+        ):
+            found.setdefault(group.name, empty.new_zeros(count))[members] = values
 
 
 def _check_finite(

@@ -41,7 +41,7 @@ class Details:
         count: K.
         gram: <tau_s, tau_t>, shape `(K, K)`, float64; 0 where a model does not share
             the tensor.
-        base_sq_norms: ||theta_0||^2 of what the models share of it.
+        base_sq_norms: ||theta_0||^2 of what each model shares of it, shape `(K,)`.
         rounding: squared norm of what rounding to the coarser of the two stored
             precisions takes from base and model, shape `(K,)`, float64; 0 where the
             precisions agree.
@@ -49,7 +49,7 @@ class Details:
 
     count: int
     gram: dict[str, torch.Tensor]
-    base_sq_norms: dict[str, float]
+    base_sq_norms: dict[str, torch.Tensor]
     rounding: dict[str, torch.Tensor]
 
     @classmethod
@@ -66,7 +66,8 @@ class Pooled:
         keys: name of each pool, `G` of them.
         sq_norms: shape `(K,)` under `model`, else `(G, K)`, float64.
         gram: shape `(K, K)` under `model`, else `(G, K, K)`, float64, or None.
-        base_sq_norms: ||theta_0||^2, shape `()` under `model`, else `(G,)`, or None.
+        base_sq_norms: ||theta_0||^2 of what each model shares, shape of `sq_norms`, or
+            None.
         rounding: shape of `sq_norms`, or None.
     """
 
@@ -88,7 +89,8 @@ class ScanResult:
         sq_norms: ||tau_t||^2 per tensor, shape `(N, K)`, float64; 0 where a model
             does not share the tensor.
         gram: <tau_s, tau_t> per tensor, shape `(N, K, K)`, float64, or None.
-        base_sq_norms: ||theta_0||^2 per tensor, shape `(N,)`, float64, or None.
+        base_sq_norms: ||theta_0||^2 of what each model shares, shape `(N, K)`, float64,
+            or None.
         rounding: squared norm of what rounding to the coarser of two stored precisions
             takes away, shape `(N, K)`, float64, or None.
     """

@@ -1,0 +1,356 @@
+"""What is kept of scans on disk: found again bit for bit, or measured anew."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import mergekit_metagpt
+from mergekit_metagpt import cache, scanning
+from mergekit_metagpt.cli import main
+from mergekit_metagpt.fingerprints import fingerprint
+from mergekit_metagpt.results import ScanResult
+from tests.conftest import Family, make_family
+from tests.support import assert_same_bits, naive_sq_norms
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+LONG_AGO = 1_600_000_000
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache directory of the test's own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv(cache.VARIABLE, str(folder))
+    return folder
+
+
+@pytest.fixture
+def aged(tmp_path: Path) -> Family:
+    """A family whose files are old enough to be remembered."""
+    made = make_family(tmp_path / "family")
+    age(made.base, *made.models)
+    return made
+
+
+def age(*folders: Path) -> None:
+    for folder in folders:
+        for number, file in enumerate(sorted(folder.iterdir())):
+            os.utime(file, (LONG_AGO + number, LONG_AGO + number))
+
+
+@pytest.fixture
+def scans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+    """The models of every scan that reads weights; each test is a new process."""
+    seen: list[list[str]] = []
+    scan_files = scanning.scan_checkpoints
+
+    def counted(base: Any, models: Any, **options: Any) -> Any:
+        seen.append([model.label for model in models])
+        return scan_files(base, models, **options)
+
+    monkeypatch.setattr(scanning, "scan_checkpoints", counted)
+    monkeypatch.setattr(scanning, "_MEMO", {})
+    yield seen
+
+
+def scan(family: Family, *, gram: bool = False) -> ScanResult:
+    """Scan as a new process would: nothing is known but what lies on disk."""
+    scanning._MEMO.clear()
+    fingerprint.cache_clear()
+    cache._identity.cache_clear()
+    return mergekit_metagpt.scan(family.base, family.models, gram=gram)
+
+
+def assert_same_results(first: ScanResult, second: ScanResult) -> None:
+    assert first.names == second.names
+    for attribute in ("sq_norms", "gram", "base_sq_norms", "rounding"):
+        one, other = getattr(first, attribute), getattr(second, attribute)
+        assert (one is None) == (other is None), attribute
+        if one is not None:
+            assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("gram", [False, True])
+def test_a_second_scan_reads_no_weights_and_gives_the_same_bits(
+    gram: bool, home: Path, aged: Family, scans: list[list[str]]
+) -> None:
+    first = scan(aged, gram=gram)
+    assert len(scans) == 1 and len(list(home.iterdir())) == 3 + gram
+    assert_same_results(first, scan(aged, gram=gram))
+    assert len(scans) == 1
+
+
+def test_a_merge_finds_what_inspect_measured(
+    home: Path, aged: Family, scans: list[list[str]]
+) -> None:
+    models = [str(model) for model in aged.models]
+    done = CliRunner().invoke(main, ["inspect", "--base", str(aged.base), *models])
+    assert done.exit_code == 0, done.output
+    scan(aged)
+    assert len(scans) == 1
+
+
+def test_only_new_models_are_scanned(
+    home: Path, aged: Family, scans: list[list[str]]
+) -> None:
+    scanning._MEMO.clear()
+    mergekit_metagpt.scan(aged.base, aged.models[:2])
+    result = scan(aged)
+    assert scans[1] == [str(aged.models[2])]
+    expected = naive_sq_norms(aged.base_state, aged.states)
+    found = result.pool("model").sq_norms
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def change_time(file: Path) -> None:
+    os.utime(file, (LONG_AGO, LONG_AGO + 99))
+
+
+def change_a_sample(file: Path) -> None:
+    status = file.stat()
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [change_time, change_a_sample])
+@pytest.mark.parametrize("of_base", [True, False])
+def test_a_changed_file_is_measured_anew(
+    change: Callable[[Path], None],
+    of_base: bool,
+    home: Path,
+    aged: Family,
+    scans: list[list[str]],
+) -> None:
+    scan(aged)
+    folder = aged.base if of_base else aged.models[1]
+    change(next(folder.glob("*.safetensors")))
+    scan(aged)
+    expected = aged.models if of_base else aged.models[1:2]
+    assert scans[1:] == [[str(model) for model in expected]]
+
+
+def test_ties_of_the_configuration_are_part_of_the_key(
+    home: Path, aged: Family, scans: list[list[str]]
+) -> None:
+    scan(aged)
+    file = aged.base / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "model_type": "mistral"}))
+    scan(aged)
+    assert len(scans) == 2
+
+
+def test_another_version_measures_anew(
+    home: Path, aged: Family, scans: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan(aged)
+    monkeypatch.setattr(cache, "version", lambda package: "0.0.0")
+    scan(aged)
+    assert len(scans) == 2
+
+
+def test_the_same_files_elsewhere_are_known(
+    home: Path, aged: Family, scans: list[list[str]], tmp_path: Path
+) -> None:
+    first = scan(aged)
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "family", moved)  # keeps modification times
+    scanning._MEMO.clear()
+    models = [moved / model.name for model in aged.models]
+    second = mergekit_metagpt.scan(moved / "base", models)
+    assert len(scans) == 1
+    assert_same_results(first, second)
+
+
+def test_snapshots_of_the_hub_are_known_by_their_hashes_alone(
+    home: Path, aged: Family, scans: list[list[str]], tmp_path: Path
+) -> None:
+    for folder in (aged.base, *aged.models):
+        blobs = tmp_path / "hub" / folder.name / "blobs"
+        blobs.mkdir(parents=True)
+        for file in folder.glob("*.safetensors"):
+            blob = blobs / sha256(file.read_bytes()).hexdigest()
+            file.rename(blob)
+            file.symlink_to(blob)
+    scan(aged)
+    for blob in tmp_path.glob("hub/*/blobs/*"):
+        os.utime(blob, (LONG_AGO, LONG_AGO + 7))
+    scan(aged)
+    assert len(scans) == 1
+
+
+def test_young_files_are_not_remembered(
+    home: Path, aged: Family, scans: list[list[str]]
+) -> None:
+    next(aged.models[0].glob("*.safetensors")).touch()
+    scan(aged)
+    scan(aged)
+    assert scans[1:] == [[str(aged.models[0])]]
+
+
+def spoil(change: Callable[[dict[str, Any]], Any]) -> Callable[[bytes], bytes]:
+    """Forge an entry whose checksum is right."""
+
+    def spoiled(data: bytes) -> bytes:
+        head, _, payload = data.partition(b"\n")
+        content = json.loads(payload)
+        change(content)
+        payload = json.dumps(content).encode()
+        entry = {**json.loads(head), "checksum": sha256(payload).hexdigest()}
+        return json.dumps(entry).encode() + b"\n" + payload
+
+    return spoiled
+
+
+def first_norm(value: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda content: content["sq_norms"].update(
+        {next(iter(content["sq_norms"])): value}
+    )
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "one bit": lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+    "binary": lambda data: bytes(range(256)) * 9,
+    "not JSON": lambda data: data.replace(b"{", b"("),
+    "deep": lambda data: b"[" * 100_000,
+    "a list": lambda data: b"[]\n[]",
+    "of another format": lambda data: data.replace(b'"format":1', b'"format":2'),
+    "of another kind": lambda data: data.replace(b'"pair"', b'"details"'),
+    "negative": spoil(first_norm(-1.0)),
+    "not finite": spoil(first_norm(float("nan"))),
+    "a word": spoil(first_norm("much")),
+    "unknown keys": spoil(lambda content: content.update(run="code")),
+    "missing keys": spoil(lambda content: content.pop("layers")),
+    "wrong names": spoil(lambda content: content.update(sq_norms=[1.0])),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_entry_is_measured_anew_and_replaced(
+    damage: str, home: Path, aged: Family, scans: list[list[str]]
+) -> None:
+    first = scan(aged)
+    kept = {file: file.read_bytes() for file in home.iterdir()}
+    for file, data in kept.items():
+        file.write_bytes(DAMAGE[damage](data))
+    assert_same_results(first, scan(aged))
+    assert len(scans) == 2
+    assert {file: file.read_bytes() for file in home.iterdir()} == kept
+
+
+@pytest.mark.parametrize("matrix", ["gram", "rounding", "base_sq_norms"])
+def test_damaged_details_are_measured_anew(
+    matrix: str, home: Path, aged: Family, scans: list[list[str]]
+) -> None:
+    first = scan(aged, gram=True)
+    for file in home.iterdir():
+        data = file.read_bytes()
+        if b'"details"' in data:
+            file.write_bytes(spoil(lambda content: content[matrix].popitem())(data))
+    assert_same_results(first, scan(aged, gram=True))
+    assert len(scans) == 2
+
+
+def test_a_link_to_something_endless_is_not_read(
+    home: Path, aged: Family, scans: list[list[str]]
+) -> None:
+    scan(aged)
+    for file in home.iterdir():
+        with file.open("r+b") as stream:
+            stream.truncate(cache.MOST_BYTES + 1)  # sparse
+    scan(aged)
+    assert len(scans) == 2
+
+
+@pytest.mark.parametrize("value", ["0", "/dev/null/no/folder"])
+def test_without_a_cache_everything_works(
+    value: str, aged: Family, scans: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(cache.VARIABLE, value)
+    assert_same_results(scan(aged), scan(aged))
+    assert len(scans) == 2
+
+
+def test_the_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(cache.VARIABLE, "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.folder() == tmp_path / "mergekit-metagpt"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.folder() == tmp_path / ".cache" / "mergekit-metagpt"
+    monkeypatch.setattr(
+        Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home"))
+    )
+    assert cache.folder() is None
+
+
+def test_many_writers_at_once(home: Path, aged: Family, scans: list[list[str]]) -> None:
+    def scan_once(number: int) -> ScanResult:
+        return mergekit_metagpt.scan(aged.base, aged.models)
+
+    with ThreadPoolExecutor(8) as executor:
+        results = list(executor.map(scan_once, range(16)))
+    for result in results[1:]:
+        assert_same_results(results[0], result)
+    assert len(list(home.iterdir())) == 3, "no temporary file is left"
+    scan(aged)
+    assert len(list(home.glob("*.json"))) == 3
+
+
+def test_the_oldest_entries_go(
+    home: Path, aged: Family, scans: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "MOST_ENTRIES", 2)
+    scan(aged)
+    assert len(list(home.iterdir())) == 2
+
+
+def test_entries_are_private_and_small_and_hold_no_weights(
+    home: Path, aged: Family, scans: list[list[str]]
+) -> None:
+    scan(aged, gram=True)
+    assert home.stat().st_mode & 0o077 == 0
+    assert sum(file.stat().st_size for file in home.iterdir()) < 20_000
+    for file in home.iterdir():
+        assert file.stat().st_mode & 0o077 == 0
+
+
+def test_the_command_shows_and_clears(
+    home: Path, aged: Family, scans: list[list[str]]
+) -> None:
+    def said(*arguments: str) -> str:
+        done = CliRunner().invoke(main, ["cache", *arguments], env={"COLUMNS": "400"})
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert said() == f"{home}: 0 entries, 0.0 MB\n"
+    scan(aged, gram=True)
+    (home / "foreign.json").write_text("not ours")
+    shown = said()
+    assert shown.startswith(f"{home}: 5 entries, 0.0 MB\n")
+    assert shown.count("squared norms") == 3 and shown.count("inner products") == 1
+    assert str(aged.models[2]) in shown and "not readable" in shown
+    assert said("--clear") == f"Removed 5 entries from {home}.\n"
+    assert said() == f"{home}: 0 entries, 0.0 MB\n"
+
+
+def test_the_command_says_that_the_cache_is_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(cache.VARIABLE, "0")
+    assert CliRunner().invoke(main, ["cache"]).output == "The cache is off.\n"
