@@ -54,7 +54,8 @@ def _console() -> Console:
     from rich.console import Console
 
     fixed = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if fixed else PIPE_WIDTH, highlight=False)
+    width = None if fixed else PIPE_WIDTH
+    return Console(width=width, highlight=False, emoji=False)
 
 
 def _loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,7 +116,11 @@ def _config(file: str) -> Any:
 
 def _check_target(file: str | None, endings: tuple[str, ...] = ()) -> None:
     """Refuse a file that cannot be written, before the work that it is to hold."""
-    if file is None or file == "-":
+    if file is None:
+        return
+    if file == "-":
+        if endings:
+            raise ValueError("--plot - is no file; expected one to draw the figure in")
         return
     path = Path(file)
     if endings and path.suffix.lower() not in endings:
@@ -159,10 +164,13 @@ def inspect(
     part of the model, tensors that a merge leaves out, and warnings. One pass over
     the files.
     """
-    for file, endings in ((json_file, ()), (csv_file, ())):
-        _check_target(file, endings)
+    if json_file == csv_file == "-":
+        raise ValueError("--json and --csv are both -; one of them can go to stdout")
+    _check_target(json_file)
+    _check_target(csv_file)
 
-    from mergekit_metagpt import families, figures, inspecting, tables
+    from mergekit_metagpt import families, figures, inspecting, preflight, tables
+    from mergekit_metagpt.recipe import METHODS
 
     _check_target(plot, figures.FORMATS)
     if base is None and len(models) != 1:
@@ -184,6 +192,8 @@ def inspect(
             )
         config = _config(models[0])
         method = config.merge_method
+        if method in METHODS:
+            preflight.check_names(config)
         found = families.of_config(config, **wishes)
     else:
         found = families.of_models(base, models, **wishes)
@@ -218,12 +228,10 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     if out != "-" and Path(out).exists() and not force:
         raise ValueError(f"{out} exists; choose another name, or --force")
 
-    from mergekit_metagpt import exporting, recipe
-    from mergekit_metagpt.registration import register
+    from mergekit_metagpt import exporting, preflight
 
-    register()
     read = _config(config)
-    recipe.check(read)
+    preflight.check(read, options)
     exported = exporting.export(read, options)
     with click.open_file(out, "w", encoding="utf-8", atomic=True) as stream:
         stream.write(exported.text)

@@ -215,6 +215,11 @@ def _set_precision(
                 f"most elements have; metagpt keeps {len(others)} others, such as "
                 f"{others[0]} as {named(of_output[others[0]])}"
             )
+    if config.dtype and config.out_dtype and _coarser(config.dtype, config.out_dtype):
+        changes.append(
+            f"metagpt rounds its result to {config.dtype} before it is written as "
+            f"{config.out_dtype}; here it is written as it is"
+        )
     if config.dtype not in (None, "float32", "float64"):
         finer = sorted({named(d) for d in stored if named(d) != config.dtype})
         if finer:
@@ -223,6 +228,13 @@ def _set_precision(
                 f"those stored as {', '.join(finer)} are merged as they are"
             )
     return changes
+
+
+def _coarser(one: str, other: str) -> bool:
+    from mergekit.common import dtype_from_name
+
+    steps = [torch.finfo(dtype_from_name(name)).eps for name in (one, other)]
+    return steps[0] > steps[1]
 
 
 def _verify(body: str, weights: Mapping[_Place, float], options: MergeOptions) -> None:

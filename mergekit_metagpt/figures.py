@@ -104,7 +104,7 @@ def short_name(name: str, limit: int = 34) -> str:
         >>> short_name("/data/models/math")
         'models/math'
         >>> short_name("a-very-long-name-of-a-model", 11)
-        'a-ver...del'
+        'a-ve...odel'
     """
     parts = ("/".join(p.rstrip("/").split("/")[-2:]) for p in name.split("+"))
     label = "+".join(parts).removeprefix("./")

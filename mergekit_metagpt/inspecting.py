@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -100,7 +101,7 @@ class _Scanned:
             Details(
                 len(rows),
                 {n: g[index[:, None], index] for n, g in self.details.gram.items()},
-                self.details.base_sq_norms,
+                {n: norms[index] for n, norms in self.details.base_sq_norms.items()},
                 {n: lost[index] for n, lost in self.details.rounding.items()},
             ),
         )
@@ -116,11 +117,9 @@ class _Scanned:
         return [sum(pair.sq_norms.get(n, 0.0) for n in chosen) for pair in self.pairs]
 
     def base_sq_norms(self, names: Iterable[str]) -> list[float]:
-        """Return ||theta_0||^2 over those of some tensors that each model shares."""
-        chosen, whole = list(names), self.details.base_sq_norms
-        return [
-            sum(whole[n] for n in chosen if n in pair.sq_norms) for pair in self.pairs
-        ]
+        """Return ||theta_0||^2 of what each model shares of some tensors, `(K,)`."""
+        zeros = torch.zeros(len(self.models), dtype=torch.float64, device="cpu")
+        return sum((self.details.base_sq_norms[n] for n in names), zeros).tolist()
 
 
 def _family(
@@ -140,16 +139,18 @@ def _family(
         for k in range(len(family.models))
     ]
     models = []
+    alone = _shares(None, [], family)  # where `exclude` leaves no pool
     for k, reference in enumerate(family.models):
-        model, shares = opened[reference], [pool.coefficients[k] for pool in pools]
+        model = opened[reference]
+        lambdas = [p.found.coefficients[k] for p in pools] or [choice.scale * alone[k]]
         models.append(
             findings.Model(
                 **stored(model, base, scanned.pairs[k].sq_norms).model_dump(),
                 sq_norm=sq_norms[k],
                 norm=math.sqrt(sq_norms[k]),
                 relative_norm=_ratio(sq_norms[k], base_sq_norms[k]),
-                coefficient=shares[0] if choice.granularity == "model" else None,
-                coefficient_range=(min(shares), max(shares)),
+                coefficient=lambdas[0] if choice.granularity == "model" else None,
+                coefficient_range=(min(lambdas), max(lambdas)),
                 weight=family.weights[k],
                 weight_by_hand=family.by_hand[k],
                 rounding=lost[k],
@@ -158,7 +159,6 @@ def _family(
                 only_in_base=unshared(base, model, scanned.pairs[k]),
             )
         )
-    counted = {n for n in names if n in scanned.details.base_sq_norms}
     return findings.Family(
         places=family.places,
         settings=findings.Settings(
@@ -170,22 +170,32 @@ def _family(
         ),
         base=findings.Base(
             **stored(base, base, {}).model_dump(),
-            norm=math.sqrt(sum(scanned.details.base_sq_norms[n] for n in counted)),
+            norm=math.sqrt(
+                sum(float(scanned.details.base_sq_norms[n].max()) for n in names)
+            ),
         ),
         models=tuple(models),
         cosines=tuple(
             tuple(None if math.isnan(v) else v for v in row) for row in angles.tolist()
         ),
         reading=perils.cosine_reading(family.models, angles.tolist()),
-        pools=tuple(pools),
-        layers=tuple(_pools(scanned, names, "layer", family)),
-        warnings=tuple(_warnings(family, scanned, names, models, angles)),
+        pools=tuple(pool.found for pool in pools),
+        layers=tuple(pool.found for pool in _pools(scanned, names, "layer", family)),
+        warnings=tuple(_warnings(family, scanned, names, models, pools, angles)),
     )
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """A pool as reported, and the shares of the models that are merged in it."""
+
+    found: findings.Pool
+    shares: Mapping[ModelReference, float]
 
 
 def _pools(
     scanned: _Scanned, names: Sequence[str], granularity: str, family: Family
-) -> list[findings.Pool]:
+) -> list[_Pool]:
     members: dict[str, list[str]] = {"model": []} if granularity == "model" else {}
     for name in names:
         members.setdefault(pool_key(name, granularity), []).append(name)
@@ -194,18 +204,15 @@ def _pools(
         sq_norms = scanned.sq_norms(members[key])
         base_sq_norms = scanned.base_sq_norms(members[key])
         present = [any(n in p.sq_norms for n in members[key]) for p in scanned.pairs]
-        if not members[key]:  # `exclude` leaves nothing: the weights alone count
-            present = [True] * len(family.models)
-        pools.append(
-            findings.Pool(
-                key=key,
-                sq_norms=tuple(sq_norms),
-                relative_norms=tuple(map(_ratio, sq_norms, base_sq_norms)),
-                coefficients=_coefficients(
-                    sq_norms, present, family, counts=bool(members[key])
-                ),
-            )
+        shares = _shares(sq_norms if members[key] else None, present, family)
+        found = findings.Pool(
+            key=key,
+            sq_norms=tuple(sq_norms),
+            relative_norms=tuple(map(_ratio, sq_norms, base_sq_norms)),
+            coefficients=tuple(family.choice.scale * share for share in shares),
         )
+        merged = zip(family.models, shares, family.weights, present, strict=True)
+        pools.append(_Pool(found, {m: s for m, s, w, here in merged if w and here}))
     return pools
 
 
@@ -216,11 +223,14 @@ def _from_input_to_output(key: str) -> tuple[object, ...]:
     return alone.index(part if part in alone else ""), natural(key)
 
 
-def _coefficients(
-    sq_norms: Sequence[float], present: Sequence[bool], family: Family, *, counts: bool
-) -> tuple[float, ...]:
+def _shares(
+    sq_norms: Sequence[float] | None, present: Sequence[bool], family: Family
+) -> list[float]:
+    """Coefficients of a pool before `lambda` scales them; see `Settings.shares`."""
     choice = family.choice
-    weight = [w * here for w, here in zip(family.weights, present, strict=True)]
+    weight = list(family.weights)
+    if sq_norms is not None:
+        weight = [w * here for w, here in zip(weight, present, strict=True)]
     settings = Settings(
         granularity=choice.granularity,
         power=choice.power,
@@ -228,10 +238,9 @@ def _coefficients(
         weight=torch.tensor(weight, dtype=torch.float64),
         scale=choice.scale,
     )
-    counted = torch.tensor(sq_norms, dtype=torch.float64)
-    known = counts and choice.power != 0
-    shares = settings.shares(counted if known else None)
-    return tuple((choice.scale * shares).tolist())
+    if sq_norms is None or choice.power == 0:
+        return settings.shares(None).tolist()
+    return settings.shares(torch.tensor(sq_norms, dtype=torch.float64)).tolist()
 
 
 def _ratio(sq_norm: float, base_sq_norm: float) -> float | None:
@@ -251,6 +260,7 @@ def _warnings(
     scanned: _Scanned,
     names: Sequence[str],
     models: Sequence[findings.Model],
+    pools: Sequence[_Pool],
     angles: torch.Tensor,
 ) -> list[str]:
     base, choice = family.base, family.choice
@@ -262,27 +272,16 @@ def _warnings(
     ]
     moved = [k for k, model in enumerate(models) if model.sq_norm > 0]
     if not moved:
-        return [line for line in (*said, perils.nothing_moved(base, "model")) if line]
+        said.append(
+            perils.nothing_moved(base, "the whole model")
+            if names
+            else perils.nothing_counts(choice.exclude)
+        )
+        return [line for line in said if line]
     if choice.power < 0:
         unmoved = [m for k, m in enumerate(family.models) if k not in moved]
         said.append(perils.left_out(base, unmoved, choice.power, "the whole model"))
-    if choice.granularity == "model":
-        wanted = [k for k, weight in enumerate(family.weights) if weight > 0]
-        shares = _coefficients(
-            [model.sq_norm for model in models],
-            [True] * len(models),
-            family,
-            counts=bool(names),
-        )
-        total = sum(shares) or 1.0
-        said.append(
-            perils.degenerate(
-                base,
-                [family.models[k] for k in wanted],
-                [shares[k] / total for k in wanted],
-                "the whole model",
-            )
-        )
+    said.append(_degenerate(base, pools))
     for k in moved:
         model = models[k]
         of_embeddings = scanned.sq_norms(filter(is_embedding, names))[k]
@@ -292,3 +291,22 @@ def _warnings(
     between = [float(angles[i, j]) for i in moved for j in moved if j < i]
     said.append(perils.siblings(base, between))
     return [line for line in said if line]
+
+
+def _degenerate(base: ModelReference, pools: Sequence[_Pool]) -> str | None:
+    """Warn of the first pool of which one model takes almost all or next to nothing."""
+
+    def said(pool: _Pool, where: str) -> str | None:
+        shares = list(pool.shares.values())
+        if not any(shares):
+            return None
+        return perils.degenerate(base, list(pool.shares), shares, where)
+
+    found = [pool for pool in pools if said(pool, "")]
+    if not found:
+        return None
+    key = found[0].found.key
+    where = "the whole model" if key == "model" else key
+    if len(found) > 1:
+        where += f", and {len(found) - 1} more of {len(pools)} pools"
+    return said(found[0], where)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_metagpt import card, exporting, families, inspecting, recipe
-from mergekit_metagpt.alignment import check_pair
-from mergekit_metagpt.checkpoints import open_checkpoints
+from mergekit_metagpt import (
+    card,
+    exporting,
+    families,
+    inspecting,
+    preflight,
+    recipe,
+)
 from mergekit_metagpt.figures import report_figure
-from mergekit_metagpt.registration import register
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
-
-LOG = logging.getLogger("mergekit_metagpt")
 
 # What is left beside the merged model.
 REPORT = "metagpt.json"
@@ -47,7 +48,6 @@ def merge(
     """
     from mergekit.io.tasks import LoaderCache
     from mergekit.merge import run_merge
-    from mergekit.merge_methods import registry
 
     try:
         text = config_file.read_text(encoding="utf-8")
@@ -58,12 +58,8 @@ def merge(
     out = out.resolve()
     _check_place(out, config_file, config, force=force)
     options.apply_global_options()
-    register()
-    spec = registry.get(config.merge_method).spec
-    if unknown := recipe.ignored(config, {p.name for p in spec.parameters}):
-        LOG.warning("ignored, as %s has none: %s", spec.name, ", ".join(unknown))
     LoaderCache().setup(options)
-    _check_models(config, options)
+    preflight.check(config, options)
 
     found = families.of_config(config)
     report = inspecting.inspect(found, options, method=config.merge_method)
@@ -90,7 +86,6 @@ def merge(
         if options.write_model_card:
             with (made / "README.md").open("a", encoding="utf-8") as stream:
                 stream.write(f"\n{about}")
-        out.parent.mkdir(parents=True, exist_ok=True)
         _put(made, out, aside=parent / "replaced")
     finally:
         shutil.rmtree(parent)
@@ -118,30 +113,21 @@ def _check_place(
 
 
 def _put(made: Path, out: Path, aside: Path) -> None:
-    """Move a finished model to its place; what was there comes back on failure."""
+    """Move a finished model to its place; on failure all is as it was."""
     if out.is_dir() and not any(out.iterdir()):
         # The folder itself stays: it may be where somebody stands.
         for path in made.iterdir():
             path.rename(out / path.name)
         return
+    above = [folder for folder in out.parents if not folder.exists()]
     if out.exists():
         out.rename(aside)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         made.rename(out)
     except BaseException:
         if aside.exists():
             aside.rename(out)
+        for folder in filter(Path.exists, above):
+            folder.rmdir()
         raise
-
-
-def _check_models(config: MergeConfiguration, options: MergeOptions) -> None:
-    """Check the headers of all models before any weight is read."""
-    checkpoints = open_checkpoints(recipe.models(config), options)
-    for model in checkpoints:
-        folder = Path(model.model.path)
-        if folder.is_dir() and not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} has no config.json; expected a model's folder")
-    for part in recipe.inputs(config):
-        for model in part.models:
-            if part.base is not None and model != part.base:
-                check_pair(checkpoints[part.base], checkpoints[model])

@@ -85,7 +85,9 @@ class _Planner(MergePlanner):
         super().plan_tensor(weight, weights_in, models, cfg_reader)
         slices = cfg_reader.module.slices
         (number,) = (n for n, at in enumerate(slices) if at is cfg_reader.slice_out)
-        names = dict(zip(models, (w.name for w in weights_in), strict=True))
+        # Not strict: mergekit gives the tensors after the layers as many inputs as the
+        # first slice has, and the models of the last, and merges those that have one.
+        names = dict(zip(models, (w.name for w in weights_in), strict=False))
         for _, task in self._tensors[before:]:
             self.found.append(Planned(self._module, number, names, task))
 
@@ -151,7 +153,7 @@ def coefficients(
         if by_content or task.output_weight.optional:
             reading[_Shares(planned=task)] = at
         else:
-            found[at] = _shares(task, dict.fromkeys(task.model_order, torch.empty(0)))
+            found[at] = _shares(task, dict.fromkeys(tensor.input_names, torch.empty(0)))
     if reading:
         executor = Executor(list(reading), math_device="cpu", storage_device="cpu")
         for task, shares in executor.run(quiet=True):

@@ -53,6 +53,14 @@ def nothing_moved(base: Hashable, where: str) -> str:
     return f"no model differs from the base {base} ({where}): the base is kept"
 
 
+def nothing_counts(exclude: Sequence[str]) -> str:
+    """Say that `exclude` leaves no tensor to measure."""
+    return (
+        f"exclude ({', '.join(exclude)}) names every tensor: nothing is measured, and "
+        "the weights alone count"
+    )
+
+
 def left_out(
     base: Hashable, models: Sequence[Hashable], power: float, where: str
 ) -> str | None:
@@ -135,8 +143,10 @@ def cosine_reading(
         for column in range(row)
         if cosines[row][column] == cosines[row][column]
     ]
-    if not pairs:
+    if len(models) < 2:
         return "One task vector alone has no angle to others."
+    if not pairs:
+        return "No two task vectors that are not zero: there is no angle to read."
     value, row, column = max(pairs, key=lambda pair: abs(pair[0]))
     if abs(value) <= ORTHOGONAL:
         return (

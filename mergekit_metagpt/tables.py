@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.table import Table
+
+from mergekit_metagpt.layout import Column, Sheet
 
 if TYPE_CHECKING:
     from mergekit_metagpt import findings
@@ -70,7 +71,7 @@ def demo_losses(result: DemoResult) -> Table:
     return table
 
 
-def report(found: findings.Report) -> Iterator[str | Table]:
+def report(found: findings.Report) -> Iterator[str | Sheet]:
     """Lay out what `inspect` found, family by family.
 
     Args:
@@ -85,7 +86,7 @@ def report(found: findings.Report) -> Iterator[str | Table]:
         yield from _family(family)
 
 
-def _family(family: findings.Family) -> Iterator[str | Table]:
+def _family(family: findings.Family) -> Iterator[str | Sheet]:
     base, models = family.base, family.models
     yield (
         f"Base {base.name}: {base.parameters:,} parameters, {_precisions(base)}, "
@@ -116,10 +117,14 @@ def _precisions(stored: findings.Stored) -> str:
 
 
 def _lambda(model: findings.Model) -> str:
-    low, high = model.coefficient_range
     if model.coefficient is not None:
-        return f"{model.coefficient:.4f}"
-    return f"{low:.4f} to {high:.4f}"
+        return _four(model.coefficient)
+    return " to ".join(map(_four, model.coefficient_range))
+
+
+def _four(value: float) -> str:
+    """Four decimals, or two digits of what would be next to nothing in them."""
+    return f"{value:.4f}" if value == 0 or abs(value) >= 5e-4 else f"{value:.1e}"
 
 
 def _settings(settings: findings.Settings) -> str:
@@ -131,28 +136,22 @@ def _settings(settings: findings.Settings) -> str:
     return ", ".join(chosen)
 
 
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False)
-
-
-def _task_vectors(family: findings.Family) -> Table:
-    models, table = family.models, _table()
-    table.add_column("#", justify="right")
-    table.add_column("model", overflow="fold")
-    table.add_column("parameters", justify="right")
-    table.add_column("stored")
-    for heading in ("||tau||", "/ ||theta_0||", "lambda"):
-        table.add_column(heading, justify="right", no_wrap=True)
+def _task_vectors(family: findings.Family) -> Sheet:
+    models = family.models
+    columns = [
+        Column("#"),
+        Column("model", names=True),
+        Column("parameters"),
+        Column("stored", names=True),
+        *map(Column, ("||tau||", "/ ||theta_0||", "lambda")),
+    ]
     weighted = any(model.weight != 1 for model in models)
     by_hand = any(model.weight_by_hand for model in models)
     rounded = any(model.rounding for model in models)
-    for shown, heading in (
-        (weighted, "weight"),
-        (by_hand, "weight in YAML"),
-        (rounded, "||rounding||"),
-    ):
-        if shown:
-            table.add_column(heading, justify="right")
+    columns += [Column("weight")] * weighted
+    columns += [Column("weight in YAML", names=True)] * by_hand
+    columns += [Column("||rounding||")] * rounded
+    sheet = Sheet(columns)
     for number, model in enumerate(models, 1):
         relative = model.relative_norm
         row = [
@@ -161,56 +160,51 @@ def _task_vectors(family: findings.Family) -> Table:
             f"{model.parameters:,}",
             _precisions(model),
             f"{model.norm:.4g}",
-            "-" if relative is None else f"{relative:.4f}",
+            "-" if relative is None else _four(relative),
             _lambda(model),
         ]
         row += [f"{model.weight:g}"] * weighted
         row += [model.weight_by_hand or "-"] * by_hand
         row += [f"{model.rounding:.3g}"] * rounded
-        table.add_row(*row)
-    return table
+        sheet.rows.append(row)
+    return sheet
 
 
-def _cosines(family: findings.Family) -> Table:
-    table = _table()
-    table.add_column("#", justify="right")
-    for number in range(1, len(family.models) + 1):
-        table.add_column(str(number), justify="right", no_wrap=True)
+def _cosines(family: findings.Family) -> Sheet:
+    numbers = (str(number) for number in range(1, len(family.models) + 1))
+    sheet = Sheet([Column("#"), *map(Column, numbers)])
     for number, row in enumerate(family.cosines, 1):
         cells = ("-" if value is None else f"{value:+.2f}" for value in row)
-        table.add_row(str(number), *cells)
-    return table
+        sheet.rows.append([str(number), *cells])
+    return sheet
 
 
-def _parts(family: findings.Family) -> Table:
-    table = _table()
-    table.add_column("#", justify="right")
+def _parts(family: findings.Family) -> Sheet:
     shown = [
         part
         for part in family.models[0].parts
         if any(model.parts[part] for model in family.models)
     ]
-    for part in shown:
-        table.add_column(part, justify="right")
+    sheet = Sheet([Column("#"), *map(Column, shown)])
     for number, model in enumerate(family.models, 1):
-        table.add_row(str(number), *(f"{model.parts[part]:.1%}" for part in shown))
-    return table
+        shares = (f"{model.parts[part]:.1%}" for part in shown)
+        sheet.rows.append([str(number), *shares])
+    return sheet
 
 
-def _pools(family: findings.Family) -> Table:
-    table = _table()
-    table.add_column(family.settings.granularity, overflow="fold")
-    for number in range(1, len(family.models) + 1):
-        table.add_column(f"#{number}", justify="right")
+def _pools(family: findings.Family) -> Sheet:
+    numbers = (f"#{number}" for number in range(1, len(family.models) + 1))
+    first = Column(family.settings.granularity, names=True)
+    sheet = Sheet([first, *map(Column, numbers)])
     for pool in family.pools:
         cells = [
-            f"{value:.4f} ({'-' if relative is None else f'{relative:.4f}'})"
+            f"{_four(value)} ({'-' if relative is None else _four(relative)})"
             for value, relative in zip(
                 pool.coefficients, pool.relative_norms, strict=True
             )
         ]
-        table.add_row(pool.key, *cells)
-    return table
+        sheet.rows.append([pool.key, *cells])
+    return sheet
 
 
 def _left_out(family: findings.Family) -> Iterator[str]:
@@ -281,7 +275,7 @@ def as_csv(found: findings.Report) -> str:
     return stream.getvalue()
 
 
-def remembered(entries: Sequence[Remembered]) -> Table:
+def remembered(entries: Sequence[Remembered]) -> Sheet:
     """Tabulate what the cache holds.
 
     Args:
@@ -290,18 +284,17 @@ def remembered(entries: Sequence[Remembered]) -> Table:
     Returns:
         a table of a row for each.
     """
-    table = _table()
-    for heading in ("written", "holds", "base", "models"):
-        table.add_column(heading, overflow="fold")
-    table.add_column("kB", justify="right")
+    headings = ("written", "holds", "base", "models")
+    sheet = Sheet([*(Column(name, names=True) for name in headings), Column("kB")])
     kinds = {"pair": "squared norms", "details": "inner products"}
     for entry in entries:
-        at = datetime.fromtimestamp(entry.written).isoformat(" ", "minutes")
-        table.add_row(
-            at,
-            kinds.get(entry.kind, "not readable"),
-            entry.base,
-            ", ".join(entry.models),
-            f"{entry.bytes / 1e3:,.1f}",
+        sheet.rows.append(
+            [
+                datetime.fromtimestamp(entry.written).isoformat(" ", "minutes"),
+                kinds.get(entry.kind, "not readable"),
+                entry.base,
+                ", ".join(entry.models),
+                f"{entry.bytes / 1e3:,.1f}",
+            ]
         )
-    return table
+    return sheet

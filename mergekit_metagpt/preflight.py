@@ -1,0 +1,59 @@
+"""Checks a whole job, from its YAML and all headers, before a weight is read."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergekit_metagpt import recipe
+from mergekit_metagpt.alignment import check_pair
+from mergekit_metagpt.checkpoints import open_checkpoints
+from mergekit_metagpt.registration import register
+
+if TYPE_CHECKING:
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+LOG = logging.getLogger("mergekit_metagpt")
+
+
+def check(config: MergeConfiguration, options: MergeOptions) -> None:
+    """Check that a merge by one of our methods can be done; register the methods.
+
+    Args:
+        config: mergekit's configuration.
+        options: mergekit's own.
+
+    Raises:
+        ValueError: the configuration or a model is refused.
+        OSError: a file cannot be read.
+    """
+    recipe.check(config)
+    check_names(config)
+    checkpoints = open_checkpoints(recipe.models(config), options)
+    for model in checkpoints:
+        folder = Path(model.model.path)
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no config.json; expected a model's folder")
+    for part in recipe.inputs(config):
+        for model in part.models:
+            if part.base is not None and model != part.base:
+                check_pair(checkpoints[part.base], checkpoints[model])
+
+
+def check_names(config: MergeConfiguration) -> None:
+    """Refuse misspelt parameters of one of our methods; warn of those it has not.
+
+    Args:
+        config: mergekit's configuration.
+
+    Raises:
+        ValueError: a parameter looks like a known one misspelt.
+    """
+    from mergekit.merge_methods import registry
+
+    register()
+    spec = registry.get(config.merge_method).spec
+    if unknown := recipe.ignored(config, {p.name for p in spec.parameters}):
+        LOG.warning("ignored, as %s has none: %s", spec.name, ", ".join(unknown))

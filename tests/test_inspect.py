@@ -1,0 +1,1149 @@
+"""`inspect`: every figure against float64, every stream and refusal as promised."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from mergekit_metagpt.cli import main
+from tests import broken
+from tests.broken import snapshot
+from tests.merges import common_part
+from tests.processes import environment, script
+from tests.support import (
+    ORDER,
+    State,
+    cast,
+    coarser,
+    llama_config,
+    llama_state,
+    merge_config,
+    naive_coefficients,
+    naive_pool,
+    naive_sq_norm,
+    tuned,
+    write_model,
+)
+from tests.test_inputs import PEFT_WARNS, naive_adapted, write_adapters
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+Report = dict[str, Any]
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+SMALL: dict[str, Any] = {"num_hidden_layers": 2}
+
+
+def run(*arguments: str | Path) -> int:
+    """Run `mergekit-metagpt`, as a new process would, and return its exit status."""
+    from mergekit.io.tasks import LoaderCache
+
+    LoaderCache.loaders.clear()
+    with pytest.raises(SystemExit) as ended:
+        main.main([str(a) for a in arguments], prog_name="mergekit-metagpt")
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+Inspect = Callable[..., Report]
+
+
+@pytest.fixture
+def inspect(capsys: pytest.CaptureFixture[str]) -> Inspect:
+    """The report of `inspect ... --json -`, which says nothing else."""
+
+    def inspected(*arguments: str | Path) -> Report:
+        capsys.readouterr()
+        status = run("inspect", *arguments, "--json", "-")
+        said = capsys.readouterr()
+        assert (status, said.err) == (0, "")
+        return json.loads(said.out, parse_constant=pytest.fail)
+
+    return inspected
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """What `inspect` prints; nothing goes to stderr."""
+    capsys.readouterr()
+    status = run("inspect", *arguments)
+    said = capsys.readouterr()
+    assert (status, said.err) == (0, "")
+    return said.out
+
+
+def only(report: Report) -> Report:
+    """The one family of a report."""
+    (family,) = report["families"]
+    return family
+
+
+def warned(report: Report, part: str) -> list[str]:
+    return [line for line in only(report)["warnings"] if part in line]
+
+
+# --- a naive oracle -------------------------------------------------------------------
+
+PARTS = {
+    "embed_tokens": "embeddings",
+    "lm_head": "head",
+    "norm": "norms",
+    "self_attn": "attention",
+    "mlp": "mlp",
+}
+
+
+def part(name: str) -> str:
+    """The part of a Llama that a tensor belongs to."""
+    return next(part for word, part in PARTS.items() if word in name)
+
+
+def rounded(tensor: torch.Tensor, other: torch.dtype) -> torch.Tensor:
+    return tensor.to(coarser(tensor.dtype, other)).double()
+
+
+def tau(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """model - base at the coarser of the two stored precisions, in float64."""
+    return rounded(model, base.dtype) - rounded(base, model.dtype)
+
+
+def lost(base: torch.Tensor, model: torch.Tensor) -> float:
+    """Squared norm of what rounding to the coarser precision takes away."""
+    pairs = ((base, model.dtype), (model, base.dtype))
+    return sum(
+        float((t.double() - rounded(t, other)).square().sum()) for t, other in pairs
+    )
+
+
+def size(tensor: torch.Tensor) -> float:
+    return float(tensor.double().square().sum())
+
+
+@dataclass(frozen=True)
+class Naive:
+    """Everything that `inspect` measures, from whole state dicts of equal shapes."""
+
+    base: State
+    models: tuple[State, ...]
+    exclude: tuple[str, ...] = ()
+
+    def names(self, chosen: Callable[[str], bool] = lambda name: True) -> list[str]:
+        return [
+            name
+            for name in self.base
+            if chosen(name) and not any(part in name for part in self.exclude)
+        ]
+
+    def sq_norms(self, names: Sequence[str]) -> list[float]:
+        return [
+            sum(naive_sq_norm(self.base[n], model[n]) for n in names)
+            for model in self.models
+        ]
+
+    def relative(self, names: Sequence[str]) -> list[float]:
+        whole = sum(size(self.base[n]) for n in names)
+        return [math.sqrt(value / whole) for value in self.sq_norms(names)]
+
+    def cosines(self, names: Sequence[str]) -> list[list[float]]:
+        flat = [
+            torch.cat([tau(self.base[n], model[n]).flatten() for n in names])
+            for model in self.models
+        ]
+        return [[float(a @ b / (a.norm() * b.norm())) for b in flat] for a in flat]
+
+    def rounding(self, names: Sequence[str]) -> list[float]:
+        return [
+            math.sqrt(sum(lost(self.base[n], model[n]) for n in names))
+            for model in self.models
+        ]
+
+    def parts(self, names: Sequence[str]) -> list[dict[str, float]]:
+        found = []
+        for whole, model in zip(self.sq_norms(names), self.models, strict=True):
+            shares = dict.fromkeys([*PARTS.values(), "other"], 0.0)
+            for name in names:
+                sq_norm = naive_sq_norm(self.base[name], model[name])
+                shares[part(name)] += sq_norm / whole
+            found.append(shares)
+        return found
+
+
+def near(values: Any) -> Any:
+    return pytest.approx(values, rel=1e-9, abs=1e-12)
+
+
+@dataclass(frozen=True)
+class Trio:
+    """A float32 base and models in float32, bfloat16 and both."""
+
+    folders: tuple[Path, ...]
+    states: tuple[State, ...]
+
+    @property
+    def naive(self) -> Naive:
+        return Naive(self.states[0], self.states[1:])
+
+    def config(self, **settings: Any) -> dict[str, Any]:
+        return merge_config(self.folders[0], self.folders[1:], **settings)
+
+    def write(self, file: Path, **settings: Any) -> Path:
+        file.write_text(yaml.safe_dump(self.config(**settings), sort_keys=False))
+        return file
+
+
+@pytest.fixture(scope="session")
+def trio(tmp_path_factory: pytest.TempPathFactory) -> Trio:
+    folder = tmp_path_factory.mktemp("mixed")
+    base = llama_state()
+    shared = tuned(base, 9, 0.01)
+    first = tuned(base, 1, 0.02)
+    second = {n: t + (shared[n] - base[n]) for n, t in tuned(base, 2, 0.005).items()}
+    third = {n: t + (shared[n] - base[n]) for n, t in tuned(base, 3, 0.01).items()}
+    states = (
+        base,
+        first,
+        cast(second, BF16),
+        {n: t.to(BF16 if "mlp" in n else F32) for n, t in third.items()},
+    )
+    folders = tuple(
+        write_model(folder / f"m{k}", state, shards=1 + k % 2)
+        for k, state in enumerate(states)
+    )
+    return Trio(folders, states)
+
+
+# --- the figures ----------------------------------------------------------------------
+
+
+def test_every_figure_of_a_mixed_family(trio: Trio, inspect: Inspect) -> None:
+    report = inspect("--base", *trio.folders)
+    family, naive = only(report), trio.naive
+    names = naive.names()
+    assert (report["schema_version"], report["method"]) == (1, "metagpt")
+    settings = family["settings"]
+    assert (settings["granularity"], settings["power"], settings["exclude"]) == (
+        "model",
+        2.0,
+        [],
+    )
+
+    base = family["base"]
+    assert base["name"] == str(trio.folders[0])
+    assert base["norm"] == near(math.sqrt(sum(map(size, trio.states[0].values()))))
+    for stored, state in zip((base, *family["models"]), trio.states, strict=True):
+        tensors = state.values()
+        precisions: dict[str, int] = {}
+        for tensor in tensors:
+            name = str(tensor.dtype).removeprefix("torch.")
+            precisions[name] = precisions.get(name, 0) + tensor.numel()
+        assert stored["precisions"] == precisions
+        assert stored["parameters"] == sum(tensor.numel() for tensor in tensors)
+        assert stored["bytes"] == sum(t.numel() * t.itemsize for t in tensors)
+        assert stored["not_written"]["count"] == 0
+
+    sq_norms = naive.sq_norms(names)
+    lambdas = naive_coefficients(torch.tensor(sq_norms, dtype=F64)).tolist()
+    for k, model in enumerate(family["models"]):
+        assert model["name"] == str(trio.folders[k + 1])
+        assert model["sq_norm"] == near(sq_norms[k])
+        assert model["norm"] == near(math.sqrt(sq_norms[k]))
+        assert model["relative_norm"] == near(naive.relative(names)[k])
+        assert model["coefficient"] == near(lambdas[k])
+        assert model["coefficient_range"] == near([lambdas[k]] * 2)
+        assert model["rounding"] == near(naive.rounding(names)[k])
+        assert model["parts"] == near(naive.parts(names)[k])
+        assert sum(model["parts"].values()) == pytest.approx(1)
+        assert (model["weight"], model["weight_by_hand"]) == (1.0, None)
+        assert model["not_in_base"]["count"] == model["only_in_base"]["count"] == 0
+    assert family["models"][0]["rounding"] == 0 < family["models"][2]["rounding"]
+    for row, expected in zip(family["cosines"], naive.cosines(names), strict=True):
+        assert row == near(expected)
+    assert family["cosines"][2][1] > 0.5 and "share a direction" in family["reading"]
+    assert len(family["pools"]) == 1 and len(family["layers"]) == 6
+
+
+@pytest.mark.parametrize("granularity", ["model", "layer", "tensor"])
+@pytest.mark.parametrize(("power", "exclude"), [(2.0, ""), (-1.0, "embed, lm_head")])
+def test_pools(
+    granularity: str,
+    power: float,
+    exclude: str,
+    trio: Trio,
+    inspect: Inspect,
+    tmp_path: Path,
+) -> None:
+    table = tmp_path / "pools.csv"
+    options = ["--granularity", granularity, "--power", str(power), "--csv", str(table)]
+    options += ["--exclude", exclude] if exclude else []
+    family = only(inspect("--base", *trio.folders, *options))
+    parts = tuple(part.strip() for part in exclude.split(",") if part.strip())
+    naive = Naive(trio.states[0], trio.states[1:], parts)
+    assert tuple(family["settings"]["exclude"]) == parts
+
+    seen = {}
+    for kind, pools in ((granularity, family["pools"]), ("layer", family["layers"])):
+        expected = {naive_pool(name, kind) or "model" for name in naive.names()}
+        assert {pool["key"] for pool in pools} == expected
+        for pool in pools:
+            members = naive.names(
+                lambda n, k=kind, key=pool["key"]: (naive_pool(n, k) or "model") == key
+            )
+            sq_norms = naive.sq_norms(members)
+            lambdas = naive_coefficients(torch.tensor(sq_norms, dtype=F64), power=power)
+            assert pool["sq_norms"] == near(sq_norms)
+            assert pool["relative_norms"] == near(naive.relative(members))
+            assert pool["coefficients"] == near(lambdas.tolist())
+            seen[kind, pool["key"]] = pool
+    for k, model in enumerate(family["models"]):
+        values = [pool["coefficients"][k] for pool in family["pools"]]
+        assert model["coefficient_range"] == [min(values), max(values)]
+        assert (model["coefficient"] is None) == (granularity != "model")
+
+    rows = list(csv.DictReader(io.StringIO(table.read_text())))
+    assert len(rows) == 3 * len(family["pools"])
+    for row in rows:
+        pool = seen[granularity, row["pool"]]
+        k = [str(folder) for folder in trio.folders].index(row["model"]) - 1
+        assert row["base"] == str(trio.folders[0])
+        assert float(row["sq_norm"]) == pool["sq_norms"][k]
+        assert float(row["norm"]) == near(math.sqrt(pool["sq_norms"][k]))
+        assert float(row["relative_norm"]) == pool["relative_norms"][k]
+        assert float(row["coefficient"]) == pool["coefficients"][k]
+
+
+def test_layers_are_in_the_order_of_the_model(inspect: Inspect, tmp_path: Path) -> None:
+    sizes = {**SMALL, "num_hidden_layers": 12, "hidden_size": 8, "vocab_size": 8}
+    base = llama_state(**sizes)
+    folders = [
+        write_model(tmp_path / str(k), state, llama_config(**sizes))
+        for k, state in enumerate((base, tuned(base, 1)))
+    ]
+    family = only(inspect("--base", *folders, "--granularity", "layer"))
+    assert [pool["key"] for pool in family["pools"]] == [
+        "model.embed_tokens.weight",
+        *(f"model.layers.{n}" for n in range(12)),
+        "model.norm.weight",
+        "lm_head.weight",
+    ]
+
+
+@dataclass(frozen=True)
+class Resized:
+    """Two models of other vocabularies than the base's, and than each other's.
+
+    Attributes:
+        folders: the base's, then the models'.
+        taus: their task vectors, 0 in the rows that they lack.
+        base_norms: for each the norm of the base's rows that it has.
+    """
+
+    folders: list[Path]
+    taus: list[torch.Tensor]
+    base_norms: list[float]
+
+
+@pytest.fixture(scope="module")
+def resized(tmp_path_factory: pytest.TempPathFactory) -> Resized:
+    folder = tmp_path_factory.mktemp("resized")
+    base = llama_state(**SMALL)
+    found = Resized([write_model(folder / "0", base, llama_config(**SMALL))], [], [])
+    for k, rows in enumerate((80, 100), 1):
+        sizes = {**SMALL, "vocab_size": rows}
+        state, grown = tuned(base, k, 0.02), llama_state(seed=5, **sizes)
+        for name, tensor in state.items():
+            mine, _ = common_part(grown[name], tensor)
+            mine.copy_(common_part(tensor, mine)[0])
+        pairs = [(base[n], *common_part(base[n], grown[n])) for n in base]
+        whole = []
+        for full, first, second in pairs:
+            padded = torch.zeros(full.shape, dtype=F64)
+            padded[tuple(slice(n) for n in first.shape)] = tau(first, second)
+            whole.append(padded.flatten())
+        found.taus.append(torch.cat(whole))
+        found.base_norms.append(math.sqrt(sum(size(first) for _, first, _ in pairs)))
+        config = llama_config(**sizes)
+        found.folders.append(write_model(folder / str(k), grown, config))
+    return found
+
+
+def test_resized_vocabularies_are_measured_on_common_rows(
+    resized: Resized, inspect: Inspect
+) -> None:
+    family = only(inspect("--base", *resized.folders))
+    norms = [float(vector.norm()) for vector in resized.taus]
+    assert [model["norm"] for model in family["models"]] == near(norms)
+    cosine = float(resized.taus[0] @ resized.taus[1]) / (norms[0] * norms[1])
+    assert family["cosines"][0][1] == near(cosine)
+    expected = [n / whole for n, whole in zip(norms, resized.base_norms, strict=True)]
+    for folder, value in zip(resized.folders[1:], expected, strict=True):
+        alone = only(inspect("--base", resized.folders[0], folder))
+        assert alone["models"][0]["relative_norm"] == near(value)
+
+
+def test_relative_norms_do_not_depend_on_the_other_models(
+    resized: Resized, inspect: Inspect
+) -> None:
+    together = only(inspect("--base", *resized.folders))
+    for folder, model in zip(resized.folders[1:], together["models"], strict=True):
+        alone = only(inspect("--base", resized.folders[0], folder))
+        assert model["relative_norm"] == near(alone["models"][0]["relative_norm"])
+
+
+def test_tied_heads_count_once(inspect: Inspect, tmp_path: Path) -> None:
+    sizes = {**SMALL, "tie_word_embeddings": True}
+    base = llama_state(**sizes)
+    model = tuned(base, 1)
+    copy = {**model, "lm_head.weight": model["model.embed_tokens.weight"].clone()}
+    folders = [
+        write_model(tmp_path / name, state, llama_config(**sizes))
+        for name, state in (("base", base), ("absent", model), ("stored", copy))
+    ]
+    family = only(inspect("--base", *folders))
+    first, second = family["models"]
+    names = list(base)
+    naive = Naive(base, (model,))
+    assert first["sq_norm"] == second["sq_norm"] == near(naive.sq_norms(names)[0])
+    assert first["relative_norm"] == near(naive.relative(names)[0])
+    assert family["cosines"][0][1] == near(1.0)
+    assert second["not_in_base"]["count"] == 0
+    assert second["not_written"]["count"] == first["not_written"]["count"] == 0
+
+
+EXTRA = {
+    "model.mtp.0.proj.weight": (8, 32),
+    "model.layers.1.self_attn.rotary_emb.inv_freq": (4,),
+    "value_head.weight": (1, 32),
+}
+
+
+def test_tensors_that_a_merge_leaves_out(inspect: Inspect, tmp_path: Path) -> None:
+    """What lies in both but in no definition; in one model only; in the base only."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    base = {**llama_state(), **{name: noise(*shape) for name, shape in EXTRA.items()}}
+    first = tuned(base, 1, 0.02)
+    second = tuned(base, 2, 0.02)
+    del second["value_head.weight"], second["model.mtp.0.proj.weight"]
+    second["extra.weight"] = noise(5, 3).to(BF16)
+    second["position_ids"] = torch.arange(16)
+    folders = [
+        write_model(tmp_path / name, state)
+        for name, state in (("base", base), ("first", first), ("second", second))
+    ]
+    family = only(inspect("--base", *folders))
+    assert family["base"]["not_written"]["count"] == 3
+    assert family["base"]["not_written"]["parameters"] == 8 * 32 + 4 + 32
+    assert family["base"]["not_written"]["bytes"] == 4 * (8 * 32 + 4 + 32)
+    one, two = family["models"]
+    assert set(one["not_written"]["examples"]) == set(EXTRA)
+    naive = Naive(base, (first,))
+    whole = naive.sq_norms(list(base))[0]
+    assert one["sq_norm"] == near(whole)
+    assert one["not_written"]["share"] == near(naive.sq_norms(list(EXTRA))[0] / whole)
+    assert one["not_in_base"]["count"] == one["only_in_base"]["count"] == 0
+
+    assert two["not_written"]["count"] == 2
+    kept = [name for name in base if name in second]
+    naive = Naive(base, (second,))
+    inv_freq = ["model.layers.1.self_attn.rotary_emb.inv_freq"]
+    share = naive.sq_norms(inv_freq)[0] / naive.sq_norms(kept)[0]
+    assert two["not_written"]["share"] == near(share)
+    assert (two["not_in_base"]["count"], two["not_in_base"]["bytes"]) == (1, 30)
+    assert two["not_in_base"]["examples"] == ["extra.weight"]
+    assert two["only_in_base"]["count"] == 2
+    assert two["only_in_base"]["parameters"] == 8 * 32 + 32
+
+
+def test_files_are_told_apart(inspect: Inspect, tmp_path: Path) -> None:
+    """The same content elsewhere has the same digest, a changed one another."""
+    base, model = llama_state(**SMALL), tuned(llama_state(**SMALL), 1)
+    config = llama_config(**SMALL)
+    other = {name: tensor.clone() for name, tensor in model.items()}
+    other["lm_head.weight"][0, 0] += 1
+    names = ("base", "model", "copy", "other")
+    folders = [
+        write_model(tmp_path / name, state, config)
+        for name, state in zip(names, (base, model, model, other), strict=True)
+    ]
+    commit = "c" * 40
+    hub = tmp_path / "models--a--b"
+    snapshot_folder = hub / "snapshots" / commit
+    snapshot_folder.mkdir(parents=True)
+    (hub / "blobs").mkdir()
+    file = folders[1] / "model.safetensors"
+    content = file.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    (hub / "blobs" / digest).write_bytes(content)
+    (snapshot_folder / file.name).symlink_to(hub / "blobs" / digest)
+    config.save_pretrained(snapshot_folder)
+
+    family = only(inspect("--base", *folders, snapshot_folder))
+    one, copy, changed, downloaded = (model["source"] for model in family["models"])
+    assert one == copy != changed and one["digest"] != changed["digest"]
+    assert one["revision"] is None and not one["files"][0]["whole"]
+    assert downloaded["revision"] == commit
+    assert downloaded["files"] == [
+        {"name": file.name, "bytes": len(content), "digest": digest, "whole": True}
+    ]
+
+
+@PEFT_WARNS
+def test_adapters(
+    inspect: Inspect, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    adapted = write_adapters(tmp_path / "m")
+    models = [f"{adapted.base}+{adapter}" for adapter in adapted.adapters]
+    assert run("inspect", "--base", adapted.base, *models) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "--lora-merge-cache" in said.err.splitlines()[-1]
+    cache = tmp_path / "cache"
+    capsys.readouterr()
+    status = run(
+        *("inspect", "--base", adapted.base, *models, "--json", "-"),
+        *("--lora-merge-cache", cache),
+    )
+    family = only(json.loads(capsys.readouterr().out))
+    assert status == 0
+    for model, adapter in zip(family["models"], adapted.adapters, strict=True):
+        exact = naive_adapted(adapted.state, adapter, 8 / 4)
+        norm = math.sqrt(Naive(adapted.state, (exact,)).sq_norms(list(exact))[0])
+        # The adapter is merged in float32 before it is measured.
+        assert model["norm"] == pytest.approx(norm, rel=1e-4)
+
+
+# --- which models, from a YAML --------------------------------------------------------
+
+
+def test_weights_by_hand_stand_beside_lambda(
+    trio: Trio, inspect: Inspect, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = trio.config(merge_method="ties", parameters={"weight": 0.3})
+    filters = [{"filter": "mlp", "value": 0.5}, {"value": 0.1}]
+    config["models"][1]["parameters"] = {"weight": [0.2, 0.8], "density": 0.5}
+    config["models"][2]["parameters"] = {"weight": filters}
+    file = tmp_path / "ties.yml"
+    file.write_text(yaml.safe_dump(config))
+    report = inspect(file)
+    family = only(report)
+    assert report["method"] == "ties"
+    by_hand = [model["weight_by_hand"] for model in family["models"]]
+    assert by_hand == ["0.3", "0.2-0.8", "by filter"]
+    assert [model["weight"] for model in family["models"]] == [1, 1, 1]
+    sq_norms = torch.tensor(trio.naive.sq_norms(list(trio.states[0])), dtype=F64)
+    found = [model["coefficient"] for model in family["models"]]
+    assert found == near(naive_coefficients(sq_norms).tolist())
+    table = shown(capsys, file)
+    assert "weight in YAML" in table
+    assert re.search(r"0\.2-0\.8", table) and "by filter" in table
+
+
+def test_settings_of_a_metagpt_yaml_and_options_above_them(
+    trio: Trio, inspect: Inspect, tmp_path: Path
+) -> None:
+    config = trio.config(
+        parameters={"power": 1.0, "exclude": "embed", "lambda": 0.5},
+        merge_method="metagpt_ties",
+    )
+    config["models"][0]["parameters"] = {"weight": 3.0}
+    file = tmp_path / "given.yml"
+    file.write_text(yaml.safe_dump(config))
+    for exclude, options in ((("embed",), []), ((), ["--exclude", "", "--power", "2"])):
+        family = only(inspect(file, *options))
+        naive = Naive(trio.states[0], trio.states[1:], exclude)
+        sq_norms = torch.tensor(naive.sq_norms(naive.names()), dtype=F64)
+        power = 2.0 if options else 1.0
+        lambdas = naive_coefficients(sq_norms, [3.0, 1.0, 1.0], power, 0.5)
+        found = [model["coefficient"] for model in family["models"]]
+        assert found == near(lambdas.tolist())
+        assert [model["weight"] for model in family["models"]] == [3, 1, 1]
+        assert family["settings"]["scale"] == 0.5
+
+
+def test_slices_of_other_models_are_families_of_their_own(
+    trio: Trio, inspect: Inspect, tmp_path: Path
+) -> None:
+    names = [str(folder) for folder in trio.folders]
+
+    def cut(layers: list[int], *numbers: int, **settings: Any) -> dict[str, Any]:
+        sources = [{"model": names[n], "layer_range": layers} for n in numbers]
+        return {"sources": sources, **settings}
+
+    slices = [
+        cut([0, 1], 0, 1, 2),
+        cut([1, 2], 0, 1, 2),
+        cut([2, 3], 0, 1, 3),
+    ]
+    config = merge_config(names[0], [], slices=slices, merge_method="task_arithmetic")
+    file = tmp_path / "slices.yml"
+    file.write_text(yaml.safe_dump(config))
+    first, second = inspect(file)["families"]
+    assert (first["places"], second["places"]) == (
+        ["slices[0]", "slices[1]"],
+        ["slices[2]"],
+    )
+    assert [model["name"] for model in second["models"]] == [names[1], names[3]]
+    sq_norms = trio.naive.sq_norms(list(trio.states[0]))
+    for family, chosen in ((first, (0, 1)), (second, (0, 2))):
+        expected = naive_coefficients(
+            torch.tensor([sq_norms[k] for k in chosen], dtype=F64)
+        )
+        found = [model["coefficient"] for model in family["models"]]
+        assert found == near(expected.tolist())
+
+
+@pytest.mark.parametrize("method", ["slerp", "linear", "nearswap", "dare_ties"])
+def test_any_method_with_a_base(
+    method: str, trio: Trio, inspect: Inspect, tmp_path: Path
+) -> None:
+    """The base may be among the models, as slerp wants it."""
+    names = [str(folder) for folder in trio.folders[:2]]
+    config = merge_config(names[0], names, merge_method=method, parameters={"t": 0.5})
+    file = tmp_path / "given.yml"
+    file.write_text(yaml.safe_dump(config))
+    report = inspect(file)
+    assert report["method"] == method
+    (model,) = only(report)["models"]
+    assert (model["name"], model["coefficient"]) == (names[1], 1.0)
+
+
+# --- warnings -------------------------------------------------------------------------
+
+
+def pair(folder: Path, *states: State) -> list[Path]:
+    return [
+        write_model(folder / f"m{k}", state, llama_config(**SMALL))
+        for k, state in enumerate(states)
+    ]
+
+
+def test_nothing_to_warn_of(inspect: Inspect, tmp_path: Path) -> None:
+    base = llama_state(**SMALL)
+    folders = pair(tmp_path, base, tuned(base, 1, 0.001), tuned(base, 2, 0.001))
+    report = inspect("--base", *folders)
+    assert only(report)["warnings"] == []
+    assert "Near orthogonal" in only(report)["reading"]
+
+
+def test_one_model_takes_all(inspect: Inspect, tmp_path: Path) -> None:
+    base = llama_state(**SMALL)
+    folders = pair(tmp_path, base, tuned(base, 1, 1e-4), tuned(base, 2, 0.01))
+    (line,) = warned(inspect("--base", *folders), "takes 99.")
+    assert str(folders[2]) in line and "power: 1" in line and "exclude" in line
+    assert not warned(inspect("--base", *folders, "--power", "0"), "takes")
+
+
+@pytest.mark.parametrize("granularity", ["layer", "tensor"])
+def test_one_model_takes_all_of_some_pools(
+    granularity: str, inspect: Inspect, tmp_path: Path
+) -> None:
+    base = llama_state(**SMALL)
+    folders = pair(tmp_path, base, tuned(base, 1, 1e-4), tuned(base, 2, 0.01))
+    report = inspect("--base", *folders, "--granularity", granularity)
+    assert warned(report, "takes 99.")
+
+
+def test_a_wrong_base(inspect: Inspect, tmp_path: Path) -> None:
+    """Where norms, which are 1 in all models, are a small share of the whole."""
+    base, other = (
+        {n: t if "norm" in n else 30 * t for n, t in state.items()}
+        for state in (llama_state(**SMALL), llama_state(seed=7, **SMALL))
+    )
+    folders = pair(tmp_path, base, tuned(base, 1, 0.1), other)
+    (line,) = warned(inspect("--base", *folders), "away from")
+    assert str(folders[2]) in line and "fine-tune" in line
+
+
+def test_embeddings_dominate(inspect: Inspect, tmp_path: Path) -> None:
+    base = llama_state(**SMALL)
+    moved = tuned(base, 1, 0.001)
+    moved["model.embed_tokens.weight"] = base["model.embed_tokens.weight"].flip(0)
+    folders = pair(tmp_path, base, moved, tuned(base, 2, 0.001))
+    report = inspect("--base", *folders)
+    (line,) = warned(report, "embeddings hold")
+    assert str(folders[1]) in line and "exclude: embed_tokens,lm_head" in line
+    assert only(report)["models"][0]["parts"]["embeddings"] > 0.5
+    without = inspect("--base", *folders, "--exclude", "embed_tokens,lm_head")
+    assert only(without)["warnings"] == []
+
+
+def test_task_vectors_of_one_direction(inspect: Inspect, tmp_path: Path) -> None:
+    base = llama_state(**SMALL)
+    ancestor = tuned(base, 5, 0.01)
+    folders = pair(tmp_path, base, *(tuned(ancestor, k, 0.002) for k in (1, 2)))
+    (line,) = warned(inspect("--base", *folders), "point the same way")
+    assert "ancestor" in line
+
+
+def test_rounding_as_large_as_what_was_learned(
+    inspect: Inspect, tmp_path: Path
+) -> None:
+    base = llama_state(**SMALL)
+    near_base = cast(tuned(base, 1, 1e-4), BF16)
+    folders = pair(tmp_path, base, near_base, cast(tuned(base, 2, 0.1), BF16))
+    report = inspect("--base", *folders)
+    (line,) = warned(report, "rounding alone is")
+    assert str(folders[1]) in line
+    model = only(report)["models"][0]
+    assert f"{model['rounding'] / model['norm']:.0%}" in line
+
+
+def test_models_that_equal_the_base(
+    inspect: Inspect, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    base = llama_state(**SMALL)
+    folders = pair(tmp_path, base, base, tuned(base, 1))
+    family = only(inspect("--base", *folders))
+    assert [model["coefficient"] for model in family["models"]] == [0.0, 1.0]
+    assert family["cosines"] == [[None, None], [None, near(1.0)]]
+    alone = inspect("--base", *folders[:2])
+    assert only(alone)["models"][0]["coefficient"] == 0.0
+    assert warned(alone, "no model differs from the base")
+    assert "nan" not in shown(capsys, "--base", *folders[:2]).lower()
+    left_out = inspect("--base", *folders, "--power", "-1")
+    assert warned(left_out, f"{folders[1]} equals the base")
+
+
+def test_a_scale_of_0_is_not_degenerate(
+    trio: Trio, inspect: Inspect, tmp_path: Path
+) -> None:
+    file = trio.write(tmp_path / "zero.yml", parameters={"lambda": 0})
+    family = only(inspect(file))
+    assert [model["coefficient"] for model in family["models"]] == [0, 0, 0]
+    assert not [line for line in family["warnings"] if "gets only" in line]
+
+
+EVERYTHING = ("--exclude", "model,lm_head")
+
+
+def test_nothing_counts(trio: Trio, inspect: Inspect) -> None:
+    """A pool of which `exclude` leaves nothing uses the weights alone."""
+    family = only(inspect("--base", *trio.folders, *EVERYTHING))
+    third = pytest.approx(1 / 3)
+    assert [model["coefficient"] for model in family["models"]] == [third] * 3
+
+
+def test_nothing_counts_is_not_nothing_moved(trio: Trio, inspect: Inspect) -> None:
+    report = inspect("--base", *trio.folders, *EVERYTHING)
+    assert not warned(report, "no model differs from the base")
+
+
+@pytest.mark.parametrize("granularity", ["layer", "tensor"])
+def test_nothing_counts_by(granularity: str, trio: Trio, inspect: Inspect) -> None:
+    inspect("--base", *trio.folders, *EVERYTHING, "--granularity", granularity)
+
+
+# --- what is printed ------------------------------------------------------------------
+
+TABLES = """\
+Base ./base: 34,016 parameters, float32, ||theta_0|| 207.9
+
+Task vectors (granularity layer, power 2)
+{0}
+ #   model   parameters   stored     ||tau||   / ||theta_0||             lambda
+ {1}
+ 1   ./a         34,016   float32          8          0.0385   0.0000 to 1.0000
+ 2   ./b         34,016   bfloat16        16          0.0770   0.0000 to 1.0000
+{0}
+Cosines between task vectors
+
+ #       1       2
+ ─────────────────
+ 1   +1.00   +0.00
+ 2   +0.00   +1.00
+
+Near orthogonal (at most 0.00), as the paper assumes: what one model learned hardly \
+overlaps with the others.
+
+Share of each part in ||tau||^2
+
+ #   embeddings   attention
+ ──────────────────────────
+ 1         0.0%      100.0%
+ 2       100.0%        0.0%
+
+lambda by layer, and in brackets ||tau|| / ||theta_0||
+
+ layer                                    #1                #2
+ ─────────────────────────────────────────────────────────────
+ model.embed_tokens.weight   0.0000 (0.0000)   1.0000 (0.2887)
+ model.layers.0              0.0000 (0.0000)   0.0000 (0.0000)
+ model.layers.1              1.0000 (0.0830)   0.0000 (0.0000)
+ model.layers.2              0.0000 (0.0000)   0.0000 (0.0000)
+ model.norm.weight           0.0000 (0.0000)   0.0000 (0.0000)
+ lm_head.weight              0.0000 (0.0000)   0.0000 (0.0000)
+
+Warning: ./b takes 100.00% of the merge (model.embed_tokens.weight, and 1 more of 6 \
+pools). Usual causes: a LoRA beside full fine-tunes, a wrong base (here ./base), a \
+resized or reordered vocabulary. Ways out: power: 1, a weight below 1 for it, or exclude
+Warning: embeddings hold 100% of ||tau||^2 of ./b: if its vocabulary was resized or \
+reordered, keep them out with exclude: embed_tokens,lm_head
+"""
+
+
+@pytest.fixture
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with a base of ones, `a` and `b` that moved, and `ab.yml`."""
+    import huggingface_hub.constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    base = {name: torch.ones_like(tensor) for name, tensor in llama_state().items()}
+    base["lm_head.weight"] *= 2  # else it would be the embedding's
+    a, b = dict(base), dict(base)
+    # 32 x 32 elements by 1/4: ||tau|| = 8. 1024 of 3072 elements by 1/2: 16.
+    a["model.layers.1.self_attn.q_proj.weight"] = torch.full((32, 32), 1.25)
+    b["model.embed_tokens.weight"] = base["model.embed_tokens.weight"].clone()
+    b["model.embed_tokens.weight"][:32] = 1.5
+    for name, state in (("base", base), ("a", a), ("b", cast(b, BF16))):
+        write_model(tmp_path / name, state)
+    (tmp_path / "ab.yml").write_text(yaml.safe_dump(merge_config("base", ["a", "b"])))
+    return tmp_path
+
+
+def squeezed(text: str) -> list[str]:
+    """Lines without what stands at their end, or what rules are made of."""
+    lines = [re.sub(r"─{2,}", "──", line).rstrip() for line in text.splitlines()]
+    return [line for line in lines if line not in ("", "{0}")]
+
+
+def test_exact_tables(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "ab.yml", "--granularity", "layer")
+    assert squeezed(text) == squeezed(TABLES.replace("{1}", "──"))
+    assert "\x1b" not in text
+
+
+def test_exact_csv(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "--base", "base", "a", "b", "--csv", "-")
+    # A coefficient is computed in log space: 0.2 may end in ...96.
+    assert re.sub(r"0\.1999999999999\d+$", "0.2", text, flags=re.MULTILINE) == (
+        "base,model,pool,sq_norm,norm,relative_norm,coefficient\n"
+        f"base,a,model,64.0,8.0,{math.sqrt(64 / 43232)},0.2\n"
+        f"base,b,model,256.0,16.0,{math.sqrt(256 / 43232)},0.8\n"
+    )
+
+
+def test_files_are_written_beside_the_tables(
+    inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = snapshot(inside)
+    plain = shown(capsys, "ab.yml")
+    options = ["--json", "r.json", "--csv", "r.csv", "--plot", "r.png"]
+    assert shown(capsys, "ab.yml", *options) == plain
+    assert snapshot(inside).keys() - before.keys() == {"r.json", "r.csv", "r.png"}
+    report = json.loads(Path("r.json").read_text())
+    assert shown(capsys, "ab.yml", "--json", "-") == Path("r.json").read_text()
+    assert [m["norm"] for m in only(report)["models"]] == [8.0, 16.0]
+
+
+# What every reader of the tables needs, whatever the terminal.
+NEEDED = ("./a", "./b", "0.2000", "0.8000", "0.0385", "0.0770")
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        "80",
+        "40",
+    ],
+)
+def test_a_narrow_terminal_loses_nothing(
+    columns: str,
+    inside: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    text = shown(capsys, "ab.yml")
+    assert [word for word in NEEDED if word not in text] == []
+    assert not re.search(r"\d…", text)
+    rows = [line for line in text.splitlines() if line.startswith(" ")]
+    assert rows and max(map(len, rows)) <= int(columns)
+
+
+def test_a_usual_terminal_shows_all_columns(
+    inside: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = merge_config("base", ["a", "b"], merge_method="ties")
+    config["models"][0]["parameters"] = {"weight": [0.2, 0.8]}
+    state = {n: t + 1e-4 for n, t in llama_state().items()}
+    write_model(inside / "b", cast(state, BF16))
+    Path("ties.yml").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("COLUMNS", "80")
+    text = shown(capsys, "ties.yml")
+    assert "0.2-0.8" in text and not re.search(r"\w…", text)
+
+
+def test_a_terminal_without_colour(
+    inside: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = shown(capsys, "ab.yml")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = shown(capsys, "ab.yml")
+    codes = re.findall(r"\x1b\[([\d;]*)m", text)
+    assert not [c for code in codes for c in code.split(";") if c and int(c) >= 30]
+    assert re.sub(r"\x1b\[[\d;]*m", "", text) == plain
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "[red]a[/red]",
+        "-".join(["an-awfully-long-name-of-a-model"] * 5),
+        "a:smile:b",
+    ],
+)
+def test_names_are_printed_as_they_are(
+    name: str, inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(name.replace("/", "|"))
+    Path("a").rename(folder)
+    text = shown(capsys, "--base", "base", str(folder), "b")
+    assert str(folder) in text
+
+
+@pytest.mark.parametrize("option", [[], ["--json", "-"]])
+def test_a_reader_that_has_seen_enough(
+    option: list[str],
+    inside: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pipe is closed before the first line is written."""
+    read, write = os.pipe()
+    os.close(read)
+    with capfd.disabled():
+        stream = os.fdopen(write, "w", encoding="utf-8")
+    monkeypatch.setattr("sys.stdout", stream)
+    status = run("inspect", "ab.yml", "--granularity", "tensor", *option)
+    monkeypatch.undo()
+    with contextlib.suppress(BrokenPipeError):
+        stream.close()
+    assert status == 1
+    assert capfd.readouterr().err == ""
+
+
+def test_the_head_of_the_tables(inside: Path) -> None:
+    """`| head -1`, in processes of their own."""
+    command = [script("mergekit-metagpt"), "inspect", inside / "ab.yml"]
+    read, write = os.pipe()
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        env=environment(),
+        cwd=inside,
+    )
+    os.close(write)
+    assert os.read(read, 10) == b"Base ./bas"
+    os.close(read)
+    _, stderr = process.communicate(timeout=120)
+    assert stderr == b""
+    assert process.returncode in (0, 1)
+
+
+# --- the cost -------------------------------------------------------------------------
+
+
+def test_one_pass_over_the_files_and_no_model(
+    trio: Trio, inspect: Inspect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergekit_metagpt.files import Readers
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was made")
+
+    reads: list[tuple[Path, str]] = []
+    original = Readers.read
+
+    def noted(self: Readers, stored: Any) -> torch.Tensor:
+        reads.append((stored.file, stored.name))
+        return original(self, stored)
+
+    monkeypatch.setattr(torch.nn.Module, "__init__", fail)
+    monkeypatch.setattr(Readers, "read", noted)
+    inspect("--base", *trio.folders)
+    # The heads once more, to see whether they are the embeddings.
+    layers = [read for read in reads if ".layers." in read[1]]
+    stored = [name for state in trio.states for name in state if ".layers." in name]
+    assert len(layers) == len(set(layers)) == len(stored)
+    heads = [name for _, name in reads if ".layers." not in name]
+    assert len(heads) <= 4 * 3 + 2 * 2 * 3
+
+
+# --- bad input ------------------------------------------------------------------------
+
+BAD: dict[str, tuple[Any, str]] = {
+    "no base": (broken.without("base_model"), "base_model"),
+    "no base, another method": (
+        broken.both(broken.without("base_model"), broken.settings(merge_method="ties")),
+        "base_model",
+    ),
+    "only the base": (broken.models("base"), "only the base"),
+    "unknown granularity": (broken.parameters(granularity="block"), "granularity"),
+    "power that is no number": (broken.parameters(power=float("inf")), "power is inf"),
+    "negative weight": (broken.weights(-1, 1), "weight is -1"),
+    "all weights 0": (broken.weights(0, 0), "weight is 0"),
+    "a list for exclude": (broken.parameters(exclude=["a", "b"]), "comma-separated"),
+    "misspelt parameter": (broken.parameters(granularty="layer"), "granularity"),
+    "NaN": (broken.poisoned("tuned1", float("nan")), broken.TENSOR),
+    "infinity in the base": (broken.poisoned("base", float("inf")), broken.TENSOR),
+    "quantised to fp8": (broken.rewritten("tuned0", broken.to_fp8), "quantised"),
+    "quantised to int8": (broken.rewritten("tuned0", broken.to_int8), "quantised"),
+    "bare adapter": (broken.adapter(), "--lora-merge-cache"),
+    "other architecture": (broken.gpt2, "tuned1"),
+    "other width": (broken.llama(hidden_size=64), "tuned1"),
+    "truncated": (
+        broken.in_file("tuned0/model.safetensors", broken.truncated),
+        "tuned0/model.safetensors",
+    ),
+    "garbled": (
+        broken.in_file("tuned0/model.safetensors", broken.garbled_header),
+        "tuned0/model.safetensors",
+    ),
+    "not fetched": (
+        broken.in_file("tuned0/model.safetensors", broken.git_lfs_pointer),
+        "tuned0/model.safetensors",
+    ),
+    "missing shard": (broken.missing_file(f"tuned0/{broken.SHARD}", 3), broken.SHARD),
+    "missing model": (broken.models("./tuned9"), "tuned9"),
+    "no YAML": (broken.text("a: [b"), "merge.yml"),
+    "no mapping": (broken.text("- a"), "merge.yml"),
+    "empty": (broken.text(""), "merge.yml"),
+    "no text": (broken.text(b"\xff\xfe\x00"), "merge.yml"),
+}
+
+
+def rows() -> list[Any]:
+    return [pytest.param(*BAD[name], id=name) for name in BAD]
+
+
+def assert_refused(status: int, capsys: pytest.CaptureFixture[str], part: str) -> None:
+    """Check for exit status 2 and one line on stderr that holds some words."""
+    said = capsys.readouterr()
+    assert (status, said.out) == (2, "")
+    assert said.err.startswith("Error: ") and len(said.err.splitlines()) == 1, said.err
+    assert part in said.err
+
+
+OUTPUTS = ("--json", "r.json", "--csv", "r.csv", "--plot", "r.png")
+
+
+@pytest.mark.parametrize(("spoil", "part"), rows())
+def test_bad_input_is_one_line_and_nothing_is_created(
+    spoil: broken.Spoil,
+    part: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    config = broken.write_good(tmp_path)
+    content = spoil(tmp_path, config)
+    content = yaml.safe_dump(config) if content is None else content
+    content = content.encode() if isinstance(content, str) else content
+    Path("merge.yml").write_bytes(content)
+    before = snapshot(tmp_path)
+    capsys.readouterr()
+    status = run("inspect", "merge.yml", *OUTPUTS)
+    assert_refused(status, capsys, part)
+    assert snapshot(tmp_path) == before
+
+
+ARGUMENTS: list[tuple[list[str], str]] = [
+    (["missing.yml"], "missing.yml"),
+    (["base"], "base is a folder; expected a merge YAML"),
+    (["a", "b"], "no base"),
+    (["--base", "base", "ab.yml"], "ab.yml is a file"),
+    (["--base", "missing", "a"], "missing"),
+    (["--base", "base", "base"], "only the base"),
+    (["--base", "base", "a", "a"], "a is given twice"),
+    (["ab.yml", "--power", "nan"], "power is nan"),
+    (["ab.yml", "--plot", "r.gif"], "r.gif ends in '.gif'; expected one of .png, .svg"),
+    (["ab.yml", "--plot", "r"], "expected one of .png, .svg, .pdf"),
+    (["ab.yml", "--json", "there/r.json"], "there/r.json cannot be written"),
+    (["ab.yml", "--csv", "base"], "base cannot be written"),
+    (["ab.yml", "--plot", "there/r.png"], "there/r.png cannot be written"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "part"), ARGUMENTS)
+def test_bad_arguments(
+    arguments: list[str],
+    part: str,
+    inside: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = snapshot(inside)
+    status = run("inspect", *arguments)
+    assert_refused(status, capsys, part)
+    assert snapshot(inside) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["ab.yml", "--granularity", "block"], ["ab.yml", "--power", "two"], []],
+)
+def test_wrong_usage(
+    arguments: list[str], inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = snapshot(inside)
+    assert run("inspect", *arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.splitlines()[-1].startswith("Error: ")
+    assert snapshot(inside) == before
+
+
+def test_a_figure_has_no_place_on_stdout(
+    inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = snapshot(inside)
+    status = run("inspect", "ab.yml", "--plot", "-")
+    assert snapshot(inside) == before
+    assert_refused(status, capsys, "--plot")
+
+
+def test_stdout_is_for_one_of_json_and_csv(
+    inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = run("inspect", "ab.yml", "--json", "-", "--csv", "-")
+    assert_refused(status, capsys, "stdout")
+
+
+def test_a_disk_that_is_full(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What cannot be known before."""
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full here")
+    status = run("inspect", "ab.yml", "--json", full)
+    assert_refused(status, capsys, "No space left")
+
+
+assert ORDER[0] == F64 and ORDER[-1] == BF16  # what `coarser` goes by

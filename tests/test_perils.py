@@ -1,0 +1,352 @@
+"""Pure functions behind `inspect`: warnings, parts of names, digests, sums."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mergekit_metagpt import fingerprints, kernels, perils
+from mergekit_metagpt.files import FileIdentity
+from mergekit_metagpt.names import PARTS, part_of
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+# --- perils ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shares", "begins"),
+    [
+        ([1.0], None),
+        ([0.9, 0.1], None),
+        ([0.91, 0.09], "m0 takes 91.00%"),
+        ([0.05, 0.95], "m1 takes 95.00%"),
+        ([0.5, 0.47, 0.03], "m2 gets only 3.00%"),
+        ([0.5, 0.466, 0.034], None),
+        ([0.25] * 4, None),
+        ([0.0, 1.0], "m1 takes 100.00%"),
+    ],
+)
+def test_degenerate(shares: list[float], begins: str | None) -> None:
+    """More than 0.9, or less than a tenth of an equal share."""
+    models = [f"m{k}" for k in range(len(shares))]
+    said = perils.degenerate("the-base", models, shares, "the whole model")
+    if begins is None:
+        assert said is None
+        return
+    assert said is not None and said.startswith(f"{begins} of the merge")
+    way = "below 1" if "takes" in begins else "above 1"
+    for part in ("the-base", "the whole model", "power: 1", f"a weight {way}"):
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("share", "says"), [(0.0, False), (0.5, False), (0.51, True), (1.0, True)]
+)
+def test_embeddings(share: float, says: bool) -> None:
+    said = perils.embeddings("m", share)
+    assert (said is not None) == says
+    if said is not None:
+        assert f"{share:.0%}" in said and "exclude: embed_tokens,lm_head" in said
+
+
+@pytest.mark.parametrize(
+    ("distance", "says"), [(0.02, False), (0.5, False), (0.6, True), (1.4, True)]
+)
+def test_far(distance: float, says: bool) -> None:
+    said = perils.far("b", "m", distance)
+    assert (said is not None) == says
+    if said is not None:
+        assert said.startswith(f"m is {distance:.2f} ||theta_0|| away from b")
+
+
+@pytest.mark.parametrize(("share", "says"), [(0.1, False), (0.11, True), (2.0, True)])
+def test_rounding(share: float, says: bool) -> None:
+    said = perils.rounding("m", share)
+    assert (said is not None) == says
+    assert said is None or f"{share:.0%} of ||tau||" in said
+
+
+@pytest.mark.parametrize(
+    ("cosines", "says"),
+    [
+        ([], False),
+        ([0.5], False),
+        ([0.51], True),
+        ([0.9, 0.6, 0.7], True),
+        ([0.9, 0.9, -0.9], False),
+    ],
+)
+def test_siblings(cosines: list[float], says: bool) -> None:
+    said = perils.siblings("b", cosines)
+    assert (said is not None) == says
+    assert said is None or f"cosines from {min(cosines):.2f}" in said
+
+
+def matrix(*below: float) -> list[list[float]]:
+    """The cosines of two or three models from those below the diagonal."""
+    size = {1: 2, 3: 3}[len(below)]
+    found = [[1.0] * size for _ in range(size)]
+    values = iter(below)
+    for row in range(size):
+        for column in range(row):
+            found[row][column] = found[column][row] = next(values)
+    return found
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("cosines", "parts"),
+    [
+        ([[1.0]], ["alone"]),
+        (matrix(0.1), ["Near orthogonal (at most 0.10)"]),
+        (matrix(-0.05), ["Near orthogonal (at most 0.05)"]),
+        (matrix(0.11), ["m0 and m1 share a direction", "+0.11"]),
+        (matrix(-0.4), ["m0 and m1 point against each other", "-0.40"]),
+        (matrix(0.2, -0.3, 0.1), ["m0 and m2 point against each other", "-0.30"]),
+        (matrix(0.2, NAN, NAN), ["m0 and m1 share a direction"]),
+        (matrix(0.2, 0.0, 0.7), ["m1 and m2 share a direction", "+0.70"]),
+    ],
+)
+def test_reading_of_cosines(cosines: list[list[float]], parts: list[str]) -> None:
+    models = [f"m{k}" for k in range(len(cosines))]
+    said = perils.cosine_reading(models, cosines)
+    for part in parts:
+        assert part in said
+    assert "\n" not in said
+
+
+def test_reading_where_a_task_vector_is_zero() -> None:
+    said = perils.cosine_reading(["m0", "m1"], [[NAN, NAN], [NAN, 1.0]])
+    assert "alone" not in said
+
+
+def test_models_that_equal_the_base() -> None:
+    assert "the base b" in perils.nothing_moved("b", "model.norm.weight")
+    assert perils.left_out("b", [], -1.0, "model") is None
+    said = perils.left_out("b", ["m0", "m2"], -0.5, "model")
+    assert said is not None and "m0, m2" in said and "power -0.5" in said
+
+
+# --- parts of a model -----------------------------------------------------------------
+
+NAMES = {
+    "embeddings": [
+        "model.embed_tokens.weight",
+        "transformer.wte.weight",
+        "transformer.wpe.weight",
+        "gpt_neox.embed_in.weight",
+        "model.tok_embeddings.weight",
+        "bert.embeddings.word_embeddings.weight",
+        "model.decoder.embed_positions.weight",
+        "shared.weight",
+        "visual.patch_embed.proj.weight",
+    ],
+    "attention": [
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.self_attn.o_proj.bias",
+        "transformer.h.0.attn.c_attn.weight",
+        "gpt_neox.layers.3.attention.query_key_value.weight",
+        "encoder.layer.0.attention.output.dense.weight",
+        "model.layers.0.attention.wqkv.weight",
+        "model.layers.0.linear_attn.in_proj_qkvz.weight",
+        "encoder.block.0.layer.0.SelfAttention.q.weight",
+        "visual.blocks.0.attn.qkv.weight",
+    ],
+    "mlp": [
+        "model.layers.0.mlp.gate_proj.weight",
+        "transformer.h.0.mlp.c_fc.weight",
+        "model.layers.0.block_sparse_moe.experts.3.w1.weight",
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.0.feed_forward.w2.weight",
+        "model.decoder.layers.0.fc1.weight",
+        "encoder.layer.0.intermediate.dense.weight",
+        "gpt_neox.layers.3.mlp.dense_h_to_4h.weight",
+        "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
+    ],
+    "norms": [
+        "model.norm.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.0.post_attention_layernorm.weight",
+        "model.layers.0.pre_feedforward_layernorm.weight",
+        "model.layers.0.self_attn.q_norm.weight",
+        "transformer.h.0.ln_1.bias",
+        "transformer.ln_f.weight",
+        "gpt_neox.final_layer_norm.weight",
+        "encoder.layer.0.attention.output.LayerNorm.weight",
+    ],
+    "head": [
+        "lm_head.weight",
+        "embed_out.weight",
+        "classifier.weight",
+        "score.weight",
+        "transformer.output_layer.weight",
+        "cls.predictions.transform.dense.weight",
+    ],
+    "other": ["backbone.layers.0.mixer.A_log", "model.layers.0.conv.weight"],
+}
+LISTED = [(name, part) for part, names in NAMES.items() for name in names]
+
+
+@pytest.mark.parametrize(("name", "part"), LISTED, ids=[name for name, _ in LISTED])
+def test_parts(name: str, part: str) -> None:
+    assert set(PARTS) == NAMES.keys()
+    assert part_of(name) == part
+
+
+# --- fingerprints ---------------------------------------------------------------------
+
+
+def print_of(file: Path) -> fingerprints.Fingerprint:
+    return fingerprints.fingerprint(FileIdentity.of(file))
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 1 << 20, (1 << 20) + 1, 5 << 20])
+def test_a_change_at_either_end_is_seen(size: int, tmp_path: Path) -> None:
+    content = bytearray(os.urandom(size))
+    places = {0, size - 1} if size else set()
+    digests = []
+    for number, place in enumerate([None, *places]):
+        changed = bytearray(content)
+        if place is not None:
+            changed[place] ^= 1
+        file = tmp_path / str(number) / "model.safetensors"
+        file.parent.mkdir()
+        file.write_bytes(changed)
+        found = print_of(file)
+        assert (found.name, found.size, found.whole) == (file.name, size, False)
+        digests.append(found.digest)
+    assert len(set(digests)) == len(digests)
+
+
+def test_the_same_content_elsewhere_has_the_same_digest(tmp_path: Path) -> None:
+    identities = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        for name, content in (("b", b"x" * 9), ("a", b"y" * 7)):
+            (tmp_path / folder / name).write_bytes(content)
+        found = [FileIdentity.of(tmp_path / folder / name) for name in "ba"]
+        identities.append(tuple(found))
+    first, second = map(fingerprints.digest_of, identities)
+    assert first == second == fingerprints.digest_of(identities[0][::-1])
+    assert len(first) == 64
+    (tmp_path / "two" / "b").rename(tmp_path / "two" / "c")
+    renamed = tuple(FileIdentity.of(tmp_path / "two" / name) for name in "ac")
+    assert fingerprints.digest_of(renamed) != first
+
+
+def test_a_file_that_is_written_anew_has_another_digest(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"first")
+    first = print_of(file)
+    other = tmp_path / "other"
+    other.write_bytes(b"later")
+    other.replace(file)
+    assert print_of(file).digest != first.digest
+
+
+@pytest.mark.parametrize("length", [40, 64])
+def test_a_blob_of_the_hub_is_named_by_its_hash(length: int, tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    name = hashlib.sha256(b"content").hexdigest()[:length]
+    (tmp_path / "blobs" / name).write_bytes(b"content")
+    folder = tmp_path / "snapshots" / ("a" * 40)
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").symlink_to(Path("../../blobs") / name)
+    found = print_of(folder / "model.safetensors")
+    assert found == fingerprints.Fingerprint("model.safetensors", 7, name, whole=True)
+    assert fingerprints.hub_revision(folder) == "a" * 40
+    assert fingerprints.hub_revision(folder.parent) is None
+
+
+def test_a_file_that_is_gone(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"content")
+    identity = FileIdentity.of(file)
+    file.unlink()
+    with pytest.raises(OSError, match=file.name):
+        fingerprints.fingerprint(identity)
+
+
+# --- sums -----------------------------------------------------------------------------
+
+
+def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    noise = torch.randn(3, 700, generator=torch.Generator().manual_seed(0))
+    return {
+        "ordinary": noise.to(dtype),
+        "more than a chunk": torch.linspace(-2, 2, kernels.CHUNK + 1500).to(dtype),
+        "strided": noise.to(dtype).T[::3],
+        "zero": torch.zeros(5, dtype=dtype),
+        "empty": torch.zeros(0, 4, dtype=dtype),
+        "scalar": torch.tensor(1.3, dtype=dtype),
+    }
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
+@pytest.mark.parametrize("kind", tensors(F32))
+def test_sq_norm(kind: str, dtype: torch.dtype) -> None:
+    tensor = tensors(dtype)[kind]
+    kept = tensor.clone()
+    found = kernels.sq_norm(tensor)
+    assert (found.dtype, found.shape, found.device.type) == (F64, (), "cpu")
+    exact = tensor.double().square().sum()
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)
+    assert torch.equal(tensor, kept)
+
+
+def test_sq_norm_of_what_is_not_finite() -> None:
+    assert not torch.isfinite(kernels.sq_norm(torch.tensor([1.0, float("nan")])))
+    assert not torch.isfinite(kernels.sq_norm(torch.tensor([1.0, float("inf")])))
+
+
+def grids(first: torch.dtype, second: torch.dtype) -> list[torch.dtype]:
+    """What two stored precisions are rounded to: the coarser, or what both hold."""
+    if first == second:
+        return []
+    if {first, second} == {F16, BF16}:
+        return [F16, BF16]
+    return [max(first, second, key=[F64, F32, F16, BF16].index)]
+
+
+def naive_rounding(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros((), dtype=F64)
+    for exact in (base, model):
+        rounded = exact
+        for dtype in grids(base.dtype, model.dtype):
+            rounded = rounded.to(dtype)
+        total += (exact.double() - rounded.double()).square().sum()
+    return total
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
+@pytest.mark.parametrize("kind", tensors(F32))
+def test_rounding_of_a_pair(kind: str, dtype: torch.dtype) -> None:
+    base = tensors(dtype)[kind]
+    models = [(tensors(F64)[kind] * 1.01).to(other) for other in (F16, BF16, F32, F64)]
+    kept = [tensor.clone() for tensor in (base, *models)]
+    found = kernels.rounding_sq_norms(base, models)
+    exact = torch.stack([naive_rounding(base, model) for model in models])
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)
+    same = [F16, BF16, F32, F64].index(dtype)
+    assert found[same] == 0
+    for tensor, copy in zip((base, *models), kept, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+def test_rounding_of_what_the_coarser_precision_cannot_hold() -> None:
+    """Too large for float16: kept, so that the noise stays finite."""
+    base = torch.tensor([1e6, 1.0001])
+    found = kernels.rounding_sq_norms(base, [torch.zeros(2, dtype=F16)])
+    lost = float(base[1]) - float(base[1].half())
+    assert found.tolist() == pytest.approx([lost**2])
+
+
+def test_rounding_without_models() -> None:
+    assert kernels.rounding_sq_norms(torch.ones(3), []).shape == (0,)
