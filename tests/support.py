@@ -112,6 +112,19 @@ def merge_config(
     return {**config, **settings}
 
 
+def run_command(*arguments: str | Path) -> int:
+    """Run `mergekit-metagpt`, as a new process would, and return its exit status."""
+    from mergekit.io.tasks import LoaderCache
+
+    from mergekit_metagpt.cli import main
+
+    LoaderCache.loaders.clear()
+    with pytest.raises(SystemExit) as ended:
+        main.main([str(a) for a in arguments], prog_name="mergekit-metagpt")
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
 def run_mergekit(
     config: Mapping[str, Any], out: Path, *options: str, fresh: bool = True
 ) -> State:

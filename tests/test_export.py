@@ -18,7 +18,6 @@ import yaml
 from mergekit import merge_methods
 from mergekit.config import ConditionalParameter, evaluate_setting
 
-from mergekit_metagpt.cli import main
 from mergekit_metagpt.composed import COMPOSED
 from mergekit_metagpt.exporting import setting
 from tests import broken
@@ -36,6 +35,7 @@ from tests.support import (
     naive_pool,
     naive_sq_norm,
     read_model,
+    run_command,
     run_mergekit,
     tuned,
     ulp,
@@ -164,17 +164,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Trio:
     return write_trio(tmp_path_factory.mktemp("small"), torch.bfloat16)
 
 
-def run(*arguments: str | Path) -> int:
-    """Run `mergekit-metagpt`, as a new process would, and return its exit status."""
-    from mergekit.io.tasks import LoaderCache
-
-    LoaderCache.loaders.clear()
-    with pytest.raises(SystemExit) as ended:
-        main.main([str(a) for a in arguments], prog_name="mergekit-metagpt")
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
-
-
 @dataclass(frozen=True)
 class Plain:
     """What `export` wrote, and what it said on stderr."""
@@ -205,7 +194,7 @@ def export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Export:
         file.write_text(yaml.safe_dump(config, sort_keys=False))
         target = file.with_suffix(".plain.yml")
         capsys.readouterr()
-        status = run("export", file, target, *options)
+        status = run_command("export", file, target, *options)
         said = capsys.readouterr()
         assert (status, said.out) == (0, ""), said.err
         plain = Plain(target.read_text(), said.err)
@@ -706,7 +695,7 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_exact_output(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("export", "merge.yml", "-") == 0
+    assert run_command("export", "merge.yml", "-") == 0
     said = capsys.readouterr()
     text = re.sub(r"mergekit-metagpt \d\S*\.$", "mergekit-metagpt VERSION.", said.out)
     text = re.sub(r"(?m)(?<=mergekit-metagpt )\d\S*(?=\.$)", "VERSION", said.out)
@@ -714,7 +703,7 @@ def test_exact_output(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert text == EXACT
     assert said.err == ""
 
-    assert run("export", "merge.yml", "plain.yml") == 0
+    assert run_command("export", "merge.yml", "plain.yml") == 0
     assert Path("plain.yml").read_text() == said.out
     assert capsys.readouterr() == ("", "")
 
@@ -730,7 +719,7 @@ def test_nothing_is_merged_and_no_model_is_loaded(
     monkeypatch.setattr(mergekit.merge, "run_merge", fail)
     monkeypatch.setattr(torch.nn.Module, "__init__", fail)
     before = snapshot(inside)
-    assert run("export", "merge.yml", "plain.yml") == 0
+    assert run_command("export", "merge.yml", "plain.yml") == 0
     assert snapshot(inside).keys() - before.keys() == {"plain.yml"}
 
 
@@ -738,13 +727,13 @@ def test_a_file_that_exists_is_kept_without_force(
     inside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("plain.yml").write_text("precious")
-    assert run("export", "merge.yml", "plain.yml") == 2
+    assert run_command("export", "merge.yml", "plain.yml") == 2
     assert capsys.readouterr() == (
         "",
         "Error: plain.yml exists; choose another name, or --force\n",
     )
     assert Path("plain.yml").read_text() == "precious"
-    assert run("export", "merge.yml", "plain.yml", "--force") == 0
+    assert run_command("export", "merge.yml", "plain.yml", "--force") == 0
     assert yaml.safe_load(Path("plain.yml").read_text())["dtype"] == "float32"
 
 
@@ -811,7 +800,7 @@ def test_bad_input_is_one_line_and_nothing_is_created(
     Path("merge.yml").write_bytes(content)
     before: Mapping[str, Any] = snapshot(tmp_path)
     capsys.readouterr()
-    status = run("export", "merge.yml", "plain.yml")
+    status = run_command("export", "merge.yml", "plain.yml")
     assert_refused(status, capsys, part)
     assert snapshot(tmp_path) == before
 
@@ -832,6 +821,6 @@ def test_bad_places(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = snapshot(inside)
-    status = run("export", *arguments)
+    status = run_command("export", *arguments)
     assert_refused(status, capsys, part)
     assert snapshot(inside) == before

@@ -20,7 +20,6 @@ import pytest
 import torch
 import yaml
 
-from mergekit_metagpt.cli import main
 from tests import broken
 from tests.broken import snapshot
 from tests.merges import common_part
@@ -36,6 +35,7 @@ from tests.support import (
     naive_coefficients,
     naive_pool,
     naive_sq_norm,
+    run_command,
     tuned,
     write_model,
 )
@@ -46,17 +46,6 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 Report = dict[str, Any]
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SMALL: dict[str, Any] = {"num_hidden_layers": 2}
-
-
-def run(*arguments: str | Path) -> int:
-    """Run `mergekit-metagpt`, as a new process would, and return its exit status."""
-    from mergekit.io.tasks import LoaderCache
-
-    LoaderCache.loaders.clear()
-    with pytest.raises(SystemExit) as ended:
-        main.main([str(a) for a in arguments], prog_name="mergekit-metagpt")
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +63,7 @@ def inspect(capsys: pytest.CaptureFixture[str]) -> Inspect:
 
     def inspected(*arguments: str | Path) -> Report:
         capsys.readouterr()
-        status = run("inspect", *arguments, "--json", "-")
+        status = run_command("inspect", *arguments, "--json", "-")
         said = capsys.readouterr()
         assert (status, said.err) == (0, "")
         return json.loads(said.out, parse_constant=pytest.fail)
@@ -85,7 +74,7 @@ def inspect(capsys: pytest.CaptureFixture[str]) -> Inspect:
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     """What `inspect` prints; nothing goes to stderr."""
     capsys.readouterr()
-    status = run("inspect", *arguments)
+    status = run_command("inspect", *arguments)
     said = capsys.readouterr()
     assert (status, said.err) == (0, "")
     return said.out
@@ -515,12 +504,12 @@ def test_adapters(
 ) -> None:
     adapted = write_adapters(tmp_path / "m")
     models = [f"{adapted.base}+{adapter}" for adapter in adapted.adapters]
-    assert run("inspect", "--base", adapted.base, *models) == 2
+    assert run_command("inspect", "--base", adapted.base, *models) == 2
     said = capsys.readouterr()
     assert said.out == "" and "--lora-merge-cache" in said.err.splitlines()[-1]
     cache = tmp_path / "cache"
     capsys.readouterr()
-    status = run(
+    status = run_command(
         *("inspect", "--base", adapted.base, *models, "--json", "-"),
         *("--lora-merge-cache", cache),
     )
@@ -939,7 +928,7 @@ def test_a_reader_that_has_seen_enough(
     with capfd.disabled():
         stream = os.fdopen(write, "w", encoding="utf-8")
     monkeypatch.setattr("sys.stdout", stream)
-    status = run("inspect", "ab.yml", "--granularity", "tensor", *option)
+    status = run_command("inspect", "ab.yml", "--granularity", "tensor", *option)
     monkeypatch.undo()
     with contextlib.suppress(BrokenPipeError):
         stream.close()
@@ -1072,7 +1061,7 @@ def test_bad_input_is_one_line_and_nothing_is_created(
     Path("merge.yml").write_bytes(content)
     before = snapshot(tmp_path)
     capsys.readouterr()
-    status = run("inspect", "merge.yml", *OUTPUTS)
+    status = run_command("inspect", "merge.yml", *OUTPUTS)
     assert_refused(status, capsys, part)
     assert snapshot(tmp_path) == before
 
@@ -1102,7 +1091,7 @@ def test_bad_arguments(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = snapshot(inside)
-    status = run("inspect", *arguments)
+    status = run_command("inspect", *arguments)
     assert_refused(status, capsys, part)
     assert snapshot(inside) == before
 
@@ -1115,7 +1104,7 @@ def test_wrong_usage(
     arguments: list[str], inside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = snapshot(inside)
-    assert run("inspect", *arguments) == 2
+    assert run_command("inspect", *arguments) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.splitlines()[-1].startswith("Error: ")
     assert snapshot(inside) == before
@@ -1125,7 +1114,7 @@ def test_a_figure_has_no_place_on_stdout(
     inside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = snapshot(inside)
-    status = run("inspect", "ab.yml", "--plot", "-")
+    status = run_command("inspect", "ab.yml", "--plot", "-")
     assert snapshot(inside) == before
     assert_refused(status, capsys, "--plot")
 
@@ -1133,7 +1122,7 @@ def test_a_figure_has_no_place_on_stdout(
 def test_stdout_is_for_one_of_json_and_csv(
     inside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = run("inspect", "ab.yml", "--json", "-", "--csv", "-")
+    status = run_command("inspect", "ab.yml", "--json", "-", "--csv", "-")
     assert_refused(status, capsys, "stdout")
 
 
@@ -1142,7 +1131,7 @@ def test_a_disk_that_is_full(inside: Path, capsys: pytest.CaptureFixture[str]) -
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("no /dev/full here")
-    status = run("inspect", "ab.yml", "--json", full)
+    status = run_command("inspect", "ab.yml", "--json", full)
     assert_refused(status, capsys, "No space left")
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 
-from mergekit_metagpt.cli import main
 from tests import broken
 from tests.broken import snapshot
 from tests.support import (
@@ -26,6 +25,7 @@ from tests.support import (
     naive_coefficients,
     naive_sq_norms,
     read_model,
+    run_command,
     run_mergekit,
     tuned,
     write_model,
@@ -36,17 +36,6 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 QUIET = ("--no-copy-tokenizer", "--quiet")
 BESIDE = {"metagpt.json", "metagpt.png", "mergekit_config.plain.yml"}
 SIZES: dict[str, Any] = {"num_hidden_layers": 2}
-
-
-def run(*arguments: str | Path) -> int:
-    """Run `mergekit-metagpt`, as a new process would, and return its exit status."""
-    from mergekit.io.tasks import LoaderCache
-
-    LoaderCache.loaders.clear()
-    with pytest.raises(SystemExit) as ended:
-        main.main([str(a) for a in arguments], prog_name="mergekit-metagpt")
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
 
 
 @pytest.fixture
@@ -100,7 +89,7 @@ def test_what_lies_beside_the_model(
     weights = run_mergekit(absolute, theirs)
 
     capsys.readouterr()
-    assert run("merge", "merge.yml", "out", *QUIET) == 0
+    assert run_command("merge", "merge.yml", "out", *QUIET) == 0
     assert capsys.readouterr().out == ""
     out = work / "out"
     assert new_in(work, before) == {"out"}
@@ -110,9 +99,9 @@ def test_what_lies_beside_the_model(
         assert path.read_bytes() == (out / path.name).read_bytes()
 
     # The report is that of `inspect`, the plain YAML that of `export`.
-    assert run("inspect", "merge.yml", "--json", "-") == 0
+    assert run_command("inspect", "merge.yml", "--json", "-") == 0
     assert capsys.readouterr().out == (out / "metagpt.json").read_text()
-    assert run("export", "merge.yml", "-") == 0
+    assert run_command("export", "merge.yml", "-") == 0
     assert capsys.readouterr().out == (out / "mergekit_config.plain.yml").read_text()
     plain = yaml.safe_load((out / "mergekit_config.plain.yml").read_text())
     for entry in (plain, *plain["models"]):
@@ -144,7 +133,7 @@ def test_the_section_of_the_card(
     settings: dict[str, Any], formula: str, work: Path, states: dict[str, State]
 ) -> None:
     write_config(parameters=settings)
-    assert run("merge", "merge.yml", "out", *QUIET) == 0
+    assert run_command("merge", "merge.yml", "out", *QUIET) == 0
     card = Path("out/README.md").read_text()
     title, head, section = re.split(r"(?m)^(?=# |## MetaGPT)", card)[-3:]
     assert title.startswith("---\n") and head.startswith("# out\n")
@@ -175,7 +164,7 @@ def test_the_section_of_the_card(
 def test_a_composed_method_and_a_random_seed(work: Path) -> None:
     config = write_config(merge_method="metagpt_dare_ties", parameters={"density": 0.5})
     seed = ("--random-seed", "5")
-    assert run("merge", "merge.yml", "out", *QUIET, *seed) == 0
+    assert run_command("merge", "merge.yml", "out", *QUIET, *seed) == 0
     config["base_model"] = str(work / "m/base")
     config["models"] = [{"model": str(work / "m" / name)} for name in "ab"]
     theirs = run_mergekit(config, work.parent / "plain" / "out", *seed)
@@ -192,17 +181,19 @@ def test_a_composed_method_and_a_random_seed(work: Path) -> None:
 @pytest.mark.parametrize("name", ["made", "beside", "replaced", ".hidden"])
 def test_any_name_of_the_folder(name: str, work: Path) -> None:
     before = dict(snapshot(work))
-    assert run("merge", "merge.yml", name, *QUIET) == 0
+    assert run_command("merge", "merge.yml", name, *QUIET) == 0
     assert new_in(work, before) == {name}
     assert f"\n# {name}\n" in Path(name, "README.md").read_text()
     if name == "replaced":
-        assert run("merge", "merge.yml", name, *QUIET, "--force") == 0
+        assert run_command("merge", "merge.yml", name, *QUIET, "--force") == 0
         assert new_in(work, before) == {name}
     assert {path.name for path in Path(name).iterdir()} >= BESIDE
 
 
 def test_without_a_card(work: Path) -> None:
-    assert run("merge", "merge.yml", "out", *QUIET, "--no-write-model-card") == 0
+    assert (
+        run_command("merge", "merge.yml", "out", *QUIET, "--no-write-model-card") == 0
+    )
     names = {path.name for path in Path("out").iterdir()}
     assert BESIDE <= names and "README.md" not in names
 
@@ -220,7 +211,7 @@ def test_the_files_are_scanned_once(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(scanning, "scan_checkpoints", noted)
-    assert run("merge", "merge.yml", "out", *QUIET) == 0
+    assert run_command("merge", "merge.yml", "out", *QUIET) == 0
     assert len(found) == 1
 
 
@@ -256,7 +247,7 @@ def test_a_step_that_fails_leaves_nothing(
         Path("out/precious").write_text("kept")
     before = snapshot(work)
     capsys.readouterr()
-    assert run("merge", "merge.yml", "out", *QUIET, "--force") == 2
+    assert run_command("merge", "merge.yml", "out", *QUIET, "--force") == 2
     assert capsys.readouterr() == ("", "Error: the disk is full\n")
     assert snapshot(work) == before
 
@@ -273,7 +264,7 @@ def test_a_step_that_fails_leaves_no_folder_above(
 ) -> None:
     STEPS[step](monkeypatch)
     before = snapshot(work)
-    assert run("merge", "merge.yml", "deep/er/out", *QUIET) == 2
+    assert run_command("merge", "merge.yml", "deep/er/out", *QUIET) == 2
     assert snapshot(work) == before
 
 
@@ -291,7 +282,7 @@ def test_the_old_model_comes_back_if_the_new_one_cannot_take_its_place(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    assert run("merge", "merge.yml", "out", *QUIET, "--force") == 2
+    assert run_command("merge", "merge.yml", "out", *QUIET, "--force") == 2
     assert snapshot(work) == before
 
 
@@ -304,7 +295,7 @@ def test_slices_of_different_numbers_of_models(work: Path) -> None:
     config = merge_config(work / "m/base", [], slices=slices)
     theirs = run_mergekit(config, work.parent / "plain" / "out")
     Path("merge.yml").write_text(yaml.safe_dump(config))
-    assert run("merge", "merge.yml", "out", *QUIET) == 0
+    assert run_command("merge", "merge.yml", "out", *QUIET) == 0
     for name, tensor in read_model(Path("out")).items():
         assert_same_bits(tensor, theirs[name])
 
@@ -326,7 +317,7 @@ def test_models_of_two_architectures(tmp_path: Path) -> None:
     file, out = tmp_path / "merge.yml", tmp_path / "out"
     file.write_text(yaml.safe_dump(config))
     before = snapshot(tmp_path)
-    assert run("merge", file, out, *QUIET) == 2
+    assert run_command("merge", file, out, *QUIET) == 2
     assert snapshot(tmp_path) == before
-    assert run("merge", file, out, *QUIET, "--allow-crimes") == 0
+    assert run_command("merge", file, out, *QUIET, "--allow-crimes") == 0
     assert {path.name for path in out.iterdir()} >= BESIDE

@@ -1,0 +1,90 @@
+"""Merges with less memory for page cache than the files need; prints Markdown.
+
+    python docs/benchmarks/limited.py STORE [--limit-gb 4.5] [--rounds 3]
+
+Runs in a control group of its own (which needs root) that may hold LIMIT bytes, page
+cache included: so every pass over the store reads it from the disk. In every round:
+reading all files once, the scan, and whole merges by metagpt and task_arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import machine
+import scan
+import store
+import whole_process
+
+GROUPS = Path("/sys/fs/cgroup")
+
+
+def join_group(limit: int) -> Path:
+    """Move this process to a new control group that may hold `limit` bytes."""
+    old = GROUPS / "memory"
+    home = (old if old.is_dir() else GROUPS) / f"metagpt-{os.getpid()}"
+    home.mkdir()
+    name = "memory.limit_in_bytes" if old.is_dir() else "memory.max"
+    (home / name).write_text(str(limit))
+    (home / "cgroup.procs").write_text(str(os.getpid()))
+    return home
+
+
+def seconds_of_scan(base: Path, tuned: list[Path]) -> float:
+    """Time one scan, in a process of its own, without the start of Python."""
+    code = (
+        "import sys, time; from mergekit_metagpt import scan; start = "
+        "time.perf_counter(); scan(sys.argv[1], sys.argv[2:]); "
+        "print(time.perf_counter() - start)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, (base, *tuned))],
+        env={**os.environ, "MERGEKIT_METAGPT_CACHE": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--limit-gb", type=float, default=4.5)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    base, tuned = store.make(given.store, 3)
+    base, tuned = base.resolve(), [path.resolve() for path in tuned]
+    files = scan.files_of([base, *tuned])
+    size = sum(file.stat().st_size for file in files)
+    configs = whole_process.configurations(base, tuned)
+    join_group(int(given.limit_gb * 1e9))
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+        for _ in range(given.rounds):
+            took = {
+                "reading once": scan.seconds(lambda: scan.read(files, 2)),
+                "scan": seconds_of_scan(base, tuned),
+            }
+            for method in ("metagpt", "task_arithmetic"):
+                took[method] = whole_process.run(
+                    configs[method], Path(name), "0"
+                ).wall_s
+            for row, value in took.items():
+                found.setdefault(row, []).append(value)
+    print(machine.describe())
+    print(f"{size / 1e9:.1f} GB of files, {given.limit_gb} GB to hold them\n")
+    print("| what | median, s | range |\n|---|---|---|")
+    for row, values in found.items():
+        middle = statistics.median(values)
+        print(f"| {row} | {middle:.1f} | {min(values):.1f} to {max(values):.1f} |")
+
+
+if __name__ == "__main__":
+    main()
