@@ -174,7 +174,9 @@ def _cosines(family: findings.Family) -> Sheet:
     numbers = (str(number) for number in range(1, len(family.models) + 1))
     sheet = Sheet([Column("#"), *map(Column, numbers)])
     for number, row in enumerate(family.cosines, 1):
-        cells = ("-" if value is None else f"{value:+.2f}" for value in row)
+        # Plus 0.0, which makes -0.0 positive.
+        rounded = (None if value is None else round(value, 2) + 0.0 for value in row)
+        cells = ("-" if value is None else f"{value:+.2f}" for value in rounded)
         sheet.rows.append([str(number), *cells])
     return sheet
 

@@ -283,7 +283,9 @@ def test_an_unknown_option_is_noticed() -> None:
 def test_what_to_inspect(name: str) -> None:
     program, command, *arguments = command_of(name, "Inspect first")
     assert (program, command) == ("mergekit-metagpt", "inspect")
-    cli.main.commands[command].make_context(command, list(arguments))
+    # click keeps what the first context of a command says, such as its help options.
+    parent = click.Context(cli.main, **cli.main.context_settings)
+    cli.main.commands[command].make_context(command, list(arguments), parent=parent)
     if name in CHAINS:
         option, base, *models = arguments
         first = documents_of(name)[0]
