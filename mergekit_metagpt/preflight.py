@@ -43,17 +43,21 @@ def check(config: MergeConfiguration, options: MergeOptions) -> None:
 
 
 def check_names(config: MergeConfiguration) -> None:
-    """Refuse misspelt parameters of one of our methods; warn of those it has not.
+    """Refuse misspelt or misplaced parameters; warn of those that mean nothing.
 
     Args:
         config: mergekit's configuration.
 
     Raises:
-        ValueError: a parameter looks like a known one misspelt.
+        ValueError: a parameter looks like a known one misspelt, or is one of all
+            models and stands under one.
     """
     from mergekit.merge_methods import registry
+    from mergekit.merge_methods.base import ParameterScope
 
     register()
     spec = registry.get(config.merge_method).spec
+    shared = {p.name for p in spec.parameters if p.scope == ParameterScope.SHARED}
+    recipe.check_levels(config, shared)
     if unknown := recipe.ignored(config, {p.name for p in spec.parameters}):
         LOG.warning("ignored, as %s has none: %s", spec.name, ", ".join(unknown))

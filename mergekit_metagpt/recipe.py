@@ -291,3 +291,24 @@ def ignored(config: MergeConfiguration, known: Collection[str]) -> list[str]:
                 f"{meant[0]}?"
             )
     return unknown
+
+
+def check_levels(config: MergeConfiguration, shared: Collection[str]) -> None:
+    """Refuse a parameter of all models under a single one, where mergekit ignores it.
+
+    Args:
+        config: mergekit's configuration.
+        shared: parameters that have one value for all models.
+
+    Raises:
+        ValueError: one of them stands under a model.
+    """
+    for part in inputs(config):
+        for model, levels in zip(part.models, part.settings, strict=True):
+            own = levels[: len(levels) - len(part.shared)]
+            for name in (name for level in own for name in level if name in shared):
+                raise ValueError(
+                    f"{name} stands under {model} in {part.place}, but is one for all "
+                    "models, and mergekit would ignore it there. Move it to the "
+                    "`parameters:` at the end of the YAML"
+                )

@@ -739,6 +739,16 @@ def test_a_file_that_exists_is_kept_without_force(
 
 # --- bad input ------------------------------------------------------------------------
 
+
+def under_one_model(**given: Any) -> broken.Spoil:
+    """Parameters of the last model alone."""
+
+    def spoil(folder: Path, config: dict[str, Any]) -> None:
+        config["models"][-1]["parameters"] = given
+
+    return spoil
+
+
 BAD: dict[str, tuple[Any, str]] = {
     "another method": (broken.settings(merge_method="ties"), "'ties'"),
     "no base": (broken.without("base_model"), "base_model"),
@@ -747,6 +757,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "all weights 0": (broken.weights(0, 0), "weight is 0"),
     "negative weight": (broken.weights(-1, 1), "weight is -1"),
     "misspelt parameter": (broken.parameters(granularty="layer"), "granularity"),
+    "shared parameter under a model": (under_one_model(power=1), "power stands under"),
     "NaN": (broken.poisoned("tuned1", float("nan")), broken.TENSOR),
     "infinity in the base": (broken.poisoned("base", float("inf")), broken.TENSOR),
     "quantised": (broken.rewritten("tuned0", broken.to_fp8), "quantised"),
