@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -38,9 +39,10 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 class _Entry(BaseModel):
     """What an entry holds beside its results."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     format: Literal[1] = 1
+    key: str
     kind: str
     base: str
     models: list[str]
@@ -50,7 +52,7 @@ class _Entry(BaseModel):
 class _Pair(BaseModel):
     """`PairNorms`; `counted_as` without the names that count as themselves."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     sq_norms: dict[str, SqNorm]
     counted_as: dict[str, str]
@@ -60,7 +62,7 @@ class _Pair(BaseModel):
 class _Details(BaseModel):
     """`Details`; of each Gram matrix the upper triangle, row by row."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     count: int
     gram: dict[str, list[Finite]]
@@ -210,12 +212,13 @@ def _read(
 ) -> M | None:
     try:
         place = _place(kind, base, models)
-        if place is None or place.stat().st_size > MOST_BYTES:
+        if place is None or _size(place) > MOST_BYTES:
             return None
         head, _, payload = place.read_bytes().partition(b"\n")
         entry = _Entry.model_validate_json(head)
-        if entry.kind != kind or entry.checksum != hashlib.sha256(payload).hexdigest():
-            raise ValueError("its checksum is of other content")
+        checksum = hashlib.sha256(payload).hexdigest()
+        if (entry.key, entry.kind, entry.checksum) != (place.stem, kind, checksum):
+            raise ValueError("it is of other models, or its content has changed")
         found = schema.model_validate_json(payload)
     except FileNotFoundError:
         return None
@@ -224,6 +227,14 @@ def _read(
         return None
     LOG.info("%s of %s taken from %s", kind, ", ".join(entry.models), place)
     return found
+
+
+def _size(file: Path) -> int:
+    """Size of an entry; a pipe or device, which may never end, is none."""
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"{file} is no regular file")
+    return status.st_size
 
 
 def _write(
@@ -238,6 +249,7 @@ def _write(
             return
         payload = content.model_dump_json().encode()
         entry = _Entry(
+            key=place.stem,
             kind=kind,
             base=base.label,
             models=[model.label for model in models],
@@ -259,7 +271,7 @@ def _write(
 
 def _trim(home: Path) -> None:
     """Remove the oldest entries beyond the number that is kept."""
-    files = sorted(home.glob("*.json"), key=lambda file: file.stat().st_mtime)
+    files = sorted(home.glob("*.json"), key=lambda file: file.lstat().st_mtime)
     for file in files[: max(0, len(files) - MOST_ENTRIES)]:
         file.unlink(missing_ok=True)
 
@@ -290,15 +302,16 @@ def entries() -> Iterator[Remembered]:
     home = folder()
     if home is None or not home.is_dir():
         return
-    for file in sorted(home.glob("*.json"), key=lambda file: file.stat().st_mtime):
+    for file in sorted(home.glob("*.json"), key=lambda file: file.lstat().st_mtime):
         try:
+            _size(file)
             with file.open("rb") as stream:
                 entry = _Entry.model_validate_json(stream.readline(MOST_BYTES))
             kind, base, models = entry.kind, entry.base, tuple(entry.models)
         except (OSError, ValueError, ValidationError):
             kind, base, models = "", "", ()
-        stat = file.stat()
-        yield Remembered(file, kind, base, models, stat.st_size, stat.st_mtime)
+        status = file.lstat()
+        yield Remembered(file, kind, base, models, status.st_size, status.st_mtime)
 
 
 def clear() -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import click
 
 from mergekit_metagpt import __version__, autoload
+from mergekit_metagpt.names import printable
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
@@ -23,12 +24,17 @@ T = TypeVar("T")
 
 # Columns where stdout is no terminal: lines of a table should not be broken there.
 PIPE_WIDTH = 240
+# Characters of an error; some quote what they found.
+MOST_SAID = 2000
 
 
 class Refusal(click.ClickException):
     """Bad input: one line on stderr, exit status 2."""
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 def _one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
@@ -38,10 +44,40 @@ def _one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
             return command(*args, **kwargs)
         except BrokenPipeError:
             raise  # whoever read our output has seen enough; click ends quietly
-        except (ValueError, OSError, RuntimeError) as error:
-            raise Refusal(" ".join(str(error).split())) from error
+        except Exception as error:
+            if not isinstance(error, _expected_errors()):
+                raise
+            raise Refusal(_told(error)) from error
 
     return wrapper
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    from safetensors import SafetensorError  # what mergekit's writer raises
+
+    return ValueError, OSError, RuntimeError, MemoryError, ImportError, SafetensorError
+
+
+def _told(error: Exception) -> str:
+    """An error in one line of a length that can be read."""
+    line = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        line = f"not enough memory. {line}".strip()
+    if isinstance(error, ImportError):
+        line = f"{line}. {_versions()}"
+    if len(line) > MOST_SAID:
+        line = f"{line[: MOST_SAID // 2]} ... {line[-MOST_SAID // 2 :]}"
+    return line
+
+
+def _versions() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found = version("mergekit")
+    except PackageNotFoundError:
+        found = "none"
+    return f"mergekit 0.1.5 or a later 0.1 is needed; found: {found}"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -209,7 +245,8 @@ def inspect(
     if "-" not in (json_file, csv_file):
         console = _console()
         for part in tables.report(report):
-            console.print(part, soft_wrap=isinstance(part, str), markup=False)
+            text = printable(part) if isinstance(part, str) else part
+            console.print(text, soft_wrap=isinstance(part, str), markup=False)
 
 
 @main.command()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from pydantic import BaseModel
 
 from mergekit_metagpt import __version__, recipe
 from mergekit_metagpt.checkpoints import already_open
@@ -62,8 +64,7 @@ def export(config: MergeConfiguration, options: MergeOptions) -> Exported:
             weights[place] = share
 
     inner = config.merge_method.removeprefix("metagpt").removeprefix("_")
-    dump = config.model_dump(mode="json", exclude_defaults=True)
-    dump = _kept(dump, _kept_parameters(config.merge_method))
+    dump = _kept(_dumped(config), _kept_parameters(config.merge_method))
     first = {"merge_method": inner or "task_arithmetic"}
     data = {**first, "base_model": dump.get("base_model"), **dump, **first}
     if data["base_model"] is None:  # every slice has its own
@@ -137,6 +138,26 @@ def _kept_parameters(method: str) -> set[str]:
         return {"lambda"}
     theirs = {parameter.name for parameter in registry.get(method).spec.parameters}
     return theirs - {p.name for p in own_parameters() if p.name != "lambda"}
+
+
+def _dumped(value: Any) -> Any:
+    """A configuration as plain data; mergekit's own way fails for paths with spaces."""
+    from mergekit.common import ModelReference
+
+    if isinstance(value, ModelReference) and value.override_architecture is None:
+        return str(value)
+    if isinstance(value, BaseModel):
+        found = {name: getattr(value, name) for name in type(value).model_fields}
+        return {
+            name: _dumped(found[name])
+            for name, field in type(value).model_fields.items()
+            if found[name] != field.get_default(call_default_factory=True)
+        }
+    if isinstance(value, dict):
+        return {key: _dumped(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_dumped(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
 
 
 def _kept(data: Any, names: Collection[str]) -> Any:

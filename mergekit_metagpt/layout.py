@@ -12,6 +12,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from mergekit_metagpt.names import printable
+
 # Between two columns, and the least width of a column whose cells may be folded.
 GAP = 3
 LEAST = 16
@@ -51,7 +53,7 @@ class Sheet:
                 for heading, cell in zip(headings, others, strict=True)
             ]
             line = f"{label}  {', '.join(cells)}"
-            yield Padding(Text(line, overflow="fold"), (0, 0, 0, 1))
+            yield Padding(Text(printable(line), overflow="fold"), (0, 0, 0, 1))
         yield Text()
 
     def _least_width(self) -> int:
@@ -72,5 +74,5 @@ class Sheet:
                 no_wrap=not column.names,
             )
         for row in self.rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(printable(cell)) for cell in row))
         return table

@@ -59,14 +59,13 @@ def merge(
     _check_place(out, config_file, config, force=force)
     options.apply_global_options()
     LoaderCache().setup(options)
-    preflight.check(config, options)
+    checkpoints = preflight.check(config, options)
 
     found = families.of_config(config)
     report = inspecting.inspect(found, options, method=config.merge_method)
     exported = exporting.export(config, options)
 
-    home = next(folder for folder in out.parents if folder.is_dir())
-    parent = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=home))
+    parent = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=_home(out)))
     try:
         # First what a merge of hours should not be lost to.
         beside = parent / "beside"
@@ -81,6 +80,8 @@ def merge(
         # Under the name of `out`, which mergekit makes the title of the model card.
         made = parent / "made" / out.name
         run_merge(config, str(made), options, config_source=text)
+        for checkpoint in checkpoints:
+            checkpoint.verify_unchanged()
         for path in beside.iterdir():
             path.rename(made / path.name)
         if options.write_model_card:
@@ -88,7 +89,23 @@ def merge(
                 stream.write(f"\n{about}")
         _put(made, out, aside=parent / "replaced")
     finally:
-        shutil.rmtree(parent)
+        _remove(parent)
+
+
+def _home(out: Path) -> Path:
+    """Where to work: a folder from which the model can be moved to its place."""
+    if out.is_dir() and not any(out.iterdir()):
+        return out  # it may be a disk of its own, into which nothing can be moved
+    return next(folder for folder in out.parents if folder.is_dir())
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, also if Ctrl-C is pressed meanwhile."""
+    try:
+        shutil.rmtree(folder)
+    except KeyboardInterrupt:
+        shutil.rmtree(folder)
+        raise
 
 
 def _check_place(
@@ -114,10 +131,16 @@ def _check_place(
 
 def _put(made: Path, out: Path, aside: Path) -> None:
     """Move a finished model to its place; on failure all is as it was."""
-    if out.is_dir() and not any(out.iterdir()):
+    if made.is_relative_to(out):
         # The folder itself stays: it may be where somebody stands.
-        for path in made.iterdir():
-            path.rename(out / path.name)
+        moved: list[Path] = []
+        try:
+            for path in sorted(made.iterdir()):
+                moved.append(path.rename(out / path.name))
+        except BaseException:
+            for path in moved:
+                path.rename(made / path.name)
+            raise
         return
     above = [folder for folder in out.parents if not folder.exists()]
     if out.exists():

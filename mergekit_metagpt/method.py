@@ -120,6 +120,8 @@ class MetaGPTMerge(GroupMergeMethod):
             for group, bound in zip(groups, parameters, strict=True)
         ]
         self._require_weights(groups, settings)
+        for group in groups if self.from_files else ():
+            sources.require_unchanged(group)
         measured = self._sq_norms(groups, settings)
         lambdas = [
             self._coefficients(*arguments)

@@ -142,3 +142,22 @@ def natural(name: str) -> tuple[object, ...]:
         (1, int(part), "") if part.isdecimal() else (0, 0, part)
         for part in name.split(".")
     )
+
+
+def printable(text: str) -> str:
+    r"""Spell out control characters, which would move a terminal's cursor, or worse.
+
+    Args:
+        text: lines from files of strangers.
+
+    Returns:
+        the text with escapes for all but the ends of lines.
+
+    Example:
+        >>> printable("model\x1b[2J")
+        'model\\x1b[2J'
+    """
+    return "".join(
+        char if char == "\n" or char.isprintable() else repr(char)[1:-1]
+        for char in text
+    )

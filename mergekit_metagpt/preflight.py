@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_metagpt import recipe
 from mergekit_metagpt.alignment import check_pair
-from mergekit_metagpt.checkpoints import open_checkpoints
+from mergekit_metagpt.checkpoints import Checkpoint, open_checkpoints
 from mergekit_metagpt.registration import register
 
 if TYPE_CHECKING:
@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("mergekit_metagpt")
 
 
-def check(config: MergeConfiguration, options: MergeOptions) -> None:
+def check(config: MergeConfiguration, options: MergeOptions) -> list[Checkpoint]:
     """Check that a merge by one of our methods can be done; register the methods.
 
     Args:
         config: mergekit's configuration.
         options: mergekit's own.
+
+    Returns:
+        the base and all models, as they were when they were checked.
 
     Raises:
         ValueError: the configuration or a model is refused.
@@ -40,6 +43,7 @@ def check(config: MergeConfiguration, options: MergeOptions) -> None:
         for model in part.models:
             if part.base is not None and model != part.base:
                 check_pair(checkpoints[part.base], checkpoints[model])
+    return list(checkpoints.values())
 
 
 def check_names(config: MergeConfiguration) -> None:

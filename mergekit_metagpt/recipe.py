@@ -24,6 +24,9 @@ Settings = Mapping[str, Any]
 
 METHODS = ("metagpt", *(f"metagpt_{name}" for name in COMPOSED))
 
+# More than any merge has; a few aliases of aliases stand for billions.
+MOST_VALUES = 1_000_000
+
 # Keys of a merge YAML whose values name a model or a tokenizer.
 _MODEL_KEYS = ("model", "base_model", "path", "source", "tokenizer_source")
 
@@ -68,7 +71,9 @@ def read(text: str) -> MergeConfiguration:
 
     try:
         data = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+        if _values(data, {}) > MOST_VALUES:
+            raise ValueError(f"its aliases stand for over {MOST_VALUES:,} values")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"not readable as YAML: {_one_line(error)}") from error
     if not isinstance(data, dict):
         raise ValueError(
@@ -77,8 +82,19 @@ def read(text: str) -> MergeConfiguration:
         )
     try:
         return MergeConfiguration.model_validate(_local(data))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, RecursionError) as error:
         raise ValueError(f"no merge configuration: {_one_line(error)}") from error
+
+
+def _values(data: Any, known: dict[int, int]) -> int:
+    """Count the values of a YAML, those behind an alias wherever it stands."""
+    if not isinstance(data, dict | list):
+        return 1
+    if id(data) not in known:
+        known[id(data)] = MOST_VALUES  # should it hold itself
+        parts = data.values() if isinstance(data, dict) else data
+        known[id(data)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(data)]
 
 
 def _one_line(error: Exception) -> str:
@@ -130,6 +146,8 @@ def inputs(config: MergeConfiguration) -> Iterator[Inputs]:
             )
         first_layer = 0
         for number, entry in enumerate(module.slices or ()):
+            if not entry.sources:
+                raise ValueError(f"{within}slices[{number}] has no sources")
             ranges = [source.layer_range for source in entry.sources]
             yield Inputs(
                 place=f"{within}slices[{number}]",

@@ -228,6 +228,22 @@ def _require_finite(group: TensorGroup) -> None:
             )
 
 
+def require_unchanged(group: TensorGroup) -> None:
+    """Check that the files behind a group are those that mergekit opened.
+
+    Args:
+        group: the inputs of a merge from files.
+
+    Raises:
+        OSError: a file has changed, or is gone.
+    """
+    from mergekit_metagpt import checkpoints
+
+    for entry in group.entries:
+        if checkpoint := checkpoints.already_open(entry.id):
+            checkpoint.verify_unchanged()
+
+
 def _stored_sq_norms(group: TensorGroup, settings: Settings) -> Measured | None:
     from mergekit_metagpt import checkpoints, scanning
 
@@ -240,8 +256,6 @@ def _stored_sq_norms(group: TensorGroup, settings: Settings) -> Measured | None:
         )
     known = {model: found for model, found in opened.items() if found is not None}
     base = known.pop(base_of(group).id)
-    for checkpoint in (base, *known.values()):
-        checkpoint.verify_unchanged()
     pairs = scanning.pair_norms(base, list(known.values()))
     if settings.granularity == "model":
         pools = [_pooled(pair, None, settings.exclude) for pair in pairs]
