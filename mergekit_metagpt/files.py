@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -152,11 +154,21 @@ def _open_safetensors(file: Path) -> Any:
         ) from error
 
 
+def _has_our_byte_order(file: Path) -> bool:
+    """Whether a pickle can be mapped; torch swaps bytes in place, and would crash."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            records = [n for n in archive.namelist() if n.endswith("/byteorder")]
+            return all(archive.read(n) == sys.byteorder.encode() for n in records)
+    except (zipfile.BadZipFile, OSError):
+        return True  # no archive: torch says what it is
+
+
 def _load_pickle(file: Path) -> Mapping[str, torch.Tensor]:
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
         try:
-            state = torch.load(file, mmap=True, **options)
+            state = torch.load(file, mmap=_has_our_byte_order(file), **options)
         except RuntimeError:
             # Files in torch's format before 1.6 are no archives and cannot be mapped.
             state = torch.load(file, **options)
@@ -169,8 +181,21 @@ def _load_pickle(file: Path) -> Mapping[str, torch.Tensor]:
             f"{file} cannot be read: {error}. It is truncated, corrupt, or holds more "
             "than tensors"
         ) from error
-    state = state.get("state_dict", state)
-    return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise OSError(
+            f"{file} cannot be read: it holds {type(state).__name__}; expected tensors "
+            "by name. Fetch it again"
+        )
+    found = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    for name, tensor in found.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise OSError(
+                f"{file} cannot be read: {name} is {tensor.layout} on "
+                f"{tensor.device}; expected plain tensors"
+            )
+    return found
 
 
 def quantised(label: str, why: str) -> ValueError:

@@ -307,7 +307,9 @@ def scaled_sum(
         >>> scaled_sum(torch.zeros(2), [torch.ones(2), 2 * torch.ones(2)], lambdas)
         tensor([1.7500, 1.7500])
     """
-    dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+    factors = lambdas.tolist()
+    narrow = base.dtype != torch.float64 and _fit_float32(factors)
+    dtype = torch.float32 if narrow else torch.float64
     if needs_grad([base, *tuned, lambdas]):
         merged = _summed(base, tuned, list(lambdas), dtype)
         if not bool(torch.isfinite(merged.detach().sum())):
@@ -316,11 +318,10 @@ def scaled_sum(
     merged = torch.empty_like(base, memory_format=torch.contiguous_format)
     flat_merged, flat_base = merged.view(-1), base.detach().reshape(-1)
     flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
-    factors = lambdas.tolist()
 
     def write_part(part: slice) -> None:
         tensors = [tensor[part] for tensor in flat_tuned]
-        if _base_cancels(base.dtype, factors):
+        if narrow and _base_cancels(base.dtype, factors):
             _weighted_mean(tensors, factors, flat_merged[part])
             return
         _scaled_sum(flat_base[part], tensors, factors, dtype, flat_merged[part])
@@ -352,6 +353,11 @@ def _scaled_sum(
                 parts = [tensor[chunk] for tensor in tuned]
                 total = _summed(base[chunk], parts, factors, torch.float64)
             out[chunk].copy_(total)
+
+
+def _fit_float32(factors: Sequence[float]) -> bool:
+    """Whether coefficients keep their precision in float32, and their products."""
+    return all(factor == 0 or 1e-30 <= abs(factor) <= 1e30 for factor in factors)
 
 
 def _base_cancels(dtype: torch.dtype, factors: Sequence[float]) -> bool:

@@ -1,0 +1,163 @@
+"""Tables behind the merges: family, pilot, pairs of models, assumptions, bounds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+from results import Results, correlation, table
+
+
+def family(found: Results) -> str:
+    """Base and specialists on the specialist's domain, means over seeds."""
+    rows = []
+    for name, plan in found.raw["setting"]["specialists"].items():
+        k = found.domain(name)
+        own = [found.models[seed, name] for seed in found.seeds]
+        base = [found.models[seed, "base"] for seed in found.seeds]
+        kind = f"LoRA, rank {plan['lora_rank']}" if plan["lora_rank"] else "full"
+        rows.append(
+            [
+                name,
+                f"{kind}, {plan['steps']} steps at {plan['rate']:g}",
+                f"{fmean(r['sq_norm'] for r in own):.3g}",
+                f"{100 * fmean(r['of_embeddings'] / r['sq_norm'] for r in own):.0f} %",
+                f"{fmean(r['loss'][k] for r in base):.3f}",
+                f"{fmean(r['loss'][k] for r in own):.3f}",
+                f"{fmean(r['loss'][0] for r in own):.3f}",
+                f"{100 * fmean(r['score'][k] for r in base):.1f}",
+                f"{100 * fmean(r['score'][k] for r in own):.1f}",
+            ]
+        )
+    head = ["model", "training", "n_t", "of it embeddings", "base's loss", "loss"]
+    head.append("loss on `general`")
+    return table([*head, "base's score", "score"], rows)
+
+
+def regime(found: Results) -> str:
+    """The pilot: loss on the four domains by width and learning rate."""
+    rows = []
+    for row in json.loads(Path(__file__).with_name("pilot.json").read_text()):
+        domains = [row[name] for name in found.domains if name != "general"]
+        means = [
+            fmean(domain[who][0] for domain in domains)
+            for who in ("base", "specialist", "average")
+        ]
+        better = sum(domain["average"][0] < domain["base"][0] for domain in domains)
+        share = (means[0] - means[2]) / (means[0] - means[1])
+        cells = [f"{mean:.3f}" for mean in means]
+        exact = [100 * row["arithmetic"]["specialist"][1]]
+        exact.append(100 * row["markup"]["specialist"][1])
+        rows.append(
+            [
+                str(row["width"]),
+                f"{row['rate']:g}",
+                *cells,
+                f"{100 * share:.0f} %",
+                f"{better} of {len(domains)}",
+                ", ".join(f"{value:.0f}" for value in exact),
+            ]
+        )
+    head = ["width", "rate", "base", "specialists", "average of four", "gain kept"]
+    return table([*head, "domains better than base", "specialists' exact match"], rows)
+
+
+def angles(found: Results) -> str:
+    """Cosines between the task vectors of each mixture, over pairs and seeds."""
+    names = list(found.raw["setting"]["specialists"])
+    rows = []
+    for mixture, models in found.mixtures.items():
+        at = [names.index(model) for model in models]
+        values = [
+            record["cosines"][i][j]
+            for record in found.raw["angles"]
+            for i in at
+            for j in at
+            if i < j
+        ]
+        rows.append([mixture, *(f"{v:.3f}" for v in (fmean(values), min(values)))])
+        rows[-1].append(f"{max(values):.3f}")
+    return table(["mixture", "mean cosine", "lowest", "highest"], rows)
+
+
+def linearity(found: Results) -> str:
+    """Distance of the outputs from a straight line, means over seeds, percent."""
+    rows = []
+    for name in dict.fromkeys(record["model"] for record in found.raw["bends"]):
+        records = [r for r in found.raw["bends"] if r["model"] == name]
+        bends = np.mean([r["bend"] for r in records], axis=0)[1:-1]
+        rows.append([name, *(f"{100 * value:.1f}" for value in bends)])
+    return table(["model", "alpha 0.25", "alpha 0.5", "alpha 0.75"], rows)
+
+
+def rank_agreement(found: Results, seed: int, mixture: str, kind: str) -> float:
+    """Compute the rank correlation of a bound with ALD over methods that have it."""
+    methods = [m for m in found.methods if kind in found.merges[seed, mixture, m]]
+    values = [found.merges[seed, mixture, m][kind] for m in methods]
+    return correlation(values, [found.ald[seed, mixture, m] for m in methods])
+
+
+def bounds(found: Results) -> str:
+    """Whether MetaGPT minimises the bounds, and whether these rank methods as ALD."""
+    rows = []
+    for mixture in found.mixtures:
+        cells = []
+        for kind in ("bound", "quadratic"):
+            minimal = []
+            for seed in found.seeds:
+                values = {
+                    m: found.merges[seed, mixture, m][kind]
+                    for m in found.methods
+                    if kind in found.merges[seed, mixture, m]
+                }
+                least = min(values.values())
+                minimal.append(values["metagpt"] <= least * (1 + 1e-5))
+            ranks = [rank_agreement(found, s, mixture, kind) for s in found.seeds]
+            cells.append(f"{sum(minimal)} of {len(minimal)}")
+            cells.append(f"{fmean(ranks):.2f} ({min(ranks):.2f} to {max(ranks):.2f})")
+        place = []
+        for seed in found.seeds:
+            values = sorted(found.ald[seed, mixture, m] for m in found.methods)
+            place.append(1 + values.index(found.ald[seed, mixture, "metagpt"]))
+        rows.append([mixture, *cells, ", ".join(map(str, place))])
+    head = ["mixture", "bound least", "bound and ALD", "quadratic least"]
+    return table([*head, "quadratic and ALD", "MetaGPT's place by ALD"], rows)
+
+
+def pairs(found: Results) -> str:
+    """For two models: the share of the first that MetaGPT takes, and the best one."""
+    rows = []
+    for first, second in dict.fromkeys(tuple(r["pair"]) for r in found.raw["pairs"]):
+        for seed in found.seeds:
+            curve = pair_curve(found, seed, (first, second))
+            n, m = (found.models[seed, name]["sq_norm"] for name in (first, second))
+            chosen = n / (n + m)
+            losses = [loss for _, loss in curve]
+            shares = [share for share, _ in curve]
+            best = min(curve, key=lambda point: point[1])
+            rows.append(
+                [
+                    f"{first}, {second}",
+                    str(seed),
+                    f"{chosen:.2f}",
+                    f"{best[0]:.1f}",
+                    f"{np.interp(chosen, shares, losses):.3f}",
+                    f"{np.interp(0.5, shares, losses):.3f}",
+                    f"{best[1]:.3f}",
+                ]
+            )
+    head = ["pair", "seed", "MetaGPT's share of the first", "best share of the first"]
+    return table([*head, "ALD at MetaGPT's", "at one half", "at the best"], rows)
+
+
+def pair_curve(
+    found: Results, seed: int, pair: tuple[str, str]
+) -> list[tuple[float, float]]:
+    """List (share of the first, ALD) of a pair's convex combinations."""
+    return [
+        (r["share"], found.difference(seed, list(pair), r["loss"]))
+        for r in found.raw["pairs"]
+        if r["seed"] == seed and tuple(r["pair"]) == pair
+    ]

@@ -1,0 +1,378 @@
+"""Hostile checkpoints: refused in one line, or merged right; never anything else."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.long.contained import (
+    FORBIDDEN,
+    OPTIONS,
+    SCAN,
+    Place,
+    assert_contained,
+    opened,
+    tree,
+)
+from tests.long.hostile import LAST, MUTATIONS, TENSOR, Mutation, good_state, write_good
+from tests.processes import environment, run_process, script
+from tests.support import (
+    State,
+    assert_within_bound,
+    merge_config,
+    naive_coefficients,
+    naive_sq_norms,
+    read_model,
+    tuned,
+)
+
+BASE = good_state()
+TUNED = (tuned(BASE, seed=1), tuned(BASE, seed=2, size=2e-2))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Good models, and a warm process that merges in forks."""
+    folder = tmp_path_factory.mktemp("good").resolve()
+    for name, state in zip(("base", "tuned0", "tuned1"), (BASE, *TUNED), strict=True):
+        write_good(folder / name, state)
+    with opened(folder) as found:
+        yield found
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A mutated model in the place of the base, or of the second fine-tune.
+
+    Attributes:
+        work: the folder that may be written to.
+        role: `base` or `tuned`.
+        states: what base and models mean; None where they mean nothing.
+        left: what can be scanned of them, likewise.
+    """
+
+    work: Path
+    role: str
+    states: tuple[State, ...] | None
+    left: tuple[State, ...] | None
+
+    @property
+    def hostile(self) -> Path:
+        return self.work / "hostile"
+
+    @property
+    def paths(self) -> list[Path]:
+        """Base and models."""
+        if self.role == "base":
+            return [self.hostile, self.work / "tuned0", self.work / "tuned1"]
+        return [self.work / "base", self.work / "tuned0", self.hostile]
+
+    def out(self, command: str) -> Path:
+        return self.work / f"out-{command}"
+
+
+def prepare(place: Place, folder: Path, mutation: Mutation, role: str) -> Trial:
+    """Write the mutated model and links to the good ones beside it."""
+    work = (folder / role).resolve()
+    work.mkdir()
+    for name in ("base", "tuned0", "tuned1"):
+        shutil.copytree(place.folder / name, work / name)
+    replaced = "base" if role == "base" else "tuned1"
+    (work / replaced).rename(work / "hostile")
+    mutation.spoil(work / "hostile")
+    states = None
+    if mutation.means is not None:
+        states = (BASE, *TUNED)
+        at = 0 if role == "base" else 2
+        meant = mutation.means(states[at])
+        states = (*states[:at], meant, *states[at + 1 :])
+    left = states
+    if mutation.lost is not None:
+        at = 0 if role == "base" else 2
+        there = [BASE, *TUNED]
+        there[at] = {n: t for n, t in there[at].items() if n != mutation.lost}
+        left = tuple(there)
+    trial = Trial(work, role, states, left)
+    config = merge_config(trial.paths[0], trial.paths[1:])
+    (work / "merge.yml").write_text(yaml.safe_dump(config))
+    return trial
+
+
+def assert_merged(trial: Trial, out: Path) -> None:
+    """Check every element of a merge of what the mutated model means."""
+    assert trial.states is not None, "merged, though it means nothing"
+    base, *models = trial.states
+    merged = read_model(out)
+    assert merged.keys() == base.keys()
+    lambdas = naive_coefficients(naive_sq_norms(base, models))
+    for name, tensor in merged.items():
+        assert_within_bound(tensor, base[name], [m[name] for m in models], lambdas)
+
+
+def assert_refused(trial: Trial, said: str) -> None:
+    """Check for one line that names the model, one of its files, or the tensor.
+
+    Before it there may be what is said of a merge under way.
+    """
+    said = "".join(
+        line
+        for line in said.splitlines(keepends=True)
+        if not line.startswith("WARNING:mergekit_metagpt:")
+    )
+    assert said.startswith("Error: ") and said.endswith("\n"), said
+    assert len(said.splitlines()) == 1, said
+    assert any(name in said for name in (str(trial.hostile), TENSOR, LAST)), said
+
+
+def assert_scanned(trial: Trial, said: str) -> bool:
+    """Check what `scan` said: the right squared norms, or a clear error."""
+    found = json.loads(said.splitlines()[-1])
+    if "error" in found:
+        assert str(trial.hostile) in found["error"], found
+        return False
+    assert trial.left is not None, f"measured, though it means nothing: {found}"
+    base, *models = trial.left
+    pairs = [({n: base[n] for n in base.keys() & m}, m) for m in models]
+    expected = torch.cat([naive_sq_norms(shared, [model]) for shared, model in pairs])
+    sq_norms = torch.tensor(found["sq_norms"], dtype=torch.float64)
+    torch.testing.assert_close(sq_norms, expected, rtol=1e-12, atol=0)
+    return True
+
+
+def assert_answered(place: Place, trials: list[Trial], *, legal: bool) -> None:
+    """Scan and merge with each mutated model, at once, and check all answers."""
+    before = [tree(trial.work) for trial in trials]
+    jobs = []
+    for trial in trials:
+        models = [str(path) for path in trial.paths]
+        out = str(trial.out("ours"))
+        merge = ("merge", str(trial.work / "merge.yml"), out, *OPTIONS)
+        jobs += [
+            place.job(trial.work, *merge),
+            place.job(trial.work, code=f"MODELS = {models!r}\n{SCAN}"),
+        ]
+    ended = place.forks.run(*jobs)
+    for number, trial in enumerate(trials):
+        merged, scanned = ended[2 * number : 2 * number + 2]
+        assert_contained(merged)
+        assert_contained(scanned)
+        assert scanned.status == 0, scanned.said
+        measured = assert_scanned(trial, scanned.said)
+        assert measured or not legal, scanned.said
+        assert merged.status in (0, 2), merged.said
+        if merged.status == 0:
+            assert_merged(trial, trial.out("ours"))
+            shutil.rmtree(trial.out("ours"))
+        else:
+            assert not legal, merged.said
+            assert_refused(trial, merged.said)
+        assert tree(trial.work) == before[number]
+
+
+# What is to be mended, and the mutations that show it.
+DEFECTS: dict[str, tuple[str, ...]] = {
+    "files.py maps pickles that are shorter than they say": (
+        "archive-data-empty",
+        "archive-data-half",
+        "archive-data-one-byte-less",
+        "archive-kind-double",
+    ),
+    "what torch says of an archive names no file": (
+        "archive-numel-one-more",
+        "archive-numel-huge",
+        "archive-key-number",
+        "archive-kind-bool",
+    ),
+    "checkpoints.py takes the weight_map of an index for a mapping": (
+        "weight-map-[[]]",
+    ),
+    "files and configurations that are pipes or devices are read": (
+        "pipe-for-model.safetensors",
+        "pipe-for-model.safetensors.index.json",
+        "pipe-for-config.json",
+        "link-to-zeros-for-config.json",
+    ),
+    "names.py turns digits of any length into a number": (
+        "another-tensor-digits",
+        "renamed-to-digits",
+    ),
+    "a configuration may ask for any number of layers": ("config-*-layers",),
+    "what mergekit or transformers raise for a configuration is not caught or names "
+    "no file": (
+        "config-null",
+        "config-number",
+        "config-deep",
+        "config-deep-value",
+        "config-digits",
+        'config-"model_type": null*',
+        'config-"model_type": 3*',
+        'config-"model_type": [[]]*',
+        'config-"model_type": {*',
+        'config-"model_type": ""*',
+        'config-"model_type": "unknown"*',
+        'config-"model_type": "../llama"*',
+        'config-"model_type": "llama\\u0000"*',
+        'config-"architectures": null*',
+        'config-"architectures": [[]]}',
+        'config-"architectures": "LlamaForCausalLM"*',
+        'config-"architectures": {*',
+        'config-"architectures": 3*',
+        'config-"num_hidden_layers": [!i]*',
+        'config-"hidden_size": null*',
+        'config-"hidden_size": -1*',
+        'config-"hidden_size": "16"*',
+        'config-"hidden_size": [[]]*',
+        'config-"vocab_size": null*',
+        'config-"vocab_size": "16"*',
+        'config-"vocab_size": [[]]*',
+        'config-"num_attention_heads": null*',
+        'config-"num_attention_heads": 0*',
+        'config-"num_attention_heads": 1*',
+        'config-"num_attention_heads": "16"*',
+        'config-"num_attention_heads": [[]]*',
+        'config-"tie_word_embeddings": null*',
+        'config-"tie_word_embeddings": "yes"*',
+        'config-"tie_word_embeddings": 1*',
+        'config-"tie_word_embeddings": [[]]*',
+        'config-"torch_dtype": "float99"*',
+        'config-"torch_dtype": [[]]*',
+        'config-"rope_scaling": "x"*',
+        'config-"id2label": *',
+        'config-"torchscript": *',
+        'config-"eos_token_id": *',
+        'config-"dtype": *',
+        'config-"__class__": *',
+        'config-"from_dict": *',
+    ),
+}
+
+
+def defect(name: str) -> str | None:
+    """The defect that a mutation shows."""
+    for reason, patterns in DEFECTS.items():
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            return reason
+    return None
+
+
+def marked(name: str) -> Any:
+    """A mutation as a parameter, which has to fail where a defect is known."""
+    reason = defect(name)
+    marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
+    return pytest.param(name, marks=marks)
+
+
+def test_every_known_defect_is_shown() -> None:
+    for pattern in (pattern for patterns in DEFECTS.values() for pattern in patterns):
+        assert fnmatch.filter(MUTATIONS, pattern), pattern
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in MUTATIONS])
+def test_a_mutated_model_is_refused_or_merged_right(
+    name: str, place: Place, tmp_path: Path
+) -> None:
+    mutation = MUTATIONS[name]
+    trials = [prepare(place, tmp_path, mutation, role) for role in ("base", "tuned")]
+    assert_answered(place, trials, legal=mutation.legal)
+
+
+# Every so many mutations one for mergekit's own command.
+SAMPLE = list(MUTATIONS)[::7]
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_mergekit_yaml_fails_or_merges_right(
+    name: str, place: Place, tmp_path: Path
+) -> None:
+    mutation = MUTATIONS[name]
+    trials = [prepare(place, tmp_path, mutation, role) for role in ("base", "tuned")]
+    before = [tree(trial.work) for trial in trials]
+    ended = place.forks.run(
+        *(
+            place.job(
+                trial.work,
+                str(trial.work / "merge.yml"),
+                str(trial.out("theirs")),
+                *OPTIONS,
+                command="mergekit-yaml",
+            )
+            for trial in trials
+        )
+    )
+    for trial, one, known in zip(trials, ended, before, strict=True):
+        assert_contained(one)
+        out = trial.out("theirs")
+        if one.status == 0:
+            assert_merged(trial, out)
+        else:
+            assert one.status == 1 and "Traceback" in one.said, one.said
+            assert not mutation.legal, one.said
+        shutil.rmtree(out, ignore_errors=True)
+        assert tree(trial.work) == known
+
+
+# Mutations for the console scripts, and the role of the model.
+BY_SCRIPT = {
+    "length-0": "tuned",
+    "cut-to-10-of-20": "base",
+    "shape-[1099511627776, 1099511627776]": "tuned",
+    'index-to-"../tuned0/model.safetensors"': "tuned",
+    "code-system": "base",
+    "archive-size-huge": "tuned",
+}
+
+
+@pytest.mark.parametrize("command", ["mergekit-metagpt", "mergekit-yaml"])
+@pytest.mark.parametrize("name", BY_SCRIPT)
+def test_console_scripts_refuse_them_too(
+    name: str, command: str, place: Place, tmp_path: Path
+) -> None:
+    trial = prepare(place, tmp_path, MUTATIONS[name], BY_SCRIPT[name])
+    before = tree(trial.work)
+    out = trial.out("script")
+    words = ["merge"] * (command == "mergekit-metagpt")
+    done = run_process(
+        [script(command), *words, trial.work / "merge.yml", out, *OPTIONS],
+        environment(MERGEKIT_METAGPT_CACHE="0", HOME=str(trial.work)),
+    )
+    if command == "mergekit-metagpt":
+        assert done.returncode == 2 and not done.stdout
+        assert_refused(trial, done.stderr)
+    else:
+        assert done.returncode == 1 and "Traceback" in done.stderr
+        if out.exists():
+            out.rmdir()
+    assert tree(trial.work) == before
+
+
+def test_the_guard_sees_what_it_must(place: Place, tmp_path: Path) -> None:
+    """Without it, the tests above could not fail for code that is run."""
+    codes = {
+        "os.system('true')": FORBIDDEN,
+        "open('/tmp/outside', 'w')": FORBIDDEN,
+        "import subprocess; subprocess.Popen(['true'])": FORBIDDEN,
+        "os.mkdir('/tmp/outside')": FORBIDDEN,
+        "open('inside', 'w')\nos._exit(3)": 3,
+        "x = bytearray(5 << 30)": 1,
+    }
+    work = tmp_path.resolve()
+    for code, status in codes.items():
+        (ended,) = place.forks.run(place.job(work, code=code))
+        assert ended.status == status, (code, ended)
+    assert not Path("/tmp/outside").exists()
+
+
+def test_there_are_hundreds() -> None:
+    assert len(MUTATIONS) >= 300
+    refusable = [name for name, m in MUTATIONS.items() if m.means is None]
+    legal = [name for name, m in MUTATIONS.items() if m.legal]
+    assert len(refusable) > 200 and len(legal) > 10

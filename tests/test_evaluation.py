@@ -1,0 +1,463 @@
+"""docs/evaluation.md says what the raw results say, and the experiment runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import yaml
+
+from tests.processes import assert_succeeded, environment, run_process
+from tests.support import run_mergekit
+from tests.test_recipes import (
+    ORIGINALS,
+    first_rows,
+    has_token_rows,
+    make_stand_in,
+    replaced,
+    values_of,
+)
+
+if TYPE_CHECKING:
+    from docs.experiments.results import Results
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+EXPERIMENTS = DOCS / "experiments"
+PAGE = DOCS / "evaluation.md"
+LICENCES = Path("/usr/share/common-licenses")
+MARKED = re.compile(r"<!-- (table|value): ([^>]+?) -->.*?<!-- end -->", re.DOTALL)
+
+needs_licences = pytest.mark.skipif(
+    not LICENCES.is_dir(), reason=f"no {LICENCES} here: not Debian"
+)
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have the scripts importable by their own names, as `python run.py` has them."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    yield
+    for name in [path.stem for path in EXPERIMENTS.glob("*.py")]:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def found(scripts: None) -> Results:
+    """The committed results."""
+    from results import Results
+
+    return Results.read(EXPERIMENTS / "results.json")
+
+
+# ---- the page and the results
+
+
+def test_the_page_says_what_the_committed_results_say(found: Results) -> None:
+    from page import filled
+
+    text = PAGE.read_text()
+    assert filled(text, found) == text
+
+
+def test_every_table_and_figure_is_on_the_page() -> None:
+    from figures import FIGURES
+    from tables import TABLES
+
+    text = PAGE.read_text()
+    named = [name for kind, name in MARKED.findall(text) if kind == "table"]
+    assert sorted(named) == sorted(TABLES)
+    for name in FIGURES:
+        assert f"(experiments/{name})" in text
+        assert (EXPERIMENTS / name).stat().st_size < 150_000
+
+
+def test_the_lead_quotes_results() -> None:
+    lead = PAGE.read_text().partition("## What was found")[2].partition("\n## ")[0]
+    points = lead.strip().split("\n- ")
+    assert 5 <= len(points) <= 8
+    for point in points:
+        assert "value" in [kind for kind, _ in MARKED.findall(point)], point
+
+
+def test_a_changed_result_would_be_noticed(found: Results) -> None:
+    from page import filled
+
+    text = PAGE.read_text()
+    found.merges[0, "three equal", "metagpt"]["loss"][1] += 0.5
+    assert filled(text, found) != text
+
+
+def test_a_marker_that_names_nothing_is_noticed(found: Results) -> None:
+    from page import filled
+
+    for kind in ("table", "value"):
+        with pytest.raises(KeyError):
+            filled(f"<!-- {kind}: nothing --><!-- end -->", found)
+
+
+def test_results_name_their_setting(found: Results) -> None:
+    from family import Size
+    from merges import MIXTURES, PLANS
+    from results import GROUPS
+
+    setting = found.raw["setting"]
+    assert len(found.seeds) >= 3 and len(found.mixtures) >= 4
+    assert found.mixtures == {name: list(models) for name, models in MIXTURES.items()}
+    assert setting["specialists"] == {name: vars(plan) for name, plan in PLANS.items()}
+    assert setting["size"] == vars(Size())
+    assert len(found.merges) == len(found.seeds) * len(MIXTURES) * len(found.methods)
+    assert sorted(sum(GROUPS.values(), ())) == sorted(MIXTURES)
+
+
+def test_power_zero_is_the_average_and_metagpt_minimises_the_quadratic(
+    found: Results,
+) -> None:
+    for seed in found.seeds:
+        for mixture in found.mixtures:
+            by_method = {
+                name: found.merges[seed, mixture, name] for name in found.methods
+            }
+            mean, zero = by_method["average"], by_method["metagpt power 0"]
+            assert zero["loss"] == pytest.approx(mean["loss"], abs=2e-5)
+            for kind in ("quadratic", "bound"):
+                least = min(r[kind] for r in by_method.values() if kind in r)
+                assert by_method["metagpt"][kind] <= least * (1 + 1e-5)
+
+
+def test_rank_correlation() -> None:
+    from results import correlation
+
+    assert correlation([1.0, 2.0, 5.0], [0.1, 0.2, 0.9]) == pytest.approx(1)
+    assert correlation([1.0, 2.0, 5.0], [9.0, 3.0, 2.0]) == pytest.approx(-1)
+    # By hand: ranks 1.5, 1.5, 3 against 1, 2, 3 give sqrt(3) / 2.
+    for tied in ([1.0, 2.0, 3.0], [2.0, 1.0, 3.0]):
+        assert correlation([4.0, 4.0, 7.0], tied) == pytest.approx(3**0.5 / 2)
+
+
+# ---- the words of the page; a new run that turns one needs new words
+
+
+def mean(found: Results, one: str, other: str, group: str) -> float:
+    mixtures = [group] if group in found.mixtures else found.group(group)
+    return fmean(found.differences(one, other, mixtures))
+
+
+def lower(found: Results, one: str, other: str, group: str) -> float:
+    """How often the first is lower, as a fraction."""
+    pairs = found.differences(one, other, found.group(group))
+    return sum(pair < 0 for pair in pairs) / len(pairs)
+
+
+def test_words_on_metagpt_and_the_average(found: Results) -> None:
+    assert -0.01 < mean(found, "metagpt", "average", "equal") < 0
+    assert lower(found, "metagpt", "average", "equal") > 0.5
+    assert min(found.differences("metagpt", "average", found.group("narrow"))) > 0
+    assert mean(found, "metagpt", "base", "narrow") > 0
+    assert mean(found, "metagpt", "average", "mixed") > 0
+    assert mean(found, "metagpt", "average", "gentle") > 0
+    assert abs(mean(found, "metagpt", "average", "code long")) < 0.005
+    assert abs(mean(found, "metagpt", "average", "one fast LoRA")) < 0.005
+
+
+def test_words_on_rivals(found: Results) -> None:
+    for method in ("ties", "sce"):
+        assert lower(found, "metagpt", method, "gentle") > 0.8
+        assert mean(found, method, "average", "gentle") > 0
+
+
+def test_words_on_parameters(found: Results) -> None:
+    for granularity in ("metagpt layer", "metagpt tensor"):
+        assert mean(found, granularity, "metagpt", "gentle") > 0.02
+        assert lower(found, granularity, "metagpt", "gentle") < 0.5
+    assert mean(found, "metagpt power 1", "metagpt", "gentle") < 0
+    assert abs(mean(found, "metagpt power 1", "metagpt", "equal")) < 0.0005
+    for group in ("mixed", "narrow"):
+        assert lower(found, "metagpt power 1", "metagpt", group) == 1
+    assert lower(found, "metagpt power 1", "average", "narrow") == 0
+    variants = [name for name in found.methods if re.match(r"metagpt( \w|$)", name)]
+    below = [m for m in variants if mean(found, m, "average", "narrow") < -1e-4]
+    assert below == ["metagpt power -1"]
+    assert mean(found, "metagpt power -1", "average", "mixed") > 0
+    for mixture in ("one LoRA", "four, one slow"):
+        assert mean(found, "metagpt weight", "metagpt", mixture) < -0.01
+    assert lower(found, "metagpt exclude", "average", "equal") == 1
+    assert mean(found, "metagpt exclude", "metagpt", "one fast LoRA") > 0
+    repaired = {
+        mixture: mean(found, "metagpt exclude", "metagpt", mixture)
+        / mean(found, "average", "metagpt", mixture)
+        for mixture in found.group("narrow")
+    }
+    assert 0.4 < repaired["arithmetic long"] < 0.7
+    assert repaired["markup long"] < 0.2
+    assert lower(found, "metagpt lambda 1.5", "metagpt", "gentle") < 0.1
+
+
+def test_words_on_lambda(found: Results) -> None:
+    """Where lambda is even, MetaGPT and the average are within 0.015 nats."""
+    even, means = [], {}
+    for mixture, models in found.mixtures.items():
+        each = [found.merges[s, mixture, "metagpt"]["lambda"] for s in found.seeds]
+        shares = [round(fmean(column), 2) for column in zip(*each, strict=True)]
+        means[mixture] = dict(zip(models, shares, strict=True))
+        if 0.19 <= min(shares) and max(shares) <= 0.55:
+            even.append(mixture)
+    assert even == [*found.group("equal"), "harsh"]
+    pairs = found.differences("metagpt", "average", even)
+    assert max(map(abs, pairs)) < 0.015
+    assert means["four, one slow"]["legal_slow"] == 0.07
+    assert means["one LoRA"]["code_lora"] == 0.10
+    assert means["one fast LoRA"]["code_lora_fast"] == 0.77
+
+
+def test_words_on_compositions(found: Results) -> None:
+    from tables import COMPOSED
+
+    below = []
+    for method in COMPOSED:
+        assert mean(found, f"metagpt + {method}", method, "gentle") > 0
+        assert lower(found, f"metagpt + {method}", method, "gentle") < 0.5
+        if mean(found, f"metagpt + {method}", "metagpt", "gentle") < 0:
+            below.append(method)
+    assert below == ["breadcrumbs", "breadcrumbs ties"]
+
+
+def score(found: Results, method: str, kind: str) -> float:
+    return fmean(
+        getattr(found.averages(seed, mixture, method), kind)
+        for seed in found.seeds
+        for mixture in found.gentle
+    )
+
+
+def test_words_on_scores(found: Results) -> None:
+    from tables import COMPOSED
+
+    own = score(found, "metagpt", "absolute")
+    others = [m for m in ("base", *found.methods) if m != "metagpt"]
+    assert all(score(found, method, "absolute") < own for method in others)
+    assert score(found, "metagpt", "normalised") > score(found, "average", "normalised")
+    for method in ("ties", "dare linear"):
+        better = score(found, f"metagpt + {method}", "absolute")
+        assert better > score(found, method, "absolute")
+    assert all(score(found, f"metagpt + {m}", "absolute") < own for m in COMPOSED)
+    k = found.domains.index("markup")
+    for model, percent in (("base", 4), ("markup_long", 95)):
+        scores = [found.models[seed, model]["score"][k] for seed in found.seeds]
+        assert round(100 * fmean(scores)) == percent
+
+
+def test_words_on_forgetting(found: Results) -> None:
+    lost = {
+        model: fmean(found.models[seed, model]["loss"][0] for seed in found.seeds)
+        for model in ("base", "code_long", "arithmetic_long", "markup_long")
+    }
+    assert list(lost) == sorted(lost, key=lambda model: lost[model])
+    for mixture in found.mixtures:
+        of_metagpt, of_average = (
+            fmean(found.merges[s, mixture, method]["loss"][0] for s in found.seeds)
+            for method in ("metagpt", "average")
+        )
+        assert of_metagpt > of_average
+
+
+def test_words_on_the_assumptions(found: Results) -> None:
+    from values import value
+
+    names = list(found.raw["setting"]["specialists"])
+    for models in found.mixtures.values():
+        at = [names.index(model) for model in models]
+        for record in found.raw["angles"]:
+            for i, j in ((i, j) for i in at for j in at if i < j):
+                assert abs(record["cosines"][i][j]) < 0.06
+    assert float(value(found, "rank/bound/equal")) > 0.5
+    assert float(value(found, "rank/bound/narrow")) < -0.2
+    assert len(found.methods) == 33 and len(found.merges) == 990
+    middle = {
+        name: fmean(r["bend"][2] for r in found.raw["bends"] if r["model"] == name)
+        for name in ("arithmetic", "arithmetic_long")
+    }
+    assert middle["arithmetic_long"] < middle["arithmetic"]
+
+
+def test_words_on_the_regime(found: Results) -> None:
+    from merges import GRID, HARSH, RATE
+
+    rows = json.loads((EXPERIMENTS / "pilot.json").read_text())
+    domains = [name for name in found.domains if name != "general"]
+
+    def loss(row: dict[str, Any], who: str) -> float:
+        return fmean(row[domain][who][0] for domain in domains)
+
+    (gentle,) = (r for r in rows if (r["width"], r["rate"]) == (192, RATE))
+    (harsh,) = (r for r in rows if (r["width"], r["rate"]) == (192, HARSH))
+    assert all(gentle[d]["average"][0] < gentle[d]["base"][0] for d in domains)
+    gained = loss(gentle, "base") - loss(gentle, "average")
+    assert 0.2 < gained / (loss(gentle, "base") - loss(gentle, "specialist")) < 0.3
+    assert loss(harsh, "average") > loss(harsh, "base")
+    assert all(r["markup"]["specialist"][1] == 0 for r in rows if r["width"] == 64)
+    assert abs(mean(found, "average", "base", "harsh")) < 0.001
+    for seed in found.seeds:
+        assert found.oracle(found.ald, seed, "harsh") == f"task arithmetic {min(GRID)}"
+
+
+@needs_licences
+def test_words_on_the_texts(found: Results) -> None:
+    from corpora import HELD_OUT_BYTES
+    from family import WINDOW
+    from measure import held_out
+
+    windows = found.raw["setting"]["size"]["windows"]
+    assert (windows, WINDOW, windows * (WINDOW - 1)) == (12, 128, 1524)
+    assert HELD_OUT_BYTES == 100_000
+    for domain, answers in (("arithmetic", 168), ("markup", 27)):
+        ends = (held_out(domain, windows) == ord("\n")).sum(1)
+        # The first whole line of a window is an example; what is cut off is neither.
+        assert int((ends - 2).sum()) == answers
+
+
+def test_words_on_the_time(found: Results) -> None:
+    text = PAGE.read_text()
+    for record in found.raw["seconds"][1:]:
+        spent = record["train"] + record["merge and measure"]
+        assert re.search(rf"\b{spent} s\b", text)
+
+
+# ---- the experiment
+
+
+@needs_licences
+def test_text_is_held_out() -> None:
+    from corpora import text
+
+    for domain in ("arithmetic", "markup", "legal"):
+        trained = {line.strip() for line in text(domain).splitlines()} - {""}
+        unseen = text(domain, held_out=True).splitlines()[:-1]  # the last is cut off
+        assert len(unseen) > 100
+        assert trained.isdisjoint(line.strip() for line in unseen if line.strip())
+
+
+@pytest.mark.parametrize(
+    ("domain", "complaint"),
+    [("legal", "no licences in"), ("code", "no source of Python's library in")],
+)
+def test_missing_texts_are_named(
+    domain: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import corpora
+
+    monkeypatch.setattr(corpora, "LICENCES", tmp_path)
+    paths = {"stdlib": str(tmp_path)}
+    monkeypatch.setattr(corpora.sysconfig, "get_paths", lambda: paths)
+    with pytest.raises(OSError, match=f"{complaint} {tmp_path}"):
+        corpora.text(domain)
+
+
+@needs_licences
+def test_the_whole_experiment_runs_in_small(tmp_path: Path) -> None:
+    command = [sys.executable, EXPERIMENTS / "run.py", "--tiny", tmp_path / "out"]
+    done = run_process(
+        [*command, "--to", tmp_path / "docs"], environment(OMP_NUM_THREADS="1")
+    )
+    assert_succeeded(done)
+    written = tmp_path / "docs"
+    page = (written / "evaluation.md").read_text()
+    assert MARKED.findall(page) == MARKED.findall(PAGE.read_text())
+    assert page != PAGE.read_text()
+    assert len(list((written / "experiments").glob("*.png"))) == 4
+
+
+@needs_licences
+def test_seeds_run_in_processes_and_go_on(tmp_path: Path) -> None:
+    """What a seed has finished is read in its process, and gathered in order."""
+    from family import Size
+    from run import experiment
+
+    for seed in (0, 1):
+        done = tmp_path / f"seed{seed}" / "results.json"
+        done.parent.mkdir()
+        done.write_text(json.dumps({"models": [{"seed": seed}]}))
+    results = experiment(tmp_path, Size(), (0, 1), {})
+    assert results["models"] == [{"seed": 0}, {"seed": 1}]
+
+
+# ---- the paper's models
+
+FAMILIES = ("llama-2-7b", "mistral-7b", "llama-2-13b")
+
+
+def test_commands_for_the_paper_cover_its_families() -> None:
+    text = (EXPERIMENTS / "paper.md").read_text()
+    recipes = re.findall(r"recipes/paper/([\w-]+)\.yml", text)
+    shipped = {path.stem for path in (ROOT / "recipes" / "paper").glob("*.yml")}
+    assert {*recipes} == shipped
+    assert all(f" {family}" in text for family in FAMILIES)
+    for out in re.findall(r"^ *mergekit-yaml \S+ (\S+)", text, re.MULTILINE):
+        assert out.startswith("./merged/"), "the evaluation looks there"
+    named = {
+        model
+        for family in FAMILIES
+        for model in values_of(recipe_of(family), "base_model", "model")
+    }
+    assert len(named) == 12
+    for model in named:
+        assert f" {model}" in text, f"{model} alone is not evaluated"
+
+
+def test_examples_in_the_prompt_are_the_papers() -> None:
+    text = (EXPERIMENTS / "paper.md").read_text()
+    given = dict(re.findall(r"^evaluate (\w+) (\d)", text, re.MULTILINE))
+    assert given == {
+        "winogrande": "0",
+        "agieval_en": "5",
+        "gsm8k": "4",
+        "minerva_math": "4",
+        "mbpp": "3",
+        "humaneval": "0",
+    }
+
+
+def recipe_of(family: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / f"recipes/paper/{family}.yml").read_text())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_baselines_of_the_paper_run_on_stand_ins(family: str, tmp_path: Path) -> None:
+    """Their recipes are merged by tests/test_recipes.py."""
+    from baselines import baselines
+
+    recipe = recipe_of(family)
+    names = values_of(recipe, "base_model") + values_of(recipe, "model")
+    stand_ins = {
+        name: make_stand_in(tmp_path / f"m{at}", ORIGINALS[name], at)
+        for at, name in enumerate(names)
+    }
+    places = {name: stand_in.folder for name, stand_in in stand_ins.items()}
+    base, *models = (first_rows(stand_in.state) for stand_in in stand_ins.values())
+    found = baselines(recipe)
+    assert list(found) == ["average", "task-arithmetic", "ties", "dare"]
+    for name, config in found.items():
+        merged = run_mergekit(replaced(config, places), tmp_path / name)
+        assert merged.keys() == base.keys()
+        for tensor, merged_tensor in merged.items():
+            assert merged_tensor.shape == base[tensor].shape or has_token_rows(tensor)
+            assert merged_tensor.isfinite().all()
+            if name not in ("average", "task-arithmetic"):
+                continue
+            start = base[tensor].double()
+            taus = sum(model[tensor].double() - start for model in models)
+            share = 1 / 3 if name == "average" else 0.3
+            torch.testing.assert_close(
+                merged_tensor.double(), start + share * taus, rtol=2**-8, atol=1e-7
+            )
+    assert values_of(found["ties"], "density") == [0.55]
+    assert values_of(found["dare"], "density") == [0.55]

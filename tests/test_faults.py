@@ -1,0 +1,472 @@
+"""What goes wrong in the middle of a merge leaves nothing half done, and is said."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import mergekit_metagpt
+from mergekit_metagpt import kernels, merging, one_pass
+from mergekit_metagpt.cli import main
+from tests.broken import snapshot
+from tests.conftest import Family, make_family
+from tests.long import killed
+from tests.long.forked import FULL, INTERRUPT, KILL, TERMINATE
+from tests.long.killed import QUIET, Place, disturbed
+from tests.support import (
+    assert_same_bits,
+    merge_config,
+    read_model,
+    run_mergekit,
+    tuned,
+)
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+
+@pytest.fixture
+def place() -> Place:
+    """A family, and a warm process that merges it in forks."""
+    return killed.shared_place()
+
+
+# ---- killed, interrupted, disk full: in processes of their own
+
+
+def test_killed_at_random_moments(
+    place: Place, record_property: Callable[[str, object], None]
+) -> None:
+    steps = killed.kill_at_random(place, 6)
+    assert sum(steps.values()) == 6
+    record_property("SIGKILL struck in", dict(steps))
+
+
+@pytest.mark.parametrize("event", [KILL, FULL, INTERRUPT])
+def test_at_a_few_of_all_writes(event: str, place: Place) -> None:
+    """`python -m tests.long.killed` takes every one of them."""
+    writes = place.writes["mergekit-metagpt"]
+    assert writes > 20
+    for write in (1, writes // 4, writes // 2, 3 * writes // 4, writes):
+        job = replace(place.job("mergekit-metagpt"), write=write, event=event)
+        ended = disturbed(place, job)
+        if event == KILL:
+            assert ended.status == -signal.SIGKILL
+        elif event == FULL and ended.status:
+            assert ended.status == 2, ended
+            last = ended.said.splitlines()[-1]
+            assert last.startswith("Error: ") and "No space left on device" in last
+        elif event == INTERRUPT:
+            assert ended.status == 1, ended
+            assert ended.said.splitlines()[-1] == "Aborted!"
+
+
+def test_control_c_while_it_cleans_up(place: Place) -> None:
+    """The model is in its place by then; no hidden folder stays beside it."""
+    write = place.writes["mergekit-metagpt"]
+    job = replace(place.job("mergekit-metagpt"), write=write, event=INTERRUPT)
+    with place.work() as work:
+        (ended,) = place.forks.run(job)
+        assert ended.status == 1 and ended.step == "clean-up", ended
+        assert dict(snapshot(work / "out")) == place.reference["mergekit-metagpt"]
+        assert not killed.hidden(work)
+
+
+def test_control_c_on_a_terminal(place: Place) -> None:
+    steps = killed.interrupt_at_random(place, 3)
+    assert sum(steps.values()) == 3
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        1_000,
+        20_000,
+        68_000,
+    ],
+    ids=["report", "figure", "weights"],
+)
+def test_a_file_that_cannot_grow(size: int, place: Place) -> None:
+    """By the system itself, as on a full disk; what is first too large has the name."""
+    job = place.job("mergekit-metagpt", "--out-shard-size", "5B")
+    ended = disturbed(place, replace(job, limits={"FSIZE": size}))
+    assert ended.status == 2, ended
+    last = ended.said.splitlines()[-1]
+    assert last.startswith("Error: ") and "File too large" in last, ended
+
+
+def test_a_terminated_merge_leaves_no_model(place: Place) -> None:
+    """SIGTERM, as of a scheduler, ends Python at once, as SIGKILL does."""
+    write = place.writes["mergekit-metagpt"] // 2
+    job = replace(place.job("mergekit-metagpt"), write=write, event=TERMINATE)
+    with place.work() as work:
+        (ended,) = place.forks.run(job)
+        assert ended.status == -signal.SIGTERM, ended
+        assert not (work / "out").exists()
+        killed.assert_next_run_is_right(place, work)
+
+
+def test_an_old_model_survives_a_killed_merge(place: Place) -> None:
+    """With --force the old model lies at its place, or in the hidden folder."""
+    whole = place.reference["mergekit-metagpt"]
+    job = place.job("mergekit-metagpt", "--force")
+    seen, writes = [], 0
+    # The last writes put the old model aside, the new one into place, and clean up.
+    for back in range(-1, 10):
+        with place.work() as work:
+            out = work / "out"
+            out.mkdir()
+            (out / "old").write_text("precious")
+            write = writes - back if writes else 0
+            (ended,) = place.forks.run(replace(job, write=write, event=KILL))
+            if not writes:
+                assert ended.status == 0, ended
+                writes = ended.writes
+                continue
+            assert ended.status == -signal.SIGKILL, ended
+            if out.exists():
+                held = dict(snapshot(out))
+                assert held in (whole, {"old": b"precious"})
+                seen.append("new" if held == whole else "old")
+            else:
+                (hidden,) = work.glob(".out.*")
+                assert (hidden / "replaced" / "old").read_text() == "precious"
+                seen.append("aside")
+                killed.assert_next_run_is_right(place, work)
+    assert set(seen) == {"old", "aside", "new"}, seen
+
+
+def test_too_little_memory(place: Place) -> None:
+    """Address space runs out at some point of the merge, wherever that is."""
+    used = int(Path(f"/proc/{place.forks.pid}/statm").read_text().split()[0])
+    bytes_ = used * os.sysconf("SC_PAGESIZE")
+    statuses = set()
+    for more in (-(1 << 24), 0, 1 << 20):
+        job = place.job("mergekit-metagpt")
+        ended = disturbed(place, replace(job, limits={"AS": bytes_ + more}))
+        statuses.add(ended.status)
+        assert ended.status in (0, 1, 2), ended
+    assert statuses & {1, 2}, "memory sufficed each time"
+
+
+def test_mergekit_yaml_when_it_is_killed(place: Place) -> None:
+    """mergekit writes straight into the output: what is left may be incomplete.
+
+    What it leaves never loads as another model, and the next run into the same folder
+    gives the whole one.
+    """
+    kinds = killed.yaml_at_writes(place, every=2)
+    assert kinds["some shards or no index: does not load"]
+
+
+# ---- in this process
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Family:
+    """A base and two fine-tunes, each in several shards; not yet scanned."""
+    return make_family(tmp_path / "family", count=2, shards=3)
+
+
+@pytest.fixture
+def job(pair: Family, tmp_path: Path) -> Path:
+    """A YAML that merges them."""
+    file = tmp_path / "work" / "merge.yml"
+    file.parent.mkdir()
+    file.write_text(yaml.safe_dump(merge_config(pair.base, pair.models)))
+    return file
+
+
+def merge(file: Path, *options: str) -> int:
+    """Run our command; return its exit status."""
+    out = file.with_name("out")
+    with pytest.raises(SystemExit) as ended:
+        arguments = ["merge", str(file), str(out), *QUIET, *options]
+        main.main(arguments, prog_name="mergekit-metagpt")
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def rewrite(folder: Path, family: Family, seed: int = 9) -> None:
+    """Replace the shards of a model by those of another one of the same layout."""
+    state = tuned(family.base_state, seed, 0.05)
+    for file in folder.glob("*.safetensors"):
+        part = {name: state[name].contiguous() for name in load_file(file)}
+        new = file.with_name("new")
+        save_file(part, new, metadata={"format": "pt"})
+        new.replace(file)
+
+
+def before(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, act: Callable[[], None]
+) -> None:
+    """Let something happen right before the first call of a function."""
+    found, done = getattr(owner, name), []
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if not done:
+            done.append(True)
+            act()
+        return found(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+# A moment of our command, as the function that begins it.
+MOMENTS: dict[str, tuple[Any, str]] = {
+    "before the scan": (one_pass, "align"),
+    "during the scan": (kernels, "accumulate_gram"),
+    "after the scan": (merging.exporting, "export"),
+    "before the merge": (merging, "report_figure"),
+    "while tensors are merged": (kernels, "scaled_sum"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_model_that_is_replaced_is_noticed(
+    moment: str,
+    pair: Family,
+    job: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before(monkeypatch, *MOMENTS[moment], lambda: rewrite(pair.models[0], pair))
+    found = snapshot(job.parent)
+    assert merge(job) == 2
+    assert "has changed since" in capsys.readouterr().err
+    assert snapshot(job.parent) == found
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("what", ["shard", "folder"])
+def test_a_model_that_is_removed_is_noticed(
+    what: str,
+    moment: str,
+    pair: Family,
+    job: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def remove() -> None:
+        if what == "folder":
+            shutil.rmtree(pair.models[1])
+        else:
+            next(pair.models[1].glob("*.safetensors")).unlink()
+
+    before(monkeypatch, *MOMENTS[moment], remove)
+    found = snapshot(job.parent)
+    assert merge(job) == 2
+    assert str(pair.models[1]) in capsys.readouterr().err
+    assert snapshot(job.parent) == found
+
+
+def test_read_errors_name_the_file(
+    pair: Family,
+    job: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import safetensors
+
+    opened = safetensors.safe_open
+
+    class Failing:
+        """A file whose header can be read and whose weights cannot."""
+
+        def __init__(self, file: str, **options: Any) -> None:
+            self.name, self.held = file, opened(file, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.held, name)
+
+        def __enter__(self) -> Failing:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            """Leave the file to its owner."""
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            if str(pair.models[0]) in self.name:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            tensor: torch.Tensor = self.held.get_tensor(name)
+            return tensor
+
+    monkeypatch.setattr(safetensors, "safe_open", Failing)
+    found = snapshot(job.parent)
+    assert merge(job) == 2
+    said = capsys.readouterr().err
+    assert "Input/output error" in said and str(pair.models[0]) in said
+    assert snapshot(job.parent) == found
+
+
+def test_a_file_that_shrinks_ends_the_process_and_leaves_no_model(
+    place: Place,
+) -> None:
+    """The rest of a mapped file is gone: the system sends SIGBUS, as to any program."""
+    code = """
+import pathlib, sys
+import mergekit_metagpt.kernels as kernels
+
+found = kernels.accumulate_gram
+
+def shrinking(base, tuned):
+    for file in pathlib.Path("family/tuned0").glob("*.safetensors"):
+        with file.open("r+b") as stream:
+            stream.truncate(4096)
+    kernels.accumulate_gram = found
+    return found(base, tuned)
+
+kernels.accumulate_gram = shrinking
+"""
+    folder = place.folder / "family" / "tuned0"
+    kept = {file: (file.read_bytes(), file.stat()) for file in folder.iterdir()}
+    try:
+        with place.work() as work:
+            job = replace(place.job("mergekit-metagpt"), code=code)
+            (ended,) = place.forks.run(job)
+            assert not ended.hung
+            assert ended.status in (2, -signal.SIGBUS), ended
+            assert not (work / "out").exists()
+            for file, (content, stat) in kept.items():
+                file.write_bytes(content)
+                os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            killed.assert_next_run_is_right(place, work)
+    finally:
+        for file, (content, stat) in kept.items():
+            file.write_bytes(content)
+            os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+# ---- what belongs to one version of the files must not meet another
+
+
+@pytest.mark.parametrize("parameters", [{"granularity": "tensor"}, {"power": 0}])
+def test_shards_of_two_versions_are_noticed_without_a_scan(
+    parameters: dict[str, Any],
+    pair: Family,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The model is replaced after its first tensors were merged."""
+    config = merge_config(pair.base, pair.models, parameters=parameters)
+    before(monkeypatch, kernels, "scaled_sum", lambda: rewrite(pair.models[1], pair))
+    with pytest.raises(OSError, match="has changed since"):
+        run_mergekit(config, tmp_path / "out")
+
+
+def in_place(folder: Path) -> None:
+    """Change every weight of a model in place, as a program that maps the file may."""
+    for file in folder.glob("*.safetensors"):
+        content = bytearray(file.read_bytes())
+        length = int.from_bytes(content[:8], "little")
+        content[8 + length :] = bytes(len(content) - 8 - length)
+        with file.open("r+b") as stream:
+            stream.write(content)
+
+
+def test_a_model_that_changes_under_the_last_sum_is_noticed(
+    pair: Family, job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled_sum, left = kernels.scaled_sum, [len(pair.base_state)]
+
+    def last(*args: Any) -> torch.Tensor:
+        left[0] -= 1
+        if not left[0]:
+            in_place(pair.models[0])
+        return scaled_sum(*args)
+
+    monkeypatch.setattr(kernels, "scaled_sum", last)
+    assert merge(job) == 2
+    assert not job.with_name("out").exists()
+
+
+# ---- workers
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+def test_a_worker_without_memory_ends_the_scan(
+    error: type[Exception], pair: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raised in one of the workers; the next scan is right."""
+    calls = []
+    sq_norms = kernels.sq_norms
+
+    def starved(base: torch.Tensor, tuned: list[torch.Tensor]) -> torch.Tensor:
+        calls.append(True)
+        if len(calls) == 5:
+            raise error("cannot allocate")
+        return sq_norms(base, tuned)
+
+    monkeypatch.setattr(kernels, "sq_norms", starved)
+    with pytest.raises(error, match="cannot allocate"):
+        mergekit_metagpt.scan(pair.base, pair.models, workers=3)
+    found = mergekit_metagpt.scan(pair.base, pair.models, workers=3)
+    monkeypatch.undo()
+    alone = mergekit_metagpt.scan(pair.base, pair.models, workers=1)
+    assert_same_bits(found.sq_norms, alone.sq_norms)
+
+
+def test_out_of_memory_is_said_in_one_line(
+    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def starved(*args: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(kernels, "accumulate_gram", starved)
+    assert merge(job) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Error: ") and "memory" in said and said.count("\n") == 1
+
+
+# ---- the last step
+
+
+def test_nothing_is_left_in_an_empty_output_if_the_last_step_fails(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are moved into an empty folder one by one; the third cannot be."""
+    out = job.with_name("out")
+    out.mkdir()
+    rename, moved = Path.rename, []
+
+    def refuse(self: Path, target: Path) -> Path:
+        if Path(target).parent == out:
+            moved.append(target)
+            if len(moved) == 3:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    found = snapshot(job.parent)
+    assert merge(job) == 2
+    assert len(moved) == 3
+    assert snapshot(job.parent) == found
+
+
+def test_an_empty_output_on_another_disk(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a volume that is mounted at the output: no file can be renamed into it."""
+    out = job.with_name("out")
+    out.mkdir()
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if (out in self.parents) != (out in Path(target).parents):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert merge(job) == 0
+    assert (out / "config.json").is_file() and read_model(out)
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]

@@ -1,0 +1,753 @@
+"""What we use of mergekit, thing by thing: its shape, and what it does for us."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import sys
+import threading
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+import yaml
+
+import mergekit_metagpt
+from mergekit_metagpt.method import MetaGPTMerge
+from tests.conftest import Family
+from tests.support import (
+    assert_same_bits,
+    llama_config,
+    merge_config,
+    read_model,
+    run_mergekit,
+    write_model,
+)
+
+PACKAGE = Path(mergekit_metagpt.__file__).parent
+PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Each thing of mergekit that a test below looks at, and our modules that use it.
+CONTRACT: dict[str, tuple[str, ...]] = {}
+
+
+def uses(name: str, *modules: str) -> Callable[[F], F]:
+    """Note that a test holds a thing of mergekit to what these modules expect."""
+
+    def note(test: F) -> F:
+        assert name not in CONTRACT, f"{name} has two tests"
+        CONTRACT[name] = modules
+        return test
+
+    return note
+
+
+def shape(function: Callable[..., Any]) -> str:
+    """Parameters of a function without `self`: names, `=` for defaults, `*` and `/`."""
+    parts: list[str] = []
+    kinds = [p.kind for p in inspect.signature(function).parameters.values()]
+    for number, p in enumerate(inspect.signature(function).parameters.values()):
+        if p.kind is p.KEYWORD_ONLY and p.KEYWORD_ONLY not in kinds[:number]:
+            parts.append("*")
+        stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        parts.append(stars + p.name + ("=" if p.default is not p.empty else ""))
+        following = kinds[number + 1] if number + 1 < len(kinds) else None
+        if p.kind is p.POSITIONAL_ONLY and following is not p.POSITIONAL_ONLY:
+            parts.append("/")
+    return ", ".join(part for part in parts if part != "self")
+
+
+def assert_shape(function: Callable[..., Any], wanted: str, modules: str) -> None:
+    """Check the parameters of a function that we override or that calls us."""
+    found, name = shape(function), function.__qualname__
+    assert found == wanted, (
+        f"mergekit's {name} now takes ({found}), no longer ({wanted}); "
+        f"{modules} overrides or is called by it: look at each parameter there"
+    )
+
+
+def assert_takes(
+    function: Callable[..., Any], modules: str, *args: Any, **kwargs: Any
+) -> None:
+    """Check that a function can be called as we call it."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise AssertionError(
+            f"mergekit's {function.__qualname__} can no longer be called as {modules} "
+            f"does: {error}"
+        ) from error
+
+
+def assert_has(found: Iterable[str], wanted: Iterable[str], what: str) -> None:
+    """Check that the names that we read or set are among those that there are."""
+    missing = sorted(set(wanted) - set(found))
+    assert not missing, f"mergekit's {what} lost {', '.join(missing)}"
+
+
+def fields_of(model: type) -> set[str]:
+    """Names of the fields of a dataclass or a pydantic model."""
+    found = getattr(model, "model_fields", None)
+    return set(found or model.__dataclass_fields__)  # type: ignore[attr-defined]
+
+
+# ---- mergekit.merge_methods
+
+
+@uses("mergekit.merge_methods", "__init__", "outputs", "recipe")
+def test_merge_methods_gives_a_method_by_name() -> None:
+    from mergekit import merge_methods
+
+    assert merge_methods.get("metagpt").spec.name == "metagpt"
+    assert "mergekit.merge_methods.registry" in sys.modules, (
+        "mergekit.merge_methods no longer imports .registry: autoload waits for that "
+        "import, and register() of __init__ for the whole"
+    )
+
+
+@uses(
+    "mergekit.merge_methods.registry",
+    *("autoload", "exporting", "preflight", "registration"),
+)
+def test_the_registry_takes_a_method_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mergekit.merge_methods import registry
+
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    method = MetaGPTMerge()
+    with pytest.raises(ValueError, match="already registered"):
+        registry.register(method)
+    del registry._METHODS["metagpt"]
+    registry.register(method)
+    assert registry.get("metagpt") is method
+    assert method in registry.registered_methods()
+    # Our documentation quotes this line.
+    with pytest.raises(RuntimeError, match=r"^Unimplemented merge method none$"):
+        registry.get("none")
+
+
+@uses("mergekit.merge_methods.base.GroupMergeMethod", "composed", "method")
+def test_a_method_is_called_with_groups_and_bound_parameters() -> None:
+    from mergekit.merge_methods.base import (
+        BatchOptions,
+        GroupMergeMethod,
+        InputContract,
+        MergeMethodSpec,
+        TensorGroup,
+    )
+
+    assert_shape(
+        GroupMergeMethod._execute,
+        "groups, parameters, options, *, input_dtypes, out_dtype=",
+        "method.MetaGPTMerge._execute",
+    )
+    assert_shape(
+        GroupMergeMethod.__call__,
+        "groups, /, *, parameters=, dtype=, out_dtype=, batch_options=",
+        "method.MetaGPTMerge.__call__",
+    )
+    assert_shape(
+        GroupMergeMethod.validate_inputs,
+        "input_ids, base_id=, *, group_name=",
+        "method.MetaGPTMerge.validate_inputs",
+    )
+    assert_shape(
+        GroupMergeMethod.merge_group, "group, /, **parameters", "method, composed"
+    )
+    seen: list[Any] = []
+
+    class Noting(GroupMergeMethod):
+        spec = MergeMethodSpec("noting", contract=InputContract())
+
+        def _execute(
+            self,
+            groups: Sequence[TensorGroup],
+            parameters: list[dict[str, Any]],
+            options: BatchOptions,
+            **others: Any,
+        ) -> tuple[torch.Tensor, ...]:
+            changed = [{**bound, "more": 2} for bound in parameters]
+            return super()._execute(groups, changed, options, **others)
+
+        def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+            seen.append((group.metadata.name, parameters))
+            return group.tensors[0] * parameters["more"]
+
+    groups = [TensorGroup.from_tensors([torch.ones(2)], name=n) for n in "ab"]
+    merged = Noting()(groups)
+    assert [m.tolist() for m in merged] == [[2.0, 2.0], [2.0, 2.0]]
+    assert seen == [("a", {"more": 2}), ("b", {"more": 2})], (
+        "what _execute hands on no longer reaches merge_group; method puts the "
+        "coefficients there"
+    )
+
+
+@uses("mergekit.merge_methods.base.MergeMethodSpec", "composed", "method")
+@uses("mergekit.merge_methods.base.InputContract", "method")
+@uses("mergekit.merge_methods.base.BasePolicy", "method")
+def test_a_method_describes_itself() -> None:
+    from mergekit.merge_methods import registry
+    from mergekit.merge_methods.base import BasePolicy, InputContract, MergeMethodSpec
+
+    assert_has(
+        fields_of(MergeMethodSpec),
+        {
+            *("name", "pretty_name", "reference_url", "parameters", "contract"),
+            *("optional_tensor_policy", "uses_accelerator"),
+        },
+        "MergeMethodSpec, which method and composed fill",
+    )
+    contract = InputContract(base=BasePolicy.REQUIRED)
+    contract.validate_ids(["base"], "base")
+    with pytest.raises(ValueError):
+        contract.validate_ids(["model"])
+    for name in ("ties", "dare_linear", "della"):
+        spec = registry.get(name).spec
+        names = {parameter.name for parameter in spec.parameters}
+        assert_has(names, {"weight", "lambda"}, f"method {name}, which composed wraps")
+
+
+@uses(
+    "mergekit.merge_methods.base.TensorGroup",
+    *"composed method outputs parameters sources".split(),
+)
+@uses("mergekit.merge_methods.base.TensorEntry", "outputs", "sources")
+@uses("mergekit.merge_methods.base.TensorMetadata", "outputs")
+def test_a_group_knows_its_base_its_names_and_its_vocabulary() -> None:
+    from mergekit.architecture import WeightInfo
+    from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
+
+    metadata = TensorMetadata.from_weight_info(WeightInfo(name="w", vocabulary_axis=0))
+    assert (metadata.name, metadata.vocabulary_axis) == ("w", 0)
+    entries = [TensorEntry("b", torch.zeros(1), is_base=True)]
+    entries.append(TensorEntry("m", torch.ones(1), is_base=False))
+    group = TensorGroup(tuple(entries), metadata)
+    assert group.base is not None and group.base.id == "b"
+    assert [entry.id for entry in group.non_base] == ["m"]
+    assert [entry.id for entry in group.entries] == ["b", "m"]
+    assert group.entries[0].tensor is entries[0].tensor, (
+        "a group no longer borrows its tensors; sources compares where they lie"
+    )
+
+
+@uses("mergekit.merge_methods.base.PerInputValues", "composed", "outputs")
+@uses("mergekit.merge_methods.base.ParameterSpec", "parameters")
+@uses("mergekit.merge_methods.base.ParameterScope", "parameters", "preflight")
+def test_parameters_are_bound_per_model() -> None:
+    from mergekit.merge_methods.base import (
+        ParameterScope,
+        ParameterSpec,
+        PerInputValues,
+        TensorGroup,
+    )
+
+    assert_has(
+        fields_of(ParameterSpec),
+        {"name", "value_type", "scope", "default", "description"},
+        "ParameterSpec, which parameters.CheckedParameter extends",
+    )
+    spec = ParameterSpec("weight", float, ParameterScope.NON_BASE, default=1.0)
+    assert spec.validate("2") == 2.0
+    assert {scope.name for scope in ParameterScope} >= {"SHARED", "NON_BASE"}
+    group = TensorGroup.from_tensors([torch.ones(1)] * 3, base_index=1)
+    values = PerInputValues([(0, 0.5), (2, 0.25)])
+    assert values.values_for(group.non_base) == [0.5, 0.25]
+
+
+@uses("mergekit.merge_methods.base.BatchOptions", "method")
+def test_batch_options_can_be_left_alone() -> None:
+    from mergekit.merge_methods.base import BatchOptions
+
+    BatchOptions()  # method only hands it on
+
+
+Names = list[tuple[str | None, int, int]]
+
+
+@pytest.fixture
+def validations(monkeypatch: pytest.MonkeyPatch) -> Names:
+    """For every call of `validate_inputs`: the name, inputs, and loaders open then."""
+    from mergekit.io.tasks import LoaderCache
+
+    seen: Names = []
+    validate = MetaGPTMerge.validate_inputs
+
+    def noted(
+        self: MetaGPTMerge,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
+    ) -> None:
+        seen.append((group_name, len(input_ids), len(LoaderCache.loaders)))
+        validate(self, input_ids, base_id, group_name=group_name)
+
+    monkeypatch.setattr(MetaGPTMerge, "validate_inputs", noted)
+    return seen
+
+
+def test_the_planner_validates_slices_by_name_before_any_tensor(
+    family: Family, tmp_path: Path, validations: Names
+) -> None:
+    """`method` and `planning` tell a slice from a tensor by this name and order."""
+    layers = [{"model": str(m), "layer_range": [0, 3]} for m in family.models]
+    layers.append({"model": str(family.base), "layer_range": [0, 3]})
+    sources = [[{**s, "layer_range": r} for s in layers] for r in ([0, 2], [2, 3])]
+    config = merge_config(family.base, [], slices=[{"sources": s} for s in sources])
+    run_mergekit(config, tmp_path / "out")
+    slices = [name for name, _, _ in validations if name and "slices" in name]
+    assert slices == ["default.slices[0]", "default.slices[1]"], (
+        f"the planner now validates slices under the names {slices}; method._SLICE "
+        "looks for MODULE.slices[NUMBER]"
+    )
+    assert [name for name, _, _ in validations[:2]] == slices
+    assert {open_ for _, _, open_ in validations} == {4}, (
+        "loaders are no longer open when slices are validated; sources.check_headers "
+        "looks at those"
+    )
+    tensors = {name for name, _, _ in validations[2:]}
+    assert tensors == family.base_state.keys()
+
+
+@uses("mergekit.merge_methods.task_adapter.ExecuteMergeMethodTask", "outputs")
+def test_the_task_of_a_tensor_holds_what_the_planner_resolved() -> None:
+    from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
+    assert_has(
+        fields_of(ExecuteMergeMethodTask),
+        {
+            *("method_name", "gather_tensors", "model_order", "base_model"),
+            *("output_weight", "parameters", "input_parameters"),
+        },
+        "ExecuteMergeMethodTask, which outputs reads",
+    )
+
+
+# ---- plan and graph
+
+
+@uses("mergekit.plan.MergePlanner", "outputs")
+def test_the_planner_can_be_listened_to(family: Family) -> None:
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+    from mergekit.plan import MergePlanner
+
+    from mergekit_metagpt.outputs import plan
+
+    assert_shape(
+        MergePlanner.plan_module, "module_name, definition", "outputs._Planner"
+    )
+    assert_shape(
+        MergePlanner.plan_tensor,
+        "weight, weights_in, models, cfg_reader",
+        "outputs._Planner",
+    )
+    assert_takes(
+        MergePlanner, "outputs.plan", None, None, options=None, out_model_config=None
+    )
+    assert_takes(MergePlanner.plan_to_disk, "outputs.plan", None, out_path="")
+    settings = {"models": [{"model": str(family.models[0])}]}
+    settings["models"][0]["parameters"] = {"weight": [0.0, 1.0]}
+    data = {**merge_config(family.base, []), **settings}
+    planned = plan(MergeConfiguration.model_validate(data), MergeOptions())
+    assert {p.name for p in planned} == family.base_state.keys()
+    weights = {
+        p.name: p.task.input_parameters[p.task.model_order[0]]["weight"]
+        for p in planned
+    }
+    middle = "model.layers.1.mlp.up_proj.weight"
+    assert weights[middle] == 0.5, "gradients are no longer resolved in the plan"
+
+
+@uses("mergekit.graph.Executor", "outputs")
+@uses("mergekit.graph.Task", "outputs")
+def test_tasks_of_our_own_can_be_executed() -> None:
+    from mergekit.graph import Executor, Task
+
+    class Half(Task[float]):
+        whole: float
+
+        def arguments(self) -> dict[str, Task[Any]]:
+            return {}
+
+        def execute(self) -> float:
+            return self.whole / 2
+
+    class Sum(Task[float]):
+        one: Half
+        other: Half
+
+        def arguments(self) -> dict[str, Task[Any]]:
+            return {"one": self.one, "other": self.other}
+
+        def execute(self, one: float, other: float) -> float:
+            return one + other
+
+    target = Sum(one=Half(whole=1.0), other=Half(whole=3.0))
+    executor = Executor([target], math_device="cpu", storage_device="cpu")
+    found = dict(executor.run(quiet=True))
+    assert found == {target: 2.0}, "results are no longer given by task"
+
+
+# ---- io
+
+
+@uses("mergekit.io.tasks.LoaderCache", "checkpoints", "merging", "outputs")
+def test_all_threads_share_one_dictionary_of_loaders(family: Family) -> None:
+    from mergekit.common import ModelReference
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.options import MergeOptions
+
+    assert_has(
+        LoaderCache.__annotations__,
+        {
+            *("loaders", "lora_cache_dir", "hf_cache_dir", "lazy_unpickle"),
+            *("trust_remote_code", "lora_merge_dtype"),
+        },
+        "LoaderCache",
+    )
+    LoaderCache().setup(MergeOptions())
+    model = ModelReference.parse(str(family.base))
+    loader = LoaderCache().get(model)
+    assert LoaderCache.loaders == {model: loader}, (
+        "loaders no longer lie by ModelReference in the class's own dictionary; "
+        "checkpoints.already_open looks there"
+    )
+    seen: list[Any] = []
+    thread = threading.Thread(target=lambda: seen.append(LoaderCache().get(model)))
+    thread.start()
+    thread.join()
+    assert seen == [loader], "another thread has other loaders"
+
+
+@uses("mergekit.io.ShardedTensorIndex", "checkpoints")
+@uses("mergekit.io.LazyTensorLoader", "checkpoints")
+def test_an_index_says_which_file_holds_a_tensor(
+    family: Family, tmp_path: Path
+) -> None:
+    from mergekit.io import LazyTensorLoader, ShardedTensorIndex
+
+    folder = write_model(tmp_path / "model", family.base_state, shards=2)
+    index = ShardedTensorIndex.from_disk(str(folder))
+    assert index.base_path == str(folder)
+    assert index.tensor_paths.keys() == family.base_state.keys()
+    assert all((folder / shard).is_file() for shard in index.tensor_paths.values())
+    loader = LazyTensorLoader(index)
+    assert loader.index is index
+    hash(loader)  # checkpoints keeps headers by loader, weakly
+    importlib.import_module("weakref").ref(loader)
+
+
+@uses("mergekit.scripts.merge_raw_pytorch", "checkpoints")
+def test_loaders_of_bare_files_lie_by_path(family: Family) -> None:
+    from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
+
+    file = str(family.base / "model.safetensors")
+    loader = SimpleLoaderCache().get(file)
+    try:
+        assert SimpleLoaderCache().loaders.get(file) is loader, (
+            "checkpoints.already_open looks for mergekit-pytorch's loaders by path"
+        )
+    finally:
+        SimpleLoaderCache().loaders.clear()
+
+
+# ---- architecture
+
+
+@uses("mergekit.architecture.WeightInfo", "checkpoints", "outputs")
+@uses("mergekit.architecture.arch_info_for_config", "checkpoints")
+@uses("mergekit.architecture.get_architecture_info", "outputs")
+def test_an_architecture_lists_its_weights(family: Family) -> None:
+    from mergekit.architecture import (
+        WeightInfo,
+        arch_info_for_config,
+        get_architecture_info,
+    )
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+    assert_has(
+        WeightInfo.model_fields,
+        {"name", "aliases", "tied_names", "optional", "vocabulary_axis"},
+        "WeightInfo, which checkpoints reads and makes",
+    )
+    config = llama_config()
+    architecture = arch_info_for_config(config)
+    assert architecture is not None
+    weights = {weight.name: weight for weight in architecture.all_weights(config)}
+    assert weights.keys() == family.base_state.keys()
+    assert weights["lm_head.weight"].tied_names == ("model.embed_tokens.weight",), (
+        "tied_names no longer say what stands in for a missing head; checkpoints "
+        "counts a tied weight once by them"
+    )
+    config.architectures = ["Unheard"]
+    assert arch_info_for_config(config) is None
+    data = merge_config(family.base, family.models)
+    found = get_architecture_info(
+        MergeConfiguration.model_validate(data), MergeOptions()
+    )
+    assert found == architecture
+
+
+@uses("mergekit.architecture.conversion.convert_checkpoint_tensors", "files")
+@uses("mergekit.architecture.conversion.can_convert_checkpoint_keys", "alignment")
+def test_single_experts_are_fused() -> None:
+    from mergekit.architecture.conversion import (
+        can_convert_checkpoint_keys,
+        convert_checkpoint_tensors,
+    )
+
+    prefix = "model.layers.0.block_sparse_moe.experts"
+    stored = {f"{prefix}.{n}.w2.weight": torch.full((2, 3), float(n)) for n in (0, 1)}
+    wanted = "model.layers.0.mlp.experts.down_proj"
+    assert can_convert_checkpoint_keys("mixtral", set(stored), wanted)
+    assert not can_convert_checkpoint_keys("llama", set(stored), wanted)
+    called = {name: (lambda tensor=tensor: tensor) for name, tensor in stored.items()}
+    fused = convert_checkpoint_tensors("mixtral", called, wanted)
+    assert fused is not None
+    assert fused.tolist() == torch.stack(list(stored.values())).tolist()
+    assert convert_checkpoint_tensors("llama", called, wanted) is None
+
+
+# ---- common, config, options
+
+
+@uses(
+    "mergekit.common.ModelReference",
+    *"checkpoints exporting families inspecting outputs recipe scanning".split(),
+)
+def test_a_reference_names_a_model_and_its_adapter() -> None:
+    from mergekit.common import ModelReference
+
+    reference = ModelReference.parse("a/b+c/d")
+    assert reference.lora is not None
+    assert (reference.model.path, reference.lora.path) == ("a/b", "c/d")
+    assert str(reference) == "a/b+c/d"
+    assert reference == ModelReference.parse("a/b+c/d")
+    assert hash(reference) == hash(ModelReference.parse("a/b+c/d"))
+    merged = ModelReference.merged
+    options = {"cache_dir": "", "trust_remote_code": False, "lora_merge_dtype": None}
+    assert_takes(merged, "checkpoints.open_checkpoint", reference, **options)
+    assert_takes(ModelReference.local_path, "checkpoints", reference, None)
+    plain = ModelReference.parse("a/b")
+    assert plain.merged(**options) is plain
+
+
+@uses("mergekit.common", "sources")
+def test_references_are_told_by_the_loaded_module() -> None:
+    """`sources` does not import mergekit.common; no reference exists before it is."""
+    assert "mergekit.common" in sys.modules
+    assert sys.modules["mergekit.common"].ModelReference
+
+
+@uses("mergekit.common.dtype_from_name", "exporting")
+def test_precisions_have_torch_names() -> None:
+    from mergekit.common import dtype_from_name
+
+    for name in ("float64", "float32", "float16", "bfloat16"):
+        assert dtype_from_name(name) == getattr(torch, name)
+
+
+CONFIGURED = "demo exporting families merging outputs preflight recipe".split()
+
+
+@uses("mergekit.config.MergeConfiguration", *CONFIGURED)
+@uses("mergekit.config.ConfigYamlDumper", "exporting")
+def test_a_configuration_is_read_and_written(family: Family) -> None:
+    from mergekit.config import ConfigYamlDumper, MergeConfiguration
+
+    assert_has(
+        MergeConfiguration.model_fields,
+        {
+            *("merge_method", "base_model", "models", "slices", "modules"),
+            *("parameters", "dtype", "out_dtype"),
+        },
+        "MergeConfiguration, which recipe reads",
+    )
+    data = merge_config(family.base, family.models, dtype="float32")
+    config = MergeConfiguration.model_validate(data)
+    assert {str(m) for m in config.referenced_models()} == {
+        str(m) for m in (family.base, *family.models)
+    }
+    dumped = config.model_dump(mode="json", exclude_defaults=True)
+    text = yaml.dump(dumped, Dumper=ConfigYamlDumper)
+    again = MergeConfiguration.model_validate(yaml.safe_load(text))
+    assert again == config, "a dumped configuration reads as another one"
+    with pytest.raises((ValueError, RuntimeError)):
+        MergeConfiguration.model_validate({"merge_method": "metagpt"})
+
+
+@uses("mergekit.config.ConfigReader", "outputs")
+@uses("mergekit.config.OutputModuleDefinition", "outputs")
+def test_the_reader_knows_its_module_and_slice() -> None:
+    from mergekit.config import ConfigReader, OutputModuleDefinition
+
+    assert_has(
+        ConfigReader.model_fields,
+        {"slice_out", "module"},
+        "ConfigReader, by which outputs finds a tensor's slice",
+    )
+    assert_has(
+        OutputModuleDefinition.model_fields,
+        {"slices", "models", "parameters"},
+        "OutputModuleDefinition",
+    )
+
+
+@uses(
+    "mergekit.options.MergeOptions",
+    *("checkpoints", "cli", "demo", "exporting", "inspecting", "merging"),
+    *("outputs", "preflight"),
+)
+@uses("mergekit.options.add_merge_options", "cli")
+@uses("mergekit.options.PrettyPrintHelp", "cli")
+def test_mergekit_adds_its_options_to_a_command_of_ours() -> None:
+    import click
+    from click.testing import CliRunner
+    from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+
+    assert_has(
+        MergeOptions.model_fields,
+        {
+            *("lora_merge_cache", "transformers_cache", "trust_remote_code"),
+            *("lazy_unpickle", "quiet", "write_model_card"),
+        },
+        "MergeOptions",
+    )
+    assert_takes(MergeOptions.apply_global_options, "merging", None)
+    seen: list[MergeOptions] = []
+
+    @click.command("ours", cls=PrettyPrintHelp)
+    @click.argument("config")
+    @add_merge_options
+    def command(config: str, merge_options: MergeOptions) -> None:
+        seen.append(merge_options)
+
+    done = CliRunner().invoke(command, ["c", "--lora-merge-cache", "x", "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert (seen[0].lora_merge_cache, seen[0].quiet) == ("x", True)
+    assert "--lora-merge-cache" in CliRunner().invoke(command, ["--help"]).output
+
+
+# ---- merge
+
+
+@uses("mergekit.merge.run_merge", "demo", "merging")
+def test_run_merge_writes_a_model_and_its_card(family: Family, tmp_path: Path) -> None:
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    assert_takes(run_merge, "merging", None, "", None, config_source="")
+    data = merge_config(family.base, family.models[:1])
+    options = MergeOptions(copy_tokenizer=False, quiet=True)
+    config = MergeConfiguration.model_validate(data)
+    out = tmp_path / "made" / "title"
+    run_merge(config, str(out), options, config_source="# as given")
+    for name, tensor in read_model(out).items():
+        assert_same_bits(tensor, family.states[0][name])
+    assert "# title\n" in (out / "README.md").read_text(), (
+        "the card is no longer titled by the folder; merging names its folder so"
+    )
+    assert (out / "mergekit_config.yml").read_text() == "# as given"
+    assert (out / "config.json").is_file()
+
+
+@uses("mergekit.merge._model_out_config", "outputs")
+def test_the_configuration_of_the_result_can_be_had_beforehand() -> None:
+    from mergekit.merge import _model_out_config
+
+    assert_takes(_model_out_config, "outputs", None, None, trust_remote_code=False)
+
+
+# ---- that nothing is forgotten
+
+
+def imported(source: str) -> set[str]:
+    """What a module of ours uses of mergekit: imports, and modules named in strings.
+
+    A name that is imported from a package and is itself a module counts as such.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.fullmatch(r"mergekit(\.\w+)+", node.value):
+                found.add(node.value)
+    return {name for name in found if name.startswith("mergekit.")}
+
+
+def used_by_module() -> dict[str, set[str]]:
+    """For each thing of mergekit our modules that use it."""
+    found: dict[str, set[str]] = {}
+    for file in sorted(PACKAGE.glob("*.py")):
+        for name in imported(file.read_text(encoding="utf-8")):
+            found.setdefault(name, set()).add(file.stem)
+    return found
+
+
+def test_reading_imports() -> None:
+    source = """
+import mergekit.merge_methods
+from mergekit.io import tasks as t
+from mergekit_metagpt import kernels
+def f():
+    from mergekit.common import ModelReference
+    sys.modules.get("mergekit.plan")
+    "mergekit is good. mergekit.plan too"
+"""
+    assert imported(source) == {
+        "mergekit.merge_methods",
+        "mergekit.io.tasks",
+        "mergekit.common.ModelReference",
+        "mergekit.plan",
+    }
+
+
+def test_all_that_is_used_has_a_test_and_nothing_else() -> None:
+    found = used_by_module()
+    untested = {name: sorted(found[name]) for name in found.keys() - CONTRACT.keys()}
+    assert not untested, f"no test here says what these are used for: {untested}"
+    unused = sorted(CONTRACT.keys() - found.keys())
+    assert not unused, f"tested, but no module of ours uses them any more: {unused}"
+    for name, modules in CONTRACT.items():
+        assert found[name] == set(modules), f"{name} is used by {sorted(found[name])}"
+
+
+def test_an_untested_use_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(CONTRACT, "mergekit.merge.run_merge")
+    with pytest.raises(AssertionError, match=r"mergekit\.merge\.run_merge"):
+        test_all_that_is_used_has_a_test_and_nothing_else()
+
+
+def test_the_page_lists_all_that_is_used() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    section = page.split("## When a new mergekit appears")[1]
+    listed = set(re.findall(r"[\w.]+", section))
+    missing = [
+        name
+        for name in sorted(CONTRACT)
+        if name.removeprefix("mergekit.") not in listed
+        and name.rpartition(".")[2] not in listed
+    ]
+    assert not missing, f"{PAGE.name} does not name {missing}"
+
+
+def test_a_changed_signature_is_said_in_plain_words() -> None:
+    def changed(self: Any, groups: Any, surprise: Any) -> None:
+        """As a later mergekit might have it."""
+
+    with pytest.raises(AssertionError, match=r"now takes \(groups, surprise\)"):
+        assert_shape(changed, "groups", "method")
+    with pytest.raises(AssertionError, match="can no longer be called as method does"):
+        assert_takes(changed, "method", None, groups=1)
+    with pytest.raises(AssertionError, match="lost name"):
+        assert_has({"other"}, {"name", "other"}, "WeightInfo")
