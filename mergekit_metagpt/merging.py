@@ -135,7 +135,8 @@ def _put(made: Path, out: Path, aside: Path) -> None:
         # The folder itself stays: it may be where somebody stands.
         moved: list[Path] = []
         try:
-            for path in sorted(made.iterdir()):
+            # Last what makes the folder a model.
+            for path in sorted(made.iterdir(), key=lambda p: p.name == "config.json"):
                 moved.append(path.rename(out / path.name))
         except BaseException:
             for path in moved:
