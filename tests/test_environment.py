@@ -168,6 +168,8 @@ def forks() -> Place:
 def open_work(forks: Place) -> Iterator[Path]:
     """A working folder that everybody may enter and write to."""
     forks.folder.chmod(0o755)
+    for path in (forks.folder / "family").rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
     with forks.work() as work:
         work.chmod(0o777)
         yield work
@@ -175,6 +177,9 @@ def open_work(forks: Place) -> Iterator[Path]:
 
 def as_somebody_else(forks: Place, **changes: str | None) -> Ended:
     """Merge as a user without rights and without a home; not as root, as oneself."""
+    packages = Path(pytest.__file__).parents
+    if os.geteuid() == 0 and not all(p.stat().st_mode & 0o001 for p in packages):
+        pytest.skip(f"reason: {packages[0]} is closed to other users than root")
     job = forks.job("mergekit-metagpt")
     env = {**job.env, "HOME": None, "XDG_CACHE_HOME": None, **changes}
     (ended,) = forks.forks.run(replace(job, as_stranger=True, env=env))
