@@ -42,7 +42,7 @@ def _one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return command(*args, **kwargs)
-        except BrokenPipeError:
+        except (BrokenPipeError, click.Abort, click.exceptions.Exit):
             raise  # whoever read our output has seen enough; click ends quietly
         except Exception as error:
             if not isinstance(error, _expected_errors()):
@@ -180,8 +180,8 @@ def _check_target(file: str | None, endings: tuple[str, ...] = ()) -> None:
 @click.option("--json", "json_file", metavar="FILE", help="Write all; - for stdout.")
 @click.option("--csv", "csv_file", metavar="FILE", help="Write a row for each pool.")
 @click.option("--plot", metavar="FILE", help="Draw a figure: .png, .svg or .pdf.")
-@_loading_options
 @_one_line_errors
+@_loading_options
 def inspect(
     options: MergeOptions,
     models: tuple[str, ...],
@@ -253,8 +253,8 @@ def inspect(
 @click.argument("config")
 @click.argument("out", metavar="OUT.yml")
 @click.option("--force", is_flag=True, help="Replace OUT.yml if it exists.")
-@_loading_options
 @_one_line_errors
+@_loading_options
 def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     """Write the metagpt merge CONFIG as plain mergekit YAML with fixed weights.
 
@@ -365,6 +365,7 @@ def recipes(name: str | None, out: str | None) -> None:
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
+@_one_line_errors
 def merge(context: click.Context, arguments: tuple[str, ...]) -> None:
     """Merge CONFIG into OUT: all of mergekit-yaml's options, the whole job checked."""
     _merge_command().main(

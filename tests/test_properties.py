@@ -385,7 +385,9 @@ def test_a_common_power_of_two_changes_no_bit_of_the_merge(
         lambdas,
     )
     info = torch.finfo(merged.dtype)
-    normal = (merged.abs() >= 2 * info.tiny / info.eps) | (merged == 0)
+    # A zero that subnormal numbers were rounded to need not stay one.
+    zero = torch.stack([drawn.base, *drawn.tuned]).abs().amax(dim=0) == 0
+    normal = (merged.abs() >= 2 * info.tiny / info.eps) | zero
     assert_same_bits(moved[normal], scaled(merged, exponent)[normal])
 
 

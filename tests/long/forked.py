@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import gc
@@ -233,6 +234,12 @@ def _watch_writes(job: Job, pipe: int) -> None:
     sys.addaudithook(hook)
 
 
+def _end_with_parent() -> None:
+    """Die with the warm process, if the system can do that: a job may wait for ever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def _become(job: Job, pipe: int, terminal: int | None, log: int) -> None:
     """Make a fork the process that a job asks for."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -258,6 +265,7 @@ def _become(job: Job, pipe: int, terminal: int | None, log: int) -> None:
         os.setgroups([])
         os.setgid(STRANGER)
         os.setuid(STRANGER)
+    _end_with_parent()
     os.chdir(job.cwd)
     if job.code:
         exec(compile(job.code, "<job>", "exec"), {})
