@@ -108,6 +108,9 @@ def _task_vectors(
         base: flat.
         tuned: K flat tensors.
         squared: yield the squares instead, made in one operation.
+
+    Yields:
+        k, and the chunk's differences or squares, shape `(n,)`, float64.
     """
     grids = [_common_grid(base.dtype, tensor.dtype) for tensor in tuned]
     with scratch(2, _chunk_size(base), torch.float64, base.device) as buffers:
