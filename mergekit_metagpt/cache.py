@@ -26,7 +26,7 @@ from mergekit_metagpt.results import Details, PairNorms
 LOG = logging.getLogger("mergekit_metagpt")
 VARIABLE = "MERGEKIT_METAGPT_CACHE"
 # To be raised when what a scan measures, or how it is stored, changes.
-FORMAT = 1
+FORMAT = 2
 MOST_ENTRIES = 1000
 MOST_BYTES = 1 << 28
 # A file may change once more within one tick of a coarse clock without showing it.
@@ -41,7 +41,7 @@ class _Entry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     key: str
     kind: str
     base: str

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from mergekit_metagpt import native
 from mergekit_metagpt.buffers import scratch
 from mergekit_metagpt.workers import spread
 
@@ -19,7 +20,7 @@ DEVICE_CHUNK = 1 << 25
 ROW = 1 << 10
 # Elements that one thread takes at a time. Sums are formed part by part whatever the
 # number of threads, for the same bits.
-PART = 1 << 22
+PART = 1 << 20
 # Below this number of elements torch runs an operation on one thread anyway.
 SERIAL = 1 << 15
 
@@ -73,15 +74,18 @@ def _chunks(like: torch.Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, like.numel()))
 
 
-def _in_parts(like: torch.Tensor, work: Callable[[slice], T]) -> list[T]:
+def _in_parts(
+    like: torch.Tensor, work: Callable[[slice], T], *, compiled: bool
+) -> list[T]:
     """Call work for every part of a flat tensor, on a CPU with several threads."""
     if like.device.type != "cpu":
         return [work(slice(0, like.numel()))]
     ends = [*range(PART, like.numel(), PART), like.numel()]
     parts = [slice(max(0, (end - 1) // PART * PART), end) for end in ends]
-    if torch.get_num_threads() == 1 or like.numel() <= SERIAL:
+    alone = like.numel() <= SERIAL or (compiled and len(parts) == 1)
+    if torch.get_num_threads() == 1 or alone:
         return [work(part) for part in parts]
-    return spread(work, parts)
+    return spread(work, parts, compiled=compiled)
 
 
 def _rounded(values: torch.Tensor, grid: tuple[torch.dtype, ...]) -> torch.Tensor:
@@ -171,14 +175,43 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
     flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
 
     def of_part(part: slice) -> torch.Tensor:
-        sums = torch.zeros(len(tuned), dtype=torch.float64, device=base.device)
-        parts = [tensor[part] for tensor in flat_tuned]
-        for k, squares in _task_vectors(flat[part], parts, squared=True):
-            sums[k] += _sum(squares)
-        return sums
+        found = flat_sq_norms(flat[part], [tensor[part] for tensor in flat_tuned])
+        return torch.tensor(found, dtype=torch.float64, device="cpu")
 
-    found = _in_parts(flat, of_part)
-    return sum(found[1:], found[0]).cpu()
+    found = _in_parts(flat, of_part, compiled=native.serves(flat, *flat_tuned))
+    return sum(found[1:], found[0])
+
+
+def flat_sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[float]:
+    """Squared norm of every model's task vector on a piece of a flattened tensor.
+
+    As `sq_norms`, but for pieces of moderate size, on the thread that calls it and
+    without autograd. By the compiled loops, or else by torch; which of the two does not
+    depend on the other models, and neither do the bits.
+
+    Args:
+        base: shape `(n,)`.
+        tuned: K tensors, shape `(n,)`, of the base's device.
+
+    Returns:
+        K numbers; not finite where an input is not.
+
+    Example:
+        >>> flat_sq_norms(torch.zeros(2), [torch.tensor([3.0, 4.0])])
+        [25.0]
+    """
+    if native.serves(base, *tuned):
+        return native.sq_norms(base, tuned)
+    found = []
+    for tensor in tuned:
+        if native.serves(base, tensor):
+            found += native.sq_norms(base, [tensor])
+            continue
+        total = torch.zeros((), dtype=torch.float64, device=base.device)
+        for _, squares in _task_vectors(base, [tensor], squared=True):
+            total += _sum(squares)
+        found.append(float(total))
+    return found
 
 
 def sq_norm(tensor: torch.Tensor) -> torch.Tensor:
@@ -263,19 +296,17 @@ def accumulate_gram(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.
     def of_part(part: slice) -> torch.Tensor:
         chunk, parts = flat[part], [tensor[part] for tensor in flat_tuned]
         gram = torch.zeros(count, count, dtype=torch.float64, device=base.device)
-        sums = gram.new_zeros(count)
         with scratch(count, _chunk_size(chunk), gram.dtype, gram.device) as buffer:
             for k, tau in _task_vectors(chunk, parts):
                 rows = buffer[:, : tau.numel()]
                 rows[k].copy_(tau)
-                sums[k] += _sum_of_squares(tau)
                 if k == count - 1:
                     gram += rows @ rows.T
         gram = (gram + gram.T) / 2
-        gram.diagonal().copy_(sums)
+        gram.diagonal().copy_(gram.new_tensor(flat_sq_norms(chunk, parts)))
         return gram
 
-    found = _in_parts(flat, of_part)
+    found = _in_parts(flat, of_part, compiled=False)
     return sum(found[1:], found[0]).cpu()
 
 
@@ -322,14 +353,20 @@ def scaled_sum(
     flat_merged, flat_base = merged.view(-1), base.detach().reshape(-1)
     flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
 
-    def write_part(part: slice) -> None:
-        tensors = [tensor[part] for tensor in flat_tuned]
-        if narrow and _base_cancels(base.dtype, factors):
-            _weighted_mean(tensors, factors, flat_merged[part])
-            return
-        _scaled_sum(flat_base[part], tensors, factors, dtype, flat_merged[part])
+    mean = narrow and _base_cancels(base.dtype, factors)
+    compiled = native.serves(base, *tuned)
 
-    _in_parts(flat_base, write_part)
+    def write_part(part: slice) -> None:
+        tensors, out = [tensor[part] for tensor in flat_tuned], flat_merged[part]
+        if compiled:
+            reference = None if mean else flat_base[part]
+            native.scaled_sum(reference, tensors, factors, out, narrow=narrow)
+        elif mean:
+            _weighted_mean(tensors, factors, out)
+        else:
+            _scaled_sum(flat_base[part], tensors, factors, dtype, out)
+
+    _in_parts(flat_base, write_part, compiled=compiled)
     return merged
 
 

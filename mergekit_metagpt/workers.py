@@ -39,7 +39,9 @@ def _use_one_torch_thread() -> None:
         restore.join()
 
 
-def spread(work: Callable[[T], R], parts: Sequence[T]) -> list[R]:
+def spread(
+    work: Callable[[T], R], parts: Sequence[T], *, compiled: bool = False
+) -> list[R]:
     """Run work on parts of one tensor, on as many threads as torch would use.
 
     torch's own threads would be woken for every short operation on a chunk, and wait
@@ -48,6 +50,7 @@ def spread(work: Callable[[T], R], parts: Sequence[T]) -> list[R]:
     Args:
         work: called with every part, on other threads.
         parts: its arguments.
+        compiled: whether compiled loops do the work, and no operation of torch.
 
     Returns:
         the results, in the order of the parts.
@@ -61,7 +64,7 @@ def spread(work: Callable[[T], R], parts: Sequence[T]) -> list[R]:
     with ThreadPoolExecutor(
         max_workers=min(torch.get_num_threads(), len(parts)),
         thread_name_prefix="metagpt-sum",
-        initializer=_use_one_torch_thread,
+        initializer=None if compiled else _use_one_torch_thread,
     ) as executor:
         return list(executor.map(in_this_mode, parts))
 

@@ -49,6 +49,7 @@ AT_REGISTRY = AT_TORCH | {
         "kernels",
         "method",
         "names",
+        "native",
         "parameters",
         "perils",
         "planning",
@@ -57,6 +58,8 @@ AT_REGISTRY = AT_TORCH | {
         "workers",
     )
 }
+# The compiled loops, where they were built.
+AT_REGISTRY.add("_mergekit_metagpt")
 
 # What the process knows at its end; `works` merges in memory with a method of mergekit.
 REPORT = """

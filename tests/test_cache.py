@@ -229,7 +229,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "not JSON": lambda data: data.replace(b"{", b"("),
     "deep": lambda data: b"[" * 100_000,
     "a list": lambda data: b"[]\n[]",
-    "of another format": lambda data: data.replace(b'"format":1', b'"format":2'),
+    "of another format": lambda data: data.replace(b'"format":', b'"format":1'),
     "of another kind": lambda data: data.replace(b'"pair"', b'"details"'),
     "negative": spoil(first_norm(-1.0)),
     "not finite": spoil(first_norm(float("nan"))),

@@ -11,6 +11,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+from mergekit_metagpt import native
 from mergekit_metagpt.kernels import (
     CHUNK,
     accumulate_gram,
@@ -35,6 +36,15 @@ SQ_NORM_RTOL = 1e-12
 # Dtypes in which each of the K products may lose half of the smallest number there is
 # by underflow: their sums are formed in a dtype that reaches no further down.
 UNDERFLOWS = {F64, F32}
+
+
+@pytest.fixture(params=["compiled", "by torch"], autouse=True)
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs on the compiled loops, and as where nothing was compiled."""
+    if request.param == "by torch":
+        monkeypatch.setattr(native, "_loops", None)
+    elif not native.built():
+        pytest.skip("the loops were not compiled when this was installed")
 
 
 # --- the menagerie -------------------------------------------------------------------
