@@ -10,14 +10,19 @@ import torch
 
 from mergekit_metagpt import kernels
 from mergekit_metagpt.alignment import Alignment, SharedTensor, align
+from mergekit_metagpt.buffers import scratch
 from mergekit_metagpt.checkpoints import Checkpoint
 from mergekit_metagpt.files import Readers
+from mergekit_metagpt.pieces import Files, Source
 from mergekit_metagpt.results import Details, PairNorms
 from mergekit_metagpt.workers import run
 
-# Elements that one worker takes at a time. Fixed, as are the kernel's chunks, so that
+# Elements that one worker takes at a time, and that it reads at a time. Fixed, so that
 # sums are formed in the same order whatever the number of workers.
 SEGMENT = 64 * kernels.CHUNK
+PIECE = kernels.CHUNK
+# Models whose pieces are held at a time: memory does not grow with their number.
+BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -65,22 +70,59 @@ class _Group:
         stored = [self.pairs[0].base, *(pair.model for pair in self.pairs)]
         return sum(tensor.dtype.itemsize for tensor in stored)
 
-    def sums(self, readers: Readers, part: slice) -> _Sums:
-        """Run the kernels over a part of the flattened overlap."""
-        base = self.pairs[0].cut(readers.read(self.pairs[0].base))[part]
-        tuned = [pair.cut(readers.read(pair.model))[part] for pair in self.pairs]
-        if not self.gram:
-            sums = _Sums(kernels.sq_norms(base, tuned))
-        else:
-            gram = kernels.accumulate_gram(base, tuned)
-            sums = _Sums(gram.diagonal().clone(), gram)
-        if not self.detailed:
-            return sums
-        return replace(
-            sums,
+    def sums(self, files: Files, part: slice) -> _Sums:
+        """Run the kernels over a part of the flattened overlap, piece by piece."""
+        base = files.source(self.pairs[0], self.pairs[0].base)
+        tuned = [files.source(pair, pair.model) for pair in self.pairs]
+        together = len(tuned) if self.detailed else min(len(tuned), BATCH)
+        widest = max(source.dtype.itemsize for source in (base, *tuned))
+        size = max(1, min(PIECE, part.stop - part.start))
+        starts = range(part.start, max(part.stop, part.start + 1), size)
+        pieces = [slice(at, min(at + size, part.stop)) for at in starts]
+        cpu = torch.device("cpu")
+        with scratch(1 + together, size * widest, torch.uint8, cpu) as rooms:
+            if not self.detailed:
+                return _Sums(_sq_norms(base, tuned, pieces, rooms))
+            found = [
+                self._details(
+                    base.read(piece, rooms[0]),
+                    [
+                        model.read(piece, room)
+                        for model, room in zip(tuned, rooms[1:], strict=True)
+                    ],
+                )
+                for piece in pieces
+            ]
+        return sum(found[1:], found[0])
+
+    def _details(self, base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> _Sums:
+        """What is measured of one piece in a detailed scan."""
+        gram = kernels.accumulate_gram(base, tuned) if self.gram else None
+        return _Sums(
+            kernels.sq_norms(base, tuned) if gram is None else gram.diagonal().clone(),
+            gram,
             base=kernels.sq_norm(base),
             rounding=kernels.rounding_sq_norms(base, tuned),
         )
+
+
+def _sq_norms(
+    base: Source, tuned: Sequence[Source], pieces: Sequence[slice], rooms: torch.Tensor
+) -> torch.Tensor:
+    """Squared norms alone, with the pieces of a few models in memory at a time."""
+    sums = [0.0] * len(tuned)
+    for piece in pieces:
+        reference = base.read(piece, rooms[0])
+        for first in range(0, len(tuned), BATCH):
+            batch = tuned[first : first + BATCH]
+            read = [
+                model.read(piece, room)
+                for model, room in zip(batch, rooms[1:], strict=False)
+            ]
+            found = kernels.flat_sq_norms(reference, read)
+            for k, value in enumerate(found, start=first):
+                sums[k] += value
+    return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
 
 def _groups(
@@ -140,15 +182,26 @@ def scan_checkpoints(
         ValueError: base and model do not fit, or a weight is NaN or infinite.
         OSError: a file cannot be read or has changed since it was opened.
     """
-    readers = Readers()
+    with Files() as files:
+        return _scan(base, models, files, detailed=detailed, workers=workers)
+
+
+def _scan(
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    files: Files,
+    *,
+    detailed: bool,
+    workers: int | None,
+) -> tuple[list[PairNorms], Details | None]:
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
-    alignments = [align(base, model, readers) for model in models]
+    alignments = [align(base, model, files.readers) for model in models]
     groups = _groups(base, alignments, detailed=detailed)
     tasks = [
         (
             (part.stop - part.start) * group.bytes_per_element,
-            functools.partial(group.sums, readers, part),
+            functools.partial(group.sums, files, part),
         )
         for group in groups
         for part in group.segments
@@ -159,7 +212,7 @@ def scan_checkpoints(
     for group in groups:
         parts = [next(results) for _ in group.segments]
         sums = sum(parts[1:], parts[0])
-        _check_finite(sums.sq_norms, group, base, models, readers)
+        _check_finite(sums.sq_norms, group, base, models, files.readers)
         for k, value in zip(group.members, sums.sq_norms.tolist(), strict=True):
             norms[k][group.name] = value
         if details is not None:

@@ -774,6 +774,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     from mergekit.io import LazyTensorLoader
 
     from mergekit_metagpt.files import Readers
+    from mergekit_metagpt.streams import Streams
 
     folder = tmp_path / "work"
     folder.mkdir()
@@ -793,6 +794,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     made = Job(folder, folder / "out")
     note = made.happened.add
     _spy(monkeypatch, Readers, "read", lambda: note(SCAN))
+    _spy(monkeypatch, Streams, "read", lambda: note(SCAN))
     _spy(monkeypatch, LazyTensorLoader, "get_tensor", lambda: note(LOAD))
     _spy(monkeypatch, mergekit.merge, "run_merge", lambda: note(MERGE))
     yield made

@@ -962,19 +962,25 @@ def test_one_pass_over_the_files_and_no_model(
     trio: Trio, inspect: Inspect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mergekit_metagpt.files import Readers
+    from mergekit_metagpt.pieces import Files
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was made")
 
     reads: list[tuple[Path, str]] = []
-    original = Readers.read
+    whole, source = Readers.read, Files.source
 
     def noted(self: Readers, stored: Any) -> torch.Tensor:
         reads.append((stored.file, stored.name))
-        return original(self, stored)
+        return whole(self, stored)
+
+    def noted_source(self: Files, pair: Any, stored: Any) -> Any:
+        reads.append((stored.file, stored.name))
+        return source(self, pair, stored)
 
     monkeypatch.setattr(torch.nn.Module, "__init__", fail)
     monkeypatch.setattr(Readers, "read", noted)
+    monkeypatch.setattr(Files, "source", noted_source)
     inspect("--base", *trio.folders)
     # The heads once more, to see whether they are the embeddings.
     layers = [read for read in reads if ".layers." in read[1]]

@@ -119,13 +119,13 @@ def sources(models: Iterable[Path], start: int, stop: int, **more: Any) -> Any:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Elements of task vectors that the scan's kernel measures, call by call."""
     counts: list[int] = []
-    kernel = kernels.sq_norms
+    kernel = kernels.flat_sq_norms
 
-    def counting(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
+    def counting(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[float]:
         counts.append(sum(tensor.numel() for tensor in tuned))
         return kernel(base, tuned)
 
-    monkeypatch.setattr(kernels, "sq_norms", counting)
+    monkeypatch.setattr(kernels, "flat_sq_norms", counting)
     return counts
 
 
