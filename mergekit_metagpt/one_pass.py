@@ -125,10 +125,12 @@ def _sq_norms(
     return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
 
-def _groups(
-    base: Checkpoint, alignments: Sequence[Alignment], *, detailed: bool
-) -> list[_Group]:
-    """Group the pairs of all models, in the order in which the base stores them."""
+def _groups(alignments: Sequence[Alignment], *, detailed: bool) -> list[_Group]:
+    """Group the pairs of all models, in the reverse of the order of a merge.
+
+    mergekit merges tensors in the order of their names. What is scanned last is still
+    in the page cache then, also where it does not hold all files.
+    """
     found: dict[tuple[str, str], dict[tuple[int, ...], list[int]]] = {}
     pairs: dict[tuple[str, int], SharedTensor] = {}
     for k, alignment in enumerate(alignments):
@@ -137,7 +139,7 @@ def _groups(
             by_shape = found.setdefault((pair.name, pair.base.name), {})
             by_shape.setdefault(pair.shape, []).append(k)
 
-    groups = []
+    groups: list[_Group] = []
     for (name, _), by_shape in found.items():
         calls = [(s, ks, False) for s, ks in by_shape.items()]
         if detailed:
@@ -156,8 +158,7 @@ def _groups(
             )
             for shape, ks, gram in calls
         ]
-    position = {name: at for at, name in enumerate(base.tensors)}
-    return sorted(groups, key=lambda group: position.get(group.name, -1))
+    return sorted(groups, key=lambda group: group.name, reverse=True)
 
 
 def scan_checkpoints(
@@ -197,7 +198,7 @@ def _scan(
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
     alignments = [align(base, model, files.readers) for model in models]
-    groups = _groups(base, alignments, detailed=detailed)
+    groups = _groups(alignments, detailed=detailed)
     tasks = [
         (
             (part.stop - part.start) * group.bytes_per_element,
