@@ -473,7 +473,7 @@ class Reader:
             extras = re.findall(r"\.\[(\w+)\]", " ".join(arguments))
             known = importlib.metadata.metadata("mergekit-metagpt")
             assert {*extras} <= {*known.get_all("Provides-Extra", [])}
-        elif module not in ("build", "twine", "venv"):
+        elif module not in ("build", "twine", "venv", "wheel"):
             spec = importlib.util.find_spec(module.replace("NAME", "__init__"))
             assert spec is not None, f"there is no module {module}"
         return None
