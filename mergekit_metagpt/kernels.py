@@ -202,16 +202,18 @@ def flat_sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[flo
     """
     if native.serves(base, *tuned):
         return native.sq_norms(base, tuned)
-    found = []
-    for tensor in tuned:
-        if native.serves(base, tensor):
-            found += native.sq_norms(base, [tensor])
-            continue
-        total = torch.zeros((), dtype=torch.float64, device=base.device)
-        for _, squares in _task_vectors(base, [tensor], squared=True):
-            total += _sum(squares)
-        found.append(float(total))
-    return found
+    found = dict.fromkeys(range(len(tuned)), 0.0)
+    served = [k for k in found if native.serves(base, tuned[k])]
+    if served:
+        sums = native.sq_norms(base, [tuned[k] for k in served])
+        found.update(zip(served, sums, strict=True))
+    if rest := [k for k in found if k not in served]:
+        totals = torch.zeros(len(rest), dtype=torch.float64, device=base.device)
+        tensors = [tuned[k] for k in rest]
+        for at, squares in _task_vectors(base, tensors, squared=True):
+            totals[at] += _sum(squares)
+        found.update(zip(rest, totals.tolist(), strict=True))
+    return list(found.values())
 
 
 def sq_norm(tensor: torch.Tensor) -> torch.Tensor:
