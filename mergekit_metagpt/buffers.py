@@ -11,6 +11,8 @@ import torch
 # Bytes of a kept buffer, at least. What a loop allocates anew for each tensor costs the
 # kernel more time, in pages to be zeroed, than the loop itself.
 LEAST = 1 << 22
+# Larger ones, as for the Gram matrices of hundreds of models, are given back.
+MOST = 1 << 26
 
 _FREE: list[torch.Tensor] = []
 _LOCK = threading.Lock()
@@ -45,5 +47,6 @@ def scratch(
     try:
         yield buffer[:size].view(dtype).view(rows, numel)
     finally:
-        with _LOCK:
-            _FREE.append(buffer)
+        if buffer.numel() <= MOST:
+            with _LOCK:
+                _FREE.append(buffer)
