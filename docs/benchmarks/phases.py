@@ -1,0 +1,130 @@
+"""Shows where whole merges spend their time; prints Markdown.
+
+    python docs/benchmarks/phases.py STORE [--rounds 3]
+
+Merges of whole_process.py, each in a process of its own, in turns, with functions of
+mergekit timed from outside: imports, our scan, the merge method without it, reading,
+writing, and the rest (planning, Python's end).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import machine
+import store
+import whole_process
+import yaml
+
+METHODS = (
+    "metagpt",
+    "metagpt, granularity tensor",
+    "task_arithmetic",
+    "linear",
+    "passthrough",
+)
+PHASES = ("imports", "scan", "sums", "reading", "writing", "rest")
+
+# Merges sys.argv[1] to sys.argv[2]; leaves seconds by phase in sys.argv[3].
+MERGE = """
+import atexit, json, sys, time
+
+began, spent = time.perf_counter(), {}
+
+def timed(owner, name, phase):
+    original = getattr(owner, name)
+    def wrapper(*args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            spent[phase] = spent.get(phase, 0) + time.perf_counter() - start
+    setattr(owner, name, wrapper)
+
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from mergekit.io.tensor_writer import TensorWriter
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.scripts import run_yaml
+
+spent["imports"] = time.perf_counter() - began
+from mergekit_metagpt import scanning
+
+timed(ExecuteMergeMethodTask, "execute", "method")
+timed(scanning, "pair_norms", "scan")
+timed(LazyTensorLoader, "get_tensor", "reading")
+timed(TensorWriter, "save_tensor", "writing")
+timed(TensorWriter, "finalize", "writing")
+
+config, out, answer = sys.argv[1:]
+
+def end():
+    spent["sums"] = spent.pop("method", 0) - spent.get("scan", 0)
+    with open(answer, "w") as stream:
+        json.dump(spent, stream)
+
+atexit.register(end)
+sys.argv = ["mergekit-yaml", config, out, "--no-copy-tokenizer", "--quiet"]
+run_yaml.main()
+"""
+
+
+def run(config: dict[str, object], folder: Path) -> dict[str, float]:
+    """Merge once; return seconds by phase."""
+    file, out, answer = folder / "config.yml", folder / "out", folder / "phases.json"
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-c", MERGE, file, out, answer],
+        env={**os.environ, "MERGEKIT_METAGPT_CACHE": "0", "HF_HUB_OFFLINE": "1"},
+        check=True,
+        capture_output=True,
+    )
+    wall = time.perf_counter() - start
+    shutil.rmtree(out)
+    os.sync()
+    spent = json.loads(answer.read_text())
+    found = {phase: spent.get(phase, 0.0) for phase in PHASES[:-1]}
+    return {**found, "rest": wall - sum(found.values())}
+
+
+def row(name: str, runs: Sequence[dict[str, float]]) -> str:
+    """Medians of a merge's phases, and of their sum."""
+    cells = [statistics.median(run[phase] for run in runs) for phase in PHASES]
+    total = statistics.median(sum(run.values()) for run in runs)
+    return f"| {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} | {total:.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    base, tuned = store.make(given.store)
+    configs = whole_process.configurations(
+        base.resolve(), [path.resolve() for path in tuned]
+    )
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        for number in range(given.rounds + 1):
+            for name in METHODS:
+                spent = run(configs[name], Path(folder))
+                if number:  # the first round warms the page cache
+                    found[name].append(spent)
+    print(machine.describe() + "\n")
+    print(f"| merge | {' | '.join(PHASES)} | all, s |\n|---|{'---|' * 7}")
+    for name, runs in found.items():
+        print(row(name, runs))
+
+
+if __name__ == "__main__":
+    main()
