@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from mergekit_metagpt import perils
 
@@ -19,6 +20,30 @@ def _log(level: int, message: str, *values: object) -> None:
 
     with tqdm.external_write_mode():
         LOG.log(level, message, *values)
+
+
+# Warnings that were given before the merge that would give them again.
+_TOLD: set[str] = set()
+
+
+@contextmanager
+def told(warnings: Iterable[str]) -> Iterator[None]:
+    """Warn before a merge, which then does not repeat these warnings.
+
+    Args:
+        warnings: the sentences, of `perils`.
+
+    Yields:
+        while the merge runs.
+    """
+    new = set(warnings) - _TOLD
+    for warning in dict.fromkeys(warnings):
+        _log(logging.WARNING, "%s", warning)
+    _TOLD.update(new)
+    try:
+        yield
+    finally:
+        _TOLD.difference_update(new)
 
 
 class Announcer:
@@ -35,8 +60,8 @@ class Announcer:
         return new
 
     def _warn(self, kind: Hashable, message: str | None) -> None:
-        if message and self._first("warning", kind):
-            _log(logging.WARNING, message)
+        if message and message not in _TOLD and self._first("warning", kind):
+            _log(logging.WARNING, "%s", message)
 
     def nothing_moved(self, base: Hashable, where: str) -> None:
         """Warn that all models equal the base."""
@@ -61,6 +86,7 @@ class Announcer:
         sq_norms: Sequence[float] | None,
         where: str,
         *,
+        weight: Sequence[float],
         scale: float,
         one_of_many: bool,
         visible: bool,
@@ -73,14 +99,15 @@ class Announcer:
             shares: their coefficients before `lambda` scales them, summing to 1.
             sq_norms: their squared norms, or None where none were measured.
             where: the pool of tensors, for the reader.
+            weight: of each model, by the configuration; said where it is not 1.
             scale: `lambda`, by which the merged task vector is scaled.
             one_of_many: whether other pools have other coefficients.
             visible: whether to show the line at WARNING (merges from files).
         """
         if visible and self._first("lambda", base, tuple(models)):
             line = ", ".join(
-                f"{share:.4g} {model}"
-                for share, model in zip(shares, models, strict=True)
+                f"{share:.4g} {model}" + (f" (weight {w:g})" if w != 1 else "")
+                for share, model, w in zip(shares, models, weight, strict=True)
             )
             if scale != 1:
                 line += f"; all times lambda: {scale:g}"
@@ -105,6 +132,13 @@ class Announcer:
         models: Sequence[Hashable],
         shares: Sequence[float],
         where: str,
+        *,
+        weighted: bool,
     ) -> None:
         """Warn if one model takes almost all, or gets almost nothing."""
-        self._warn("degenerate", perils.degenerate(base, models, shares, where))
+        said = perils.degenerate(base, models, shares, where, weighted=weighted)
+        self._warn("degenerate", said)
+
+    def names_nothing(self, parts: Sequence[str]) -> None:
+        """Warn of parts of `exclude` that are in no tensor's name."""
+        self._warn("exclude", perils.names_nothing(parts))

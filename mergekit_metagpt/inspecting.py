@@ -281,7 +281,11 @@ def _warnings(
     if choice.power < 0:
         unmoved = [m for k, m in enumerate(family.models) if k not in moved]
         said.append(perils.left_out(base, unmoved, choice.power, "the whole model"))
-    said.append(_degenerate(base, pools))
+    weighted = len({w for w in family.weights if w > 0}) > 1
+    said.append(_degenerate(base, pools, weighted=weighted))
+    every = {name for pair in scanned.pairs for name in pair.counted_as}
+    idle = [p for p in choice.exclude if not any(p in name for name in every)]
+    said.append(perils.names_nothing(sorted(idle)))
     for k in moved:
         model = models[k]
         of_embeddings = scanned.sq_norms(filter(is_embedding, names))[k]
@@ -293,14 +297,17 @@ def _warnings(
     return [line for line in said if line]
 
 
-def _degenerate(base: ModelReference, pools: Sequence[_Pool]) -> str | None:
+def _degenerate(
+    base: ModelReference, pools: Sequence[_Pool], *, weighted: bool
+) -> str | None:
     """Warn of the first pool of which one model takes almost all or next to nothing."""
 
     def said(pool: _Pool, where: str) -> str | None:
         shares = list(pool.shares.values())
         if not any(shares):
             return None
-        return perils.degenerate(base, list(pool.shares), shares, where)
+        names = list(pool.shares)
+        return perils.degenerate(base, names, shares, where, weighted=weighted)
 
     found = [pool for pool in pools if said(pool, "")]
     if not found:

@@ -188,12 +188,15 @@ class MetaGPTMerge(GroupMergeMethod):
             say.left_out(base, [models[k] for k in unmoved], settings.power, where)
         if measured is not None and measured.embeddings:
             say.embeddings(models, measured.embeddings)
+        if measured is not None:
+            say.names_nothing(measured.idle)
         say.coefficients(
             base,
             models,
             shares.detach().tolist(),
             None if sq_norms is None else sq_norms.detach().tolist(),
             where,
+            weight=weight.tolist(),
             scale=settings.scale,
             one_of_many=settings.granularity != "model",
             visible=self.from_files,
@@ -204,6 +207,7 @@ class MetaGPTMerge(GroupMergeMethod):
             [models[k] for k in wanted],
             shares.detach()[wanted].tolist(),
             where,
+            weighted=len(set(weight[wanted].tolist())) > 1,
         )
         return shares
 

@@ -16,7 +16,12 @@ NOISY = 0.1
 
 
 def degenerate(
-    base: Hashable, models: Sequence[Hashable], shares: Sequence[float], where: str
+    base: Hashable,
+    models: Sequence[Hashable],
+    shares: Sequence[float],
+    where: str,
+    *,
+    weighted: bool = False,
 ) -> str | None:
     """Say whether one model takes almost all, or gets almost nothing.
 
@@ -25,6 +30,7 @@ def degenerate(
         models: the K models that have a weight.
         shares: their coefficients, summing to 1.
         where: the pool of tensors, for the reader.
+        weighted: whether the configuration gives them different weights.
 
     Returns:
         the sentence, or None if max <= 0.9 and min >= 0.1 / K.
@@ -41,8 +47,9 @@ def degenerate(
         correction = "a weight above 1 for it"
     else:
         return None
+    weights = "a weight left over in the YAML, " if weighted else ""
     return (
-        f"{found} of the merge ({where}). Usual causes: a LoRA beside full "
+        f"{found} of the merge ({where}). Usual causes: {weights}a LoRA beside full "
         f"fine-tunes, a wrong base (here {base}), a resized or reordered "
         f"vocabulary. Ways out: power: 1, {correction}, or exclude"
     )
@@ -58,6 +65,16 @@ def nothing_counts(exclude: Sequence[str]) -> str:
     return (
         f"exclude ({', '.join(exclude)}) names every tensor: nothing is measured, and "
         "the weights alone count"
+    )
+
+
+def names_nothing(parts: Sequence[str]) -> str | None:
+    """Say which parts of `exclude` are in no tensor's name."""
+    if not parts:
+        return None
+    return (
+        f"exclude: {', '.join(parts)} is in no tensor's name and has no effect; "
+        "expected a part of the names that the models store, such as embed_tokens"
     )
 
 

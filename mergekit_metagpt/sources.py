@@ -30,10 +30,12 @@ class Measured:
         sq_norms: n_t, shape `(K,)`, float64, on the CPU.
         embeddings: the share of each n_t that token embeddings and heads hold, where
             the pool is a whole stored model; else empty.
+        idle: parts of `exclude` that are in the name of no stored tensor.
     """
 
     sq_norms: torch.Tensor
     embeddings: tuple[float, ...] = ()
+    idle: tuple[str, ...] = ()
 
 
 def base_of(group: TensorGroup) -> TensorEntry:
@@ -278,8 +280,19 @@ def _stored_sq_norms(group: TensorGroup, settings: Settings) -> Measured | None:
         embeddings = ()
     if all(n is None for n, _ in pools):
         return None
-    values = [n or 0.0 for n, _ in pools]
-    return Measured(torch.tensor(values, dtype=torch.float64, device="cpu"), embeddings)
+    values = torch.tensor(
+        [n or 0.0 for n, _ in pools], dtype=torch.float64, device="cpu"
+    )
+    idle = [set(_idle(pair, settings.exclude)) for pair in pairs]
+    return Measured(values, embeddings, tuple(sorted(set.intersection(*idle))))
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _idle(pair: PairNorms, exclude: tuple[str, ...]) -> tuple[str, ...]:
+    """Parts of `exclude` that are in no name of what base and model share."""
+    return tuple(
+        part for part in exclude if not any(part in name for name in pair.counted_as)
+    )
 
 
 @functools.lru_cache(maxsize=1 << 16)

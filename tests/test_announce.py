@@ -17,7 +17,7 @@ import pytest
 import torch
 from mergekit.merge_methods import merge_state_dicts
 
-from mergekit_metagpt import workers
+from mergekit_metagpt import announce, perils, workers
 from tests.conftest import Family, make_family
 from tests.processes import (
     assert_succeeded,
@@ -407,3 +407,56 @@ def test_degenerate_warning_says_which_way_a_weight_must_go(
     run_mergekit(merge_config(near.base, near.models), tmp_path / "out2")
     assert "tuned0 gets only" in caplog.text
     assert "a weight above 1 for it" in caplog.text
+
+
+def test_weights_of_the_yaml_are_said(
+    tmp_path: Path, family: Family, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A weight left over from another recipe counts; whoever reads the line sees it."""
+    config = merge_config(family.base, family.models)
+    config["models"][0]["parameters"] = {"weight": 1e-3}
+    run_mergekit(config, tmp_path / "out")
+    (line,) = said(caplog, "lambda of")
+    assert f"{family.models[0]} (weight 0.001), " in line
+    assert line.count("weight") == 1
+    (warning,) = said(caplog, "of the merge")
+    assert "Usual causes: a weight left over in the YAML, a LoRA" in warning
+    caplog.clear()
+    for model in config["models"]:
+        model["parameters"] = {"weight": 2}
+    run_mergekit(config, tmp_path / "alike")
+    assert said(caplog, "lambda of")[0].count("(weight 2)") == len(family.models)
+    assert "left over" not in caplog.text
+
+
+@pytest.mark.parametrize("granularity", ["model", "layer"])
+def test_an_exclude_that_names_nothing_is_said_once(
+    granularity: str,
+    tmp_path: Path,
+    family: Family,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    parameters = {"exclude": "embed_token_s, lm_head", "granularity": granularity}
+    config = merge_config(family.base, family.models, parameters=parameters)
+    run_mergekit(config, tmp_path / "out")
+    (warning,) = said(caplog, "exclude: ")
+    assert warning.startswith("exclude: embed_token_s is in no tensor's name")
+    caplog.clear()
+    parameters["exclude"] = "embed_tokens,lm_head"
+    run_mergekit(config, tmp_path / "well")
+    assert not said(caplog, "exclude: ")
+
+
+def test_what_was_told_before_a_merge_is_not_said_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    unmoved = perils.nothing_moved("base", "the whole model")
+    with announce.told([unmoved, unmoved]):
+        announce.Announcer().nothing_moved("base", "the whole model")
+        announce.Announcer().nothing_moved("other", "the whole model")
+    assert caplog.messages == [
+        unmoved,
+        perils.nothing_moved("other", "the whole model"),
+    ]
+    announce.Announcer().nothing_moved("base", "the whole model")
+    assert caplog.messages[-1] == unmoved

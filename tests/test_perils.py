@@ -42,6 +42,15 @@ def test_degenerate(shares: list[float], begins: str | None) -> None:
     way = "below 1" if "takes" in begins else "above 1"
     for part in ("the-base", "the whole model", "power: 1", f"a weight {way}"):
         assert part in said
+    assert "left over" not in said
+    weighted = perils.degenerate("the-base", models, shares, "here", weighted=True)
+    assert weighted is not None and "a weight left over in the YAML" in weighted
+
+
+def test_names_nothing() -> None:
+    assert perils.names_nothing([]) is None
+    said = perils.names_nothing(["embd", "hed"])
+    assert said is not None and "embd, hed is in no tensor's name" in said
 
 
 @pytest.mark.parametrize(
