@@ -12,6 +12,7 @@ import torch
 from mergekit_metagpt.checkpoints import Checkpoint
 from mergekit_metagpt.files import ConvertedTensor, Readers, StoredTensor
 from mergekit_metagpt.kernels import coarser_dtype
+from mergekit_metagpt.memo import while_open
 from mergekit_metagpt.names import layer_key
 
 Stored = StoredTensor | ConvertedTensor
@@ -75,7 +76,7 @@ def _overlap(base: tuple[int, ...], model: tuple[int, ...]) -> tuple[int, ...] |
     return tuple(min(b, m) for b, m in zip(base, model, strict=True))
 
 
-@functools.lru_cache(maxsize=1024)
+@while_open
 def _layers(checkpoint: Checkpoint) -> Mapping[str, tuple[StoredTensor, ...]]:
     layers: dict[str, list[StoredTensor]] = {}
     for alias, name in checkpoint.renamed.items():
@@ -103,7 +104,7 @@ def _stand_in(checkpoint: Checkpoint, like: StoredTensor, name: str) -> Stored |
     return ConvertedTensor(name, checkpoint.model_type, layer, dtype, like.shape)
 
 
-@functools.lru_cache(maxsize=1024)
+@while_open
 def counterparts(
     base: Checkpoint, model: Checkpoint
 ) -> Mapping[str, tuple[Stored, Stored]]:
@@ -133,7 +134,7 @@ def counterparts(
     return found
 
 
-@functools.lru_cache(maxsize=1024)
+@while_open
 def check_pair(base: Checkpoint, model: Checkpoint) -> None:
     """Check from headers that model is a fine-tune of base.
 

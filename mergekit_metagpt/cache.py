@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
@@ -21,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergekit_metagpt.checkpoints import Checkpoint
 from mergekit_metagpt.fingerprints import fingerprint
+from mergekit_metagpt.memo import while_open
 from mergekit_metagpt.results import Details, PairNorms
 
 LOG = logging.getLogger("mergekit_metagpt")
@@ -177,7 +177,7 @@ def keep_details(
     _write("details", base, models, kept)
 
 
-@functools.lru_cache(maxsize=1024)
+@while_open
 def _identity(checkpoint: Checkpoint) -> str:
     """Everything about a checkpoint that a scan depends on, as text."""
     files = []
