@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 BLUE = "#4c72b0"
 FORMATS = (".png", ".svg", ".pdf")
+# Cosines of more models are shown by their shade alone: a number for each would not fit
+# into its cell, and takes minutes to draw.
+MOST_NUMBERS = 16
 
 
 def demo_figure(result: DemoResult, file: Path) -> None:
@@ -153,7 +156,7 @@ def _draw_cosines(part: SubFigure, axes: Axes, family: findings.Family) -> None:
         shown[row][row] = nan
     image = axes.imshow(shown, cmap="Greys", vmin=0, vmax=1, aspect="auto")
     size = 10 if count <= 6 else 8
-    for row in range(count):
+    for row in range(count if count <= MOST_NUMBERS else 0):
         for column in range(count):
             value = family.cosines[row][column]
             if row != column and value is not None:
@@ -166,9 +169,11 @@ def _draw_cosines(part: SubFigure, axes: Axes, family: findings.Family) -> None:
                     size=size,
                     color="white" if abs(value) > 0.55 else "black",
                 )
-    numbers = [str(number) for number in range(1, count + 1)]
-    axes.set_xticks(range(count), numbers)
-    axes.set_yticks(range(count), numbers)
+    most = 24 // len(str(count))  # numbers that fit beside each other
+    at = range(0, count, 1 + (count - 1) // most)
+    numbers = [str(number + 1) for number in at]
+    axes.set_xticks(at, numbers)
+    axes.set_yticks(at, numbers)
     axes.set_title(r"cosine of $\tau_s$ and $\tau_t$")
     part.colorbar(image, ax=axes, label="|cosine|")
 

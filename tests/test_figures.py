@@ -102,6 +102,9 @@ REPORTS: dict[str, findings.Report] = {
         f"{count} models of long names": report(family(count, name=LONG))
         for count in (1, 3, 12)
     },
+    "16 models": report(family(16)),
+    "60 models": report(family(60)),
+    "200 models": report(family(200, name=LONG)),
     "adapters": report(family(3, name=f"/data/{LONG}+/data/{LONG}")),
     "by layer": report(family(3, granularity="layer", name=LONG)),
     "80 layers": report(family(4, layers=80)),

@@ -63,18 +63,7 @@ def resources(folder: Path) -> dict[str, int]:
 
 
 @linux
-@pytest.mark.parametrize(
-    "granularity",
-    [
-        "model",
-        pytest.param(
-            "layer",
-            marks=pytest.mark.xfail(
-                strict=True, reason="caches keep the checkpoints of earlier merges open"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("granularity", ["model", "layer"])
 def test_many_merges_in_one_process_do_not_pile_up(
     granularity: str, tmp_path: Path
 ) -> None:
@@ -212,7 +201,6 @@ def test_two_hundred_models_in_a_report(crowd: Family, report: str) -> None:
     assert [len(row) for row in found.cosines] == [MODELS] * MODELS
 
 
-@pytest.mark.xfail(strict=True, reason="the figure writes a text for every cosine")
 def test_two_hundred_models_in_a_figure(
     report: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
