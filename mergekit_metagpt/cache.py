@@ -6,8 +6,8 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import stat
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +31,9 @@ MOST_ENTRIES = 1000
 MOST_BYTES = 1 << 28
 # A file may change once more within one tick of a coarse clock without showing it.
 YOUNG_S = 2.0
+# An entry that is being written; one that is so old was left by a killed process.
+UNFINISHED = ".metagpt-"
+ABANDONED_S = 3600.0
 
 SqNorm = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -256,21 +259,26 @@ def _write(
             checksum=hashlib.sha256(payload).hexdigest(),
         )
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, temporary = tempfile.mkstemp(prefix=".", dir=place.parent)
+        temporary = place.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")
         try:
-            with os.fdopen(handle, "wb") as stream:
+            temporary.touch(
+                mode=0o600, exist_ok=False
+            )  # private before it holds a word
+            with temporary.open("wb") as stream:
                 stream.write(entry.model_dump_json().encode() + b"\n" + payload)
-            Path(temporary).replace(place)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            temporary.replace(place)
+        finally:
+            temporary.unlink(missing_ok=True)
         _trim(place.parent)
     except (OSError, ValueError) as error:
         LOG.info("cache entry not written: %s", error)
 
 
 def _trim(home: Path) -> None:
-    """Remove the oldest entries beyond the number that is kept."""
+    """Remove the oldest entries beyond the number that is kept, and killed writes."""
+    for file in home.glob(f"{UNFINISHED}*"):
+        if time.time() - file.lstat().st_mtime > ABANDONED_S:
+            file.unlink(missing_ok=True)
     files = sorted(home.glob("*.json"), key=lambda file: file.lstat().st_mtime)
     for file in files[: max(0, len(files) - MOST_ENTRIES)]:
         file.unlink(missing_ok=True)
@@ -326,4 +334,7 @@ def clear() -> int:
     found = list(entries())
     for entry in found:
         entry.file.unlink(missing_ok=True)
+    home = folder()
+    for file in home.glob(f"{UNFINISHED}*") if home else ():
+        file.unlink(missing_ok=True)
     return len(found)

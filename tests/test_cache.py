@@ -320,6 +320,25 @@ def test_the_oldest_entries_go(
     assert len(list(home.iterdir())) == 2
 
 
+def test_what_killed_writes_left_goes_in_time(
+    home: Path, aged: Family, scans: list[list[str]]
+) -> None:
+    """A young one may belong to a process at work; what is not ours stays."""
+    home.mkdir(mode=0o700)
+    old, young, foreign = (
+        home / name
+        for name in (f"{cache.UNFINISHED}a", f"{cache.UNFINISHED}b", ".netrc")
+    )
+    for file in (old, young, foreign):
+        file.write_text("half of an entry")
+    for file in (old, foreign):
+        os.utime(file, (LONG_AGO, LONG_AGO))
+    scan(aged)
+    assert not old.exists() and young.exists() and foreign.exists()
+    assert cache.clear() == 3
+    assert [file.name for file in home.iterdir()] == [foreign.name]
+
+
 def test_entries_are_private_and_small_and_hold_no_weights(
     home: Path, aged: Family, scans: list[list[str]]
 ) -> None:
