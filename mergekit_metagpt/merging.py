@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 REPORT = "metagpt.json"
 FIGURE = "metagpt.png"
 PLAIN = "mergekit_config.plain.yml"
+# Where an old model lies, in the hidden folder, while the new one takes its place.
+ASIDE = "replaced"
 
 
 def merge(
@@ -65,8 +69,7 @@ def merge(
     report = inspecting.inspect(found, options, method=config.merge_method)
     exported = exporting.export(config, options)
 
-    parent = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=_home(out)))
-    try:
+    with _workplace(out) as parent:
         # First what a merge of hours should not be lost to.
         beside = parent / "beside"
         beside.mkdir()
@@ -87,9 +90,33 @@ def merge(
         if options.write_model_card:
             with (made / "README.md").open("a", encoding="utf-8") as stream:
                 stream.write(f"\n{about}")
-        _put(made, out, aside=parent / "replaced")
+        _put(made, out, aside=parent / ASIDE)
+
+
+@contextmanager
+def _workplace(out: Path) -> Iterator[Path]:
+    """Make a hidden folder to work in; remove it in the end, also after Ctrl-C.
+
+    It is named before it is made, and removed twice: there is no moment at which a
+    single interrupt leaves it behind.
+    """
+    folder = _home(out) / f".{out.name}.{secrets.token_urlsafe(6)}"
+    try:
+        try:
+            folder.mkdir(mode=0o700)
+            yield folder
+        finally:
+            _remove(folder, out)
     finally:
-        _remove(parent)
+        _remove(folder, out)
+
+
+def _remove(folder: Path, out: Path) -> None:
+    """Remove a workplace; an old model that lies in it goes back to its place first."""
+    if (folder / ASIDE).exists() and not out.exists():
+        (folder / ASIDE).rename(out)
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def _home(out: Path) -> Path:
@@ -97,15 +124,6 @@ def _home(out: Path) -> Path:
     if out.is_dir() and not any(out.iterdir()):
         return out  # it may be a disk of its own, into which nothing can be moved
     return next(folder for folder in out.parents if folder.is_dir())
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder, also if Ctrl-C is pressed meanwhile."""
-    try:
-        shutil.rmtree(folder)
-    except KeyboardInterrupt:
-        shutil.rmtree(folder)
-        raise
 
 
 def _check_place(
@@ -132,26 +150,28 @@ def _check_place(
 def _put(made: Path, out: Path, aside: Path) -> None:
     """Move a finished model to its place; on failure all is as it was."""
     if made.is_relative_to(out):
-        # The folder itself stays: it may be where somebody stands.
-        moved: list[Path] = []
+        # The folder itself stays: it may be where somebody stands. Last comes what
+        # makes it a model, and goes first.
+        names = sorted((p.name for p in made.iterdir()), key="config.json".__eq__)
         try:
-            # Last what makes the folder a model.
-            for path in sorted(made.iterdir(), key=lambda p: p.name == "config.json"):
-                moved.append(path.rename(out / path.name))
+            for name in names:
+                (made / name).rename(out / name)
         except BaseException:
-            for path in moved:
-                path.rename(made / path.name)
+            for name in reversed(names):
+                if (out / name).exists():
+                    (out / name).rename(made / name)
             raise
         return
     above = [folder for folder in out.parents if not folder.exists()]
-    if out.exists():
-        out.rename(aside)
     try:
+        if out.exists():
+            out.rename(aside)
         out.parent.mkdir(parents=True, exist_ok=True)
         made.rename(out)
     except BaseException:
-        if aside.exists():
-            aside.rename(out)
-        for folder in filter(Path.exists, above):
-            folder.rmdir()
+        if made.exists():  # else it is in its place
+            if aside.exists():
+                aside.rename(out)
+            for folder in filter(Path.exists, above):
+                folder.rmdir()
         raise

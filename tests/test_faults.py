@@ -6,9 +6,11 @@ import errno
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -432,6 +434,72 @@ def test_out_of_memory_is_said_in_one_line(
     assert merge(job) == 2
     said = capsys.readouterr().err
     assert said.startswith("Error: ") and "memory" in said and said.count("\n") == 1
+
+
+# ---- Ctrl-C between any two lines
+
+
+class Interrupts:
+    """Presses Ctrl-C before one line of a module, the first time if not told else."""
+
+    def __init__(self, module: Any, line: int = 0, times: int = 1) -> None:
+        self.file, self.line, self.times = module.__file__, line, times
+        self.seen: list[int] = []
+
+    def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
+        """Trace the frames of the module alone."""
+        return self.step if frame.f_code.co_filename == self.file else None
+
+    def step(self, frame: FrameType, event: str, arg: Any) -> Any:
+        """Note a line, and interrupt it if it is the chosen one."""
+        if event == "line":
+            self.seen.append(frame.f_lineno)
+            if frame.f_lineno == self.line and self.times:
+                self.times -= 1
+                sys.settrace(self)  # raising ends all tracing
+                raise KeyboardInterrupt
+        return self.step
+
+    def merge(self, job: Path, *options: str) -> int:
+        """Run our command; return its exit status."""
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            return merge(job, *options)
+        finally:
+            sys.settrace(before)
+
+
+@pytest.mark.parametrize("place", ["new", "empty", "old"])
+def test_control_c_before_any_line_of_the_merge(
+    place: str, job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the output lies what lay there, or the whole model; beside it nothing."""
+    monkeypatch.setattr(merging, "report_figure", lambda report, file: file.touch())
+    out, options = job.with_name("out"), ["--force"] if place == "old" else []
+
+    def prepare() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        if place != "new":
+            out.mkdir()
+        if place == "old":
+            (out / "old").write_text("precious")
+
+    prepare()
+    found = snapshot(job.parent)
+    undisturbed = Interrupts(merging)
+    assert undisturbed.merge(job, *options) == 0
+    whole = snapshot(job.parent)
+    lines = sorted(set(undisturbed.seen))
+    assert len(lines) > 40
+    seen = []
+    for line in lines:
+        prepare()
+        assert Interrupts(merging, line).merge(job, *options) == 1, line
+        left = snapshot(job.parent)
+        assert left in (found, whole), (line, left.keys())
+        seen.append(left == whole)
+    assert any(seen) and not all(seen)
 
 
 # ---- the last step
