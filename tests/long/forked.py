@@ -93,7 +93,7 @@ class Ended:
         status: exit status; negative for a signal.
         said: all that it printed.
         seconds: from its start to its end.
-        step: the last that it began.
+        step: the last that it began before it was disturbed.
         writes: how many it was about to make.
         hung: whether it had to be ended, after `LIMIT_S`.
     """
@@ -221,6 +221,8 @@ def _watch_writes(job: Job, pipe: int) -> None:
         os.write(pipe, b"write\n")
         if not job.write or count < job.write:
             return
+        if count == job.write:
+            os.write(pipe, b"struck\n")
         if job.event == KILL:
             os.kill(os.getpid(), signal.SIGKILL)
         elif job.event == TERMINATE:
@@ -282,6 +284,7 @@ class _Running:
     master: int | None
     started: float
     said: bytes = b""
+    marked: bytes = b""
     signalled: bool = False
     hung: bool = False
 
@@ -291,6 +294,8 @@ class _Running:
         due = self.job.after_s is not None and passed >= self.job.after_s
         if due and not self.signalled:
             self.signalled = True
+            self.note_marks()
+            self.marked += b"struck\n"
             if self.master is not None and self.job.number == signal.SIGINT:
                 os.write(self.master, b"\x03")
             else:
@@ -312,20 +317,27 @@ class _Running:
                 return
             self.said += got
 
+    def note_marks(self) -> None:
+        """Read which steps it has begun and how much it has written so far."""
+        while select.select([self.marks], [], [], 0)[0]:
+            got = os.read(self.marks, 65536)
+            if not got:
+                return
+            self.marked += got
+
     def ended(self, status: int) -> dict[str, Any]:
         passed = time.monotonic() - self.started
         self.listen()
-        marks = b""
-        while got := os.read(self.marks, 65536):
-            marks += got
+        self.note_marks()
         os.close(self.marks)
         if self.master is not None:
             os.close(self.master)
         self.log.seek(0)
         said = (self.said + self.log.read()).decode(errors="replace")
         self.log.close()
-        lines = marks.decode().split("\n")[:-1]
-        steps = [line for line in lines if line != "write"]
+        lines = self.marked.decode().split("\n")[:-1]
+        until = lines.index("struck") if "struck" in lines else len(lines)
+        steps = [line for line in lines[:until] if line != "write"]
         ended = Ended(
             status=os.waitstatus_to_exitcode(status),
             said=said,
