@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from tests.support import (
 
 LONG_AGO = 1_600_000_000
 LIMIT_S = 600
+MOST_KIB = 16_384  # by which memory may grow from the 8th merge to the last
 LAYERS = 1_100  # of nine tensors each
 
 
@@ -39,8 +42,18 @@ def memory_kib() -> int:
     return int(line.split()[1])
 
 
+def held(folder: Path) -> tuple[int, int, int]:
+    """Threads, open files, and files below a folder that are mapped."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return (
+        threading.active_count(),
+        len(list(Path("/proc/self/fd").iterdir())),
+        sum(str(folder) in line for line in maps),
+    )
+
+
 def one_after_the_other(folder: Path, granularity: str, count: int = 64) -> None:
-    """Merge again and again; print what the process holds on the way."""
+    """Merge again and again; what 8 merges needed is enough for the others."""
     family = make_family(folder / granularity, count=2)
     parameters = {"granularity": granularity}
     config = merge_config(family.base, family.models, parameters=parameters)
@@ -48,9 +61,15 @@ def one_after_the_other(folder: Path, granularity: str, count: int = 64) -> None
     for number in range(1, count + 1):
         run_mergekit(config, folder / "out")
         if number % 8 == 0:
-            held = len(list(Path("/proc/self/fd").iterdir()))
-            seen.append((number, memory_kib(), held))
-    print(f"{count} merges, {granularity}: (merge, KiB, open files) {seen}", flush=True)
+            gc.collect()
+            seen.append((number, memory_kib(), *held(folder)))
+    print(
+        f"{count} merges, {granularity}: (merge, KiB, threads, open files, mapped)"
+        f" {seen}",
+        flush=True,
+    )
+    assert seen[-1][1] < seen[0][1] + MOST_KIB, "memory grew"
+    assert seen[-1][2:] == seen[0][2:], "threads or files grew"
 
 
 def at_once(folder: Path, count: int = 8) -> None:
