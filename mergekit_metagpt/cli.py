@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
-from mergekit_metagpt import __version__, autoload
+from mergekit_metagpt import __version__, autoload, interrupts
 from mergekit_metagpt.names import printable
 
 if TYPE_CHECKING:
@@ -40,14 +40,15 @@ class Refusal(click.ClickException):
 def _one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return command(*args, **kwargs)
-        except (BrokenPipeError, click.Abort, click.exceptions.Exit):
-            raise  # whoever read our output has seen enough; click ends quietly
-        except Exception as error:
-            if not isinstance(error, _expected_errors()):
-                raise
-            raise Refusal(_told(error)) from error
+        with interrupts.kept():
+            try:
+                return command(*args, **kwargs)
+            except (BrokenPipeError, click.Abort, click.exceptions.Exit):
+                raise  # whoever read our output has seen enough; click ends quietly
+            except Exception as error:
+                if not isinstance(error, _expected_errors()):
+                    raise
+                raise Refusal(_told(error)) from error
 
     return wrapper
 

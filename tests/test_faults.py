@@ -84,6 +84,36 @@ def test_control_c_while_it_cleans_up(place: Place) -> None:
         assert not killed.hidden(work)
 
 
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        ("one_pass.align", "OSError('cannot read lm_head.weight')"),
+        ("merging.report_figure", "TypeError('could not determine the shape')"),
+    ],
+)
+def test_control_c_that_a_library_takes_for_an_error(
+    function: str, error: str, place: Place
+) -> None:
+    """As torch does when it is pressed while it asks Python about mapped storage."""
+    module, name = function.split(".")
+    code = f"""
+import signal
+import mergekit_metagpt.{module} as module
+
+def swallowing(*arguments, **options):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        pass
+    raise {error}
+
+module.{name} = swallowing
+"""
+    ended = disturbed(place, replace(place.job("mergekit-metagpt"), code=code))
+    assert ended.status == 1, ended
+    assert ended.said.splitlines()[-1] == "Aborted!"
+
+
 def test_control_c_on_a_terminal(place: Place) -> None:
     steps = killed.interrupt_at_random(place, 3)
     assert sum(steps.values()) == 3
