@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -71,14 +72,31 @@ def _told(error: Exception) -> str:
     return line
 
 
-def _versions() -> str:
+def _mergekit() -> str:
+    """The version of the installed mergekit."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        found = version("mergekit")
+        return version("mergekit")
     except PackageNotFoundError:
-        found = "none"
-    return f"mergekit 0.1.5 or a later 0.1 is needed; found: {found}"
+        return "none"
+
+
+def _versions() -> str:
+    return f"mergekit 0.1.5 or a later 0.1 is needed; found: {_mergekit()}"
+
+
+def _with_mergekit(command: Callable[P, T]) -> Callable[P, T]:
+    """Refuse another version by its number: what it says on import may be anything."""
+
+    @functools.wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        found = re.match(r"(\d+)\.(\d+)\.(\d+)", _mergekit())
+        if found and not (0, 1, 5) <= tuple(map(int, found.groups())) < (0, 2):
+            raise ValueError(_versions())
+        return command(*args, **kwargs)
+
+    return wrapper
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -182,6 +200,7 @@ def _check_target(file: str | None, endings: tuple[str, ...] = ()) -> None:
 @click.option("--csv", "csv_file", metavar="FILE", help="Write a row for each pool.")
 @click.option("--plot", metavar="FILE", help="Draw a figure: .png, .svg or .pdf.")
 @_one_line_errors
+@_with_mergekit
 @_loading_options
 def inspect(
     options: MergeOptions,
@@ -255,6 +274,7 @@ def inspect(
 @click.argument("out", metavar="OUT.yml")
 @click.option("--force", is_flag=True, help="Replace OUT.yml if it exists.")
 @_one_line_errors
+@_with_mergekit
 @_loading_options
 def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     """Write the metagpt merge CONFIG as plain mergekit YAML with fixed weights.
@@ -280,6 +300,7 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
 @main.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @_one_line_errors
+@_with_mergekit
 def demo(folder: Path) -> None:
     """Train a tiny base and three specialists in DIR, merge and compare them.
 
@@ -367,6 +388,7 @@ def recipes(name: str | None, out: str | None) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 @_one_line_errors
+@_with_mergekit
 def merge(context: click.Context, arguments: tuple[str, ...]) -> None:
     """Merge CONFIG into OUT: all of mergekit-yaml's options, the whole job checked."""
     _merge_command().main(

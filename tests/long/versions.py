@@ -40,7 +40,7 @@ class Versions:
 
 # The lowest that pyproject.toml allows, the highest there is, and every Python.
 SETS = {
-    "lowest": Versions("3.11", ("transformers==5.0.0", "safetensors==0.6.1")),
+    "lowest": Versions("3.11", ("transformers==5.1.0", "safetensors==0.6.1")),
     "highest": Versions("3.11", ("--upgrade", "transformers", "safetensors")),
     "python 3.10": Versions("3.10"),
     "python 3.12": Versions("3.12"),
@@ -142,28 +142,41 @@ def checked(folder: Path, name: str, versions: Versions) -> str:
     return f"{found.strip()}: {last_line(said)} ({seconds:.0f} s)"
 
 
-BESIDE = """
-import importlib.metadata
+IMPORT = """
 import torch
 print("torch works:", torch.ones(2).sum().item() == 2)
 import mergekit.merge_methods
-print("mergekit", importlib.metadata.version("mergekit"), "is imported")
 import mergekit_metagpt.autoload as autoload
-print(autoload.failure)
+print("methods of mergekit work; ours:", autoload.failure)
 """
 
 
 def beside(folder: Path, version: str) -> str:
-    """Put a mergekit before the installed one; return what a user would see."""
+    """Install a mergekit that we do not support, and us; return what a user sees."""
     home = folder / f"mergekit-{version}"
     if not home.exists():
-        pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps")
-        status, said = run(*pip, "--target", home, f"mergekit=={version}")
+        status, said = run(sys.executable, "-m", "venv", home)
+        if status:
+            return f"no virtual environment: {last_line(said)}"
+    inner = home / "bin" / "python"
+    install = (inner, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    project = copy_project(folder)
+    for wanted in (
+        (f"mergekit=={version}", torch_pin(), "wrapt", "rich"),
+        ("--no-deps", project),  # which would replace it
+    ):
+        status, said = run(*install, *wanted)
         if status:
             return f"not installed: {why(said)}"
-    env = {**os.environ, "PYTHONPATH": str(home), "HF_HUB_OFFLINE": "1"}
-    status, said = run(sys.executable, "-c", BESIDE, env=env)
-    return f"status {status}: " + " / ".join(said.strip().splitlines()[-4:])
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    seen = []
+    for command in (
+        (inner, "-c", IMPORT),
+        (home / "bin" / "mergekit-metagpt", "merge", "merge.yml", "out"),
+    ):
+        status, said = run(*command, env=env, cwd=project)
+        seen.append(f"status {status}: " + " / ".join(said.strip().splitlines()[-3:]))
+    return "; ".join(seen)
 
 
 def main() -> None:
