@@ -502,7 +502,10 @@ class Interrupts:
 
 @pytest.mark.parametrize("place", ["new", "empty", "old"])
 def test_control_c_before_any_line_of_the_merge(
-    place: str, job: Path, monkeypatch: pytest.MonkeyPatch
+    place: str,
+    job: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """At the output lies what lay there, or the whole model; beside it nothing."""
     monkeypatch.setattr(merging, "report_figure", lambda report, file: file.touch())
@@ -522,6 +525,7 @@ def test_control_c_before_any_line_of_the_merge(
     whole = snapshot(job.parent)
     lines = sorted(set(undisturbed.seen))
     assert len(lines) > 40
+    record_property(f"lines interrupted, {place} output", len(lines))
     seen = []
     for line in lines:
         prepare()
