@@ -500,6 +500,16 @@ class Interrupts:
             sys.settrace(before)
 
 
+def prepare(out: Path, place: str) -> list[str]:
+    """Make the output anew: absent, empty, or an old model; return our options."""
+    shutil.rmtree(out, ignore_errors=True)
+    if place != "new":
+        out.mkdir()
+    if place == "old":
+        (out / "old").write_text("precious")
+    return ["--force"] if place == "old" else []
+
+
 @pytest.mark.parametrize("place", ["new", "empty", "old"])
 def test_control_c_before_any_line_of_the_merge(
     place: str,
@@ -509,16 +519,8 @@ def test_control_c_before_any_line_of_the_merge(
 ) -> None:
     """At the output lies what lay there, or the whole model; beside it nothing."""
     monkeypatch.setattr(merging, "report_figure", lambda report, file: file.touch())
-    out, options = job.with_name("out"), ["--force"] if place == "old" else []
-
-    def prepare() -> None:
-        shutil.rmtree(out, ignore_errors=True)
-        if place != "new":
-            out.mkdir()
-        if place == "old":
-            (out / "old").write_text("precious")
-
-    prepare()
+    out = job.with_name("out")
+    options = prepare(out, place)
     found = snapshot(job.parent)
     undisturbed = Interrupts(merging)
     assert undisturbed.merge(job, *options) == 0
@@ -528,12 +530,42 @@ def test_control_c_before_any_line_of_the_merge(
     record_property(f"lines interrupted, {place} output", len(lines))
     seen = []
     for line in lines:
-        prepare()
+        prepare(out, place)
         assert Interrupts(merging, line).merge(job, *options) == 1, line
         left = snapshot(job.parent)
         assert left in (found, whole), (line, left.keys())
         seen.append(left == whole)
     assert any(seen) and not all(seen)
+
+
+@pytest.mark.parametrize("place", ["new", "empty", "old"])
+def test_control_c_during_any_rename(
+    place: str, job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system has done it by the time that Python hears of the key."""
+    monkeypatch.setattr(merging, "report_figure", lambda report, file: file.touch())
+    out, rename, done = job.with_name("out"), Path.rename, 0
+
+    def noted(self: Path, target: Path) -> Path:
+        nonlocal done
+        renamed = rename(self, target)
+        done += 1
+        if done == struck:
+            raise KeyboardInterrupt
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", noted)
+    options, struck = prepare(out, place), 0
+    found = snapshot(job.parent)
+    assert merge(job, *options) == 0
+    whole, count = snapshot(job.parent), done
+    assert count >= {"new": 4, "old": 5, "empty": 10}[place]
+    for struck in range(1, count + 1):
+        prepare(out, place)
+        done = 0
+        assert merge(job, *options) == 1, struck
+        left = snapshot(job.parent)
+        assert left in (found, whole), (struck, left.keys())
 
 
 # ---- the last step
