@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
+import stat
 import threading
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from mergekit_metagpt.archives import Archive
 
 _SAFETENSORS_FLOATS = {
     "F64": torch.float64,
@@ -74,8 +75,28 @@ class FileIdentity:
 
     @classmethod
     def of(cls, path: Path) -> FileIdentity:
-        stat = path.stat()
-        return cls(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        status = path.stat()
+        return cls(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def check_regular(path: Path) -> None:
+    """Check that a path is no pipe or device, which may never end, if it exists.
+
+    Args:
+        path: a file or a folder.
+
+    Raises:
+        OSError: it is something else.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return  # whoever opens it says why it cannot
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(
+            f"{path} is a pipe or a device, which may never end; expected a file. Put "
+            "the model's own file there"
+        )
 
 
 class Readers:
@@ -154,23 +175,16 @@ def _open_safetensors(file: Path) -> Any:
         ) from error
 
 
-def _has_our_byte_order(file: Path) -> bool:
-    """Whether a pickle can be mapped; torch swaps bytes in place, and would crash."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            records = [n for n in archive.namelist() if n.endswith("/byteorder")]
-            return all(archive.read(n) == sys.byteorder.encode() for n in records)
-    except (zipfile.BadZipFile, OSError):
-        return True  # no archive: torch says what it is
-
-
-def _load_pickle(file: Path) -> Mapping[str, torch.Tensor]:
+def _unpickled(file: Path) -> dict[str, Any]:
+    """The dictionary that a pickle holds, of tensors or with one under `state_dict`."""
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    archive = Archive.of(file)
     try:
         try:
-            state = torch.load(file, mmap=_has_our_byte_order(file), **options)
+            mapped = archive is not None and archive.can_be_mapped
+            state = torch.load(file, mmap=mapped, **options)
         except RuntimeError:
-            # Files in torch's format before 1.6 are no archives and cannot be mapped.
+            # Of a kind that torch can read, but not map.
             state = torch.load(file, **options)
     except FileNotFoundError as error:
         raise FileNotFoundError(
@@ -181,14 +195,24 @@ def _load_pickle(file: Path) -> Mapping[str, torch.Tensor]:
             f"{file} cannot be read: {error}. It is truncated, corrupt, or holds more "
             "than tensors"
         ) from error
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+    if archive is not None:
+        archive.check_records()
+    inner = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(inner, dict) or not all(isinstance(name, str) for name in inner):
         raise OSError(
-            f"{file} cannot be read: it holds {type(state).__name__}; expected tensors "
+            f"{file} cannot be read: it holds {type(inner).__name__}; expected tensors "
             "by name. Fetch it again"
         )
-    found = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    return state
+
+
+def _load_pickle(file: Path) -> Mapping[str, torch.Tensor]:
+    return _tensors(file, _unpickled(file))
+
+
+def _tensors(file: Path, state: dict[str, Any]) -> Mapping[str, torch.Tensor]:
+    inner = state.get("state_dict", state)
+    found = {k: v for k, v in inner.items() if isinstance(v, torch.Tensor)}
     for name, tensor in found.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise OSError(
@@ -210,11 +234,13 @@ def quantised(label: str, why: str) -> ValueError:
 class FileHeader:
     """What a file holds: names of all tensors, and those of floating point.
 
-    `tensors` are in the order of their bytes.
+    `tensors` are in the order of their bytes. `nested` is whether some lie where
+    mergekit does not look for them: under a `state_dict` of a pickle.
     """
 
     names: frozenset[str]
     tensors: tuple[StoredTensor, ...]
+    nested: bool = False
 
 
 def read_header(label: str, file: Path) -> FileHeader:
@@ -229,8 +255,9 @@ def read_header(label: str, file: Path) -> FileHeader:
 
     Raises:
         ValueError: the weights are quantised.
-        OSError: the file is missing, truncated or corrupt.
+        OSError: the file is missing, truncated, corrupt, or no file.
     """
+    check_regular(file)
     read = _safetensors_header if file.suffix == ".safetensors" else _pickle_header
     return read(label, file)
 
@@ -253,7 +280,8 @@ def _safetensors_header(label: str, file: Path) -> FileHeader:
 
 
 def _pickle_header(label: str, file: Path) -> FileHeader:
-    state, tensors = _load_pickle(file), []
+    outer = _unpickled(file)
+    state, tensors = _tensors(file, outer), []
     seen: dict[tuple[Any, ...], str] = {}
     for name, tensor in sorted(state.items()):
         kind = str(tensor.dtype).removeprefix("torch.")
@@ -267,4 +295,5 @@ def _pickle_header(label: str, file: Path) -> FileHeader:
             "int" in kind and name.endswith(_PACKED_SUFFIXES)
         ):
             raise quantised(label, f"{name} is stored as {kind}")
-    return FileHeader(frozenset(state), tuple(tensors))
+    nested = any(outer.get(name) is not tensor for name, tensor in state.items())
+    return FileHeader(frozenset(state), tuple(tensors), nested)
