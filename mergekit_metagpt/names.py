@@ -138,9 +138,12 @@ def natural(name: str) -> tuple[object, ...]:
         >>> sorted(["layers.10", "layers.9", "embed"], key=natural)
         ['embed', 'layers.9', 'layers.10']
     """
+    parts = name.split(".")
+    digits = (part.lstrip("0") if part.isdecimal() else None for part in parts)
     return tuple(
-        (1, int(part), "") if part.isdecimal() else (0, 0, part)
-        for part in name.split(".")
+        # By length: int() refuses to read thousands of digits.
+        (0, 0, part) if number is None else (1, len(number), number)
+        for part, number in zip(parts, digits, strict=True)
     )
 
 

@@ -24,7 +24,7 @@ Settings = Mapping[str, Any]
 
 METHODS = ("metagpt", *(f"metagpt_{name}" for name in COMPOSED))
 
-# More than any merge has; a few aliases of aliases stand for billions.
+# More than any merge has; a few aliases of aliases, or `<<`, stand for billions.
 MOST_VALUES = 1_000_000
 
 # Keys of a merge YAML whose values name a model or a tokenizer.
@@ -42,6 +42,9 @@ class Inputs:
         settings: for each model its parameters, from highest to lowest precedence.
         shared: parameters that hold for all models, likewise.
         moves_layers: whether a layer of an input comes out at another index.
+        module: where the configuration names one, else empty.
+        ranges: for each model its layers, from the first to before the last; None
+            where all are merged.
     """
 
     place: str
@@ -50,6 +53,8 @@ class Inputs:
     settings: tuple[tuple[Settings, ...], ...]
     shared: tuple[Settings, ...]
     moves_layers: bool
+    module: str = ""
+    ranges: tuple[tuple[int, int], ...] | None = None
 
 
 def read(text: str) -> MergeConfiguration:
@@ -70,9 +75,7 @@ def read(text: str) -> MergeConfiguration:
     from mergekit.config import MergeConfiguration
 
     try:
-        data = yaml.safe_load(text)
-        if _values(data, {}) > MOST_VALUES:
-            raise ValueError(f"its aliases stand for over {MOST_VALUES:,} values")
+        data = _loaded(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"not readable as YAML: {_one_line(error)}") from error
     if not isinstance(data, dict):
@@ -86,15 +89,36 @@ def read(text: str) -> MergeConfiguration:
         raise ValueError(f"no merge configuration: {_one_line(error)}") from error
 
 
-def _values(data: Any, known: dict[int, int]) -> int:
-    """Count the values of a YAML, those behind an alias wherever it stands."""
-    if not isinstance(data, dict | list):
+def _loaded(text: str) -> Any:
+    """What `yaml.safe_load` returns, if it is not far more than what is written."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _values(node, {}) > MOST_VALUES:
+            raise ValueError(
+                f"its aliases stand for over {MOST_VALUES:,} values; expected a merge. "
+                "Write out what is meant"
+            )
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _values(node: yaml.Node, known: dict[int, int]) -> int:
+    """Count the values of a YAML, those behind an alias or `<<` wherever it stands."""
+    if not isinstance(node, yaml.CollectionNode):
         return 1
-    if id(data) not in known:
-        known[id(data)] = MOST_VALUES  # should it hold itself
-        parts = data.values() if isinstance(data, dict) else data
-        known[id(data)] = 1 + sum(_values(part, known) for part in parts)
-    return known[id(data)]
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES  # should it hold itself
+        parts = (
+            [part for pair in node.value for part in pair]
+            if isinstance(node, yaml.MappingNode)
+            else node.value
+        )
+        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _one_line(error: Exception) -> str:
@@ -143,6 +167,7 @@ def inputs(config: MergeConfiguration) -> Iterator[Inputs]:
                 ),
                 shared=_given(*shared),
                 moves_layers=False,
+                module=module_name,
             )
         first_layer = 0
         for number, entry in enumerate(module.slices or ()):
@@ -159,6 +184,8 @@ def inputs(config: MergeConfiguration) -> Iterator[Inputs]:
                 ),
                 shared=_given(entry.parameters, *shared),
                 moves_layers=any(start != first_layer for start, _ in ranges),
+                module=module_name,
+                ranges=tuple(ranges),
             )
             first_layer += ranges[0][1] - ranges[0][0]
 
