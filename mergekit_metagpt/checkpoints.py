@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import sys
 import threading
 import weakref
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from mergekit_metagpt import model_config
+from mergekit_metagpt.archives import Archive
 from mergekit_metagpt.files import (
     FileIdentity,
     Readers,
     StoredTensor,
+    check_regular,
     quantised,
     read_header,
 )
 
 if TYPE_CHECKING:
-    from mergekit.architecture import WeightInfo
     from mergekit.common import ModelReference
     from mergekit.io import LazyTensorLoader, ShardedTensorIndex
     from mergekit.options import MergeOptions
@@ -46,6 +47,9 @@ class Checkpoint:
         model_type: by its configuration, or None.
         written: output names by mergekit's definition of the architecture, or None
             where it has none and writes what the inputs store.
+        layers: how many there are by the configuration, by the name of the module,
+            where mergekit has a definition.
+        refused: why mergekit could not plan a merge of it, though it can be measured.
     """
 
     label: str
@@ -54,6 +58,8 @@ class Checkpoint:
     identity: tuple[FileIdentity, ...]
     model_type: str | None = None
     written: frozenset[str] | None = None
+    layers: Mapping[str, int] = field(default_factory=dict)
+    refused: str | None = None
 
     @functools.cached_property
     def renamed(self) -> Mapping[str, str]:
@@ -109,20 +115,28 @@ _WEIGHTS = (
 def _index(label: str, folder: Path) -> ShardedTensorIndex:
     from mergekit.io import ShardedTensorIndex
 
+    found = (folder / name for name in _WEIGHTS if (folder / name).exists())
+    file = next(found, folder)
+    if file.suffix == ".bin":
+        Archive.of(file)  # before torch crashes on what this refuses
     try:
         return ShardedTensorIndex.from_disk(str(folder))
     except Exception as error:
-        found = (folder / name for name in _WEIGHTS if (folder / name).exists())
-        file = next(found, folder)
         raise OSError(
             f"{file} cannot be read: {error}. It is truncated or corrupt: fetch it "
             "again"
         ) from error
 
 
+def _check_files(folder: Path) -> None:
+    """Refuse pipes and devices before anybody waits for what they say."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        check_regular(path)
+
+
 def _shard_path(folder: Path, label: str, entry: str) -> Path:
-    path = Path(os.path.normpath(folder / entry))
-    if not path.is_relative_to(os.path.normpath(folder)):
+    path = Path(os.path.normpath(folder / entry)) if isinstance(entry, str) else None
+    if path is None or not path.is_relative_to(os.path.normpath(folder)):
         raise ValueError(
             f"the index of {label} points outside its folder: {entry!r}; expected "
             "a file beside it. Fetch the model again"
@@ -134,79 +148,78 @@ def _read_header(
     label: str,
     index: ShardedTensorIndex,
     *,
+    override: str | None,
     trust_remote_code: bool,
     bare: bool = False,
 ) -> Checkpoint:
     """Read headers; of a `bare` file, nothing that may lie beside it."""
     folder = Path(index.base_path)
-    config_file = folder / "config.json"
-    try:
-        config = dict(json.loads(config_file.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        config = {}
+    config = model_config.content(folder)
     if config.get("quantization_config"):
-        raise quantised(label, f"{config_file} has a quantization_config")
-
-    files = sorted({_shard_path(folder, label, s) for s in index.tensor_paths.values()})
-    headers = [read_header(label, file) for file in files]
-    held = frozenset[str]().union(*(header.names for header in headers))
-    if lost := sorted(index.tensor_paths.keys() - held):
+        file = folder / model_config.FILE
+        raise quantised(label, f"{file} has a quantization_config")
+    if not isinstance(index.tensor_paths, dict):
         raise OSError(
-            f"{lost[0]} is named by the index of {label}, but no file holds it. Fetch "
-            "the model again"
+            f"the index of {label} holds a {type(index.tensor_paths).__name__}; "
+            "expected files by the names of tensors. Fetch the model again"
+        )
+    if not bare:
+        model_config.check_counts(label, folder, config, len(index.tensor_paths))
+
+    places = {
+        name: _shard_path(folder, label, entry)
+        for name, entry in index.tensor_paths.items()
+    }
+    files = sorted(set(places.values()))
+    headers = {file: read_header(label, file) for file in files}
+    lost = [n for n, file in places.items() if n not in headers[file].names]
+    if lost:
+        name = min(lost)
+        raise OSError(
+            f"{name} is said to be in {places[name]} by the index of {label}, but is "
+            "not. Fetch the model again"
         )
     stored = {
         tensor.name: tensor
-        for header in headers
+        for header in headers.values()
         for tensor in header.tensors
-        if tensor.name in index.tensor_paths
+        if places.get(tensor.name) == tensor.file
     }
-    weights, defined = (
-        ([], False) if bare else _architecture(folder, stored, trust_remote_code)
-    )
+    known = model_config.Architecture()
+    model_type = None
+    if not bare:
+        known = model_config.architecture(
+            label,
+            folder,
+            stored,
+            override=override,
+            trust_remote_code=trust_remote_code,
+        )
+        model_type = config.get("model_type")
+        if nested := [file for file in files if headers[file].nested]:
+            known = replace(
+                known,
+                refused=f"{nested[0]} of {label} holds tensors under state_dict, where "
+                "mergekit does not read them. Store them by their names",
+            )
+    if known.refused:
+        LOG.info("%s can be measured, not merged: %s", label, known.refused)
     names = {
         alias: weight.name
-        for weight in weights
+        for weight in known.weights
         for alias in weight.aliases or ()
         if alias in stored and weight.name not in stored
     }
     return Checkpoint(
         label=label,
         tensors={names.get(name, name): tensor for name, tensor in stored.items()},
-        tied_names={w.name: tuple(w.tied_names) for w in weights if w.tied_names},
+        tied_names={w.name: tuple(w.tied_names) for w in known.weights if w.tied_names},
         identity=tuple(FileIdentity.of(file) for file in files),
-        model_type=None if bare else config.get("model_type"),
-        written=frozenset(weight.name for weight in weights) if defined else None,
+        model_type=model_type if isinstance(model_type, str) else None,
+        written=frozenset(w.name for w in known.weights) if known.defined else None,
+        layers=known.layers,
+        refused=known.refused,
     )
-
-
-def _architecture(
-    folder: Path, stored: Mapping[str, StoredTensor], trust_remote_code: bool
-) -> tuple[list[WeightInfo], bool]:
-    """Weights by mergekit's definition, or transformers' ties and False without one."""
-    import transformers
-    from mergekit.architecture import WeightInfo, arch_info_for_config
-
-    if not (folder / "config.json").is_file():
-        return [], False
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code
-        )
-        if architecture := arch_info_for_config(config):
-            return architecture.all_weights(config), True
-        model_class = getattr(transformers, config.architectures[0], None)
-        ties = getattr(model_class, "_tied_weights_keys", None)
-    except Exception as error:
-        # mergekit cannot plan such a merge; bare files and our own scan still can.
-        LOG.info("no architecture known for %s: %s", folder, error)
-        return [], False
-    tied = [
-        WeightInfo(name=name, tied_names=(source,))
-        for name, source in (ties.items() if isinstance(ties, dict) else ())
-        if source in stored
-    ]
-    return tied, False
 
 
 _BY_LOADER: weakref.WeakKeyDictionary[LazyTensorLoader, Checkpoint] = (
@@ -247,6 +260,7 @@ def already_open(model: Hashable) -> Checkpoint | None:
             _BY_LOADER[loader] = _read_header(
                 str(model),
                 loader.index,
+                override=model.override_architecture,
                 trust_remote_code=LoaderCache().trust_remote_code,
                 bare=bare,
             )
@@ -273,7 +287,8 @@ def open_checkpoint(
         the checkpoint's header.
 
     Raises:
-        ValueError: no model there, a bare LoRA adapter, a quantised model.
+        ValueError: no model there, a bare LoRA adapter, a quantised model; billions of
+            layers.
         OSError: a file of it is missing, truncated or corrupt.
     """
     from mergekit.common import ModelReference
@@ -298,6 +313,9 @@ def open_checkpoint(
         raise ValueError(f"{label} does not exist; expected a model's folder")
     if model.lora and not lora_merge_cache:
         raise ValueError(f"{label} has a LoRA adapter; give --lora-merge-cache FOLDER")
+    for part in (model.model, model.lora):
+        if part is not None:
+            _check_files(Path(part.path))
     merged = model.merged(
         cache_dir=lora_merge_cache,
         trust_remote_code=trust_remote_code,
@@ -309,8 +327,12 @@ def open_checkpoint(
         raise ValueError(
             f"{label} is no folder here, nor to be had from the hub: {error}"
         ) from error
+    _check_files(folder)
     return _read_header(
-        label, _index(label, folder), trust_remote_code=trust_remote_code
+        label,
+        _index(label, folder),
+        override=model.override_architecture,
+        trust_remote_code=trust_remote_code,
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_metagpt import recipe
 from mergekit_metagpt.alignment import check_pair
 from mergekit_metagpt.checkpoints import Checkpoint, open_checkpoints
+from mergekit_metagpt.model_config import MOST_PARTS
 from mergekit_metagpt.registration import register
 
 if TYPE_CHECKING:
@@ -35,15 +36,54 @@ def check(config: MergeConfiguration, options: MergeOptions) -> list[Checkpoint]
     recipe.check(config)
     check_names(config)
     checkpoints = open_checkpoints(recipe.models(config), options)
-    for model in checkpoints:
-        folder = Path(model.model.path)
-        if folder.is_dir() and not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} has no config.json; expected a model's folder")
+    for checkpoint in checkpoints.values():
+        if checkpoint.refused:
+            raise ValueError(checkpoint.refused)
     for part in recipe.inputs(config):
-        for model in part.models:
+        opened = [checkpoints[model] for model in part.models]
+        for model, checkpoint in zip(part.models, opened, strict=True):
             if part.base is not None and model != part.base:
-                check_pair(checkpoints[part.base], checkpoints[model])
+                check_pair(checkpoints[part.base], checkpoint)
+        if part.ranges is None and part.base is not None:
+            _check_depth(part, checkpoints[part.base], opened)
+        for checkpoint, layers in zip(opened, part.ranges or (), strict=False):
+            _check_range(part, checkpoint, layers)
     return list(checkpoints.values())
+
+
+def _layers(part: recipe.Inputs, model: Checkpoint) -> Mapping[str, int]:
+    """Numbers of layers of the modules that are merged here."""
+    if not part.module:
+        return model.layers
+    return {n: count for n, count in model.layers.items() if n == part.module}
+
+
+def _check_depth(
+    part: recipe.Inputs, base: Checkpoint, models: Sequence[Checkpoint]
+) -> None:
+    """Refuse models of more or fewer layers than the base where all are merged."""
+    wanted = _layers(part, base)
+    for model in models:
+        for module, count in _layers(part, model).items():
+            if count != wanted.get(module, count):
+                raise ValueError(
+                    f"{model.label} has {count} layers by its config.json, the base "
+                    f"{base.label} has {wanted[module]}; expected as many. Name the "
+                    "layers that both have under `slices:`"
+                )
+
+
+def _check_range(
+    part: recipe.Inputs, model: Checkpoint, layers: tuple[int, int]
+) -> None:
+    """Refuse layers that a model does not have, of which there may be billions."""
+    counts = list(_layers(part, model).values())
+    most = counts[0] if len(counts) == 1 else max(len(model.tensors), MOST_PARTS)
+    if not 0 <= layers[0] <= layers[1] <= most:
+        raise ValueError(
+            f"layer_range of {model.label} in {part.place} is {list(layers)}; expected "
+            f"two numbers from 0 to {most}, the smaller one first"
+        )
 
 
 def check_names(config: MergeConfiguration) -> None:

@@ -67,12 +67,16 @@ def check_headers(ids: Sequence[Hashable], base: Hashable) -> None:
         base: which of them is the base.
 
     Raises:
-        ValueError: a model is quantised or does not fit the base.
+        ValueError: a model is quantised, does not fit the base, or its config.json
+            does not fit what it stores.
         OSError: a file is missing, truncated, or changed since it was opened.
     """
     from mergekit_metagpt import alignment, checkpoints
 
     opened = {model: checkpoints.already_open(model) for model in ids}
+    for checkpoint in opened.values():
+        if checkpoint is not None and checkpoint.refused:
+            raise ValueError(checkpoint.refused)
     reference = opened.pop(base)
     if reference is None:
         return

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -287,6 +289,26 @@ def pickled(change: Callable[[bytes], bytes]) -> Spoil:
         in_file("tuned1/pytorch_model.bin", change)(folder, config)
 
     return spoil
+
+
+def short_records(content: bytes) -> bytes:
+    """A pickle's archive whose records of values lack their last bytes."""
+    made = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as source,
+        zipfile.ZipFile(made, "w") as target,
+    ):
+        for name in source.namelist():
+            record = source.read(name)
+            target.writestr(name, record[:-4] if "/data/" in name else record)
+    return made.getvalue()
+
+
+def nested_pickle(folder: Path, config: Config) -> None:
+    """The second model as a pickle with all tensors one level below."""
+    home = folder / "tuned1"
+    torch.save({"state_dict": read_model(home)}, home / "pytorch_model.bin")
+    (home / "model.safetensors").unlink()
 
 
 def renamed(old: str, new: str) -> Spoil:

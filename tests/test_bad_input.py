@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import socket
 import subprocess
 import tempfile
@@ -375,6 +377,39 @@ FILES = [
         mergekit_after=frozenset({SCAN, LOAD}),
     ),
     Row(
+        "index-names-another-shard",
+        broken.in_file(
+            f"tuned1/{broken.INDEX}",
+            broken.with_shard("lm_head.weight", broken.SHARD),
+            shards=3,
+        ),
+        ours=f"lm_head.weight is said to be in {{dir}}/tuned1/{broken.SHARD} by the "
+        "index of {dir}/tuned1, but is not. Fetch the model again",
+        error=OSError,
+    ),
+    Row(
+        "index-with-a-list",
+        broken.in_file(
+            f"tuned1/{broken.INDEX}", broken.with_json(weight_map=[]), shards=3
+        ),
+        ours="the index of {dir}/tuned1 holds a list; expected files by the names of "
+        "tensors. Fetch the model again",
+        error=OSError,
+    ),
+    Row(
+        "pickle-with-short-records",
+        broken.pickled(broken.short_records),
+        ours="{dir}/tuned1/pytorch_model.bin cannot be read: its record data/… has … "
+        "bytes; its pickle says …. It is truncated or corrupt: fetch it again",
+        error=OSError,
+    ),
+    Row(
+        "pickle-with-a-state-dict",
+        broken.nested_pickle,
+        ours="{dir}/tuned1/pytorch_model.bin of {dir}/tuned1 holds tensors under "
+        "state_dict, where mergekit does not read them. Store them by their names",
+    ),
+    Row(
         "truncated-pickle",
         broken.pickled(broken.truncated),
         ours="{dir}/tuned1/pytorch_model.bin cannot be read: …",
@@ -411,6 +446,94 @@ FILES = [
         ours="…{dir}/tuned1…config.json…",
         mergekit="Unrecognized model in {dir}/tuned1. Should have a `model_type` key "
         "in its config.json.",
+    ),
+]
+
+
+ODD_CONFIG = (
+    "{dir}/tuned1/config.json of {dir}/tuned1 …. Repair it, or fetch the model again"
+)
+
+
+def odd_config(name: str, said: str, mergekit: str = "…", **keys: Any) -> Row:
+    """A key of config.json; by default mergekit or transformers are first."""
+    return Row(
+        f"config-{name}",
+        broken.in_file("tuned1/config.json", broken.with_json(**keys)),
+        ours=ODD_CONFIG.replace("…", said),
+        mergekit=mergekit,
+        error=ValueError if mergekit == "{ours}" else Exception,
+    )
+
+
+CONFIGS = [
+    Row(
+        f"config-that-is-{name}",
+        broken.in_file("tuned1/config.json", lambda content, text=text: text),
+        ours=ODD_CONFIG.replace("…", said),
+        mergekit="…",
+        error=Exception,
+    )
+    for name, text, said in (
+        ("empty", b"", "cannot be used: JSONDecodeError: Expecting value…"),
+        ("null", b"null", "holds None; expected a JSON object"),
+        ("a-list", b"[]", "holds []; expected a JSON object"),
+        ("deep", b"[" * 100_000, "cannot be used: RecursionError: …"),
+    )
+]
+CONFIGS += [
+    odd_config("model-type-number", "has model_type 3; expected a name", model_type=3),
+    odd_config(
+        "model-type-unknown",
+        "cannot be used: ValueError: The checkpoint you are trying to load has model "
+        "type `unheard` but Transformers does not recognize this architecture…",
+        model_type="unheard",
+    ),
+    odd_config(
+        "architectures-null",
+        "has architectures None; expected a list of one name",
+        architectures=None,
+    ),
+    odd_config(
+        "architectures-none",
+        "has architectures []; expected a list of one name",
+        mergekit="More than one architecture in config?",
+        architectures=[],
+    ),
+    odd_config(
+        "method",
+        "has a key 'to_dict', which is a method of transformers' configurations; "
+        "expected settings",
+        to_dict=3,
+    ),
+    odd_config(
+        "width-as-a-word",
+        "cannot be used: StrictDataclassFieldValidationError: …hidden_size…",
+        hidden_size="32",
+    ),
+    odd_config(
+        "heads-none", "cannot be used: ZeroDivisionError: …", num_attention_heads=0
+    ),
+    odd_config(
+        "more-layers",
+        "has num_hidden_layers 4, but layer 3 is not stored ('model.layers.3.…'); "
+        "expected the number of layers of the model",
+        mergekit="{ours}",
+        num_hidden_layers=4,
+    ),
+    odd_config(
+        "no-layers",
+        "has num_hidden_layers 0, but layer 0 is stored ('model.layers.0.…'); "
+        "expected the number of layers of the model",
+        mergekit="{ours}",
+        num_hidden_layers=0,
+    ),
+    odd_config(
+        "billions-of-layers",
+        "has num_hidden_layers 1000000000, and its files … tensors; expected at most "
+        "4096",
+        mergekit="{ours}",
+        num_hidden_layers=10**9,
     ),
 ]
 
@@ -660,11 +783,10 @@ MERGEKIT_FIRST = [
     Row(
         "fewer-layers",
         broken.llama(num_hidden_layers=2),
-        ours="…layers…",
+        ours="{dir}/tuned1 has 2 layers by its config.json, the base {dir}/base has 3; "
+        "expected as many. Name the layers that both have under `slices:`",
         mergekit="All inputs to a slice must contain the same number of layers",
         error=RuntimeError,
-        ours_after=LATE,
-        options=("--quiet",),
     ),
     Row(
         "tensor-missing-in-a-model",
@@ -703,6 +825,7 @@ ROWS = [
     *NOT_FINITE,
     *KINDS_OF_MODEL,
     *FILES,
+    *CONFIGS,
     *PARAMETERS,
     *YAML,
     *PATHS,
@@ -907,6 +1030,122 @@ def test_configuration_that_is_no_file(
     assert_refused(status, said.out, said.err, f"…{job.config_file}…")
     assert not job.happened
     assert_only_new(before, job.folder.parent)
+
+
+# --- what mergekit waits for: only our command answers --------------------------------
+
+MODEL_FILES = ("model.safetensors", "config.json", broken.INDEX, "tokenizer.json")
+ENDLESS = "… is a pipe or a device, which may never end; expected a file. Put the …"
+
+
+@pytest.fixture
+def in_time() -> Iterator[None]:
+    """A test that waits for ever fails."""
+
+    def too_late(*args: Any) -> None:
+        raise AssertionError("still at it after 30 s")
+
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def endless(name: str, kind: str) -> Spoil:
+    """A pipe or a device in the place of a file."""
+
+    def spoil(folder: Path, config: Config) -> None:
+        file = folder / name
+        file.unlink(missing_ok=True)
+        if kind == "pipe":
+            os.mkfifo(file)
+        else:
+            file.symlink_to("/dev/zero")
+
+    return spoil
+
+
+def merge_keys(levels: int) -> Spoil:
+    """Mappings that take in ten times the one before, with `<<`."""
+
+    def spoil(folder: Path, config: Config) -> str:
+        lines = ["a0: &a0 {k: v}"]
+        for level in range(1, levels):
+            names = ", ".join([f"*a{level - 1}"] * 10)
+            lines.append(f"a{level}: &a{level}\n  <<: [{names}]")
+        return "\n".join(lines) + "\n" + yaml.safe_dump(config)
+
+    return spoil
+
+
+TOO_MANY = (
+    "its aliases stand for over 1,000,000 values; expected a merge. Write out what is "
+    "meant"
+)
+IN_RANGE = "expected two numbers from 0 to 3, the smaller one first"
+WAITED_FOR: dict[str, tuple[Spoil, str]] = {
+    **{
+        f"{kind}-for-{name}": (
+            endless(f"tuned1/{name}", kind),
+            ENDLESS.replace("…", f"{{dir}}/tuned1/{name}", 1),
+        )
+        for name in MODEL_FILES
+        for kind in ("pipe", "device")
+    },
+    "merge-keys": (
+        merge_keys(9),
+        f"{{dir}}/merge.yml: not readable as YAML: {TOO_MANY}",
+    ),
+    "layers-without-end": (
+        broken.slices(THREE, (0, 10**9)),
+        f"layer_range of {{dir}}/base in slices[0] is [0, 1000000000]; {IN_RANGE}",
+    ),
+    "layers-backwards": (
+        broken.slices(THREE, (0, 3), (3, 1)),
+        f"layer_range of {{dir}}/base in slices[1] is [3, 1]; {IN_RANGE}",
+    ),
+}
+
+
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize("name", WAITED_FOR)
+def test_our_command_does_not_wait(
+    name: str, job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, said = WAITED_FOR[name]
+    job.prepare(spoil)
+    there = sorted(job.folder.parent.rglob("*"))
+    capsys.readouterr()
+    job.happened.clear()
+
+    status = job.merge()
+
+    output = capsys.readouterr()
+    assert_refused(status, output.out, output.err, job.fill(said))
+    assert not job.happened
+    assert sorted(job.folder.parent.rglob("*")) == there
+
+
+@pytest.mark.usefixtures("in_time")
+def test_a_pipe_in_the_place_of_a_shard_is_refused(
+    job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoil(folder: Path, config: Config) -> None:
+        broken.rewritten("tuned1", lambda state: None, shards=3)(folder, config)
+        endless(f"tuned1/{broken.SHARD}", "pipe")(folder, config)
+
+    job.prepare(spoil)
+    capsys.readouterr()
+    status = job.merge()
+    output = capsys.readouterr()
+    said = ENDLESS.replace("…", f"{job.folder}/tuned1/{broken.SHARD}", 1)
+    assert_refused(status, output.out, output.err, said)
+
+
+def test_merge_keys_that_mean_little_are_taken(job: Job) -> None:
+    job.prepare(merge_keys(4))
+    assert job.merge("--quiet", "--no-copy-tokenizer") == 0
 
 
 # --- weights of 0 on some tensors -----------------------------------------------------

@@ -459,8 +459,9 @@ def test_loaders_of_bare_files_lie_by_path(family: Family) -> None:
 # ---- architecture
 
 
-@uses("mergekit.architecture.WeightInfo", "checkpoints", "outputs")
-@uses("mergekit.architecture.arch_info_for_config", "checkpoints")
+@uses("mergekit.architecture.WeightInfo", "model_config", "outputs")
+@uses("mergekit.architecture.ModelArchitecture", "model_config")
+@uses("mergekit.architecture.arch_info_for_config", "model_config")
 @uses("mergekit.architecture.get_architecture_info", "outputs")
 def test_an_architecture_lists_its_weights(family: Family) -> None:
     from mergekit.architecture import (
@@ -474,7 +475,7 @@ def test_an_architecture_lists_its_weights(family: Family) -> None:
     assert_has(
         WeightInfo.model_fields,
         {"name", "aliases", "tied_names", "optional", "vocabulary_axis"},
-        "WeightInfo, which checkpoints reads and makes",
+        "WeightInfo, which checkpoints reads and model_config makes",
     )
     config = llama_config()
     architecture = arch_info_for_config(config)
@@ -485,6 +486,14 @@ def test_an_architecture_lists_its_weights(family: Family) -> None:
         "tied_names no longer say what stands in for a missing head; checkpoints "
         "counts a tied weight once by them"
     )
+    (part,) = architecture.modules.values()
+    module, key = part.architecture, part.architecture.num_layers_config_key()
+    assert part.weight_prefix is None
+    assert (key, module.num_layers(config)) == ("num_hidden_layers", 3), (
+        "layers are no longer counted so; model_config compares them with the files"
+    )
+    last = {weight.name for weight in module.layer_weights(2, config) or ()}
+    assert last == {name for name in weights if name.startswith("model.layers.2.")}
     config.architectures = ["Unheard"]
     assert arch_info_for_config(config) is None
     data = merge_config(family.base, family.models)
@@ -495,7 +504,10 @@ def test_an_architecture_lists_its_weights(family: Family) -> None:
 
 
 @uses("mergekit.architecture.conversion.convert_checkpoint_tensors", "files")
-@uses("mergekit.architecture.conversion.can_convert_checkpoint_keys", "alignment")
+@uses(
+    "mergekit.architecture.conversion.can_convert_checkpoint_keys",
+    *"alignment model_config".split(),
+)
 def test_single_experts_are_fused() -> None:
     from mergekit.architecture.conversion import (
         can_convert_checkpoint_keys,
