@@ -26,6 +26,9 @@ METHODS = ("metagpt", *(f"metagpt_{name}" for name in COMPOSED))
 
 # More than any merge has; a few aliases of aliases, or `<<`, stand for billions.
 MOST_VALUES = 1_000_000
+# Beyond it Python reads no decimal; of 1:1:1... the time grows with the square.
+MOST_DIGITS = 4300
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 # Keys of a merge YAML whose values name a model or a tokenizer.
 _MODEL_KEYS = ("model", "base_model", "path", "source", "tokenizer_source")
@@ -108,7 +111,12 @@ def _loaded(text: str) -> Any:
 
 def _values(node: yaml.Node, known: dict[int, int]) -> int:
     """Count the values of a YAML, those behind an alias or `<<` wherever it stands."""
-    if not isinstance(node, yaml.CollectionNode):
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag in _NUMBERS and len(node.value) > MOST_DIGITS:
+            raise ValueError(
+                f"it has a number of {len(node.value):,} characters; expected at most "
+                f"{MOST_DIGITS:,}. Put it in quotes if it is a word"
+            )
         return 1
     if id(node) not in known:
         known[id(node)] = MOST_VALUES  # should it hold itself
