@@ -137,6 +137,8 @@ def natural(name: str) -> tuple[object, ...]:
     Example:
         >>> sorted(["layers.10", "layers.9", "embed"], key=natural)
         ['embed', 'layers.9', 'layers.10']
+        >>> natural("layers." + "9" * 5000) > natural("layers.10")
+        True
     """
     parts = name.split(".")
     digits = (part.lstrip("0") if part.isdecimal() else None for part in parts)

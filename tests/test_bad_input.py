@@ -1077,6 +1077,10 @@ TOO_MANY = (
     "its aliases stand for over 1,000,000 values; expected a merge. Write out what is "
     "meant"
 )
+TOO_LONG = (
+    "it has a number of 799,999 characters; expected at most 4,300. Put it in quotes "
+    "if it is a word"
+)
 IN_RANGE = "expected two numbers from 0 to 3, the smaller one first"
 WAITED_FOR: dict[str, tuple[Spoil, str]] = {
     **{
@@ -1093,8 +1097,7 @@ WAITED_FOR: dict[str, tuple[Spoil, str]] = {
     ),
     "a-number-base-60": (
         broken.text(f"x: {':'.join(['1'] * 400_000)}\n"),
-        "{dir}/merge.yml: not readable as YAML: it has a number of 799,999 characters; "
-        "expected at most 4,300. Put it in quotes if it is a word",
+        f"{{dir}}/merge.yml: not readable as YAML: {TOO_LONG}",
     ),
     "layers-without-end": (
         broken.slices(THREE, (0, 10**9)),

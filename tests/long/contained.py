@@ -50,7 +50,12 @@ def guard(event, arguments):
         return
     for path in paths:
         if isinstance(path, (str, os.PathLike)):
-            place = os.path.realpath(path)
+            home, name = os.path.split(os.path.abspath(path))
+            # What is opened may be a link; what is renamed or removed is the link.
+            follows = event not in ("os.rename", "os.remove", "os.rmdir")
+            place = os.path.realpath(path if follows else home)
+            if not follows:
+                place = os.path.join(place, name)
             if place != "/dev/null" and not f"{{place}}/".startswith(f"{{ALLOWED}}/"):
                 os.write(2, f"FORBIDDEN {{event}} {{place}}".encode())
                 os._exit({FORBIDDEN})
