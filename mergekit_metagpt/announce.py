@@ -22,28 +22,28 @@ def _log(level: int, message: str, *values: object) -> None:
         LOG.log(level, message, *values)
 
 
-# Warnings that were given before the merge that would give them again.
-_TOLD: set[str] = set()
+# Whether the perils of the merge that runs were told before it began.
+_told = False
 
 
 @contextmanager
 def told(warnings: Iterable[str]) -> Iterator[None]:
-    """Warn before a merge, which then does not repeat these warnings.
+    """Warn before a merge, which then does not warn again; the lambda line stays.
 
     Args:
-        warnings: the sentences, of `perils`.
+        warnings: the sentences, of `perils`, on all of the merge.
 
     Yields:
         while the merge runs.
     """
-    new = set(warnings) - _TOLD
+    global _told
     for warning in dict.fromkeys(warnings):
         _log(logging.WARNING, "%s", warning)
-    _TOLD.update(new)
+    _told = True
     try:
         yield
     finally:
-        _TOLD.difference_update(new)
+        _told = False
 
 
 class Announcer:
@@ -60,7 +60,7 @@ class Announcer:
         return new
 
     def _warn(self, kind: Hashable, message: str | None) -> None:
-        if message and message not in _TOLD and self._first("warning", kind):
+        if message and not _told and self._first("warning", kind):
             _log(logging.WARNING, "%s", message)
 
     def nothing_moved(self, base: Hashable, where: str) -> None:

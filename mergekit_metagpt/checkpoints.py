@@ -325,7 +325,8 @@ def open_checkpoint(
         folder = Path(merged.local_path(transformers_cache))
     except Exception as error:
         raise ValueError(
-            f"{label} is no folder here, nor to be had from the hub: {error}"
+            f"{label} is no folder here (if one was meant, write ./{label}), nor to be "
+            f"had from the hub: {error}"
         ) from error
     _check_files(folder)
     return _read_header(

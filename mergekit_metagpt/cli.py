@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -86,6 +87,10 @@ def _versions() -> str:
     return f"mergekit 0.1.5 or a later 0.1 is needed; found: {_mergekit()}"
 
 
+# Without importing torch, as asking for native.built() would.
+_LOOPS = "" if find_spec("_mergekit_metagpt") else " (without compiled loops)"
+
+
 def _with_mergekit(command: Callable[P, T]) -> Callable[P, T]:
     """Refuse another version by its number: what it says on import may be anything."""
 
@@ -100,7 +105,7 @@ def _with_mergekit(command: Callable[P, T]) -> Callable[P, T]:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__)
+@click.version_option(__version__, message=f"%(prog)s, version %(version)s{_LOOPS}")
 def main() -> None:
     """MetaGPT merging for mergekit: no weights to guess, no data, no search."""
 
@@ -248,6 +253,7 @@ def inspect(
             )
         config = _config(models[0])
         method = config.merge_method
+        preflight.check_method(config)
         if method in METHODS:
             preflight.check_names(config)
         found = families.of_config(config, **wishes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -181,7 +181,10 @@ def _family(
         reading=perils.cosine_reading(family.models, angles.tolist()),
         pools=tuple(pool.found for pool in pools),
         layers=tuple(pool.found for pool in _pools(scanned, names, "layer", family)),
-        warnings=tuple(_warnings(family, scanned, names, models, pools, angles)),
+        warnings=(
+            *_refusals([base, *(opened[model] for model in family.models)]),
+            *_warnings(family, scanned, names, models, pools, angles),
+        ),
     )
 
 
@@ -253,6 +256,13 @@ def _parts(pair: PairNorms, names: Sequence[str]) -> dict[str, float]:
         found[part_of(name)] += pair.sq_norms.get(name, 0.0)
     total = sum(found.values())
     return {part: value / total if total else 0.0 for part, value in found.items()}
+
+
+def _refusals(models: Sequence[Checkpoint]) -> Iterator[str]:
+    """Say of which models mergekit could not plan a merge."""
+    for model in dict.fromkeys(models):
+        if model.refused:
+            yield f"{model.label} can be measured, but not merged: {model.refused}"
 
 
 def _warnings(

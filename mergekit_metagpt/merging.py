@@ -5,14 +5,16 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_metagpt import (
+    announce,
     card,
     exporting,
     families,
+    findings,
     inspecting,
     preflight,
     recipe,
@@ -82,7 +84,8 @@ def merge(
         )
         # Under the name of `out`, which mergekit makes the title of the model card.
         made = parent / "made" / out.name
-        run_merge(config, str(made), options, config_source=text)
+        with _warned(report):
+            run_merge(config, str(made), options, config_source=text)
         for checkpoint in checkpoints:
             checkpoint.verify_unchanged()
         for path in beside.iterdir():
@@ -91,6 +94,16 @@ def merge(
             with (made / "README.md").open("a", encoding="utf-8") as stream:
                 stream.write(f"\n{about}")
         _put(made, out, aside=parent / ASIDE)
+
+
+def _warned(report: findings.Report) -> AbstractContextManager[None]:
+    """Warn before hours of merging of all that the report warns of."""
+    # Parameters that vary by tensor may have perils that the report does not see.
+    if any(family.settings.varying for family in report.families):
+        return nullcontext()
+    return announce.told(
+        warning for family in report.families for warning in family.warnings
+    )
 
 
 @contextmanager

@@ -86,6 +86,22 @@ def _check_range(
         )
 
 
+def check_method(config: MergeConfiguration) -> None:
+    """Refuse a merge method that neither mergekit nor this package has.
+
+    Args:
+        config: mergekit's configuration.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    from mergekit.merge_methods import registry
+
+    register()
+    known = [method.spec.name for method in registry.registered_methods()]
+    recipe.check_method(config, known)
+
+
 def check_names(config: MergeConfiguration) -> None:
     """Refuse misspelt or misplaced parameters; warn of those that mean nothing.
 

@@ -82,10 +82,15 @@ def read(text: str) -> MergeConfiguration:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"not readable as YAML: {_one_line(error)}") from error
     if not isinstance(data, dict):
+        holds = "is empty" if data is None else f"holds {type(data).__name__}"
         raise ValueError(
-            f"holds {type(data).__name__}; expected a mapping with merge_method, "
-            "base_model and models"
+            f"{holds}; expected a mapping with merge_method, base_model and models"
         )
+    # mergekit ignores keys that it does not know.
+    known = MergeConfiguration.model_fields
+    for key in sorted(map(str, data.keys() - known.keys())):
+        if meant := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
+            raise ValueError(f"{key} is no key of a merge; did you mean {meant[0]}?")
     try:
         return MergeConfiguration.model_validate(_local(data))
     except (ValueError, RuntimeError, RecursionError) as error:
@@ -227,7 +232,8 @@ def check(config: MergeConfiguration) -> None:
     if config.merge_method not in METHODS:
         raise ValueError(
             f"merge_method is {config.merge_method!r}; this command takes "
-            f"{', '.join(METHODS)}. Use mergekit-yaml for other methods"
+            f"{', '.join(METHODS)}. {_meant(config.merge_method, METHODS)}Use "
+            "mergekit-yaml for other methods"
         )
     found = list(inputs(config))
     for part in found:
@@ -344,6 +350,29 @@ def ignored(config: MergeConfiguration, known: Collection[str]) -> list[str]:
                 f"{meant[0]}?"
             )
     return unknown
+
+
+def _meant(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return f"Did you mean {close[0]}? " if close else ""
+
+
+def check_method(config: MergeConfiguration, known: Collection[str]) -> None:
+    """Refuse a merge method that there is not.
+
+    Args:
+        config: mergekit's configuration.
+        known: names of all methods.
+
+    Raises:
+        ValueError: the method is none of them.
+    """
+    if config.merge_method not in known:
+        raise ValueError(
+            f"merge_method is {config.merge_method!r}, which mergekit does not have. "
+            f"{_meant(config.merge_method, known)}Expected one of "
+            f"{', '.join(sorted(known))}"
+        )
 
 
 def check_levels(config: MergeConfiguration, shared: Collection[str]) -> None:

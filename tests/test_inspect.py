@@ -955,6 +955,18 @@ def test_the_head_of_the_tables(inside: Path) -> None:
     assert process.returncode in (0, 1)
 
 
+def test_a_model_that_cannot_be_merged_is_warned_of(
+    trio: Trio, inspect: Inspect
+) -> None:
+    """What `merge` would refuse can still be measured."""
+    folder = trio.folders[1]
+    (folder / "config.json").write_text("{")
+    warnings = only(inspect("--base", *trio.folders))["warnings"]
+    (warning,) = (text for text in warnings if "can be measured" in text)
+    assert warning.startswith(f"{folder} can be measured, but not merged: ")
+    assert "config.json" in warning
+
+
 # --- the cost -------------------------------------------------------------------------
 
 
@@ -1005,6 +1017,14 @@ BAD: dict[str, tuple[Any, str]] = {
     "all weights 0": (broken.weights(0, 0), "weight is 0"),
     "a list for exclude": (broken.parameters(exclude=["a", "b"]), "comma-separated"),
     "misspelt parameter": (broken.parameters(granularty="layer"), "granularity"),
+    "misspelt method": (
+        broken.settings(merge_method="metagtp"),
+        "which mergekit does not have. Did you mean metagpt?",
+    ),
+    "misspelt key": (
+        broken.settings(dtyp="bfloat16"),
+        "dtyp is no key of a merge; did you mean dtype?",
+    ),
     "NaN": (broken.poisoned("tuned1", float("nan")), broken.TENSOR),
     "infinity in the base": (broken.poisoned("base", float("inf")), broken.TENSOR),
     "quantised to fp8": (broken.rewritten("tuned0", broken.to_fp8), "quantised"),
@@ -1028,7 +1048,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "missing model": (broken.models("./tuned9"), "tuned9"),
     "no YAML": (broken.text("a: [b"), "merge.yml"),
     "no mapping": (broken.text("- a"), "merge.yml"),
-    "empty": (broken.text(""), "merge.yml"),
+    "empty": (broken.text(""), "merge.yml: is empty; expected a mapping"),
     "no text": (broken.text(b"\xff\xfe\x00"), "merge.yml"),
 }
 

@@ -321,3 +321,32 @@ def test_models_of_two_architectures(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
     assert run_command("merge", file, out, *QUIET, "--allow-crimes") == 0
     assert {path.name for path in out.iterdir()} >= BESIDE
+
+
+def test_all_warnings_of_the_report_are_said_once_before_the_merge(
+    work: Path,
+    states: dict[str, State],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Also those that need more than a merge measures; the merge repeats none."""
+    stranger = cast(tuned(states["base"], 5, size=1.0), torch.bfloat16)
+    write_model(work / "m" / "b", stranger, llama_config(**SIZES))
+    assert run_command("merge", "merge.yml", "out", *QUIET) == 0
+    report = json.loads(Path("out/metagpt.json").read_text())
+    (family,) = report["families"]
+    ours = [r.getMessage() for r in caplog.records if r.name == "mergekit_metagpt"]
+    warnings = [text for text in ours if not text.startswith("lambda of ")]
+    assert warnings == family["warnings"] and len(warnings) >= 2
+    assert len(ours) == len(warnings) + 1
+    assert any("Is it a fine-tune" in text for text in warnings)
+
+
+def test_warnings_of_tensors_that_the_report_does_not_see_stay(
+    work: Path, states: dict[str, State], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = write_config()
+    filtered = [{"filter": "mlp", "value": 1e-6}, {"value": 1.0}]
+    config["models"][0]["parameters"] = {"weight": filtered}
+    Path("merge.yml").write_text(yaml.safe_dump(config))
+    assert run_command("merge", "merge.yml", "out", *QUIET) == 0
+    assert "m/a gets only" in caplog.text or "m/b takes" in caplog.text
