@@ -194,11 +194,11 @@ def _found(
     known = arch_info_for_config(config)
     if known is None:
         return Architecture(_ties(config, stored)), None
-    if odd := _odd_layers(known, config, stored):
-        return Architecture(), odd
+    odd = _odd_layers(known, config, stored)
     parts = known.modules.items()
     layers = {name: part.architecture.num_layers(config) for name, part in parts}
-    return Architecture(tuple(known.all_weights(config)), True, layers), None
+    # The names and ties of what there is hold all the same.
+    return Architecture(tuple(known.all_weights(config)), True, layers), odd
 
 
 def _ties(
