@@ -15,7 +15,7 @@ from mergekit_metagpt.checkpoints import Checkpoint
 from mergekit_metagpt.files import Readers
 from mergekit_metagpt.pieces import Files, Source
 from mergekit_metagpt.results import Details, PairNorms
-from mergekit_metagpt.workers import run
+from mergekit_metagpt.workers import default_workers, run
 
 # Elements that one worker takes at a time, and that it reads at a time. Fixed, so that
 # sums are formed in the same order whatever the number of workers.
@@ -183,7 +183,8 @@ def scan_checkpoints(
         ValueError: base and model do not fit, or a weight is NaN or infinite.
         OSError: a file cannot be read or has changed since it was opened.
     """
-    with Files() as files:
+    workers = workers or default_workers()
+    with Files(workers) as files:
         return _scan(base, models, files, detailed=detailed, workers=workers)
 
 
@@ -193,7 +194,7 @@ def _scan(
     files: Files,
     *,
     detailed: bool,
-    workers: int | None,
+    workers: int,
 ) -> tuple[list[PairNorms], Details | None]:
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()

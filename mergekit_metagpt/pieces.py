@@ -52,9 +52,9 @@ class Source:
 class Files:
     """The files of one scan: read piece by piece where possible, else mapped."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
         self.readers = Readers()
-        self.streams = Streams()
+        self.streams = Streams(threads)
 
     def __enter__(self) -> Files:
         return self

@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 import threading
 from collections import OrderedDict
 from pathlib import Path
 
 from mergekit_metagpt.files import ConvertedTensor, StoredTensor
 
-# Files that one thread keeps open. With more models than that they are opened again
-# for each piece, which costs less than reading it.
+# Files that one thread keeps open, at most, and the share of those allowed that all
+# threads take together. With more models than that files are opened again for each
+# piece, which costs less than reading it.
 OPEN_FILES = 16
+SHARE = 4
 
 
 def can_stream(stored: StoredTensor | ConvertedTensor) -> bool:
@@ -33,7 +36,8 @@ class Streams:
     an error instead of the end of the process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
+        self._most = max(1, min(OPEN_FILES, _allowed() // SHARE // threads))
         self._here = threading.local()
         self._lock = threading.Lock()
         self._open: list[OrderedDict[Path, int]] = []
@@ -92,12 +96,22 @@ class Streams:
         if file in files:
             files.move_to_end(file)
             return files[file]
-        if len(files) >= OPEN_FILES:
+        if len(files) >= self._most:
             os.close(files.popitem(last=False)[1])
         files[file] = handle = _opened(file, files)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return handle
+
+
+def _allowed() -> int:
+    """How many files this process may have open."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return OPEN_FILES * SHARE
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return limit if limit != resource.RLIM_INFINITY else sys.maxsize
 
 
 def _opened(file: Path, others: OrderedDict[Path, int]) -> int:

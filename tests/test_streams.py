@@ -120,6 +120,22 @@ def test_few_files_are_open_at_a_time(tmp_path: Path, opened: Streams) -> None:
     assert handles() == before
 
 
+def test_threads_share_what_may_be_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "_allowed", lambda: 10 * streams.SHARE)
+    files = [
+        written(tmp_path / f"{number}.safetensors", torch.ones(8))
+        for number in range(9)
+    ]
+    for threads, most in ((1, 9), (2, 5), (5, 2), (100, 1)):
+        source, before = Streams(threads), handles()
+        for held in files:
+            read(source, held, 0, 8)
+        assert handles() - before == most
+        source.close()
+
+
 def test_with_too_many_open_files_others_are_closed(
     tmp_path: Path, opened: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
