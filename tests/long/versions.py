@@ -3,8 +3,10 @@
 `python -m tests.long.versions FOLDER [NAME...]` makes a virtual environment in FOLDER
 for each set of versions below (or those named), installs a copy of this project with
 pip, runs the tests of `QUICK`, and prints a row for each. torch is the one that
-constraints.txt names. An environment takes about 2 GB and is left in place: a second
-run is quicker. What pip cannot install is said, not hidden.
+constraints.txt names, but for the sets `torch lowest` and `torch highest`, which are
+run when they are named: where pip has no build for CPUs alone they take gigabytes. An
+environment takes about 2 GB and is left in place: a second run is quicker. What pip
+cannot install is said, not hidden.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ PYTEST = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist")
 
 @dataclass(frozen=True)
 class Versions:
-    """A set of versions: the interpreter, and what pip is to install."""
+    """A set of versions: the interpreter, what pip is to install, another torch."""
 
     python: str
     packages: tuple[str, ...] = ()
+    torch: str | None = None
 
 
 # The lowest that pyproject.toml allows, the highest there is, and every Python.
@@ -45,6 +48,8 @@ SETS = {
     "python 3.10": Versions("3.10"),
     "python 3.12": Versions("3.12"),
     "python 3.13": Versions("3.13"),
+    "torch lowest": Versions("3.11", torch="torch==2.5.1"),
+    "torch highest": Versions("3.11", torch="torch"),
 }
 # Versions of mergekit that we do not support: said in one line, and nothing broken.
 UNSUPPORTED = ("0.1.4", "0.0.6")
@@ -95,7 +100,7 @@ def copy_project(folder: Path) -> Path:
     project = folder / "project"
     shutil.rmtree(project, ignore_errors=True)
     project.mkdir()
-    for name in ("pyproject.toml", "README.md", "constraints.txt"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "constraints.txt"):
         shutil.copy(ROOT / name, project)
     for name in ("mergekit_metagpt", "recipes", "tests", "docs"):
         without = shutil.ignore_patterns("__pycache__")
@@ -123,7 +128,8 @@ def checked(folder: Path, name: str, versions: Versions) -> str:
     inner = home / "bin" / "python"
     install = (inner, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     project = copy_project(folder)
-    for wanted in ((project, torch_pin(), *PYTEST), versions.packages):
+    torch = versions.torch or torch_pin()
+    for wanted in ((project, torch, *PYTEST), versions.packages):
         status, said = run(*install, *wanted) if wanted else (0, "")
         if status:
             return f"not installed: {why(said)}"
@@ -186,7 +192,8 @@ def main() -> None:
         raise SystemExit(2)
     folder = Path(sys.argv[1]).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    for name in sys.argv[2:] or [*SETS, *UNSUPPORTED]:
+    usual = [name for name, versions in SETS.items() if versions.torch is None]
+    for name in sys.argv[2:] or [*usual, *UNSUPPORTED]:
         if name in SETS:
             print(f"{name}: {checked(folder, name, SETS[name])}", flush=True)
         else:
