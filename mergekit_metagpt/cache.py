@@ -261,9 +261,8 @@ def _write(
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         temporary = place.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")
         try:
-            temporary.touch(
-                mode=0o600, exist_ok=False
-            )  # private before it holds a word
+            # private before it holds a word
+            temporary.touch(mode=0o600, exist_ok=False)
             with temporary.open("wb") as stream:
                 stream.write(entry.model_dump_json().encode() + b"\n" + payload)
             temporary.replace(place)

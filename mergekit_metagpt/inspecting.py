@@ -18,6 +18,7 @@ from mergekit_metagpt.families import Family
 from mergekit_metagpt.inventory import stored, unshared
 from mergekit_metagpt.names import (
     PARTS,
+    idle_parts,
     is_embedding,
     is_excluded,
     natural,
@@ -293,9 +294,8 @@ def _warnings(
         said.append(perils.left_out(base, unmoved, choice.power, "the whole model"))
     weighted = len({w for w in family.weights if w > 0}) > 1
     said.append(_degenerate(base, pools, weighted=weighted))
-    every = {name for pair in scanned.pairs for name in pair.counted_as}
-    idle = [p for p in choice.exclude if not any(p in name for name in every)]
-    said.append(perils.names_nothing(sorted(idle)))
+    every = (name for pair in scanned.pairs for name in pair.counted_as)
+    said.append(perils.names_nothing(sorted(idle_parts(choice.exclude, every))))
     for k in moved:
         model = models[k]
         of_embeddings = scanned.sq_norms(filter(is_embedding, names))[k]

@@ -89,8 +89,8 @@ def read(text: str) -> MergeConfiguration:
     # mergekit ignores keys that it does not know.
     known = MergeConfiguration.model_fields
     for key in sorted(map(str, data.keys() - known.keys())):
-        if meant := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
-            raise ValueError(f"{key} is no key of a merge; did you mean {meant[0]}?")
+        if meant := _meant(key, known):
+            raise ValueError(f"{key} is no key of a merge; did you mean {meant}?")
     try:
         return MergeConfiguration.model_validate(_local(data))
     except (ValueError, RuntimeError, RecursionError) as error:
@@ -232,7 +232,7 @@ def check(config: MergeConfiguration) -> None:
     if config.merge_method not in METHODS:
         raise ValueError(
             f"merge_method is {config.merge_method!r}; this command takes "
-            f"{', '.join(METHODS)}. {_meant(config.merge_method, METHODS)}Use "
+            f"{', '.join(METHODS)}. {_hint(config.merge_method, METHODS)}Use "
             "mergekit-yaml for other methods"
         )
     found = list(inputs(config))
@@ -344,17 +344,23 @@ def ignored(config: MergeConfiguration, known: Collection[str]) -> list[str]:
     }
     unknown = sorted(given - set(known))
     for name in unknown:
-        if meant := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
+        if meant := _meant(name, known):
             raise ValueError(
                 f"{name} is no parameter of {config.merge_method}; did you mean "
-                f"{meant[0]}?"
+                f"{meant}?"
             )
     return unknown
 
 
-def _meant(name: str, known: Collection[str]) -> str:
+def _meant(name: str, known: Collection[str]) -> str | None:
+    """The known name that looks most like a misspelt one."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    return f"Did you mean {close[0]}? " if close else ""
+    return close[0] if close else None
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    meant = _meant(name, known)
+    return f"Did you mean {meant}? " if meant else ""
 
 
 def check_method(config: MergeConfiguration, known: Collection[str]) -> None:
@@ -370,7 +376,7 @@ def check_method(config: MergeConfiguration, known: Collection[str]) -> None:
     if config.merge_method not in known:
         raise ValueError(
             f"merge_method is {config.merge_method!r}, which mergekit does not have. "
-            f"{_meant(config.merge_method, known)}Expected one of "
+            f"{_hint(config.merge_method, known)}Expected one of "
             f"{', '.join(sorted(known))}"
         )
 

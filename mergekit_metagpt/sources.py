@@ -12,7 +12,13 @@ import torch
 from mergekit.merge_methods.base import TensorEntry, TensorGroup
 
 from mergekit_metagpt import kernels
-from mergekit_metagpt.names import is_embedding, is_excluded, layer_key, pool_key
+from mergekit_metagpt.names import (
+    idle_parts,
+    is_embedding,
+    is_excluded,
+    layer_key,
+    pool_key,
+)
 from mergekit_metagpt.parameters import Settings
 
 if TYPE_CHECKING:
@@ -294,9 +300,7 @@ def _stored_sq_norms(group: TensorGroup, settings: Settings) -> Measured | None:
 @functools.lru_cache(maxsize=1 << 10)
 def _idle(pair: PairNorms, exclude: tuple[str, ...]) -> tuple[str, ...]:
     """Parts of `exclude` that are in no name of what base and model share."""
-    return tuple(
-        part for part in exclude if not any(part in name for name in pair.counted_as)
-    )
+    return idle_parts(exclude, pair.counted_as)
 
 
 @functools.lru_cache(maxsize=1 << 16)
