@@ -15,11 +15,19 @@
 #error "sums must be formed in the order that is written"
 #endif
 
-/* A copy of each loop for each generation of x86 processors, chosen at run time. */
-#if defined(__x86_64__) && defined(__GLIBC__)
-#define FOR_EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
+/* A copy of each loop for each generation of x86 processors, chosen at run time. With
+ * avx512f alone, conversions of 16-bit numbers stay in half vectors (docs/log.md). */
+#if !defined(__x86_64__) || !defined(__GLIBC__)
 #define FOR_EVERY_CPU
+#else
+#if defined(__clang__)
+#define WIDEST "avx512bw"
+#elif __GNUC__ >= 12
+#define WIDEST "arch=x86-64-v4"
+#else
+#define WIDEST "avx512f"
+#endif
+#define FOR_EVERY_CPU __attribute__((target_clones(WIDEST, "avx2", "default")))
 #endif
 #if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline))

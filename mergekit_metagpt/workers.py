@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -46,9 +47,11 @@ def spread(
 
     torch's own threads would be woken for every short operation on a chunk, and wait
     for each other: on busy CPUs many times slower than operations of one thread each.
+    The calling thread is one of them where compiled loops do the work: waking another
+    takes longer than the sum of a small tensor.
 
     Args:
-        work: called with every part, on other threads.
+        work: called once with every part.
         parts: its arguments.
         compiled: whether compiled loops do the work, and no operation of torch.
 
@@ -56,17 +59,39 @@ def spread(
         the results, in the order of the parts.
     """
     inference = torch.is_inference_mode_enabled()
+    waiting = deque(enumerate(parts))
+    results: dict[int, R] = {}
 
-    def in_this_mode(part: T) -> R:
+    def next_part() -> tuple[int, T] | None:
+        try:
+            return waiting.popleft()
+        except IndexError:
+            return None
+
+    def take_turns() -> None:
         with torch.inference_mode(inference):
-            return work(part)
+            try:
+                while turn := next_part():
+                    results[turn[0]] = work(turn[1])
+            finally:
+                waiting.clear()  # after an error, nobody goes on
 
+    threads = min(torch.get_num_threads(), len(parts))
+    helpers = threads - 1 if compiled else threads
     with ThreadPoolExecutor(
-        max_workers=min(torch.get_num_threads(), len(parts)),
+        max_workers=max(1, helpers),
         thread_name_prefix="metagpt-sum",
         initializer=None if compiled else _use_one_torch_thread,
     ) as executor:
-        return list(executor.map(in_this_mode, parts))
+        futures = [executor.submit(take_turns) for _ in range(helpers)]
+        try:
+            if compiled:
+                take_turns()
+            for future in futures:
+                future.result()
+        finally:
+            waiting.clear()
+    return [results[at] for at in range(len(parts))]
 
 
 def run(tasks: Sequence[tuple[int, Callable[[], T]]], workers: int | None) -> list[T]:
