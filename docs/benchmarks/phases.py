@@ -1,6 +1,6 @@
 """Shows where whole merges spend their time; prints Markdown.
 
-    python docs/benchmarks/phases.py STORE [--rounds 3]
+    python docs/benchmarks/phases.py STORE [--rounds 3] [--touch-gb 6]
 
 Merges of whole_process.py, each in a process of its own, in turns, with functions of
 mergekit timed from outside: imports, our scan, the merge method without it, reading,
@@ -108,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("store", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--touch-gb", type=float, default=6.0)
     given = parser.parse_args()
     base, tuned = store.make(given.store)
     configs = whole_process.configurations(
@@ -117,6 +118,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         for number in range(given.rounds + 1):
             for name in METHODS:
+                machine.touch_memory(int(given.touch_gb * 1e9))
                 spent = run(configs[name], Path(folder))
                 if number:  # the first round warms the page cache
                     found[name].append(spent)

@@ -1,12 +1,13 @@
 """Times whole merges by `mergekit-yaml`, side by side; prints Markdown tables.
 
-    python docs/benchmarks/whole_process.py STORE [--rounds 5]
+    python docs/benchmarks/whole_process.py STORE [--rounds 5] [--touch-gb 6]
 
 STORE is made by store.py where it does not exist. Every round runs each configuration
 once, in an order that turns from round to round, so that what else the machine does
 falls on all of them; ratios are taken within a round. The page cache is warm after an
-untimed round. Own memory is what a process holds beside mapped files (anonymous pages),
-looked at every 20 ms; resident memory also counts mapped checkpoint files.
+untimed round, and free memory is touched before each run, so that it does not matter
+what ran before. Own memory is what a process holds beside mapped files (anonymous
+pages), looked at every 20 ms; resident memory also counts mapped checkpoint files.
 """
 
 from __future__ import annotations
@@ -114,9 +115,9 @@ def anonymous(process: int) -> int:
 
 
 def measure(
-    configs: Mapping[str, Mapping[str, Any]], rounds: int
+    configs: Mapping[str, Mapping[str, Any]], rounds: int, touch: int
 ) -> dict[str, list[Run]]:
-    """Run everything `rounds` times, after an untimed round."""
+    """Run everything `rounds` times, after an untimed round and `touch` bytes."""
     found: dict[str, list[Run]] = {name: [] for name in configs}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         folder = Path(name)
@@ -126,6 +127,7 @@ def measure(
             turn = number % len(names)
             for row in names[turn:] + names[:turn]:
                 cache = remembered if row.endswith("second merge") else "0"
+                machine.touch_memory(touch)
                 done = run(configs[row], folder, cache)
                 if number:
                     found[row].append(done)
@@ -184,14 +186,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="rows to run")
+    parser.add_argument("--touch-gb", type=float, default=6.0)
     given = parser.parse_args()
+    touch = int(given.touch_gb * 1e9)
     base, tuned = store.make(given.store, given.models)
     configs = configurations(base.resolve(), [path.resolve() for path in tuned])
     if given.only:
         configs = {name: configs[name] for name in given.only}
     print(machine.describe())
-    print(f"{given.models + 1} checkpoints; {given.rounds} rounds\n")
-    print(tables(measure(configs, given.rounds)))
+    print(
+        f"{given.models + 1} checkpoints; {given.rounds} rounds; {given.touch_gb:g} GB "
+        "of free memory touched before each run\n"
+    )
+    print(tables(measure(configs, given.rounds, touch)))
 
 
 if __name__ == "__main__":
