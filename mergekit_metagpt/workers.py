@@ -94,14 +94,14 @@ def spread(
     return [results[at] for at in range(len(parts))]
 
 
-def run(tasks: Sequence[tuple[int, Callable[[], T]]], workers: int | None) -> list[T]:
+def run(tasks: Sequence[tuple[int, Callable[[], T]]], workers: int) -> list[T]:
     """Run tasks on threads that each do torch's work alone; show progress in bytes.
 
     The bar goes to stderr, only if that is a terminal.
 
     Args:
         tasks: pairs of the bytes that a task reads and the task.
-        workers: threads; the CPUs at hand if None.
+        workers: threads.
 
     Returns:
         the tasks' results, in their order.
@@ -109,7 +109,7 @@ def run(tasks: Sequence[tuple[int, Callable[[], T]]], workers: int | None) -> li
     import tqdm
 
     executor = ThreadPoolExecutor(
-        max_workers=workers or default_workers(),
+        max_workers=workers,
         thread_name_prefix="metagpt-scan",
         initializer=_use_one_torch_thread,
     )

@@ -75,7 +75,7 @@ def row(folder: Path, count: int, scale: float) -> str:
         # Twice each: the first ones warm the page cache.
         runs = {}
         for method in ("metagpt", "task_arithmetic") * 2:
-            machine.touch_memory(6 * 10**9)
+            machine.touch_memory()
             runs[method] = whole_process.run(configs[method], Path(name), "0")
     ours, theirs = runs["metagpt"], runs["task_arithmetic"]
     return (

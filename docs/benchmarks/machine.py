@@ -25,6 +25,9 @@ def describe() -> str:
     return f"{name}, {cpus} CPUs, {memory:.0f} GiB; Python {python}, {versions}"
 
 
+# What merges of the store need beside its page cache, and some more.
+TOUCHED_GB = 6.0
+
 # Allocates, touches and frees as many bytes as are free, but at most sys.argv[1].
 TOUCH = """
 import mmap, re, sys
@@ -38,7 +41,7 @@ for at in range(0, size, mmap.PAGESIZE):
 """
 
 
-def touch_memory(size: int) -> None:
+def touch_memory(gigabytes: float = TOUCHED_GB) -> None:
     """Have the next process find free memory that is at hand.
 
     A virtual machine may give free memory back to its host, which takes its time to
@@ -46,7 +49,8 @@ def touch_memory(size: int) -> None:
     it. Changes nothing on other machines.
 
     Args:
-        size: bytes; 0 to leave memory as it is.
+        gigabytes: how much, in 10^9 bytes; 0 to leave memory as it is.
     """
-    if size and sys.platform == "linux":
-        subprocess.run([sys.executable, "-c", TOUCH, str(size)], check=True)
+    if gigabytes and sys.platform == "linux":
+        size = str(int(gigabytes * 1e9))
+        subprocess.run([sys.executable, "-c", TOUCH, size], check=True)

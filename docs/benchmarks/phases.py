@@ -108,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("store", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--touch-gb", type=float, default=6.0)
+    parser.add_argument("--touch-gb", type=float, default=machine.TOUCHED_GB)
     given = parser.parse_args()
     base, tuned = store.make(given.store)
     configs = whole_process.configurations(
@@ -118,7 +118,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         for number in range(given.rounds + 1):
             for name in METHODS:
-                machine.touch_memory(int(given.touch_gb * 1e9))
+                machine.touch_memory(given.touch_gb)
                 spent = run(configs[name], Path(folder))
                 if number:  # the first round warms the page cache
                     found[name].append(spent)

@@ -115,9 +115,9 @@ def anonymous(process: int) -> int:
 
 
 def measure(
-    configs: Mapping[str, Mapping[str, Any]], rounds: int, touch: int
+    configs: Mapping[str, Mapping[str, Any]], rounds: int, touch_gb: float
 ) -> dict[str, list[Run]]:
-    """Run everything `rounds` times, after an untimed round and `touch` bytes."""
+    """Run everything `rounds` times, after an untimed round."""
     found: dict[str, list[Run]] = {name: [] for name in configs}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         folder = Path(name)
@@ -127,7 +127,7 @@ def measure(
             turn = number % len(names)
             for row in names[turn:] + names[:turn]:
                 cache = remembered if row.endswith("second merge") else "0"
-                machine.touch_memory(touch)
+                machine.touch_memory(touch_gb)
                 done = run(configs[row], folder, cache)
                 if number:
                     found[row].append(done)
@@ -186,9 +186,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="rows to run")
-    parser.add_argument("--touch-gb", type=float, default=6.0)
+    parser.add_argument("--touch-gb", type=float, default=machine.TOUCHED_GB)
     given = parser.parse_args()
-    touch = int(given.touch_gb * 1e9)
     base, tuned = store.make(given.store, given.models)
     configs = configurations(base.resolve(), [path.resolve() for path in tuned])
     if given.only:
@@ -198,7 +197,7 @@ def main() -> None:
         f"{given.models + 1} checkpoints; {given.rounds} rounds; {given.touch_gb:g} GB "
         "of free memory touched before each run\n"
     )
-    print(tables(measure(configs, given.rounds, touch)))
+    print(tables(measure(configs, given.rounds, given.touch_gb)))
 
 
 if __name__ == "__main__":
