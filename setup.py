@@ -9,7 +9,7 @@ setup(
     ext_modules=[
         Extension(
             "_mergekit_metagpt",
-            ["mergekit_metagpt/loops.c"],
+            ["mergekit_metagpt/arithmetic/loops.c"],
             # Sums are formed operation by operation: the same bits everywhere.
             extra_compile_args=["-O3", "-g0", "-ffp-contract=off"],
             py_limited_api=True,

@@ -6,19 +6,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mergekit_metagpt.closed_form import coefficients
-    from mergekit_metagpt.registration import register
-    from mergekit_metagpt.results import ScanResult
-    from mergekit_metagpt.scanning import scan
+    from mergekit_metagpt.arithmetic.closed_form import coefficients
+    from mergekit_metagpt.method.registration import register
+    from mergekit_metagpt.scanning.once import scan
+    from mergekit_metagpt.scanning.results import ScanResult
 
 __all__ = ["ScanResult", "coefficients", "register", "scan"]
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ScanResult": "results",
-    "coefficients": "closed_form",
-    "register": "registration",
-    "scan": "scanning",
+    "ScanResult": "scanning.results",
+    "coefficients": "arithmetic.closed_form",
+    "register": "method.registration",
+    "scan": "scanning.once",
 }
 
 

@@ -35,7 +35,7 @@ def autoload() -> None:
 def _register(registry: Any) -> None:
     global failure
     try:
-        from mergekit_metagpt.registration import register
+        from mergekit_metagpt.method.registration import register
 
         register(registry)
     except Exception as error:

@@ -9,8 +9,8 @@ from pathlib import Path
 from click.testing import CliRunner
 from pydantic import BaseModel
 
-from mergekit_metagpt import findings, tables
-from mergekit_metagpt.cli import main
+from mergekit_metagpt.commands.cli import main
+from mergekit_metagpt.report import schema, tables
 
 CLI = Path(__file__).parents[1] / "docs" / "cli.md"
 
@@ -28,15 +28,15 @@ def help_text(name: str) -> str:
 def schema_tables() -> Iterator[str]:
     """A Markdown table for every kind of object in the report."""
     kinds = (
-        findings.Report,
-        findings.Family,
-        findings.Settings,
-        findings.Base,
-        findings.Model,
-        findings.Pool,
-        findings.Tensors,
-        findings.Source,
-        findings.File,
+        schema.Report,
+        schema.Family,
+        schema.Settings,
+        schema.Base,
+        schema.Model,
+        schema.Pool,
+        schema.Tensors,
+        schema.Source,
+        schema.File,
     )
     for kind in kinds:
         yield f"\n{kind.__name__}: {(kind.__doc__ or '').strip()}\n"

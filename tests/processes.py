@@ -112,8 +112,8 @@ def shadow_package(folder: Path, **first_lines: str) -> Path:
 
     Args:
         folder: to be put on PYTHONPATH, where it comes before the installed package.
-        first_lines: module name without `.py`: the code to put after its docstring
-            and its `from __future__`.
+        first_lines: path of a module without `.py` in the package: the code to put
+            after its docstring and its `from __future__`.
     """
     target = folder / PACKAGE.name
     shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("__pycache__"))

@@ -116,7 +116,7 @@ def run_command(*arguments: str | Path) -> int:
     """Run `mergekit-metagpt`, as a new process would, and return its exit status."""
     from mergekit.io.tasks import LoaderCache
 
-    from mergekit_metagpt.cli import main
+    from mergekit_metagpt.commands.cli import main
 
     LoaderCache.loaders.clear()
     with pytest.raises(SystemExit) as ended:

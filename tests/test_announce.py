@@ -17,7 +17,8 @@ import pytest
 import torch
 from mergekit.merge_methods import merge_state_dicts
 
-from mergekit_metagpt import announce, perils, workers
+from mergekit_metagpt.method import advice, announcing
+from mergekit_metagpt.scanning import threads
 from tests.conftest import Family, make_family
 from tests.processes import (
     assert_succeeded,
@@ -233,7 +234,7 @@ def test_bytes_rate_and_time_left(
     stderr: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", stderr)
-    assert len(workers.run([(3_000_000, slow_task)] * 5, 1)) == 5
+    assert len(threads.run([(3_000_000, slow_task)] * 5, 1)) == 5
     shown = stderr.getvalue()
     if not stderr.isatty():
         assert shown == ""
@@ -450,10 +451,10 @@ def test_an_exclude_that_names_nothing_is_said_once(
 def test_what_was_told_before_a_merge_is_not_said_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    unmoved = perils.nothing_moved("base", "the whole model")
-    with announce.told([unmoved, unmoved]):
-        announce.Announcer().nothing_moved("base", "the whole model")
-        announce.Announcer().nothing_moved("other", "the whole model")
+    unmoved = advice.nothing_moved("base", "the whole model")
+    with announcing.told([unmoved, unmoved]):
+        announcing.Announcer().nothing_moved("base", "the whole model")
+        announcing.Announcer().nothing_moved("other", "the whole model")
     assert caplog.messages == [unmoved]
-    announce.Announcer().nothing_moved("base", "the whole model")
+    announcing.Announcer().nothing_moved("base", "the whole model")
     assert caplog.messages == [unmoved, unmoved]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mergekit_metagpt import scan
-from mergekit_metagpt.archives import Archive
-from mergekit_metagpt.files import Readers, read_header
+from mergekit_metagpt.checkpoints.files import Readers, read_header
+from mergekit_metagpt.checkpoints.pickles import Archive
 from tests.support import State, assert_same_bits, llama_state, tuned, write_model
 
 Change = Callable[[dict[str, bytes]], object]

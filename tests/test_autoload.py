@@ -42,20 +42,27 @@ AT_TORCH = {"mergekit_metagpt", "mergekit_metagpt.autoload"}
 AT_REGISTRY = AT_TORCH | {
     f"mergekit_metagpt.{name}"
     for name in (
-        "announce",
-        "buffers",
-        "closed_form",
-        "composed",
-        "kernels",
+        "arithmetic",
+        "arithmetic.closed_form",
+        "arithmetic.compiled",
+        "arithmetic.in_parts",
+        "arithmetic.scaled_sums",
+        "arithmetic.squared_norms",
+        "checkpoints",
+        "checkpoints.stored",
         "method",
-        "names",
-        "native",
-        "parameters",
-        "perils",
-        "planning",
-        "registration",
-        "sources",
-        "workers",
+        "method.advice",
+        "method.announcing",
+        "method.composed",
+        "method.group_norms",
+        "method.in_memory",
+        "method.inputs",
+        "method.metagpt",
+        "method.parameters",
+        "method.plan_watch",
+        "method.registration",
+        "scanning",
+        "scanning.pools",
     )
 }
 # The compiled loops, where they were built.
@@ -170,7 +177,8 @@ def test_our_own_api_first_registers(statements: str) -> None:
 def test_every_module_of_ours_can_come_first() -> None:
     """Whatever of ours starts mergekit's import, `register` leaves metagpt there."""
     modules = sorted(
-        f"{PACKAGE.name}.{file.stem}" for file in PACKAGE.glob("[a-z]*.py")
+        ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for file in PACKAGE.rglob("[a-z]*.py")
     )
     said = ask_python(
         f"""
@@ -340,8 +348,12 @@ def test_with_a_mergekit_whose_base_is_broken() -> None:
 @pytest.mark.parametrize(
     ("module", "line", "because"),
     [
-        ("method", "def broken(:", "SyntaxError"),
-        ("kernels", "raise RuntimeError('worn out')", "RuntimeError: worn out"),
+        ("method/metagpt", "def broken(:", "SyntaxError"),
+        (
+            "arithmetic/in_parts",
+            "raise RuntimeError('worn out')",
+            "RuntimeError: worn out",
+        ),
     ],
 )
 def test_with_a_broken_module_of_ours(
@@ -424,8 +436,8 @@ def test_import_merge_methods_stays_light() -> None:
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("method", "import mergekit.common"),
-        ("announce", "import rich"),
+        ("method/metagpt", "import mergekit.common"),
+        ("method/announcing", "import rich"),
     ],
 )
 def test_hygiene_of_the_hook_is_noticed(module: str, line: str, tmp_path: Path) -> None:
@@ -549,8 +561,8 @@ def test_installed(build: Any, project: Path, heavy: Path, tmp_path: Path) -> No
     code = "import mergekit_metagpt\nanswer(mergekit_metagpt.__file__)"
     found = Path(ask_python(code, python=python)).parent
     assert found == (project if build is leave_in_place else site) / PACKAGE.name
-    assert {file.name for file in found.glob("*.py")} == {
-        file.name for file in PACKAGE.glob("*.py")
+    assert {file.name for file in found.rglob("*.py")} == {
+        file.name for file in PACKAGE.rglob("*.py")
     }
     assert (bin_ / "mergekit-metagpt").exists()
 

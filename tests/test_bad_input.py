@@ -23,8 +23,8 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from mergekit_metagpt import recipe
-from mergekit_metagpt.cli import main
+from mergekit_metagpt.commands.cli import main
+from mergekit_metagpt.merge_config import merge_yaml
 from tests import broken
 from tests.broken import TENSOR, Config, Spoil, snapshot, write_good
 from tests.conftest import Family
@@ -896,8 +896,8 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     import mergekit.scripts.run_yaml  # takes run_merge before that is spied on
     from mergekit.io import LazyTensorLoader
 
-    from mergekit_metagpt.files import Readers
-    from mergekit_metagpt.streams import Streams
+    from mergekit_metagpt.checkpoints.files import Readers
+    from mergekit_metagpt.scanning.pieces import Streams
 
     folder = tmp_path / "work"
     folder.mkdir()
@@ -1498,7 +1498,7 @@ def test_only_models_are_taken_for_paths(job: Job) -> None:
         "tokenizer_source": "base",
         "dtype": "float32",
     }
-    config = recipe.read(yaml.safe_dump(given))
+    config = merge_yaml.read(yaml.safe_dump(given))
     assert str(config.base_model) == "./base"
     models = [str(entry.model) for entry in config.models or ()]
     assert models == ["./m", "./missing", "a/missing"]
@@ -1506,7 +1506,7 @@ def test_only_models_are_taken_for_paths(job: Job) -> None:
     assert config.tokenizer_source == "base"
 
     given["tokenizer_source"] = "union"
-    assert recipe.read(yaml.safe_dump(given)).tokenizer_source == "union"
+    assert merge_yaml.read(yaml.safe_dump(given)).tokenizer_source == "union"
 
 
 # --- a sample through the real commands -----------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mergekit_metagpt import buffers
+from mergekit_metagpt.arithmetic import in_parts
 
 CPU = torch.device("cpu")
 
@@ -13,22 +13,22 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def free(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     kept: list[torch.Tensor] = []
-    monkeypatch.setattr(buffers, "_FREE", kept)
+    monkeypatch.setattr(in_parts, "_FREE", kept)
     return kept
 
 
 def test_a_buffer_is_used_again(free: list[torch.Tensor]) -> None:
-    with buffers.scratch(2, 10, torch.float64, CPU) as first:
+    with in_parts.scratch(2, 10, torch.float64, CPU) as first:
         place = first.data_ptr()
-    with buffers.scratch(3, 7, torch.bfloat16, CPU) as second:
+    with in_parts.scratch(3, 7, torch.bfloat16, CPU) as second:
         assert second.data_ptr() == place and second.shape == (3, 7)
     assert len(free) == 1
 
 
 def test_two_loops_at_once_have_two(free: list[torch.Tensor]) -> None:
     with (
-        buffers.scratch(1, 10, torch.float32, CPU) as first,
-        buffers.scratch(1, 10, torch.float32, CPU) as second,
+        in_parts.scratch(1, 10, torch.float32, CPU) as first,
+        in_parts.scratch(1, 10, torch.float32, CPU) as second,
     ):
         first.fill_(1)
         second.fill_(2)
@@ -37,20 +37,20 @@ def test_two_loops_at_once_have_two(free: list[torch.Tensor]) -> None:
 
 
 def test_large_ones_are_given_back(free: list[torch.Tensor]) -> None:
-    with buffers.scratch(1, buffers.MOST + 1, torch.uint8, CPU):
+    with in_parts.scratch(1, in_parts.MOST + 1, torch.uint8, CPU):
         pass
     assert not free
 
 
 def test_a_buffer_of_inference_mode_serves_outside_of_it() -> None:
-    with torch.inference_mode(), buffers.scratch(1, 4, torch.float32, CPU) as one:
+    with torch.inference_mode(), in_parts.scratch(1, 4, torch.float32, CPU) as one:
         place = one.data_ptr()
-    with buffers.scratch(1, 4, torch.float32, CPU) as again:
+    with in_parts.scratch(1, 4, torch.float32, CPU) as again:
         again.zero_()
         assert again.data_ptr() == place
 
 
 def test_a_failing_loop_returns_its_buffer(free: list[torch.Tensor]) -> None:
-    with pytest.raises(KeyError), buffers.scratch(1, 4, torch.float32, CPU):
+    with pytest.raises(KeyError), in_parts.scratch(1, 4, torch.float32, CPU):
         raise KeyError
     assert len(free) == 1

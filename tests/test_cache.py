@@ -16,10 +16,10 @@ import torch
 from click.testing import CliRunner
 
 import mergekit_metagpt
-from mergekit_metagpt import cache, scanning
-from mergekit_metagpt.cli import main
-from mergekit_metagpt.fingerprints import fingerprint
-from mergekit_metagpt.results import ScanResult
+from mergekit_metagpt.checkpoints.identity import fingerprint
+from mergekit_metagpt.commands.cli import main
+from mergekit_metagpt.scanning import cache, once
+from mergekit_metagpt.scanning.results import ScanResult
 from tests.conftest import Family, make_family
 from tests.support import assert_same_bits, naive_sq_norms
 
@@ -53,20 +53,20 @@ def age(*folders: Path) -> None:
 def scans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
     """The models of every scan that reads weights; each test is a new process."""
     seen: list[list[str]] = []
-    scan_files = scanning.scan_checkpoints
+    scan_files = once.scan_checkpoints
 
     def counted(base: Any, models: Any, **options: Any) -> Any:
         seen.append([model.label for model in models])
         return scan_files(base, models, **options)
 
-    monkeypatch.setattr(scanning, "scan_checkpoints", counted)
-    monkeypatch.setattr(scanning, "_MEMO", {})
+    monkeypatch.setattr(once, "scan_checkpoints", counted)
+    monkeypatch.setattr(once, "_MEMO", {})
     yield seen
 
 
 def scan(family: Family, *, gram: bool = False) -> ScanResult:
     """Scan as a new process would: nothing is known but what lies on disk."""
-    scanning._MEMO.clear()
+    once._MEMO.clear()
     fingerprint.cache_clear()
     cache._identity.cache_clear()
     return mergekit_metagpt.scan(family.base, family.models, gram=gram)
@@ -104,7 +104,7 @@ def test_a_merge_finds_what_inspect_measured(
 def test_only_new_models_are_scanned(
     home: Path, aged: Family, scans: list[list[str]]
 ) -> None:
-    scanning._MEMO.clear()
+    once._MEMO.clear()
     mergekit_metagpt.scan(aged.base, aged.models[:2])
     result = scan(aged)
     assert scans[1] == [str(aged.models[2])]
@@ -168,7 +168,7 @@ def test_the_same_files_elsewhere_are_known(
     first = scan(aged)
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "family", moved)  # keeps modification times
-    scanning._MEMO.clear()
+    once._MEMO.clear()
     models = [moved / model.name for model in aged.models]
     second = mergekit_metagpt.scan(moved / "base", models)
     assert len(scans) == 1

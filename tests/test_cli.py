@@ -13,8 +13,8 @@ import click
 import pytest
 
 import mergekit_metagpt
-from mergekit_metagpt import native
-from mergekit_metagpt.cli import main
+from mergekit_metagpt.arithmetic import compiled
+from mergekit_metagpt.commands.cli import main
 from tests import pages
 from tests.processes import ask_python, assert_succeeded, run_process, script
 
@@ -140,7 +140,7 @@ def test_help_of_merge_shows_the_options_of_mergekit_and_ours(
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
     said = capsys.readouterr()
-    loops = "" if native.built() else " (without compiled loops)"
+    loops = "" if compiled.built() else " (without compiled loops)"
     version = mergekit_metagpt.__version__
     assert said.out == f"mergekit-metagpt, version {version}{loops}\n"
     assert said.err == ""
@@ -188,13 +188,13 @@ def test_demo_chats_on_stderr_and_answers_errors_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import mergekit_metagpt.demo
+    import mergekit_metagpt.commands.demo as demo
 
     def fail(folder: Path, say: Callable[[str], Any]) -> None:
         say("training the base")
         raise error(f"{folder} is\n   not to my taste")
 
-    monkeypatch.setattr(mergekit_metagpt.demo, "run", fail)
+    monkeypatch.setattr(demo, "run", fail)
     folder = tmp_path / "demo"
     assert run("demo", str(folder)) == 2
     said = capsys.readouterr()
@@ -206,7 +206,7 @@ def test_demo_chats_on_stderr_and_answers_errors_in_one_line(
 
 IMPORTED = f"""
 import contextlib, io, sys
-from mergekit_metagpt.cli import main
+from mergekit_metagpt.commands.cli import main
 
 with contextlib.redirect_stdout(io.StringIO()) as said:
     try:

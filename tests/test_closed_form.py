@@ -12,7 +12,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import mergekit_metagpt
-from mergekit_metagpt.closed_form import coefficients, contributes, cosines
+from mergekit_metagpt.arithmetic.closed_form import coefficients, contributes, cosines
 from tests.support import assert_same_bits, assert_unchanged, naive_coefficients
 
 F64 = torch.float64

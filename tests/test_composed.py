@@ -20,7 +20,7 @@ from mergekit.merge_methods import (
 )
 
 import mergekit_metagpt
-from mergekit_metagpt.composed import COMPOSED
+from mergekit_metagpt.method.composed import COMPOSED
 from tests import matrix
 from tests.conftest import Family, make_family
 from tests.matrix import Row, covers

@@ -12,7 +12,7 @@ import torch
 import transformers
 import yaml
 
-from mergekit_metagpt import demo
+from mergekit_metagpt.commands import demo
 
 SMALL = {"steps": (100, 20, 30, 40), "width": 32}
 TINY = {"steps": (2, 1, 1, 1), "width": 32}

@@ -32,9 +32,9 @@ import yaml
 from mergekit import merge_methods
 
 import mergekit_metagpt
-from mergekit_metagpt import cli
-from mergekit_metagpt import recipe as checks
-from mergekit_metagpt.composed import COMPOSED
+from mergekit_metagpt.commands import cli
+from mergekit_metagpt.merge_config import checks, merge_yaml
+from mergekit_metagpt.method.composed import COMPOSED
 from tests.support import assert_within_bound, naive_lambdas, run_mergekit
 from tests.test_recipes import (
     ORIGINALS,
@@ -352,12 +352,12 @@ class Reader:
             document = {**WHOLE, **document}
         if block.mark == "file":
             (self.folder / block.value).write_text(block.text)
-        config = checks.read(yaml.safe_dump(document))
+        config = merge_yaml.read(yaml.safe_dump(document))
         spec = merge_methods.get(config.merge_method).spec
         unknown = checks.ignored(config, [known.name for known in spec.parameters])
         assert not unknown, f"{config.merge_method} has no {', '.join(unknown)}"
         if config.merge_method in METHODS:
-            checks.check(config)
+            checks.check_yaml(config)
             self._merge(document)
         self.done["yaml"] += 1
 
@@ -724,7 +724,7 @@ def other_sources() -> str:
 
 @functools.cache
 def package_source() -> str:
-    return "\n".join(file.read_text() for file in sorted(PACKAGE.glob("*.py")))
+    return "\n".join(file.read_text() for file in sorted(PACKAGE.rglob("*.py")))
 
 
 def assert_is_a_file(name: str, place: Path) -> None:
@@ -917,9 +917,9 @@ def test_messages_about_illegal_values() -> None:
     assert len(rows) >= 6
     for setting, message in rows:
         document = {**WHOLE, "parameters": yaml.safe_load(setting.strip("`"))}
-        config = checks.read(yaml.safe_dump(document))
+        config = merge_yaml.read(yaml.safe_dump(document))
         with pytest.raises(ValueError) as refused:
-            checks.check(config)
+            checks.check_yaml(config)
         assert str(refused.value) == message.strip("`")
 
 

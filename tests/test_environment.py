@@ -16,7 +16,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from mergekit_metagpt.cli import main
+from mergekit_metagpt.commands.cli import main
 from tests.broken import snapshot
 from tests.conftest import Family
 from tests.long.forked import Ended
@@ -134,7 +134,7 @@ def optimized(self, name):
 
 loader.get_code = optimized
 
-from mergekit_metagpt.cli import main
+from mergekit_metagpt.commands.cli import main
 
 main.main(prog_name="mergekit-metagpt")
 """
@@ -334,7 +334,9 @@ def test_a_mergekit_that_fails_as_it_is_imported(
     command: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As an old one does beside packages that are too new for it."""
-    monkeypatch.setattr("mergekit_metagpt.cli._mergekit", lambda: version, raising=True)
+    monkeypatch.setattr(
+        "mergekit_metagpt.commands.errors._mergekit", lambda: version, raising=True
+    )
     monkeypatch.setitem(sys.modules, "mergekit", None)
     arguments = {"inspect": ["a.yml"], "demo": ["out"]}.get(command, ["a.yml", "out"])
     done = CliRunner().invoke(main, [command, *arguments])
@@ -347,7 +349,7 @@ def test_a_mergekit_that_fails_as_it_is_imported(
 def test_versions_that_may_do_are_tried(
     version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mergekit_metagpt.cli._mergekit", lambda: version)
+    monkeypatch.setattr("mergekit_metagpt.commands.errors._mergekit", lambda: version)
     done = CliRunner().invoke(main, ["inspect", str(tmp_path / "none.yml")])
     assert done.exit_code == 2 and "is needed" not in done.stderr
 

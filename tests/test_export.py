@@ -18,8 +18,8 @@ import yaml
 from mergekit import merge_methods
 from mergekit.config import ConditionalParameter, evaluate_setting
 
-from mergekit_metagpt.composed import COMPOSED
-from mergekit_metagpt.exporting import setting
+from mergekit_metagpt.merge_config.plain_yaml import setting
+from mergekit_metagpt.method.composed import COMPOSED
 from tests import broken
 from tests.broken import snapshot
 from tests.merges import GRANULARITIES, with_granularity

@@ -19,8 +19,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import mergekit_metagpt
-from mergekit_metagpt import kernels, merging, one_pass
-from mergekit_metagpt.cli import main
+from mergekit_metagpt.arithmetic import scaled_sums, squared_norms
+from mergekit_metagpt.commands import merging
+from mergekit_metagpt.commands.cli import main
+from mergekit_metagpt.scanning import one_pass
 from tests.broken import snapshot
 from tests.conftest import Family, make_family
 from tests.long import killed
@@ -257,10 +259,10 @@ def before(
 # A moment of our command, as the function that begins it.
 MOMENTS: dict[str, tuple[Any, str]] = {
     "before the scan": (one_pass, "align"),
-    "during the scan": (kernels, "accumulate_gram"),
+    "during the scan": (squared_norms, "accumulate_gram"),
     "after the scan": (merging.exporting, "export"),
     "before the merge": (merging, "report_figure"),
-    "while tensors are merged": (kernels, "scaled_sum"),
+    "while tensors are merged": (scaled_sums, "scaled_sum"),
 }
 
 
@@ -353,18 +355,18 @@ def test_a_file_that_shrinks_during_the_scan_is_an_error(place: Place) -> None:
     """Its weights are read, not mapped: nothing sends SIGBUS."""
     code = """
 import pathlib, sys
-import mergekit_metagpt.kernels as kernels
+import mergekit_metagpt.arithmetic.squared_norms as squared_norms
 
-found = kernels.accumulate_gram
+found = squared_norms.accumulate_gram
 
 def shrinking(base, tuned):
     for file in pathlib.Path("family/tuned0").glob("*.safetensors"):
         with file.open("r+b") as stream:
             stream.truncate(4096)
-    kernels.accumulate_gram = found
+    squared_norms.accumulate_gram = found
     return found(base, tuned)
 
-kernels.accumulate_gram = shrinking
+squared_norms.accumulate_gram = shrinking
 """
     folder = place.folder / "family" / "tuned0"
     kept = {file: (file.read_bytes(), file.stat()) for file in folder.iterdir()}
@@ -397,7 +399,9 @@ def test_shards_of_two_versions_are_noticed_without_a_scan(
 ) -> None:
     """The model is replaced after its first tensors were merged."""
     config = merge_config(pair.base, pair.models, parameters=parameters)
-    before(monkeypatch, kernels, "scaled_sum", lambda: rewrite(pair.models[1], pair))
+    before(
+        monkeypatch, scaled_sums, "scaled_sum", lambda: rewrite(pair.models[1], pair)
+    )
     with pytest.raises(OSError, match="has changed since"):
         run_mergekit(config, tmp_path / "out")
 
@@ -415,7 +419,7 @@ def in_place(folder: Path) -> None:
 def test_a_model_that_changes_under_the_last_sum_is_noticed(
     pair: Family, job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scaled_sum, left = kernels.scaled_sum, [len(pair.base_state)]
+    scaled_sum, left = scaled_sums.scaled_sum, [len(pair.base_state)]
 
     def last(*args: Any) -> torch.Tensor:
         left[0] -= 1
@@ -423,7 +427,7 @@ def test_a_model_that_changes_under_the_last_sum_is_noticed(
             in_place(pair.models[0])
         return scaled_sum(*args)
 
-    monkeypatch.setattr(kernels, "scaled_sum", last)
+    monkeypatch.setattr(scaled_sums, "scaled_sum", last)
     assert merge(job) == 2
     assert not job.with_name("out").exists()
 
@@ -437,7 +441,7 @@ def test_a_worker_without_memory_ends_the_scan(
 ) -> None:
     """Raised in one of the workers; the next scan is right."""
     calls = []
-    sq_norms = kernels.flat_sq_norms
+    sq_norms = squared_norms.flat_sq_norms
 
     def starved(base: torch.Tensor, tuned: list[torch.Tensor]) -> list[float]:
         calls.append(True)
@@ -445,7 +449,7 @@ def test_a_worker_without_memory_ends_the_scan(
             raise error("cannot allocate")
         return sq_norms(base, tuned)
 
-    monkeypatch.setattr(kernels, "flat_sq_norms", starved)
+    monkeypatch.setattr(squared_norms, "flat_sq_norms", starved)
     with pytest.raises(error, match="cannot allocate"):
         mergekit_metagpt.scan(pair.base, pair.models, workers=3)
     found = mergekit_metagpt.scan(pair.base, pair.models, workers=3)
@@ -460,7 +464,7 @@ def test_out_of_memory_is_said_in_one_line(
     def starved(*args: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(kernels, "accumulate_gram", starved)
+    monkeypatch.setattr(squared_norms, "accumulate_gram", starved)
     assert merge(job) == 2
     said = capsys.readouterr().err
     assert said.startswith("Error: ") and "memory" in said and said.count("\n") == 1

@@ -13,12 +13,12 @@ import pytest
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.text import Text
 
-from mergekit_metagpt import figures, findings
+from mergekit_metagpt.report import figures, schema
 
 LONG = "someone-with-a-long-name/a-very-long-name-of-a-model-in-its-seventh-edition-v2"
-NONE = findings.Tensors(count=0, parameters=0, bytes=0, examples=())
+NONE = schema.Tensors(count=0, parameters=0, bytes=0, examples=())
 STORED: dict[str, Any] = {
-    "source": findings.Source(revision=None, digest="0" * 64, files=()),
+    "source": schema.Source(revision=None, digest="0" * 64, files=()),
     "parameters": 1000,
     "bytes": 2000,
     "precisions": {"bfloat16": 1000},
@@ -27,8 +27,8 @@ STORED: dict[str, Any] = {
 ALONE = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 
 
-def pool(key: str, shares: tuple[float, ...]) -> findings.Pool:
-    return findings.Pool(
+def pool(key: str, shares: tuple[float, ...]) -> schema.Pool:
+    return schema.Pool(
         key=key, sq_norms=shares, relative_norms=shares, coefficients=shares
     )
 
@@ -41,7 +41,7 @@ def family(
     granularity: str = "model",
     extra: tuple[str, ...] = (),
     scale: float = 1.0,
-) -> findings.Family:
+) -> schema.Family:
     """A report's family as it might be measured, without measuring."""
     total = sum(range(1, count + 1))
     shares = tuple(scale * (k + 1) / total for k in range(count))
@@ -57,7 +57,7 @@ def family(
     )
     one = granularity == "model"
     models = [
-        findings.Model(
+        schema.Model(
             name=f"{name}-{k}",
             **STORED,
             sq_norm=share,
@@ -74,12 +74,12 @@ def family(
         )
         for k, share in enumerate(shares)
     ]
-    return findings.Family(
+    return schema.Family(
         places=("models",),
-        settings=findings.Settings(
+        settings=schema.Settings(
             granularity=granularity, power=2, exclude=(), scale=scale, varying=()
         ),
-        base=findings.Base(name=f"{name}-base", **STORED, norm=1),
+        base=schema.Base(name=f"{name}-base", **STORED, norm=1),
         models=tuple(models),
         cosines=tuple(
             tuple(1.0 if i == j else -0.37 + 0.07 * (i + j) / count for i in shares)
@@ -92,11 +92,11 @@ def family(
     )
 
 
-def report(*families: findings.Family) -> findings.Report:
-    return findings.Report(versions={}, method="metagpt", families=families)
+def report(*families: schema.Family) -> schema.Report:
+    return schema.Report(versions={}, method="metagpt", families=families)
 
 
-REPORTS: dict[str, findings.Report] = {
+REPORTS: dict[str, schema.Report] = {
     **{f"{count} models": report(family(count)) for count in (1, 2, 3, 12)},
     **{
         f"{count} models of long names": report(family(count, name=LONG))
@@ -183,7 +183,7 @@ def assert_readable(figure: Figure) -> None:
 
 @pytest.mark.parametrize("found", cases())
 def test_texts_can_be_read(
-    found: findings.Report, drawn: list[Figure], tmp_path: Path
+    found: schema.Report, drawn: list[Figure], tmp_path: Path
 ) -> None:
     figures.report_figure(found, tmp_path / "figure.png")
     (figure,) = drawn

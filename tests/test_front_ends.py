@@ -132,7 +132,7 @@ def test_files_that_change_within_a_process(
 
 @covers("`mergekit-metagpt merge`")
 def test_our_own_command(row: Row, tmp_path: Path, trio: Family, plain: State) -> None:
-    from mergekit_metagpt.cli import main
+    from mergekit_metagpt.commands.cli import main
 
     file = tmp_path / "merge.yml"
     file.write_text(yaml.safe_dump(merge_config(trio.base, trio.models)))

@@ -973,8 +973,8 @@ def test_a_model_that_cannot_be_merged_is_warned_of(
 def test_one_pass_over_the_files_and_no_model(
     trio: Trio, inspect: Inspect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mergekit_metagpt.files import Readers
-    from mergekit_metagpt.pieces import Files
+    from mergekit_metagpt.checkpoints.files import Readers
+    from mergekit_metagpt.scanning.pieces import Files
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was made")

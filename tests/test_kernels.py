@@ -11,12 +11,12 @@ from fractions import Fraction
 import pytest
 import torch
 
-from mergekit_metagpt import native
-from mergekit_metagpt.kernels import (
-    CHUNK,
+from mergekit_metagpt.arithmetic import compiled
+from mergekit_metagpt.arithmetic.in_parts import CHUNK
+from mergekit_metagpt.arithmetic.scaled_sums import scaled_sum
+from mergekit_metagpt.arithmetic.squared_norms import (
     accumulate_gram,
     coarser_dtype,
-    scaled_sum,
     sq_norms,
 )
 from tests.support import (
@@ -42,8 +42,8 @@ UNDERFLOWS = {F64, F32}
 def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test runs on the compiled loops, and as where nothing was compiled."""
     if request.param == "by torch":
-        monkeypatch.setattr(native, "_loops", None)
-    elif not native.built():
+        monkeypatch.setattr(compiled, "_loops", None)
+    elif not compiled.built():
         pytest.skip("the loops were not compiled when this was installed")
 
 

@@ -16,9 +16,10 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import mergekit_metagpt
-from mergekit_metagpt import figures, findings, one_pass, scanning
-from mergekit_metagpt.checkpoints import open_checkpoint
-from mergekit_metagpt.cli import main
+from mergekit_metagpt.checkpoints.opening import open_checkpoint
+from mergekit_metagpt.commands.cli import main
+from mergekit_metagpt.report import figures, schema
+from mergekit_metagpt.scanning import once, one_pass
 from tests.broken import snapshot
 from tests.conftest import Family, make_family
 from tests.long import huge
@@ -167,7 +168,7 @@ def test_two_hundred_models_are_scanned_with_few_open_files(
     """Eight workers, each with a shard of all 201 folders open, hold no file open."""
     import resource
 
-    monkeypatch.setattr(scanning, "_MEMO", {})
+    monkeypatch.setattr(once, "_MEMO", {})
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     held = len(list(Path("/proc/self/fd").iterdir()))
     resource.setrlimit(resource.RLIMIT_NOFILE, (held + 64, hard))
@@ -195,7 +196,7 @@ def report(crowd: Family, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_two_hundred_models_in_a_report(crowd: Family, report: str) -> None:
-    (found,) = findings.Report.model_validate_json(report).families
+    (found,) = schema.Report.model_validate_json(report).families
     sq_norms = naive_sq_norms(crowd.base_state, crowd.states).tolist()
     assert [m.sq_norm for m in found.models] == pytest.approx(sq_norms, rel=1e-12)
     assert [len(row) for row in found.cosines] == [MODELS] * MODELS
@@ -211,7 +212,7 @@ def test_two_hundred_models_in_a_figure(
     texts: list[str] = []
     monkeypatch.setattr(Axes, "text", lambda axes, x, y, s, **how: texts.append(s))
     monkeypatch.setattr(Figure, "savefig", lambda *args, **options: None)
-    found = findings.Report.model_validate_json(report)
+    found = schema.Report.model_validate_json(report)
     figures.report_figure(found, tmp_path / "report.png")
     assert len(texts) <= 10 * MODELS
 

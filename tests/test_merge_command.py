@@ -201,16 +201,16 @@ def test_without_a_card(work: Path) -> None:
 def test_the_files_are_scanned_once(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mergekit_metagpt import scanning
+    from mergekit_metagpt.scanning import once
 
     found = []
-    original = scanning.scan_checkpoints
+    original = once.scan_checkpoints
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         found.append(args)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(scanning, "scan_checkpoints", noted)
+    monkeypatch.setattr(once, "scan_checkpoints", noted)
     assert run_command("merge", "merge.yml", "out", *QUIET) == 0
     assert len(found) == 1
 
@@ -222,13 +222,15 @@ def fail(*args: Any, **kwargs: Any) -> None:
 # What the command does after its checks, any of which may fail.
 STEPS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "the figure": lambda patch: patch.setattr(
-        "mergekit_metagpt.merging.report_figure", fail
+        "mergekit_metagpt.commands.merging.report_figure", fail
     ),
     "the export": lambda patch: patch.setattr(
-        "mergekit_metagpt.exporting.export", fail
+        "mergekit_metagpt.merge_config.plain_yaml.export", fail
     ),
     "the merge": lambda patch: patch.setattr("mergekit.merge.run_merge", fail),
-    "the last step": lambda patch: patch.setattr("mergekit_metagpt.merging._put", fail),
+    "the last step": lambda patch: patch.setattr(
+        "mergekit_metagpt.commands.merging._put", fail
+    ),
 }
 CASES = list(itertools.product(STEPS, [False, True]))
 

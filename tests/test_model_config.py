@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from mergekit_metagpt import model_config, scan
-from mergekit_metagpt.checkpoints import Checkpoint, open_checkpoint
+from mergekit_metagpt import scan
+from mergekit_metagpt.checkpoints import architecture
+from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
+from mergekit_metagpt.checkpoints.opening import open_checkpoint
 from tests.support import llama_state, tuned, write_model
 
 BASE = llama_state()
@@ -91,7 +93,7 @@ def test_billions_of_parts_are_refused_at_once(
 ) -> None:
     """Before transformers or mergekit could begin to count."""
     change(model, **keys)
-    monkeypatch.setattr(model_config, "architecture", lambda *a, **k: pytest.fail())
+    monkeypatch.setattr(architecture, "architecture", lambda *a, **k: pytest.fail())
     with pytest.raises(ValueError, match="expected at most 4096") as raised:
         opened(model)
     assert str(raised.value).startswith(f"{model}/config.json of {model} has ")
@@ -99,9 +101,9 @@ def test_billions_of_parts_are_refused_at_once(
 
 def test_more_parts_are_taken_where_more_tensors_are_stored(model: Path) -> None:
     given = {"num_experts": 5000, "vision_feature_layer": -2, "layers": [10**9]}
-    model_config.check_counts("m", model, given, tensors=5000)
+    architecture.check_counts("m", model, given, tensors=5000)
     with pytest.raises(ValueError, match="num_experts 5000, and its files 4999"):
-        model_config.check_counts("m", model, given, tensors=4999)
+        architecture.check_counts("m", model, given, tensors=4999)
 
 
 def test_layers_beyond_the_number_are_left_out(model: Path) -> None:

@@ -13,21 +13,21 @@ from types import ModuleType
 import pytest
 import torch
 
-from mergekit_metagpt import kernels, native
+from mergekit_metagpt.arithmetic import compiled, scaled_sums, squared_norms
 from tests.support import ORDER, assert_same_bits, assert_unchanged, bits
 
-SOURCE = Path(native.__file__).with_name("loops.c")
+SOURCE = Path(compiled.__file__).with_name("loops.c")
 COMPILER = shutil.which("cc")
 HALVES = (torch.float16, torch.bfloat16)
 
 needs_loops = pytest.mark.skipif(
-    not native.built(), reason="the loops were not compiled when this was installed"
+    not compiled.built(), reason="the loops were not compiled when this was installed"
 )
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
 def test_the_loops_are_built_where_there_is_a_compiler() -> None:
-    assert native.built()
+    assert compiled.built()
 
 
 def every_number(dtype: torch.dtype) -> torch.Tensor:
@@ -48,7 +48,7 @@ def test_results_are_rounded_to_the_nearest_ties_to_even(
     below, above = numbers[:-1].contiguous(), numbers[1:].contiguous()
     factors = (0.5 - tilt, 0.5 + tilt)
     out = torch.empty_like(below)
-    native.scaled_sum(None, [below, above], factors, out, narrow=True)
+    compiled.scaled_sum(None, [below, above], factors, out, narrow=True)
     exact = factors[0] * below.float() + factors[1] * above.float()
     assert bits(out).equal(bits(exact.to(dtype)))
 
@@ -58,9 +58,9 @@ def test_results_are_rounded_to_the_nearest_ties_to_even(
 def test_results_beyond_the_range_are_infinite(dtype: torch.dtype) -> None:
     largest = torch.full((40,), torch.finfo(dtype).max, dtype=dtype)
     out = torch.empty_like(largest)
-    native.scaled_sum(None, [largest, -largest], (2.0, 0.0), out, narrow=True)
+    compiled.scaled_sum(None, [largest, -largest], (2.0, 0.0), out, narrow=True)
     assert out.eq(torch.inf).all()
-    native.scaled_sum(None, [largest, largest], (torch.nan, 0.5), out, narrow=True)
+    compiled.scaled_sum(None, [largest, largest], (torch.nan, 0.5), out, narrow=True)
     assert out.isnan().all()
 
 
@@ -73,7 +73,7 @@ def test_bytes_beside_the_output_stay(dtype: torch.dtype, numel: int) -> None:
     factors = (0.2, 0.3, 0.5)
     for base in (None, models[0]):
         out = room[32 : 32 + numel]
-        native.scaled_sum(base, models, factors, out, narrow=dtype != torch.float64)
+        compiled.scaled_sum(base, models, factors, out, narrow=dtype != torch.float64)
     assert room[:32].eq(7).all() and room[32 + numel :].eq(7).all()
 
 
@@ -91,25 +91,27 @@ def test_values_may_lie_at_any_address(dtype: torch.dtype) -> None:
     lambdas = torch.tensor([0.3, 0.7], dtype=torch.float64)
     for first, *others in (shifted, negated):
         with assert_unchanged([first, *others]):
-            assert kernels.flat_sq_norms(first, others) == native.sq_norms(base, tuned)
+            assert squared_norms.flat_sq_norms(first, others) == compiled.sq_norms(
+                base, tuned
+            )
             assert_same_bits(
-                kernels.scaled_sum(first, others, lambdas),
-                kernels.scaled_sum(base, tuned, lambdas),
+                scaled_sums.scaled_sum(first, others, lambdas),
+                scaled_sums.scaled_sum(base, tuned, lambdas),
             )
 
 
 @needs_loops
 def test_what_the_loops_do_not_serve() -> None:
     single, half = torch.ones(4), torch.ones(4, dtype=torch.bfloat16)
-    assert native.serves(single, single) and native.serves(half)
-    assert not native.serves(single, half)
-    assert not native.serves(torch.ones(4, dtype=torch.int32))
-    assert not native.serves(torch.ones(4, device="meta"))
+    assert compiled.serves(single, single) and compiled.serves(half)
+    assert not compiled.serves(single, half)
+    assert not compiled.serves(torch.ones(4, dtype=torch.int32))
+    assert not compiled.serves(torch.ones(4, device="meta"))
 
 
 @needs_loops
 def test_wrong_arguments_are_errors() -> None:
-    loops, tensor = native._loops, torch.ones(8)
+    loops, tensor = compiled._loops, torch.ones(8)
     at = tensor.data_ptr()
     with pytest.raises(ValueError, match="dtype"):
         loops.sq_norms(4, at, (at,), 8)
@@ -161,14 +163,14 @@ def test_bits_are_those_of_the_loops_as_they_are_written(
     summed = [0.5, 0.25, 0.25]
 
     def results() -> list[torch.Tensor]:
-        norms = torch.tensor(native.sq_norms(base, tuned), dtype=torch.float64)
+        norms = torch.tensor(compiled.sq_norms(base, tuned), dtype=torch.float64)
         merged = [
-            kernels.scaled_sum(base, tuned, torch.tensor(f, dtype=torch.float64))
+            scaled_sums.scaled_sum(base, tuned, torch.tensor(f, dtype=torch.float64))
             for f in (summed, [0.3, 0.1, 1.1], [1e-40, 0.5, 0.5])
         ]
         return [norms, *merged]
 
     optimised = results()
-    monkeypatch.setattr(native, "_loops", plain)
+    monkeypatch.setattr(compiled, "_loops", plain)
     for ours, expected in zip(optimised, results(), strict=True):
         assert_same_bits(ours, expected)

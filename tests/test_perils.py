@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergekit_metagpt import fingerprints, kernels, perils
-from mergekit_metagpt.files import FileIdentity
-from mergekit_metagpt.names import PARTS, part_of
+from mergekit_metagpt.arithmetic import in_parts, squared_norms
+from mergekit_metagpt.checkpoints import identity
+from mergekit_metagpt.checkpoints.identity import FileIdentity
+from mergekit_metagpt.method import advice
+from mergekit_metagpt.report.parts import PARTS, part_of
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -34,7 +36,7 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 def test_degenerate(shares: list[float], begins: str | None) -> None:
     """More than 0.9, or less than a tenth of an equal share."""
     models = [f"m{k}" for k in range(len(shares))]
-    said = perils.degenerate("the-base", models, shares, "the whole model")
+    said = advice.degenerate("the-base", models, shares, "the whole model")
     if begins is None:
         assert said is None
         return
@@ -43,13 +45,13 @@ def test_degenerate(shares: list[float], begins: str | None) -> None:
     for part in ("the-base", "the whole model", "power: 1", f"a weight {way}"):
         assert part in said
     assert "left over" not in said
-    weighted = perils.degenerate("the-base", models, shares, "here", weighted=True)
+    weighted = advice.degenerate("the-base", models, shares, "here", weighted=True)
     assert weighted is not None and "a weight left over in the YAML" in weighted
 
 
 def test_names_nothing() -> None:
-    assert perils.names_nothing([]) is None
-    said = perils.names_nothing(["embd", "hed"])
+    assert advice.names_nothing([]) is None
+    said = advice.names_nothing(["embd", "hed"])
     assert said is not None and "embd, hed is in no tensor's name" in said
 
 
@@ -57,7 +59,7 @@ def test_names_nothing() -> None:
     ("share", "says"), [(0.0, False), (0.5, False), (0.51, True), (1.0, True)]
 )
 def test_embeddings(share: float, says: bool) -> None:
-    said = perils.embeddings("m", share)
+    said = advice.embeddings("m", share)
     assert (said is not None) == says
     if said is not None:
         assert f"{share:.0%}" in said and "exclude: embed_tokens,lm_head" in said
@@ -67,7 +69,7 @@ def test_embeddings(share: float, says: bool) -> None:
     ("distance", "says"), [(0.02, False), (0.5, False), (0.6, True), (1.4, True)]
 )
 def test_far(distance: float, says: bool) -> None:
-    said = perils.far("b", "m", distance)
+    said = advice.far("b", "m", distance)
     assert (said is not None) == says
     if said is not None:
         assert said.startswith(f"m is {distance:.2f} ||theta_0|| away from b")
@@ -75,7 +77,7 @@ def test_far(distance: float, says: bool) -> None:
 
 @pytest.mark.parametrize(("share", "says"), [(0.1, False), (0.11, True), (2.0, True)])
 def test_rounding(share: float, says: bool) -> None:
-    said = perils.rounding("m", share)
+    said = advice.rounding("m", share)
     assert (said is not None) == says
     assert said is None or f"{share:.0%} of ||tau||" in said
 
@@ -91,7 +93,7 @@ def test_rounding(share: float, says: bool) -> None:
     ],
 )
 def test_siblings(cosines: list[float], says: bool) -> None:
-    said = perils.siblings("b", cosines)
+    said = advice.siblings("b", cosines)
     assert (said is not None) == says
     assert said is None or f"cosines from {min(cosines):.2f}" in said
 
@@ -125,21 +127,21 @@ NAN = float("nan")
 )
 def test_reading_of_cosines(cosines: list[list[float]], parts: list[str]) -> None:
     models = [f"m{k}" for k in range(len(cosines))]
-    said = perils.cosine_reading(models, cosines)
+    said = advice.cosine_reading(models, cosines)
     for part in parts:
         assert part in said
     assert "\n" not in said
 
 
 def test_reading_where_a_task_vector_is_zero() -> None:
-    said = perils.cosine_reading(["m0", "m1"], [[NAN, NAN], [NAN, 1.0]])
+    said = advice.cosine_reading(["m0", "m1"], [[NAN, NAN], [NAN, 1.0]])
     assert "alone" not in said
 
 
 def test_models_that_equal_the_base() -> None:
-    assert "the base b" in perils.nothing_moved("b", "model.norm.weight")
-    assert perils.left_out("b", [], -1.0, "model") is None
-    said = perils.left_out("b", ["m0", "m2"], -0.5, "model")
+    assert "the base b" in advice.nothing_moved("b", "model.norm.weight")
+    assert advice.left_out("b", [], -1.0, "model") is None
+    said = advice.left_out("b", ["m0", "m2"], -0.5, "model")
     assert said is not None and "m0, m2" in said and "power -0.5" in said
 
 
@@ -212,8 +214,8 @@ def test_parts(name: str, part: str) -> None:
 # --- fingerprints ---------------------------------------------------------------------
 
 
-def print_of(file: Path) -> fingerprints.Fingerprint:
-    return fingerprints.fingerprint(FileIdentity.of(file))
+def print_of(file: Path) -> identity.Fingerprint:
+    return identity.fingerprint(FileIdentity.of(file))
 
 
 @pytest.mark.parametrize("size", [0, 1, 4095, 1 << 20, (1 << 20) + 1, 5 << 20])
@@ -242,12 +244,12 @@ def test_the_same_content_elsewhere_has_the_same_digest(tmp_path: Path) -> None:
             (tmp_path / folder / name).write_bytes(content)
         found = [FileIdentity.of(tmp_path / folder / name) for name in "ba"]
         identities.append(tuple(found))
-    first, second = map(fingerprints.digest_of, identities)
-    assert first == second == fingerprints.digest_of(identities[0][::-1])
+    first, second = map(identity.digest_of, identities)
+    assert first == second == identity.digest_of(identities[0][::-1])
     assert len(first) == 64
     (tmp_path / "two" / "b").rename(tmp_path / "two" / "c")
     renamed = tuple(FileIdentity.of(tmp_path / "two" / name) for name in "ac")
-    assert fingerprints.digest_of(renamed) != first
+    assert identity.digest_of(renamed) != first
 
 
 def test_a_file_that_is_written_anew_has_another_digest(tmp_path: Path) -> None:
@@ -269,18 +271,18 @@ def test_a_blob_of_the_hub_is_named_by_its_hash(length: int, tmp_path: Path) -> 
     folder.mkdir(parents=True)
     (folder / "model.safetensors").symlink_to(Path("../../blobs") / name)
     found = print_of(folder / "model.safetensors")
-    assert found == fingerprints.Fingerprint("model.safetensors", 7, name, whole=True)
-    assert fingerprints.hub_revision(folder) == "a" * 40
-    assert fingerprints.hub_revision(folder.parent) is None
+    assert found == identity.Fingerprint("model.safetensors", 7, name, whole=True)
+    assert identity.hub_revision(folder) == "a" * 40
+    assert identity.hub_revision(folder.parent) is None
 
 
 def test_a_file_that_is_gone(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"content")
-    identity = FileIdentity.of(file)
+    of_file = FileIdentity.of(file)
     file.unlink()
     with pytest.raises(OSError, match=file.name):
-        fingerprints.fingerprint(identity)
+        identity.fingerprint(of_file)
 
 
 # --- sums -----------------------------------------------------------------------------
@@ -290,7 +292,7 @@ def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     noise = torch.randn(3, 700, generator=torch.Generator().manual_seed(0))
     return {
         "ordinary": noise.to(dtype),
-        "more than a chunk": torch.linspace(-2, 2, kernels.CHUNK + 1500).to(dtype),
+        "more than a chunk": torch.linspace(-2, 2, in_parts.CHUNK + 1500).to(dtype),
         "strided": noise.to(dtype).T[::3],
         "zero": torch.zeros(5, dtype=dtype),
         "empty": torch.zeros(0, 4, dtype=dtype),
@@ -303,7 +305,7 @@ def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def test_sq_norm(kind: str, dtype: torch.dtype) -> None:
     tensor = tensors(dtype)[kind]
     kept = tensor.clone()
-    found = kernels.sq_norm(tensor)
+    found = squared_norms.sq_norm(tensor)
     assert (found.dtype, found.shape, found.device.type) == (F64, (), "cpu")
     exact = tensor.double().square().sum()
     torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)
@@ -311,8 +313,8 @@ def test_sq_norm(kind: str, dtype: torch.dtype) -> None:
 
 
 def test_sq_norm_of_what_is_not_finite() -> None:
-    assert not torch.isfinite(kernels.sq_norm(torch.tensor([1.0, float("nan")])))
-    assert not torch.isfinite(kernels.sq_norm(torch.tensor([1.0, float("inf")])))
+    assert not torch.isfinite(squared_norms.sq_norm(torch.tensor([1.0, float("nan")])))
+    assert not torch.isfinite(squared_norms.sq_norm(torch.tensor([1.0, float("inf")])))
 
 
 def grids(first: torch.dtype, second: torch.dtype) -> list[torch.dtype]:
@@ -340,7 +342,7 @@ def test_rounding_of_a_pair(kind: str, dtype: torch.dtype) -> None:
     base = tensors(dtype)[kind]
     models = [(tensors(F64)[kind] * 1.01).to(other) for other in (F16, BF16, F32, F64)]
     kept = [tensor.clone() for tensor in (base, *models)]
-    found = kernels.rounding_sq_norms(base, models)
+    found = squared_norms.rounding_sq_norms(base, models)
     exact = torch.stack([naive_rounding(base, model) for model in models])
     torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)
     same = [F16, BF16, F32, F64].index(dtype)
@@ -352,10 +354,10 @@ def test_rounding_of_a_pair(kind: str, dtype: torch.dtype) -> None:
 def test_rounding_of_what_the_coarser_precision_cannot_hold() -> None:
     """Too large for float16: kept, so that the noise stays finite."""
     base = torch.tensor([1e6, 1.0001])
-    found = kernels.rounding_sq_norms(base, [torch.zeros(2, dtype=F16)])
+    found = squared_norms.rounding_sq_norms(base, [torch.zeros(2, dtype=F16)])
     lost = float(base[1]) - float(base[1].half())
     assert found.tolist() == pytest.approx([lost**2])
 
 
 def test_rounding_without_models() -> None:
-    assert kernels.rounding_sq_norms(torch.ones(3), []).shape == (0,)
+    assert squared_norms.rounding_sq_norms(torch.ones(3), []).shape == (0,)

@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from mergekit.merge_methods.api import merge_state_dicts
 
-from mergekit_metagpt.closed_form import coefficients
-from mergekit_metagpt.kernels import accumulate_gram, scaled_sum, sq_norms
+from mergekit_metagpt.arithmetic.closed_form import coefficients
+from mergekit_metagpt.arithmetic.scaled_sums import scaled_sum
+from mergekit_metagpt.arithmetic.squared_norms import accumulate_gram, sq_norms
 from tests.support import ORDER, assert_same_bits, assert_unchanged, coarser
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "_silent")

@@ -19,9 +19,9 @@ import torch
 import yaml
 from mergekit import merge_methods
 
-from mergekit_metagpt import bookshelf, cli
-from mergekit_metagpt import recipe as checks
-from mergekit_metagpt.composed import COMPOSED
+from mergekit_metagpt.commands import cli, shipped_recipes
+from mergekit_metagpt.merge_config import checks, merge_yaml
+from mergekit_metagpt.method.composed import COMPOSED
 from tests.processes import ask_python, assert_succeeded, run_process, script
 from tests.support import (
     State,
@@ -310,8 +310,8 @@ def test_configuration(name: str) -> None:
     for document in documents_of(name):
         document.pop("name", None)
         assert (document["dtype"], document["out_dtype"]) == ("float32", "bfloat16")
-        config = checks.read(yaml.safe_dump(document))
-        checks.check(config)
+        config = merge_yaml.read(yaml.safe_dump(document))
+        checks.check_yaml(config)
         spec = merge_methods.get(config.merge_method).spec
         assert not checks.ignored(config, [known.name for known in spec.parameters])
         widths = {ORIGINALS[m].added for m in models_of(name) if m in ORIGINALS}
@@ -761,7 +761,7 @@ def test_chain(name: str, tmp_path: Path, stand_ins: Shelf) -> None:
 def own_file(name: str, stage: Staged, folder: Path) -> Path:
     """What `copy` writes, with nothing but its models replaced."""
     file = folder / "own.yml"
-    bookshelf.copy(name, file)
+    shipped_recipes.copy(name, file)
     text, count = re.subn(
         r"(?m)^((?:  - |base_)model: )(\S+)$",
         lambda found: f"{found.group(1)}{stage.places[found.group(2)]}",
@@ -799,7 +799,7 @@ def test_our_own_command(tmp_path: Path, stand_ins: Shelf) -> None:
 
 
 def test_shelf_holds_every_file() -> None:
-    found = bookshelf.recipes()
+    found = shipped_recipes.recipes()
     assert [recipe.name for recipe in found] == sorted(FILES)
     for recipe in found:
         assert recipe.text == FILES[recipe.name].read_text()
@@ -817,7 +817,7 @@ def test_shelf_holds_every_file() -> None:
     ],
 )
 def test_find(spelling: str) -> None:
-    assert bookshelf.find(spelling).name == "paper/llama-2-7b"
+    assert shipped_recipes.find(spelling).name == "paper/llama-2-7b"
 
 
 def shelf(folder: Path, *names: str) -> Path:
@@ -833,11 +833,11 @@ def test_find_says_what_else_there_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shelf(tmp_path, "one/twin", "two/twin", "two/other", "whole")
-    monkeypatch.setattr(bookshelf, "_PACKAGE", folder)
-    assert bookshelf.find("other") == bookshelf.Recipe(
+    monkeypatch.setattr(shipped_recipes, "_PACKAGE", folder)
+    assert shipped_recipes.find("other") == shipped_recipes.Recipe(
         "two/other", "About two/other.", "# About two/other.\nmerge_method: metagpt\n"
     )
-    assert bookshelf.find("whole").name == "whole"
+    assert shipped_recipes.find("whole").name == "whole"
     for wanted, message in {
         "twin": "twin is one/twin or two/twin. Write it in full",
         "othr": "there is no recipe othr; did you mean two/other? `mergekit-metagpt "
@@ -848,21 +848,21 @@ def test_find_says_what_else_there_is(
         "": "there is no recipe ; `mergekit-metagpt recipes` lists them all",
     }.items():
         with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-            bookshelf.find(wanted)
+            shipped_recipes.find(wanted)
 
 
 def test_an_installation_without_recipes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bookshelf, "_PACKAGE", tmp_path / "mergekit_metagpt")
+    monkeypatch.setattr(shipped_recipes, "_PACKAGE", tmp_path / "mergekit_metagpt")
     with pytest.raises(FileNotFoundError, match="holds no recipes"):
-        bookshelf.recipes()
+        shipped_recipes.recipes()
 
 
 def test_copy(tmp_path: Path) -> None:
     """The reader's file says how to merge and inspect the reader's file."""
     out = tmp_path / "my own.yml"
-    bookshelf.copy("two-models", out)
+    shipped_recipes.copy("two-models", out)
     text = out.read_text()
     path = shlex.quote(str(out))
     assert text.replace(path, "recipes/starters/two-models.yml") == (
@@ -872,10 +872,10 @@ def test_copy(tmp_path: Path) -> None:
     assert f"#   mergekit-metagpt inspect {path}\n" in text
     out.write_text("mine")
     with pytest.raises(ValueError, match=r"my own\.yml exists\. Name a file"):
-        bookshelf.copy("two-models", out)
+        shipped_recipes.copy("two-models", out)
     assert out.read_text() == "mine"
     with pytest.raises(ValueError, match="there is no recipe"):
-        bookshelf.copy("zzzzz", tmp_path / "none.yml")
+        shipped_recipes.copy("zzzzz", tmp_path / "none.yml")
     assert not (tmp_path / "none.yml").exists()
 
 
@@ -887,8 +887,8 @@ answer([name for name in ("torch", "transformers", "mergekit") if name in sys.mo
 
 
 def test_the_shelf_is_light() -> None:
-    assert ask_python(LOADED.format(module="bookshelf")) == []
-    assert "torch" in ask_python(LOADED.format(module="kernels"))
+    assert ask_python(LOADED.format(module="commands.shipped_recipes")) == []
+    assert "torch" in ask_python(LOADED.format(module="arithmetic.squared_norms"))
 
 
 @pytest.fixture(scope="module")
@@ -921,8 +921,8 @@ def test_wheel(distributions: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path)
     code = """
-        from mergekit_metagpt import bookshelf
-        answer([bookshelf.__file__, [recipe.name for recipe in bookshelf.recipes()]])
+        from mergekit_metagpt.commands import shipped_recipes as shelf
+        answer([shelf.__file__, [recipe.name for recipe in shelf.recipes()]])
     """
     place, names = ask_python(code, path=[tmp_path])
     assert Path(place).is_relative_to(tmp_path)

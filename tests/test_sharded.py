@@ -17,7 +17,9 @@ from mergekit import multigpu_executor
 from mergekit.graph import Executor
 from mergekit.multigpu_executor import MultiGPUExecutor
 
-from mergekit_metagpt import kernels, scan, scanning, workers
+from mergekit_metagpt import scan
+from mergekit_metagpt.arithmetic import scaled_sums
+from mergekit_metagpt.scanning import once, threads
 from tests.conftest import Family, make_family
 from tests.support import (
     State,
@@ -78,14 +80,14 @@ def four_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 def scans(monkeypatch: pytest.MonkeyPatch) -> Scans:
     """The base and the models of every scan from now on."""
     seen: Scans = []
-    scan_files = scanning.scan_checkpoints
+    scan_files = once.scan_checkpoints
 
     def counted(base: Any, models: Any, **options: Any) -> Any:
         seen.append((base.label, tuple(model.label for model in models)))
         time.sleep(0.05)  # long enough for the other threads to ask too
         return scan_files(base, models, **options)
 
-    monkeypatch.setattr(scanning, "scan_checkpoints", counted)
+    monkeypatch.setattr(once, "scan_checkpoints", counted)
     return seen
 
 
@@ -193,7 +195,7 @@ def test_sharded_merge_has_the_bits_of_the_single_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     sums: list[tuple[int, tuple[float, ...]]] = []
-    scaled_sum = kernels.scaled_sum
+    scaled_sum = scaled_sums.scaled_sum
 
     def noted(
         base: torch.Tensor, tuned: list[torch.Tensor], lambdas: torch.Tensor
@@ -201,7 +203,7 @@ def test_sharded_merge_has_the_bits_of_the_single_one(
         sums.append((threading.get_ident(), tuple(lambdas.tolist())))
         return scaled_sum(base, tuned, lambdas)
 
-    monkeypatch.setattr(kernels, "scaled_sum", noted)
+    monkeypatch.setattr(scaled_sums, "scaled_sum", noted)
     parameters = {"granularity": granularity}
     config = merge_config(fresh_family.base, fresh_family.models, parameters=parameters)
     sharded = run_mergekit(config, tmp_path / "sharded", "--multi-gpu")
@@ -273,16 +275,16 @@ def test_error_of_one_model_is_not_kept_for_another(
     """A merge that was planned before another one failed still gets its own answer."""
     state = dict(fresh_family.states[1])
     state["lm_head.weight"] = torch.full_like(state["lm_head.weight"], float("inf"))
-    ill = scanning.open_checkpoint(write_model(tmp_path / "ill", state))
-    base = scanning.open_checkpoint(fresh_family.base)
-    well = scanning.open_checkpoint(fresh_family.models[0])
+    ill = once.open_checkpoint(write_model(tmp_path / "ill", state))
+    base = once.open_checkpoint(fresh_family.base)
+    well = once.open_checkpoint(fresh_family.models[0])
     with pytest.raises(ValueError, match="infinity"):
-        scanning.pair_norms(base, [well, ill])
-    (norms,) = scanning.pair_norms(base, [well])
+        once.pair_norms(base, [well, ill])
+    (norms,) = once.pair_norms(base, [well])
     expected = naive_sq_norms(fresh_family.base_state, fresh_family.states[:1])
     assert sum(norms.sq_norms.values()) == pytest.approx(float(expected), rel=1e-9)
     with pytest.raises(ValueError, match="infinity"):
-        scanning.pair_norms(base, [well, ill])
+        once.pair_norms(base, [well, ill])
 
 
 # ---- at once
@@ -362,7 +364,7 @@ def test_torch_threads_are_left_as_they_were(what: str, family: Family) -> None:
             scan(family.base, family.models, workers=3)
             return [1.0]
         try:
-            return [float(n) for n in workers.run([(1, nothing)] * 9, 3)]
+            return [float(n) for n in threads.run([(1, nothing)] * 9, 3)]
         except ValueError:
             return [1.0]
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import mergekit_metagpt
-from mergekit_metagpt import kernels, one_pass
+from mergekit_metagpt.arithmetic import squared_norms
+from mergekit_metagpt.scanning import one_pass
 from tests.support import (
     State,
     assert_same_bits,
@@ -119,13 +120,13 @@ def sources(models: Iterable[Path], start: int, stop: int, **more: Any) -> Any:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Elements of task vectors that the scan's kernel measures, call by call."""
     counts: list[int] = []
-    kernel = kernels.flat_sq_norms
+    kernel = squared_norms.flat_sq_norms
 
     def counting(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[float]:
         counts.append(sum(tensor.numel() for tensor in tuned))
         return kernel(base, tuned)
 
-    monkeypatch.setattr(kernels, "flat_sq_norms", counting)
+    monkeypatch.setattr(squared_norms, "flat_sq_norms", counting)
     return counts
 
 

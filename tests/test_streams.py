@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mergekit_metagpt import streams
-from mergekit_metagpt.alignment import SharedTensor
-from mergekit_metagpt.files import StoredTensor, read_header
-from mergekit_metagpt.pieces import Files
-from mergekit_metagpt.streams import Streams, can_stream
+from mergekit_metagpt.checkpoints.files import read_header
+from mergekit_metagpt.checkpoints.pairs import SharedTensor
+from mergekit_metagpt.checkpoints.stored import StoredTensor
+from mergekit_metagpt.scanning import pieces
+from mergekit_metagpt.scanning.pieces import Files, Streams, can_stream
 from tests.support import ORDER, assert_same_bits
 
 
@@ -105,7 +105,7 @@ def test_a_tensor_that_is_no_longer_there_is_an_error(
 
 
 def test_few_files_are_open_at_a_time(tmp_path: Path, opened: Streams) -> None:
-    count = 3 * streams.OPEN_FILES
+    count = 3 * pieces.OPEN_FILES
     values = [torch.full((8,), float(number)) for number in range(count)]
     files = [
         written(tmp_path / f"{number}.safetensors", value)
@@ -115,7 +115,7 @@ def test_few_files_are_open_at_a_time(tmp_path: Path, opened: Streams) -> None:
     for _ in range(2):
         for held, value in zip(files, values, strict=True):
             assert_same_bits(read(opened, held, 0, 8), value)
-    assert handles() - before == streams.OPEN_FILES
+    assert handles() - before == pieces.OPEN_FILES
     opened.close()
     assert handles() == before
 
@@ -123,7 +123,7 @@ def test_few_files_are_open_at_a_time(tmp_path: Path, opened: Streams) -> None:
 def test_threads_share_what_may_be_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "_allowed", lambda: 10 * streams.SHARE)
+    monkeypatch.setattr(pieces, "_allowed", lambda: 10 * pieces.SHARE)
     files = [
         written(tmp_path / f"{number}.safetensors", torch.ones(8))
         for number in range(9)

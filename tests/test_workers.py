@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mergekit_metagpt.workers import spread
+from mergekit_metagpt.arithmetic.in_parts import spread
 
 both = pytest.mark.parametrize("compiled", [False, True])
 

@@ -57,7 +57,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.scripts import run_yaml
 
 spent["imports"] = time.perf_counter() - began
-from mergekit_metagpt import scanning
+from mergekit_metagpt.scanning import once
 
 timed(ExecuteMergeMethodTask, "execute", "method")
 timed(scanning, "pair_norms", "scan")

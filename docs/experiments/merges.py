@@ -10,7 +10,7 @@ from typing import Any
 
 from family import Plan
 
-from mergekit_metagpt.composed import COMPOSED
+from mergekit_metagpt.method.composed import COMPOSED
 
 # Learning rates: RATE is the gentle regime, HARSH the other one (see pilot.py).
 RATE, HARSH = 3e-4, 1e-3

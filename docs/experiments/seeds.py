@@ -15,7 +15,7 @@ from measure import bend, bound, evaluate, quadratic, weights
 from merges import PLANS, Method, configuration, lifting_weight, merge, methods
 
 from mergekit_metagpt import coefficients, scan
-from mergekit_metagpt.closed_form import cosines
+from mergekit_metagpt.arithmetic.closed_form import cosines
 
 PAIRS = (
     ("code", "arithmetic"),

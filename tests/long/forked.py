@@ -34,15 +34,15 @@ KILL, TERMINATE, INTERRUPT, FULL = "kill", "terminate", "interrupt", "full"
 
 # The steps of our command, by the function that begins them.
 STEPS = {
-    "checks": "mergekit_metagpt.preflight:check",
-    "scan": "mergekit_metagpt.inspecting:inspect",
-    "export": "mergekit_metagpt.exporting:export",
-    "figure": "mergekit_metagpt.merging:report_figure",
+    "checks": "mergekit_metagpt.merge_config.checks:check",
+    "scan": "mergekit_metagpt.report.inspecting:inspect",
+    "export": "mergekit_metagpt.merge_config.plain_yaml:export",
+    "figure": "mergekit_metagpt.commands.merging:report_figure",
     "merge": "mergekit.merge:run_merge",
     "tensors": "mergekit.graph:Executor.run",
     "finish": "mergekit.io.tensor_writer:TensorWriter.finalize",
     "card": "mergekit.merge:generate_card",
-    "last step": "mergekit_metagpt.merging:_put",
+    "last step": "mergekit_metagpt.commands.merging:_put",
     "clean-up": "shutil:rmtree",
 }
 
@@ -153,7 +153,7 @@ def _command(job: Job) -> Callable[[], Any]:
         from mergekit.scripts.run_yaml import main as theirs
 
         return lambda: theirs.main(list(job.arguments), prog_name=job.command)
-    from mergekit_metagpt.cli import main as ours
+    from mergekit_metagpt.commands.cli import main as ours
 
     return lambda: ours.main(list(job.arguments), prog_name=job.command)
 

@@ -17,8 +17,9 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 
-from mergekit_metagpt import merging, recipe
-from mergekit_metagpt.cli import main
+from mergekit_metagpt.commands import merging
+from mergekit_metagpt.commands.cli import main
+from mergekit_metagpt.merge_config import merge_yaml
 from tests.long.contained import OPTIONS, SCAN, Place, assert_contained, opened, tree
 from tests.long.hostile import MUTATIONS, good_state, write_good
 from tests.support import (
@@ -343,7 +344,7 @@ def wrong_in(
             return wrong
     if exported.exit_code == 0:
         # Merged once for all texts that mean the same.
-        meaning = where if where in IGNORED else recipe.read(text).model_dump_json()
+        meaning = where if where in IGNORED else merge_yaml.read(text).model_dump_json()
         if meaning in known:
             return "" if tree(folder) == before else "left something"
         known.add(meaning)
@@ -355,7 +356,7 @@ def wrong_in(
     if exported.exit_code:
         return f"merged, not exported: {exported.stderr[:300]}"
     try:
-        assert_right(recipe.read(text), text, read_model(out), folder)
+        assert_right(merge_yaml.read(text), text, read_model(out), folder)
     except Exception as error:
         return f"merged, but {error!r}"[:400]
     finally:

@@ -13,15 +13,16 @@ from pathlib import Path
 
 import torch
 
-from mergekit_metagpt import kernels, scan
-from mergekit_metagpt.one_pass import SEGMENT
+from mergekit_metagpt import scan
+from mergekit_metagpt.arithmetic import in_parts, scaled_sums
+from mergekit_metagpt.scanning.one_pass import SEGMENT
 from tests.support import naive_coefficients
 
 NAME = "w"
 SHIFT = 1.0  # what every marked element differs by
 
 # More than 2^31, no multiple of a chunk.
-NUMEL = 2**31 + 3 * kernels.CHUNK + 5
+NUMEL = 2**31 + 3 * in_parts.CHUNK + 5
 # Elements that are set: at both ends, around 2^31, and at the ends of segments.
 MARKED = sorted(
     {0, 1, SEGMENT - 1, SEGMENT, 2**30, 2**31 - 1, 2**31, 2**31 + 1, NUMEL - 1}
@@ -86,7 +87,7 @@ def main() -> None:
                 tensors.append(file.get_tensor(NAME))
         lambdas = naive_coefficients(expected)
         started = time.monotonic()
-        merged = kernels.scaled_sum(tensors[0], tensors[1:], lambdas)
+        merged = scaled_sums.scaled_sum(tensors[0], tensors[1:], lambdas)
         seconds = time.monotonic() - started
         assert merged.shape == (NUMEL,) and merged.dtype == torch.bfloat16
         exact = sum(

@@ -30,7 +30,7 @@ QUIET = ("--no-copy-tokenizer", "--quiet")
 # Small enough that the merge is written in several shards.
 SHARDS = ("--out-shard-size", "30K")
 NO_FIGURE = """
-import mergekit_metagpt.merging as merging
+import mergekit_metagpt.commands.merging as merging
 
 def quick(report, file):
     file.write_bytes(bytes(64_000))

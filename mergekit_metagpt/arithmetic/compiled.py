@@ -1,0 +1,87 @@
+"""The compiled loops, where they were built: CPU tensors in, sums or a merge out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+try:
+    import _mergekit_metagpt as _loops
+except ImportError:  # no compiler when this was installed: torch does the work
+    _loops = None
+
+
+# In the order of the loops in loops.c.
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def built() -> bool:
+    """Whether the loops were compiled when this package was installed."""
+    return _loops is not None
+
+
+def serves(*tensors: torch.Tensor) -> bool:
+    """Whether the loops can work on tensors together: on the CPU, of one dtype."""
+    first = tensors[0]
+    return (
+        built()
+        and first.dtype in DTYPES
+        and all(t.device.type == "cpu" and t.dtype == first.dtype for t in tensors)
+    )
+
+
+def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[float]:
+    """Squared norms ||tuned_k - base||^2 of flat tensors that the loops serve.
+
+    Differences, products and sums in float64, summed in an order of their own: the
+    same bits on every processor.
+
+    Args:
+        base: shape `(n,)`.
+        tuned: K tensors, shape `(n,)`.
+
+    Returns:
+        K numbers.
+    """
+    held = [_in_memory(tensor) for tensor in (base, *tuned)]
+    reference, *addresses = (tensor.data_ptr() for tensor in held)
+    code, n = DTYPES.index(base.dtype), base.numel()
+    found: list[float] = _loops.sq_norms(code, reference, tuple(addresses), n)
+    return found
+
+
+def scaled_sum(
+    base: torch.Tensor | None,
+    tuned: Sequence[torch.Tensor],
+    factors: Sequence[float],
+    out: torch.Tensor,
+    *,
+    narrow: bool,
+) -> None:
+    """Write base + sum_k factors_k (tuned_k - base) of flat tensors to `out`.
+
+    Args:
+        base: shape `(n,)`, or None for sum_k factors_k tuned_k.
+        tuned: K tensors, shape `(n,)`, that the loops serve together with base and out.
+        factors: K numbers.
+        out: shape `(n,)`, contiguous, no part of the others.
+        narrow: in float32 (in float64 where that is not finite); else in float64.
+    """
+    held = [_in_memory(tensor) for tensor in tuned]
+    reference = None if base is None else _in_memory(base)
+    _loops.scaled_sum(
+        DTYPES.index(out.dtype),
+        None if reference is None else reference.data_ptr(),
+        tuple(tensor.data_ptr() for tensor in held),
+        tuple(map(float, factors)),
+        out.numel(),
+        narrow,
+        out.data_ptr(),
+    )
+
+
+def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values one after the other, where a processor can read them."""
+    plain = tensor.resolve_neg().contiguous()
+    return plain.clone() if plain.data_ptr() % plain.element_size() else plain

@@ -1,0 +1,172 @@
+"""Cuts tensors into parts for caches and threads, and lends scratch buffers."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# Elements per step. Large enough that Python's share is small, small enough that
+# the scratch buffers stay in a CPU's cache; on other devices a step costs a launch.
+CHUNK = 1 << 18
+DEVICE_CHUNK = 1 << 25
+# Elements that one thread takes at a time. Sums are formed part by part whatever the
+# number of threads, for the same bits.
+PART = 1 << 20
+# Below this number of elements torch runs an operation on one thread anyway.
+SERIAL = 1 << 15
+
+
+def chunk_size(like: torch.Tensor) -> int:
+    return min(CHUNK if like.device.type == "cpu" else DEVICE_CHUNK, like.numel())
+
+
+def chunks(like: torch.Tensor) -> Iterator[slice]:
+    step = chunk_size(like)
+    for start in range(0, like.numel(), step or 1):
+        yield slice(start, min(start + step, like.numel()))
+
+
+def results_of_parts(
+    like: torch.Tensor, work: Callable[[slice], T], *, compiled: bool
+) -> list[T]:
+    """Call work for every part of a flat tensor, on a CPU with several threads."""
+    if like.device.type != "cpu":
+        return [work(slice(0, like.numel()))]
+    ends = [*range(PART, like.numel(), PART), like.numel()]
+    parts = [slice(max(0, (end - 1) // PART * PART), end) for end in ends]
+    alone = like.numel() <= SERIAL or (compiled and len(parts) == 1)
+    if torch.get_num_threads() == 1 or alone:
+        return [work(part) for part in parts]
+    return spread(work, parts, compiled=compiled)
+
+
+def needs_grad(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether autograd records operations on any of these tensors."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+# Bytes of a kept buffer, at least. What a loop allocates anew for each tensor costs the
+# kernel more time, in pages to be zeroed, than the loop itself.
+LEAST = 1 << 22
+# Larger ones, as for the Gram matrices of hundreds of models, are given back.
+MOST = 1 << 26
+
+
+_FREE: list[torch.Tensor] = []
+
+
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def scratch(
+    rows: int, numel: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Lend a buffer of any content.
+
+    Args:
+        rows: number of rows.
+        numel: elements of a row.
+        dtype: of the elements.
+        device: where they lie; only the CPU's buffers are kept.
+
+    Yields:
+        shape `(rows, numel)`, contiguous; not to be used afterwards.
+    """
+    if device.type != "cpu":
+        yield torch.empty(rows, numel, dtype=dtype, device=device)
+        return
+    size = rows * numel * dtype.itemsize
+    with _LOCK:
+        fitting = [at for at, buffer in enumerate(_FREE) if buffer.numel() >= size]
+        buffer = _FREE.pop(fitting[0]) if fitting else None
+    if buffer is None:
+        # A buffer made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            buffer = torch.empty(max(size, LEAST), dtype=torch.uint8, device="cpu")
+    try:
+        yield buffer[:size].view(dtype).view(rows, numel)
+    finally:
+        if buffer.numel() <= MOST:
+            with _LOCK:
+                _FREE.append(buffer)
+
+
+_THREADS_LOCK = threading.Lock()
+
+
+def use_one_torch_thread() -> None:
+    """Run torch operations of this worker on the worker alone.
+
+    `torch.set_num_threads` sets the calling thread's own number and, as a side effect,
+    the default of threads started later: a short-lived thread puts that back.
+    """
+    with _THREADS_LOCK:
+        default = torch.get_num_threads()
+        torch.set_num_threads(1)
+        restore = threading.Thread(target=torch.set_num_threads, args=(default,))
+        restore.start()
+        restore.join()
+
+
+def spread(
+    work: Callable[[T], R], parts: Sequence[T], *, compiled: bool = False
+) -> list[R]:
+    """Run work on parts of one tensor, on as many threads as torch would use.
+
+    torch's own threads would be woken for every short operation on a chunk, and wait
+    for each other: on busy CPUs many times slower than operations of one thread each.
+    The calling thread is one of them where compiled loops do the work: waking another
+    takes longer than the sum of a small tensor.
+
+    Args:
+        work: called once with every part.
+        parts: its arguments.
+        compiled: whether compiled loops do the work, and no operation of torch.
+
+    Returns:
+        the results, in the order of the parts.
+    """
+    inference = torch.is_inference_mode_enabled()
+    waiting = deque(enumerate(parts))
+    results: dict[int, R] = {}
+
+    def next_part() -> tuple[int, T] | None:
+        try:
+            return waiting.popleft()
+        except IndexError:
+            return None
+
+    def take_turns() -> None:
+        with torch.inference_mode(inference):
+            try:
+                while turn := next_part():
+                    results[turn[0]] = work(turn[1])
+            finally:
+                waiting.clear()  # after an error, nobody goes on
+
+    threads = min(torch.get_num_threads(), len(parts))
+    helpers = threads - 1 if compiled else threads
+    with ThreadPoolExecutor(
+        max_workers=max(1, helpers),
+        thread_name_prefix="metagpt-sum",
+        initializer=None if compiled else use_one_torch_thread,
+    ) as executor:
+        futures = [executor.submit(take_turns) for _ in range(helpers)]
+        try:
+            if compiled:
+                take_turns()
+            for future in futures:
+                future.result()
+        finally:
+            waiting.clear()
+    return [results[at] for at in range(len(parts))]

@@ -1,0 +1,286 @@
+"""Squared norms and inner products of one tensor's task vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from mergekit_metagpt.arithmetic import compiled
+from mergekit_metagpt.arithmetic.in_parts import (
+    chunk_size,
+    chunks,
+    needs_grad,
+    results_of_parts,
+    scratch,
+)
+
+T = TypeVar("T")
+
+
+ROW = 1 << 10
+
+
+_MANTISSA_BITS = {
+    torch.float64: 52,
+    torch.float32: 23,
+    torch.float16: 10,
+    torch.bfloat16: 7,
+}
+
+
+def coarser_dtype(first: torch.dtype, second: torch.dtype) -> torch.dtype:
+    """Return the one of two floating-point dtypes that has fewer mantissa bits.
+
+    Args:
+        first: a dtype.
+        second: a dtype.
+
+    Returns:
+        one of them.
+
+    Example:
+        >>> coarser_dtype(torch.float32, torch.bfloat16)
+        torch.bfloat16
+        >>> coarser_dtype(torch.float16, torch.bfloat16)
+        torch.bfloat16
+    """
+    return min(first, second, key=_MANTISSA_BITS.__getitem__)
+
+
+def _common_grid(first: torch.dtype, second: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Dtypes to round to in turn, for values that both dtypes can represent.
+
+    bfloat16 has the fewer mantissa bits, float16 the narrower range: small weights
+    keep fewer bits there, and an unchanged weight must not show that as a difference.
+    """
+    if first == second:
+        return ()
+    if {first, second} == {torch.float16, torch.bfloat16}:
+        return (torch.float16, torch.bfloat16)
+    return (coarser_dtype(first, second),)
+
+
+def _rounded(values: torch.Tensor, grid: tuple[torch.dtype, ...]) -> torch.Tensor:
+    """Values in float64 after rounding to each dtype that does not overflow there."""
+    for dtype in grid:
+        narrow = values.to(dtype)
+        if not bool(torch.isfinite(narrow.sum(dtype=torch.float64))):
+            wide = torch.promote_types(values.dtype, dtype)
+            kept = torch.isfinite(narrow)
+            narrow = torch.where(kept, narrow.to(wide), values.to(wide))
+        values = narrow
+    return values.double()
+
+
+def _task_vectors(
+    base: torch.Tensor, tuned: Sequence[torch.Tensor], *, squared: bool = False
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (k, a chunk of tau_k in float64), which the caller may overwrite.
+
+    base and model are both rounded to the coarser of their two precisions first, so
+    that a weight which was only stored differently contributes exactly 0.
+
+    Args:
+        base: flat.
+        tuned: K flat tensors.
+        squared: yield the squares instead, made in one operation.
+
+    Yields:
+        k, and the chunk's differences or squares, shape `(n,)`, float64.
+    """
+    grids = [_common_grid(base.dtype, tensor.dtype) for tensor in tuned]
+    with scratch(2, chunk_size(base), torch.float64, base.device) as buffers:
+        for chunk in chunks(base):
+            step, reference = buffers[:, : chunk.stop - chunk.start]
+            reference.copy_(base[chunk])
+            for k, (tensor, grid) in enumerate(zip(tuned, grids, strict=True)):
+                subtracted = _rounded(base[chunk], grid) if grid else reference
+                step.copy_(_rounded(tensor[chunk], grid) if grid else tensor[chunk])
+                if squared:
+                    # (step - subtracted)^2; torch has no other operation for both.
+                    torch.ops.aten.mse_loss.out(step, subtracted, 0, out=step)
+                else:
+                    step.sub_(subtracted)
+                yield k, step
+
+
+def _sum_of_squares(values: torch.Tensor) -> torch.Tensor:
+    """Square a vector in place and sum it."""
+    return _sum(values.square_())
+
+
+def _sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum in rows of fixed length: the same bits for any number of torch's threads."""
+    whole = values.numel() // ROW * ROW
+    return values[:whole].view(-1, ROW).sum(dim=1).sum() + values[whole:].sum()
+
+
+def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Squared norm of every model's task vector on one tensor.
+
+    n_k = ||tau_k||^2 = sum_i (tuned_k[i] - base[i])^2, each difference taken at the
+    coarser of the two stored precisions; differences, products and sums in float64.
+    Differentiable where an input requires a gradient.
+
+    Args:
+        base: theta_0, any shape and strides, floating point.
+        tuned: K tensors theta_k of the base's shape and device, each of any
+            floating-point dtype. Inputs are not changed.
+
+    Returns:
+        shape `(K,)`, float64, on the CPU; not finite where an input is not.
+
+    Example:
+        >>> sq_norms(torch.zeros(2), [torch.tensor([3.0, 4.0]), torch.zeros(2)])
+        tensor([25.,  0.], dtype=torch.float64)
+    """
+    if not tuned:
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
+    if needs_grad([base, *tuned]):
+        grids = [_common_grid(base.dtype, tensor.dtype) for tensor in tuned]
+        taus = [
+            _rounded(tensor, grid) - _rounded(base, grid)
+            for tensor, grid in zip(tuned, grids, strict=True)
+        ]
+        return torch.stack([tau.square().sum() for tau in taus]).cpu()
+    flat = base.detach().reshape(-1)
+    flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
+
+    def of_part(part: slice) -> torch.Tensor:
+        found = flat_sq_norms(flat[part], [tensor[part] for tensor in flat_tuned])
+        return torch.tensor(found, dtype=torch.float64, device="cpu")
+
+    found = results_of_parts(flat, of_part, compiled=compiled.serves(flat, *flat_tuned))
+    return sum(found[1:], found[0])
+
+
+def flat_sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[float]:
+    """Squared norm of every model's task vector on a piece of a flattened tensor.
+
+    As `sq_norms`, but for pieces of moderate size, on the thread that calls it and
+    without autograd. By the compiled loops, or else by torch; which of the two does not
+    depend on the other models, and neither do the bits.
+
+    Args:
+        base: shape `(n,)`.
+        tuned: K tensors, shape `(n,)`, of the base's device.
+
+    Returns:
+        K numbers; not finite where an input is not.
+
+    Example:
+        >>> flat_sq_norms(torch.zeros(2), [torch.tensor([3.0, 4.0])])
+        [25.0]
+    """
+    if compiled.serves(base, *tuned):
+        return compiled.sq_norms(base, tuned)
+    found = dict.fromkeys(range(len(tuned)), 0.0)
+    served = [k for k in found if compiled.serves(base, tuned[k])]
+    if served:
+        sums = compiled.sq_norms(base, [tuned[k] for k in served])
+        found.update(zip(served, sums, strict=True))
+    if rest := [k for k in found if k not in served]:
+        totals = torch.zeros(len(rest), dtype=torch.float64, device=base.device)
+        tensors = [tuned[k] for k in rest]
+        for at, squares in _task_vectors(base, tensors, squared=True):
+            totals[at] += _sum(squares)
+        found.update(zip(rest, totals.tolist(), strict=True))
+    return list(found.values())
+
+
+def sq_norm(tensor: torch.Tensor) -> torch.Tensor:
+    """Squared norm of a tensor.
+
+    Args:
+        tensor: any shape and strides, floating point. Not changed.
+
+    Returns:
+        shape `()`, float64, on the CPU.
+
+    Example:
+        >>> sq_norm(torch.tensor([3.0, 4.0]))
+        tensor(25., dtype=torch.float64)
+    """
+    flat = tensor.detach().reshape(-1)
+    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
+    with scratch(1, chunk_size(flat), torch.float64, flat.device) as (buffer,):
+        for chunk in chunks(flat):
+            values = buffer[: chunk.stop - chunk.start]
+            total += _sum_of_squares(values.copy_(flat[chunk]))
+    return total.cpu()
+
+
+def rounding_sq_norms(
+    base: torch.Tensor, tuned: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Squared norm of what the coarser of two stored precisions cannot hold.
+
+    r_k = ||base - R(base)||^2 + ||tuned_k - R(tuned_k)||^2, R rounding to the coarser
+    precision of the pair: what `sq_norms` would count as learning if it did not round.
+
+    Args:
+        base: theta_0, any shape, floating point.
+        tuned: K tensors of the base's shape and device. Inputs are not changed.
+
+    Returns:
+        shape `(K,)`, float64, on the CPU; 0 where the precisions agree.
+
+    Example:
+        >>> base = torch.tensor([1.0, 1.0009765625])
+        >>> rounding_sq_norms(base, [base.bfloat16(), base])
+        tensor([9.5367e-07, 0.0000e+00], dtype=torch.float64)
+    """
+    sums = torch.zeros(len(tuned), dtype=torch.float64, device=base.device)
+    flat_base = base.detach().reshape(-1)
+    for k, tensor in enumerate(tuned):
+        if not (grid := _common_grid(base.dtype, tensor.dtype)):
+            continue
+        flat = tensor.detach().reshape(-1)
+        for chunk in chunks(flat):
+            for exact in (flat_base[chunk], flat[chunk]):
+                lost = exact.double() - _rounded(exact, grid)
+                sums[k] += _sum_of_squares(lost)
+    return sums.cpu()
+
+
+def accumulate_gram(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Gram matrix of the task vectors on one tensor.
+
+    G_ij = <tau_i, tau_j>, with the same differences as `sq_norms`; its diagonal has
+    the bits of `sq_norms`.
+
+    Args:
+        base: theta_0, any shape, floating point.
+        tuned: K tensors of the base's shape and device.
+
+    Returns:
+        shape `(K, K)`, float64, on the CPU, symmetric.
+
+    Example:
+        >>> accumulate_gram(torch.zeros(2), [torch.ones(2), torch.tensor([1.0, -1.0])])
+        tensor([[2., 0.],
+                [0., 2.]], dtype=torch.float64)
+    """
+    count = len(tuned)
+    if not count:
+        return torch.zeros(0, 0, dtype=torch.float64, device="cpu")
+    flat = base.detach().reshape(-1)
+    flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
+
+    def of_part(part: slice) -> torch.Tensor:
+        chunk, parts = flat[part], [tensor[part] for tensor in flat_tuned]
+        gram = torch.zeros(count, count, dtype=torch.float64, device=base.device)
+        with scratch(count, chunk_size(chunk), gram.dtype, gram.device) as buffer:
+            for k, tau in _task_vectors(chunk, parts):
+                rows = buffer[:, : tau.numel()]
+                rows[k].copy_(tau)
+                if k == count - 1:
+                    gram += rows @ rows.T
+        gram = (gram + gram.T) / 2
+        gram.diagonal().copy_(gram.new_tensor(flat_sq_norms(chunk, parts)))
+        return gram
+
+    found = results_of_parts(flat, of_part, compiled=False)
+    return sum(found[1:], found[0]).cpu()

@@ -1,0 +1,16 @@
+"""What lies on disk: headers, values, and which tensors base and model share.
+
+It measures nothing, and it never opens a model that the caller did not name.
+"""
+
+__all__ = [
+    "architecture",
+    "checkpoint",
+    "files",
+    "identity",
+    "layouts",
+    "memo",
+    "opening",
+    "pairs",
+    "stored",
+]

@@ -1,0 +1,181 @@
+"""Reads a model's headers under the names that mergekit writes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mergekit_metagpt.checkpoints import architecture
+from mergekit_metagpt.checkpoints.files import Readers, read_header
+from mergekit_metagpt.checkpoints.identity import FileIdentity
+from mergekit_metagpt.checkpoints.stored import StoredTensor, quantised
+
+if TYPE_CHECKING:
+    from mergekit.io import ShardedTensorIndex
+
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The header of an opened model: what is stored, under mergekit's output names.
+
+    Attributes:
+        label: the model as its user wrote it.
+        tensors: floating-point tensors by output name.
+        tied_names: for an output name, the weights that stand in for it when it is
+            not stored, by the architecture.
+        identity: of every file, when it was opened.
+        model_type: by its configuration, or None.
+        written: output names by mergekit's definition of the architecture, or None
+            where it has none and writes what the inputs store.
+        layers: how many there are by the configuration, by the name of the module,
+            where mergekit has a definition.
+        refused: why mergekit could not plan a merge of it, though it can be measured.
+    """
+
+    label: str
+    tensors: Mapping[str, StoredTensor]
+    tied_names: Mapping[str, tuple[str, ...]]
+    identity: tuple[FileIdentity, ...]
+    model_type: str | None = None
+    written: frozenset[str] | None = None
+    layers: Mapping[str, int] = field(default_factory=dict)
+    refused: str | None = None
+
+    @functools.cached_property
+    def renamed(self) -> Mapping[str, str]:
+        """Output names by every name that transformers' renaming rules give them."""
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        found = {name: name for name in self.tensors}
+        if self.model_type is None:
+            return found
+        for rule in get_checkpoint_conversion_mapping(self.model_type) or ():
+            if isinstance(rule, WeightRenaming):
+                new = {rule.rename_source_key(n)[0]: own for n, own in found.items()}
+                found = {**new, **found}
+        return found
+
+    def first_elements(self, name: str, count: int) -> torch.Tensor:
+        """Return up to `count` leading elements of a stored tensor, flattened."""
+        return self._readers.read(self.tensors[name]).reshape(-1)[:count]
+
+    @functools.cached_property
+    def _readers(self) -> Readers:
+        return Readers()
+
+    def verify_unchanged(self) -> None:
+        """Check that every file is the one whose header was read.
+
+        Raises:
+            OSError: a file has changed, or is gone.
+        """
+        for known in self.identity:
+            try:
+                current = FileIdentity.of(Path(known.path))
+            except OSError:
+                current = None
+            if current != known:
+                raise OSError(
+                    f"{known.path} has changed since {self.label} was opened; the "
+                    "squared norms and the merge would be of different weights. Run "
+                    "the merge again in a new process"
+                )
+
+
+def _shard_path(folder: Path, label: str, entry: str) -> Path:
+    path = Path(os.path.normpath(folder / entry)) if isinstance(entry, str) else None
+    if path is None or not path.is_relative_to(os.path.normpath(folder)):
+        raise ValueError(
+            f"the index of {label} points outside its folder: {entry!r}; expected "
+            "a file beside it. Fetch the model again"
+        )
+    return path
+
+
+def read_checkpoint(
+    label: str,
+    index: ShardedTensorIndex,
+    *,
+    override: str | None,
+    trust_remote_code: bool,
+    bare: bool = False,
+) -> Checkpoint:
+    """Read headers; of a `bare` file, nothing that may lie beside it."""
+    folder = Path(index.base_path)
+    config = architecture.content(folder)
+    if config.get("quantization_config"):
+        file = folder / architecture.FILE
+        raise quantised(label, f"{file} has a quantization_config")
+    if not isinstance(index.tensor_paths, dict):
+        raise OSError(
+            f"the index of {label} holds a {type(index.tensor_paths).__name__}; "
+            "expected files by the names of tensors. Fetch the model again"
+        )
+    if not bare:
+        architecture.check_counts(label, folder, config, len(index.tensor_paths))
+
+    places = {
+        name: _shard_path(folder, label, entry)
+        for name, entry in index.tensor_paths.items()
+    }
+    files = sorted(set(places.values()))
+    headers = {file: read_header(label, file) for file in files}
+    lost = [n for n, file in places.items() if n not in headers[file].names]
+    if lost:
+        name = min(lost)
+        raise OSError(
+            f"{name} is said to be in {places[name]} by the index of {label}, but is "
+            "not. Fetch the model again"
+        )
+    stored = {
+        tensor.name: tensor
+        for header in headers.values()
+        for tensor in header.tensors
+        if places.get(tensor.name) == tensor.file
+    }
+    known = architecture.Architecture()
+    model_type = None
+    if not bare:
+        known = architecture.architecture(
+            label,
+            folder,
+            stored,
+            override=override,
+            trust_remote_code=trust_remote_code,
+        )
+        model_type = config.get("model_type")
+        if nested := [file for file in files if headers[file].nested]:
+            known = replace(
+                known,
+                refused=f"{nested[0]} of {label} holds tensors under state_dict, where "
+                "mergekit does not read them. Store them by their names",
+            )
+    if known.refused:
+        LOG.info("%s can be measured, not merged: %s", label, known.refused)
+    names = {
+        alias: weight.name
+        for weight in known.weights
+        for alias in weight.aliases or ()
+        if alias in stored and weight.name not in stored
+    }
+    return Checkpoint(
+        label=label,
+        tensors={names.get(name, name): tensor for name, tensor in stored.items()},
+        tied_names={w.name: tuple(w.tied_names) for w in known.weights if w.tied_names},
+        identity=tuple(FileIdentity.of(file) for file in files),
+        model_type=model_type if isinstance(model_type, str) else None,
+        written=frozenset(w.name for w in known.weights) if known.defined else None,
+        layers=known.layers,
+        refused=known.refused,
+    )

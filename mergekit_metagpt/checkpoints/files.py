@@ -1,0 +1,138 @@
+"""Reads headers and tensors of model files on any thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergekit_metagpt.checkpoints.identity import check_regular
+from mergekit_metagpt.checkpoints.pickles import (
+    load_pickle,
+    pickle_header,
+)
+from mergekit_metagpt.checkpoints.stored import (
+    PACKED_SUFFIXES,
+    SAFETENSORS_FLOATS,
+    SAFETENSORS_INTEGERS,
+    ConvertedTensor,
+    FileHeader,
+    StoredTensor,
+    quantised,
+)
+
+
+class Readers:
+    """The open files of one scan: per thread, one shard of each folder at a time.
+
+    Pickles cannot be read in part: each is memory-mapped once, for all threads.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._pickles: dict[Path, Mapping[str, torch.Tensor]] = {}
+
+    def read(self, stored: StoredTensor | ConvertedTensor) -> torch.Tensor:
+        """Return the stored tensor, on the CPU, backed by the file where possible.
+
+        Args:
+            stored: the tensor, from `read_header`, or one that is made from such.
+
+        Returns:
+            its values: a view of the mapped file, not to be written to.
+
+        Raises:
+            OSError: the file is missing, truncated or corrupt.
+        """
+        if isinstance(stored, ConvertedTensor):
+            return self._convert(stored)
+        if stored.file.suffix != ".safetensors":
+            with self._lock:
+                if stored.file not in self._pickles:
+                    self._pickles[stored.file] = load_pickle(stored.file)
+            return self._pickles[stored.file][stored.name]
+        shards: dict[str, tuple[Path, Any]] = self._local.__dict__
+        folder = str(stored.file.parent)
+        if folder not in shards or shards[folder][0] != stored.file:
+            shards[folder] = (stored.file, _open_safetensors(stored.file))
+        _, shard = shards[folder]
+        try:
+            tensor: torch.Tensor = shard.get_tensor(stored.name)
+        except Exception as error:
+            raise OSError(
+                f"cannot read {stored.name} from {stored.file}: {error}"
+            ) from error
+        return tensor
+
+    def _convert(self, wanted: ConvertedTensor) -> torch.Tensor:
+        from mergekit.architecture.conversion import convert_checkpoint_tensors
+
+        tensor: torch.Tensor | None = convert_checkpoint_tensors(
+            wanted.model_type,
+            {source.name: partial(self.read, source) for source in wanted.sources},
+            wanted.name,
+        )
+        if tensor is None or tuple(tensor.shape) != wanted.shape:
+            found = "nothing" if tensor is None else list(tensor.shape)
+            raise ValueError(
+                f"{wanted.name} cannot be made from what {wanted.file.parent} stores: "
+                f"expected shape {list(wanted.shape)}, got {found}"
+            )
+        return tensor
+
+
+def _open_safetensors(file: Path) -> Any:
+    from safetensors import safe_open
+
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is missing; it is part of the model by its index. Fetch it again"
+        )
+    try:
+        return safe_open(str(file), framework="pt", device="cpu")
+    except Exception as error:
+        raise OSError(
+            f"{file} cannot be read: {error}. It is truncated or corrupt: fetch it "
+            "again"
+        ) from error
+
+
+def read_header(label: str, file: Path) -> FileHeader:
+    """Read what is known of a file's tensors without their values.
+
+    Args:
+        label: the model as its user wrote it, for messages.
+        file: a safetensors file or a pickle of tensors.
+
+    Returns:
+        the header.
+
+    Raises:
+        ValueError: the weights are quantised.
+        OSError: the file is missing, truncated, corrupt, or no file.
+    """
+    check_regular(file)
+    read = _safetensors_header if file.suffix == ".safetensors" else pickle_header
+    return read(label, file)
+
+
+def _safetensors_header(label: str, file: Path) -> FileHeader:
+    handle = _open_safetensors(file)
+    names, tensors = handle.offset_keys(), []
+    for name in names:
+        view = handle.get_slice(name)
+        kind = view.get_dtype()
+        if kind in SAFETENSORS_FLOATS:
+            shape = tuple(view.get_shape())
+            dtype = SAFETENSORS_FLOATS[kind]
+            tensors.append(StoredTensor(name, file, dtype, shape))
+        elif kind.startswith("F") or (
+            kind in SAFETENSORS_INTEGERS and name.endswith(PACKED_SUFFIXES)
+        ):
+            raise quantised(label, f"{name} is stored as {kind}")
+    return FileHeader(frozenset(names), tuple(tensors))

@@ -1,0 +1,141 @@
+"""Tells which version of a file this is, and what it contains."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """What tells one version of a file from the next."""
+
+    path: str
+    size: int
+    modified_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileIdentity:
+        status = path.stat()
+        return cls(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def check_regular(path: Path) -> None:
+    """Check that a path is no pipe or device, which may never end, if it exists.
+
+    Args:
+        path: a file or a folder.
+
+    Raises:
+        OSError: it is something else.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return  # whoever opens it says why it cannot
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(
+            f"{path} is a pipe or a device, which may never end; expected a file. Put "
+            "the model's own file there"
+        )
+
+
+# Bytes that are read of a file: its first ones (the header of a safetensors file of a
+# few thousand tensors), its last ones, and blocks in between.
+HEAD = 1 << 20
+
+
+BLOCK = 1 << 12
+
+
+BLOCKS = 16
+
+
+# A downloaded snapshot is made of links to blobs, named by the hash of their content.
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a file holds, as far as it was looked at.
+
+    Attributes:
+        name: of the file, without its folder.
+        size: in bytes.
+        digest: the hub's hash of the whole content, or SHA-256 of size and samples.
+        whole: whether the digest is of the whole content.
+    """
+
+    name: str
+    size: int
+    digest: str
+    whole: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def fingerprint(file: FileIdentity) -> Fingerprint:
+    """Return the fingerprint of a file whose identity was taken.
+
+    Changes between the samples, in a file of the same size, are not seen.
+
+    Args:
+        file: identity of the file.
+
+    Returns:
+        its fingerprint.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    path = Path(file.path)
+    blob = path.resolve()
+    if blob.parent.name == "blobs" and _BLOB.fullmatch(blob.name):
+        return Fingerprint(path.name, file.size, blob.name, whole=True)
+    digest = hashlib.sha256(f"{file.size}:".encode())
+    with path.open("rb") as stream:
+        digest.update(stream.read(HEAD))
+        last = max(file.size - BLOCK, 0)
+        for number in range(1, BLOCKS + 1):
+            stream.seek(last * number // BLOCKS)
+            digest.update(stream.read(BLOCK))
+    return Fingerprint(path.name, file.size, digest.hexdigest(), whole=False)
+
+
+def digest_of(files: tuple[FileIdentity, ...]) -> str:
+    """Return one digest for all files of a model, whatever folder they lie in.
+
+    Args:
+        files: identities of the files.
+
+    Returns:
+        SHA-256 over their fingerprints, in hexadecimal.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    prints = sorted(map(fingerprint, files), key=lambda found: found.name)
+    lines = [f"{found.name}:{found.size}:{found.digest}" for found in prints]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def hub_revision(folder: Path) -> str | None:
+    """Return the commit of a downloaded snapshot.
+
+    Args:
+        folder: where the files lie, `.../models--OWNER--NAME/snapshots/COMMIT`.
+
+    Returns:
+        the commit, or None for any other folder.
+
+    Example:
+        >>> hub_revision(Path("m/base")) is None
+        True
+    """
+    if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name):
+        return folder.name
+    return None

@@ -1,0 +1,198 @@
+"""Opens a model, or finds the one that mergekit has open."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Hashable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergekit_metagpt.checkpoints.checkpoint import (
+    Checkpoint,
+    read_checkpoint,
+)
+from mergekit_metagpt.checkpoints.identity import check_regular
+from mergekit_metagpt.checkpoints.pickles import Archive
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
+    from mergekit.io import LazyTensorLoader, ShardedTensorIndex
+    from mergekit.options import MergeOptions
+
+
+# What mergekit looks for, in its order; an index goes before the single file.
+_WEIGHTS = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+
+def _index(label: str, folder: Path) -> ShardedTensorIndex:
+    from mergekit.io import ShardedTensorIndex
+
+    found = (folder / name for name in _WEIGHTS if (folder / name).exists())
+    file = next(found, folder)
+    if file.suffix == ".bin":
+        Archive.of(file)  # before torch crashes on what this refuses
+    try:
+        return ShardedTensorIndex.from_disk(str(folder))
+    except Exception as error:
+        raise OSError(
+            f"{file} cannot be read: {error}. It is truncated or corrupt: fetch it "
+            "again"
+        ) from error
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse pipes and devices before anybody waits for what they say."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        check_regular(path)
+
+
+_BY_LOADER: weakref.WeakKeyDictionary[LazyTensorLoader, Checkpoint] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+_BY_LOADER_LOCK = threading.Lock()
+
+
+def already_open(model: Hashable) -> Checkpoint | None:
+    """Return the checkpoint behind a merge input if mergekit has opened it.
+
+    Never opens or downloads a model itself. The header is read once per loader.
+
+    Args:
+        model: the id of a tensor entry: a `ModelReference` in a merge from files.
+
+    Returns:
+        the checkpoint, or None where the id stands for no open checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is quantised or its index leaves its folder.
+        OSError: a shard is missing, truncated or corrupt.
+    """
+    from mergekit.common import ModelReference
+    from mergekit.io.tasks import LoaderCache
+
+    if not isinstance(model, ModelReference):
+        return None
+    loader = LoaderCache.loaders.get(model)
+    raw_files = sys.modules.get("mergekit.scripts.merge_raw_pytorch")
+    bare = loader is None
+    if bare and raw_files is not None:
+        loader = raw_files.SimpleLoaderCache().loaders.get(model.model.path)
+    if loader is None:
+        return None
+    with _BY_LOADER_LOCK:
+        if loader not in _BY_LOADER:
+            _BY_LOADER[loader] = read_checkpoint(
+                str(model),
+                loader.index,
+                override=model.override_architecture,
+                trust_remote_code=LoaderCache().trust_remote_code,
+                bare=bare,
+            )
+        return _BY_LOADER[loader]
+
+
+def open_checkpoint(
+    model: str | os.PathLike[str] | ModelReference,
+    *,
+    lora_merge_cache: str | None = None,
+    transformers_cache: str | None = None,
+    trust_remote_code: bool = False,
+) -> Checkpoint:
+    """Open a model as mergekit does, reading headers only.
+
+    Args:
+        model: local folder, hub repository or `ModelReference`; `model+adapter` for a
+            LoRA, which is merged into `lora_merge_cache` first.
+        lora_merge_cache: folder for merged adapters, needed for LoRA models.
+        transformers_cache: folder of downloaded models.
+        trust_remote_code: run code that comes with a model, for its architecture.
+
+    Returns:
+        the checkpoint's header.
+
+    Raises:
+        ValueError: no model there, a bare LoRA adapter, a quantised model; billions of
+            layers.
+        OSError: a file of it is missing, truncated or corrupt.
+    """
+    from mergekit.common import ModelReference
+    from mergekit.io.tasks import LoaderCache
+
+    if not isinstance(model, ModelReference):
+        model = ModelReference.parse(os.fspath(model))
+    label, path = str(model), Path(model.model.path)
+    if path.is_file():
+        raise ValueError(f"{label} is a file; expected a model's folder")
+    if path.is_dir() and not any((path / name).exists() for name in _WEIGHTS):
+        if (path / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{label} is a bare LoRA adapter; write it as base+adapter "
+                f"(BASE+{label}) and give --lora-merge-cache FOLDER"
+            )
+        raise ValueError(
+            f"{label} holds no weights; expected model.safetensors or "
+            "pytorch_model.bin, or their .index.json"
+        )
+    if not path.exists() and (path.is_absolute() or label.startswith((".", "~"))):
+        raise ValueError(f"{label} does not exist; expected a model's folder")
+    if model.lora and not lora_merge_cache:
+        raise ValueError(f"{label} has a LoRA adapter; give --lora-merge-cache FOLDER")
+    for part in (model.model, model.lora):
+        if part is not None:
+            _check_files(Path(part.path))
+    merged = model.merged(
+        cache_dir=lora_merge_cache,
+        trust_remote_code=trust_remote_code,
+        lora_merge_dtype=LoaderCache().lora_merge_dtype,
+    )
+    try:
+        folder = Path(merged.local_path(transformers_cache))
+    except Exception as error:
+        raise ValueError(
+            f"{label} is no folder here (if one was meant, write ./{label}), nor to be "
+            f"had from the hub: {error}"
+        ) from error
+    _check_files(folder)
+    return read_checkpoint(
+        label,
+        _index(label, folder),
+        override=model.override_architecture,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def open_checkpoints(
+    models: Iterable[ModelReference], options: MergeOptions
+) -> dict[ModelReference, Checkpoint]:
+    """Open models as mergekit does with these options, reading headers only.
+
+    Args:
+        models: references; each is opened once.
+        options: mergekit's own.
+
+    Returns:
+        the headers by model.
+
+    Raises:
+        ValueError: as `open_checkpoint`.
+        OSError: as `open_checkpoint`.
+    """
+    return {
+        model: open_checkpoint(
+            model,
+            lora_merge_cache=options.lora_merge_cache,
+            transformers_cache=options.transformers_cache,
+            trust_remote_code=options.trust_remote_code,
+        )
+        for model in dict.fromkeys(models)
+    }

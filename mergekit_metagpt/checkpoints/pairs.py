@@ -1,0 +1,203 @@
+"""Pairs the tensors of base and model: same weight, same rows, every weight once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
+from mergekit_metagpt.checkpoints.files import Readers
+from mergekit_metagpt.checkpoints.layouts import (
+    Stored,
+    counterparts,
+)
+from mergekit_metagpt.checkpoints.memo import while_open
+from mergekit_metagpt.checkpoints.stored import ConvertedTensor, StoredTensor, layer_key
+
+# Elements that tell most tensors that differ apart.
+PROBE = 1000
+
+
+# Below this share of covered parameters, or if both have more than that of their own,
+# base and model are taken for strangers. (One alone may have more: a head, a tower.)
+MIN_COVERED = 0.5
+
+
+MAX_FOREIGN = 0.1
+
+
+@dataclass(frozen=True)
+class SharedTensor:
+    """A tensor that counts in n_t: where base and model store it, and the overlap."""
+
+    name: str
+    base: Stored
+    model: Stored
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether parts can be read without making the whole tensor."""
+        return not isinstance(self.base, ConvertedTensor) and not isinstance(
+            self.model, ConvertedTensor
+        )
+
+    def cut(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Flatten the part of either tensor that both have."""
+        for axis, size in enumerate(self.shape):
+            tensor = tensor.narrow(axis, 0, size)
+        return tensor.reshape(-1)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What base and model share.
+
+    Attributes:
+        shared: the tensors that count, in name order.
+        counted_as: for each output name that both have, the name under which it
+            counts: its own, or its embedding's for a tied head.
+        layers: for the layers of renamed tensors, the layer under which they count.
+    """
+
+    shared: tuple[SharedTensor, ...]
+    counted_as: Mapping[str, str]
+    layers: Mapping[str, str]
+
+
+def _overlap(base: tuple[int, ...], model: tuple[int, ...]) -> tuple[int, ...] | None:
+    differing = sum(b != m for b, m in zip(base, model, strict=False))
+    if len(base) != len(model) or differing > 1:
+        return None
+    return tuple(min(b, m) for b, m in zip(base, model, strict=True))
+
+
+@while_open
+def check_pair(base: Checkpoint, model: Checkpoint) -> None:
+    """Check from headers that model is a fine-tune of base.
+
+    Args:
+        base: the base.
+        model: the model.
+
+    Raises:
+        ValueError: they share less than half of their parameters, both have much that
+            the other lacks, or a tensor differs in more than one axis; names the share
+            and the first mismatching tensors.
+    """
+    shared = counterparts(base, model)
+    covered, differing = 0, []
+    for name, (ours, theirs) in sorted(shared.items()):
+        shape = _overlap(ours.shape, theirs.shape)
+        if shape is None:
+            differing.append(
+                f"{name} is {list(theirs.shape)}, in the base {list(ours.shape)}"
+            )
+        else:
+            covered += math.prod(shape)
+    totals = [sum(t.numel for t in c.tensors.values()) for c in (base, model)]
+    share = covered / max(*totals, 1)
+    foreign = (min(totals) - covered) / max(*totals, 1)
+    if share >= MIN_COVERED and foreign <= MAX_FOREIGN and not differing:
+        return
+    absent = [
+        f"{name} is not in {owner.label}"
+        for owner, other in ((base, model), (model, base))
+        for name in other.tensors
+        if name not in shared
+    ]
+    raise ValueError(
+        f"{model.label} is no fine-tune of {base.label}: {share:.1%} of the parameters "
+        f"match; first differences: {'; '.join([*differing, *absent][:3])}. Give the "
+        "base that it was trained from"
+    )
+
+
+def _roots(
+    tensors: Mapping[str, Stored],
+    tied_names: Mapping[str, tuple[str, ...]],
+    readers: Readers,
+) -> dict[str, str]:
+    """For each output name, the stored tensor that it is: its own or a tied one."""
+    roots = {}
+    for name, tensor in tensors.items():
+        shares = tensor.shares if isinstance(tensor, StoredTensor) else None
+        roots[name] = shares if shares in tensors and shares else name
+    for name, partners in tied_names.items():
+        own = tensors.get(name)
+        for partner in partners:
+            other = tensors.get(partner)
+            if other is None or (own and not _same_bits(own, other, readers)):
+                continue
+            roots[name] = roots[partner]
+            break
+    return roots
+
+
+def _same_bits(first: Stored, second: Stored, readers: Readers) -> bool:
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    ours, theirs = readers.read(first).reshape(-1), readers.read(second).reshape(-1)
+    # A glance first: torch compares to the end what differs from the beginning.
+    return torch.equal(ours[:PROBE], theirs[:PROBE]) and torch.equal(ours, theirs)
+
+
+def align(base: Checkpoint, model: Checkpoint, readers: Readers) -> Alignment:
+    """Pair the tensors of base and model; a weight counts once.
+
+    Every floating-point tensor that both store (or stand in for by a tie) is paired by
+    its output name. Where base and model both mean the same two stored tensors by two
+    names, as with a tied head, the pair counts under the first. Reads tensors only to
+    tell whether a stored head equals its embedding.
+
+    Args:
+        base: the base.
+        model: a fine-tune of it.
+        readers: the files of this scan.
+
+    Returns:
+        the pairs.
+
+    Raises:
+        ValueError: as `check_pair`.
+        OSError: a file cannot be read.
+    """
+    check_pair(base, model)
+    shared = counterparts(base, model)
+    ours = {**base.tensors, **{name: pair[0] for name, pair in shared.items()}}
+    theirs = {**model.tensors, **{name: pair[1] for name, pair in shared.items()}}
+    our_roots = _roots(ours, base.tied_names, readers)
+    their_roots = _roots(theirs, model.tied_names, readers)
+    tied = {*base.tied_names, *model.tied_names}
+    counted: dict[tuple[str, str], SharedTensor] = {}
+    counted_as: dict[str, str] = {}
+    for name in sorted(our_roots.keys() & their_roots, key=lambda n: (n in tied, n)):
+        roots = our_roots[name], their_roots[name]
+        if roots not in counted:
+            first, second = ours[roots[0]], theirs[roots[1]]
+            shape = _overlap(first.shape, second.shape)
+            if shape is None:
+                raise ValueError(
+                    f"{name} is {list(second.shape)} in {model.label} and "
+                    f"{list(first.shape)} in {base.label}; only one axis may differ"
+                )
+            counted[roots] = SharedTensor(name, first, second, shape)
+        counted_as[name] = counted[roots].name
+    layers: dict[str, str] = {}
+    for checkpoint in (base, model):
+        for alias, name in checkpoint.renamed.items():
+            if name in counted_as:
+                counted_as.setdefault(alias, counted_as[name])
+                layers.setdefault(layer_key(alias), layer_key(counted_as[name]))
+    return Alignment(
+        layers=layers,
+        shared=tuple(sorted(counted.values(), key=lambda pair: pair.name)),
+        counted_as=counted_as,
+    )

@@ -1,0 +1,233 @@
+"""Reads tensors from pickles without running code; checks torch's archives."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import sys
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergekit_metagpt.checkpoints.stored import (
+    FLOATS,
+    PACKED_SUFFIXES,
+    FileHeader,
+    StoredTensor,
+    quantised,
+)
+
+
+def _unpickled(file: Path) -> dict[str, Any]:
+    """The dictionary that a pickle holds, of tensors or with one under `state_dict`."""
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    archive = Archive.of(file)
+    try:
+        try:
+            mapped = archive is not None and archive.can_be_mapped
+            state = torch.load(file, mmap=mapped, **options)
+        except RuntimeError:
+            # Of a kind that torch can read, but not map.
+            state = torch.load(file, **options)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{file} is missing; it is part of the model by its index. Fetch it again"
+        ) from error
+    except Exception as error:
+        raise OSError(
+            f"{file} cannot be read: {error}. It is truncated, corrupt, or holds more "
+            "than tensors"
+        ) from error
+    if archive is not None:
+        archive.check_records()
+    inner = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(inner, dict) or not all(isinstance(name, str) for name in inner):
+        raise OSError(
+            f"{file} cannot be read: it holds {type(inner).__name__}; expected tensors "
+            "by name. Fetch it again"
+        )
+    return state
+
+
+def load_pickle(file: Path) -> Mapping[str, torch.Tensor]:
+    return _tensors(file, _unpickled(file))
+
+
+def _tensors(file: Path, state: dict[str, Any]) -> Mapping[str, torch.Tensor]:
+    inner = state.get("state_dict", state)
+    found = {k: v for k, v in inner.items() if isinstance(v, torch.Tensor)}
+    for name, tensor in found.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise OSError(
+                f"{file} cannot be read: {name} is {tensor.layout} on "
+                f"{tensor.device}; expected plain tensors"
+            )
+    return found
+
+
+def pickle_header(label: str, file: Path) -> FileHeader:
+    outer = _unpickled(file)
+    state, tensors = _tensors(file, outer), []
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in sorted(state.items()):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if tensor.dtype in FLOATS:
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            first = seen.setdefault(place, name) if tensor.numel() else name
+            shares = first if first != name else None
+            shape = tuple(tensor.shape)
+            tensors.append(StoredTensor(name, file, tensor.dtype, shape, shares))
+        elif tensor.is_floating_point() or (
+            "int" in kind and name.endswith(PACKED_SUFFIXES)
+        ):
+            raise quantised(label, f"{name} is stored as {kind}")
+    nested = any(outer.get(name) is not tensor for name, tensor in state.items())
+    return FileHeader(frozenset(state), tuple(tensors), nested)
+
+
+# Bytes of an element, by the name of the class of its storage.
+_BYTES = {
+    "UntypedStorage": 1,
+    **dict.fromkeys(("BoolStorage", "ByteStorage", "CharStorage"), 1),
+    **dict.fromkeys(("HalfStorage", "BFloat16Storage", "ShortStorage"), 2),
+    **dict.fromkeys(("FloatStorage", "IntStorage"), 4),
+    **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
+    "ComplexDoubleStorage": 16,
+    **dict.fromkeys(("QInt8Storage", "QUInt8Storage"), 1),
+    **dict.fromkeys(("QUInt4x2Storage", "QUInt2x4Storage"), 1),
+    "QInt32Storage": 4,
+}
+
+
+@dataclass(frozen=True)
+class Archive:
+    """The records of an archive as torch finds them: by name, upper case or lower."""
+
+    file: Path
+    folder: str
+    records: Mapping[str, zipfile.ZipInfo]
+
+    @classmethod
+    def of(cls, file: Path) -> Archive | None:
+        """Read the directory of an archive.
+
+        Args:
+            file: a file of torch.
+
+        Returns:
+            the archive; None for a file of another kind.
+
+        Raises:
+            OSError: two records have one name, or values the other byte order: of
+                these torch swaps the bytes in place, and crashes on what is mapped.
+        """
+        ours = sys.byteorder.encode()
+        try:
+            with zipfile.ZipFile(file) as archive:
+                found = archive.infolist()
+                orders = [n for n in archive.namelist() if n.endswith("/byteorder")]
+                swapped = any(archive.read(name) != ours for name in orders)
+        except (zipfile.BadZipFile, OSError, ValueError, RuntimeError):
+            return None  # torch says what it is
+        records = {record.filename.lower(): record for record in found}
+        if len(records) < len(found):
+            raise OSError(
+                f"{file} cannot be read: two of its records have one name. Fetch it "
+                "again"
+            )
+        if swapped:
+            raise OSError(
+                f"{file} cannot be read: its values are not of the byte order of this "
+                f"machine, {sys.byteorder}. Store them anew, as safetensors"
+            )
+        folder = found[0].filename.partition("/")[0].lower() if found else ""
+        return cls(file, folder, records)
+
+    @property
+    def can_be_mapped(self) -> bool:
+        """Whether values can be used as they lie in the file."""
+        kinds = {record.compress_type for record in self.records.values()}
+        return kinds <= {zipfile.ZIP_STORED}
+
+    def check_records(self) -> None:
+        """Check that each storage of the pickle has a record of just its bytes.
+
+        torch maps a storage from where its record begins for as many bytes as the
+        pickle says: if the record has fewer, the tensor goes on into its neighbours.
+        To be called once torch has taken the pickle: nothing here limits its work.
+
+        Raises:
+            OSError: a record is missing, shorter or longer.
+        """
+        try:
+            with zipfile.ZipFile(self.file) as archive:
+                content = archive.read(self.records[f"{self.folder}/data.pkl"])
+            storages = _storages(content)
+        except Exception as error:
+            raise OSError(
+                f"{self.file} cannot be read: {type(error).__name__} {error} in its "
+                "pickle. Fetch it again, or store it as safetensors"
+            ) from error
+        for storage in storages:
+            record = self.records.get(f"{self.folder}/data/{storage.key}".lower())
+            size = 0 if record is None else record.file_size
+            if record is None or size != storage.bytes:
+                raise OSError(
+                    f"{self.file} cannot be read: its record data/{storage.key} has "
+                    f"{size:,} bytes; its pickle says {storage.bytes:,}. It is "
+                    "truncated or corrupt: fetch it again"
+                )
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """What a pickle says of a storage: the name of its record, and its size."""
+
+    key: str
+    bytes: int
+
+
+class _Nothing:
+    """Stands for whatever a pickle names or makes; does nothing."""
+
+    def __new__(cls, *arguments: Any, **named: Any) -> _Nothing:
+        return super().__new__(cls)
+
+    def __call__(self, *arguments: Any, **named: Any) -> _Nothing:
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def append(self, value: Any) -> None: ...
+
+    def extend(self, values: Any) -> None: ...
+
+
+class _Listener(pickle.Unpickler):
+    """Goes through a pickle and hears of storages; imports and calls nothing of it."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content), encoding="utf-8")
+        self.heard: list[_Storage] = []
+
+    def find_class(self, module: str, name: str) -> type[_Nothing]:
+        return type(name, (_Nothing,), {})
+
+    def persistent_load(self, identity: Any) -> _Nothing:
+        _, kind, key, _, count = identity
+        if type(key) is not str or type(count) is not int:
+            raise TypeError(f"a storage of key {key!r} and size {count!r}")
+        self.heard.append(_Storage(key, count * _BYTES[kind.__name__]))
+        return _Nothing()
+
+
+def _storages(content: bytes) -> list[_Storage]:
+    listener = _Listener(content)
+    listener.load()
+    return listener.heard

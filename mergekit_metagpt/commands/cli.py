@@ -1,0 +1,360 @@
+"""The command line: parse, call one function, print; errors become exit status 2."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergekit_metagpt import __version__, autoload
+from mergekit_metagpt.commands.errors import (
+    one_line_errors,
+    with_mergekit,
+)
+from mergekit_metagpt.report.parts import printable
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
+    from rich.console import Console
+
+
+# Columns where stdout is no terminal: lines of a table should not be broken there.
+PIPE_WIDTH = 240
+
+
+# Without importing torch, as asking for native.built() would.
+_LOOPS = "" if find_spec("_mergekit_metagpt") else " (without compiled loops)"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message=f"%(prog)s, version %(version)s{_LOOPS}")
+def main() -> None:
+    """MetaGPT merging for mergekit: no weights to guess, no data, no search."""
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    fixed = sys.stdout.isatty() or "COLUMNS" in os.environ
+    width = None if fixed else PIPE_WIDTH
+    return Console(width=width, highlight=False, emoji=False)
+
+
+def _loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """mergekit's options that say how to load models, collected in MergeOptions."""
+
+    @functools.wraps(command)
+    def wrapper(
+        lora_merge_cache: str | None,
+        transformers_cache: str | None,
+        trust_remote_code: bool,
+        lazy_unpickle: bool,
+        **others: Any,
+    ) -> Any:
+        import logging
+
+        from mergekit.options import MergeOptions
+
+        logging.basicConfig(level=logging.WARNING)
+        options = MergeOptions(
+            lora_merge_cache=lora_merge_cache,
+            transformers_cache=transformers_cache,
+            trust_remote_code=trust_remote_code,
+            lazy_unpickle=lazy_unpickle,
+        )
+        return command(options=options, **others)
+
+    for option in (
+        click.option(
+            "--lazy-unpickle/--no-lazy-unpickle",
+            default=False,
+            help="As in mergekit. (A scan maps pickles into memory either way.)",
+        ),
+        click.option(
+            "--trust-remote-code/--no-trust-remote-code",
+            default=False,
+            help="Run code that comes with a model, for its configuration (danger).",
+        ),
+        click.option(
+            "--transformers-cache", help="Folder of downloaded models, as in mergekit."
+        ),
+        click.option(
+            "--lora-merge-cache",
+            help="Folder for merged LoRA models; needed for base+adapter.",
+        ),
+    ):
+        wrapper = option(wrapper)
+    return wrapper
+
+
+def _config(file: str) -> Any:
+    from mergekit_metagpt.merge_config import merge_yaml
+
+    try:
+        return merge_yaml.read(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _check_target(file: str | None, endings: tuple[str, ...] = ()) -> None:
+    """Refuse a file that cannot be written, before the work that it is to hold."""
+    if file is None:
+        return
+    if file == "-":
+        if endings:
+            raise ValueError("--plot - is no file; expected one to draw the figure in")
+        return
+    path = Path(file)
+    if endings and path.suffix.lower() not in endings:
+        raise ValueError(
+            f"{file} ends in {path.suffix!r}; expected one of {', '.join(endings)}"
+        )
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"{file} cannot be written; expected a file in a folder")
+
+
+@main.command()
+@click.argument("models", nargs=-1, required=True, metavar="CONFIG | MODEL...")
+@click.option("--base", help="The base that MODEL... were fine-tuned from.")
+@click.option(
+    "--granularity",
+    type=click.Choice(["model", "layer", "tensor"]),
+    help="Pool squared norms over these; by default as CONFIG says, else the model.",
+)
+@click.option("--power", type=float, help="Exponent of the norms; 2 is MetaGPT.")
+@click.option("--exclude", help="Comma-separated parts of names that do not count.")
+@click.option("--json", "json_file", metavar="FILE", help="Write all; - for stdout.")
+@click.option("--csv", "csv_file", metavar="FILE", help="Write a row for each pool.")
+@click.option("--plot", metavar="FILE", help="Draw a figure: .png, .svg or .pdf.")
+@one_line_errors
+@with_mergekit
+@_loading_options
+def inspect(
+    options: MergeOptions,
+    models: tuple[str, ...],
+    base: str | None,
+    granularity: str | None,
+    power: float | None,
+    exclude: str | None,
+    json_file: str | None,
+    csv_file: str | None,
+    plot: str | None,
+) -> None:
+    """Measure the models of CONFIG, or MODEL... against --base, without merging.
+
+    CONFIG is a merge YAML of any method with a base_model. Prints norms of the task
+    vectors, the coefficients that MetaGPT gives them, their cosines, the share of each
+    part of the model, tensors that a merge leaves out, and warnings. One pass over
+    the files.
+    """
+    if json_file == csv_file == "-":
+        raise ValueError("--json and --csv are both -; one of them can go to stdout")
+    _check_target(json_file)
+    _check_target(csv_file)
+
+    from mergekit_metagpt.merge_config import checks, families
+    from mergekit_metagpt.merge_config.checks import METHODS
+    from mergekit_metagpt.report import figures, inspecting, tables
+
+    _check_target(plot, figures.FORMATS)
+    if base is None and len(models) != 1:
+        raise ValueError(
+            f"{len(models)} models are given and no base; expected one CONFIG, or "
+            "--base BASE and the models"
+        )
+    wishes: dict[str, Any] = {
+        "granularity": granularity,
+        "power": power,
+        "exclude": exclude,
+    }
+    method = "metagpt"
+    if base is None:
+        if Path(models[0]).is_dir():
+            raise ValueError(
+                f"{models[0]} is a folder; expected a merge YAML, or --base BASE and "
+                "the models"
+            )
+        config = _config(models[0])
+        method = config.merge_method
+        checks.check_method(config)
+        if method in METHODS:
+            checks.check_names(config)
+        found = families.of_config(config, **wishes)
+    else:
+        found = families.of_models(base, models, **wishes)
+    report = inspecting.inspect(found, options, method=method)
+    if json_file is not None:
+        with click.open_file(json_file, "w", encoding="utf-8") as stream:
+            stream.write(report.model_dump_json(indent=2) + "\n")
+    if csv_file is not None:
+        with click.open_file(csv_file, "w", encoding="utf-8") as stream:
+            stream.write(tables.as_csv(report))
+    if plot is not None:
+        figures.report_figure(report, Path(plot))
+    if "-" not in (json_file, csv_file):
+        console = _console()
+        for part in tables.report(report):
+            text = printable(part) if isinstance(part, str) else part
+            console.print(text, soft_wrap=isinstance(part, str), markup=False)
+
+
+@main.command()
+@click.argument("config")
+@click.argument("out", metavar="OUT.yml")
+@click.option("--force", is_flag=True, help="Replace OUT.yml if it exists.")
+@one_line_errors
+@with_mergekit
+@_loading_options
+def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
+    """Write the metagpt merge CONFIG as plain mergekit YAML with fixed weights.
+
+    Anyone can merge OUT.yml (- for stdout) with mergekit alone and gets the same model
+    but for rounding in the last place. Scans, and does not merge.
+    """
+    _check_target(out)
+    if out != "-" and Path(out).exists() and not force:
+        raise ValueError(f"{out} exists; choose another name, or --force")
+
+    from mergekit_metagpt.merge_config import checks, plain_yaml
+
+    read = _config(config)
+    checks.check(read, options)
+    exported = plain_yaml.export(read, options)
+    with click.open_file(out, "w", encoding="utf-8", atomic=True) as stream:
+        stream.write(exported.text)
+    for change in exported.changes:
+        click.echo(f"Differs from {read.merge_method}: {change}.", err=True)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@one_line_errors
+@with_mergekit
+def demo(folder: Path) -> None:
+    """Train a tiny base and three specialists in DIR, merge and compare them.
+
+    Needs no network. Takes one to two minutes on two cores. Prints squared norms,
+    lambda, cosines and held-out losses; leaves models, YAML files and a figure in DIR.
+    """
+    from rich.console import Console
+
+    from mergekit_metagpt.commands import demo
+    from mergekit_metagpt.commands.demo import run
+
+    chatter, console = Console(stderr=True), _console()
+    result = run(folder, say=lambda line: chatter.print(line, highlight=False))
+    console.print(demo.demo_task_vectors(result))
+    console.print(demo.demo_losses(result))
+    figure = folder / "demo.png"
+    demo.demo_figure(result, figure)
+    best = min(result.ald, key=result.ald.__getitem__)
+    console.print(
+        f"Lowest ALD here: {best}. Which it is depends on text, seed and training "
+        f"lengths: no evidence for a method. Figure: {figure}",
+        soft_wrap=True,
+    )
+    console.print("Merge again by hand, with mergekit's own command:", soft_wrap=True)
+    place = shlex.quote(str(folder))
+    command = f"(cd {place} && mergekit-yaml metagpt.yml ./merged-by-hand)"
+    console.print(command, soft_wrap=True, highlight=False)
+
+
+@main.command()
+@click.option("--clear", is_flag=True, help="Remove all entries.")
+@one_line_errors
+def cache(clear: bool) -> None:
+    """Show, or with --clear remove, what is remembered of earlier scans.
+
+    Entries hold squared norms and inner products, no weights. MERGEKIT_METAGPT_CACHE
+    names another folder for them, or 0 for none.
+    """
+    from mergekit_metagpt.report import tables
+    from mergekit_metagpt.scanning import cache
+
+    folder = cache.folder()
+    if folder is None:
+        click.echo("The cache is off.")
+        return
+    if clear:
+        click.echo(f"Removed {cache.clear()} entries from {folder}.")
+        return
+    entries = list(cache.entries())
+    size = sum(entry.bytes for entry in entries)
+    click.echo(f"{folder}: {len(entries)} entries, {size / 1e6:.1f} MB")
+    if entries:
+        _console().print(tables.remembered(entries), markup=False)
+
+
+@main.command()
+@click.argument("name", required=False, metavar="[NAME]")
+@click.argument("out", required=False, metavar="[OUT.yml]")
+@one_line_errors
+def recipes(name: str | None, out: str | None) -> None:
+    """List the recipes that ship, show NAME, or copy it to OUT.yml.
+
+    A recipe is a merge YAML that says at its top what it merges, what to download, and
+    how to run it.
+    """
+    from mergekit_metagpt.commands import shipped_recipes
+
+    if name is None:
+        shelf = shipped_recipes.recipes()
+        width = max(len(merge_yaml.name) for merge_yaml in shelf)
+        for merge_yaml in shelf:
+            click.echo(f"{merge_yaml.name:<{width}}  {merge_yaml.summary}")
+    elif out is None:
+        click.echo(shipped_recipes.find(name).text, nl=False)
+    else:
+        shipped_recipes.copy(name, Path(out))
+
+
+# mergekit's options take seconds to import: only this command's parser needs them.
+@main.command(
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True},
+    short_help="Merge CONFIG into OUT as mergekit-yaml does, checked first.",
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+@one_line_errors
+@with_mergekit
+def merge(context: click.Context, arguments: tuple[str, ...]) -> None:
+    """Merge CONFIG into OUT: all of mergekit-yaml's options, the whole job checked."""
+    _merge_command().main(
+        list(arguments), prog_name=context.command_path, standalone_mode=False
+    )
+
+
+def _merge_command() -> click.Command:
+    from mergekit.options import PrettyPrintHelp, add_merge_options
+
+    from mergekit_metagpt.commands import merging
+
+    @click.command("merge", cls=PrettyPrintHelp)
+    @click.argument("config", type=click.Path())
+    @click.argument("out", type=click.Path(file_okay=False))
+    @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+    @add_merge_options  # type: ignore[untyped-decorator]
+    @one_line_errors
+    def command(
+        config: str, out: str, force: bool, merge_options: MergeOptions
+    ) -> None:
+        """Merge CONFIG into OUT as mergekit-yaml does, for metagpt configurations.
+
+        The YAML, the headers of all models and the weights are checked before mergekit
+        starts; OUT appears only when it is whole. Needs no autoload.
+        """
+        merging.merge(Path(config), Path(out), merge_options, force=force)
+        if autoload.failure:
+            click.echo(
+                f"mergekit-yaml does not know metagpt: {autoload.failure}", err=True
+            )
+
+    return command

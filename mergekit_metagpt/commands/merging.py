@@ -1,0 +1,190 @@
+"""Merges a YAML as mergekit-yaml does: the whole job checked first, all or nothing."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergekit_metagpt.merge_config import checks, families, merge_yaml, plain_yaml
+from mergekit_metagpt.method import announcing
+from mergekit_metagpt.report import card, inspecting, schema
+from mergekit_metagpt.report.figures import report_figure
+
+if TYPE_CHECKING:
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+
+# What is left beside the merged model.
+REPORT = "metagpt.json"
+
+
+FIGURE = "metagpt.png"
+
+
+PLAIN = "mergekit_config.plain.yml"
+
+
+# Where an old model lies, in the hidden folder, while the new one takes its place.
+ASIDE = "replaced"
+
+
+def merge(
+    config_file: Path, out: Path, options: MergeOptions, *, force: bool = False
+) -> None:
+    """Merge with `metagpt` through mergekit; `out` appears only when it is whole.
+
+    The YAML, the headers of all models and all weights are checked before mergekit
+    starts. mergekit then finds the scan done. Beside the model lie the report of
+    `inspect`, its figure, and the merge as plain YAML; the model card tells of them.
+
+    Args:
+        config_file: the merge YAML.
+        out: folder for the merged model.
+        options: mergekit's own.
+        force: replace `out` if it exists.
+
+    Raises:
+        ValueError: the configuration or a model is refused; `out` is not empty.
+        OSError: a file cannot be read or written.
+    """
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import run_merge
+
+    try:
+        text = config_file.read_text(encoding="utf-8")
+        config = merge_yaml.read(text)
+    except ValueError as error:
+        raise ValueError(f"{config_file}: {error}") from error
+    checks.check_yaml(config)
+    out = out.resolve()
+    _check_place(out, config_file, config, force=force)
+    options.apply_global_options()
+    LoaderCache().setup(options)
+    checkpoints = checks.check(config, options)
+
+    found = families.of_config(config)
+    report = inspecting.inspect(found, options, method=config.merge_method)
+    exported = plain_yaml.export(config, options)
+
+    with _workplace(out) as parent:
+        # First what a merge of hours should not be lost to.
+        beside = parent / "beside"
+        beside.mkdir()
+        json_text = report.model_dump_json(indent=2)
+        (beside / REPORT).write_text(f"{json_text}\n", encoding="utf-8")
+        (beside / PLAIN).write_text(exported.text, encoding="utf-8")
+        report_figure(report, beside / FIGURE)
+        about = card.section(
+            report, figure=FIGURE, plain=PLAIN, changes=exported.changes
+        )
+        # Under the name of `out`, which mergekit makes the title of the model card.
+        made = parent / "made" / out.name
+        with _warned(report):
+            run_merge(config, str(made), options, config_source=text)
+        for checkpoint in checkpoints:
+            checkpoint.verify_unchanged()
+        for path in beside.iterdir():
+            path.rename(made / path.name)
+        if options.write_model_card:
+            with (made / "README.md").open("a", encoding="utf-8") as stream:
+                stream.write(f"\n{about}")
+        _put(made, out, aside=parent / ASIDE)
+
+
+def _warned(report: schema.Report) -> AbstractContextManager[None]:
+    """Warn before hours of merging of all that the report warns of."""
+    # Parameters that vary by tensor may have perils that the report does not see.
+    if any(family.settings.varying for family in report.families):
+        return nullcontext()
+    return announcing.told(
+        warning for family in report.families for warning in family.warnings
+    )
+
+
+@contextmanager
+def _workplace(out: Path) -> Iterator[Path]:
+    """Make a hidden folder to work in; remove it in the end, also after Ctrl-C.
+
+    It is named before it is made, and removed twice: there is no moment at which a
+    single interrupt leaves it behind.
+    """
+    folder = _home(out) / f".{out.name}.{secrets.token_urlsafe(6)}"
+    try:
+        try:
+            folder.mkdir(mode=0o700)
+            yield folder
+        finally:
+            _remove(folder, out)
+    finally:
+        _remove(folder, out)
+
+
+def _remove(folder: Path, out: Path) -> None:
+    """Remove a workplace; an old model that lies in it goes back to its place first."""
+    if (folder / ASIDE).exists() and not out.exists():
+        (folder / ASIDE).rename(out)
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _home(out: Path) -> Path:
+    """Where to work: a folder from which the model can be moved to its place."""
+    if out.is_dir() and not any(out.iterdir()):
+        return out  # it may be a disk of its own, into which nothing can be moved
+    return next(folder for folder in out.parents if folder.is_dir())
+
+
+def _check_place(
+    out: Path, config_file: Path, config: MergeConfiguration, *, force: bool
+) -> None:
+    """Refuse an output folder that is taken, or that holds what is to be merged."""
+    if out.is_file():
+        raise ValueError(f"{out} is a file; expected a folder for the merged model")
+    paths = [
+        Path(part.path)
+        for model in merge_yaml.models(config)
+        for part in (model.model, model.lora)
+        if part is not None
+    ]
+    for path in (config_file, *paths):
+        if path.resolve().is_relative_to(out):
+            raise ValueError(
+                f"{out} holds {path}, which this merge reads; choose another folder"
+            )
+    if not force and out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} exists and is not empty; choose another, or --force")
+
+
+def _put(made: Path, out: Path, aside: Path) -> None:
+    """Move a finished model to its place; on failure all is as it was."""
+    if made.is_relative_to(out):
+        # The folder itself stays: it may be where somebody stands. Last comes what
+        # makes it a model, and goes first.
+        names = sorted((p.name for p in made.iterdir()), key="config.json".__eq__)
+        try:
+            for name in names:
+                (made / name).rename(out / name)
+        except BaseException:
+            for name in reversed(names):
+                if (out / name).exists():
+                    (out / name).rename(made / name)
+            raise
+        return
+    above = [folder for folder in out.parents if not folder.exists()]
+    try:
+        if out.exists():
+            out.rename(aside)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        made.rename(out)
+    except BaseException:
+        if made.exists():  # else it is in its place
+            if aside.exists():
+                aside.rename(out)
+            for folder in filter(Path.exists, above):
+                folder.rmdir()
+        raise

@@ -1,0 +1,102 @@
+"""The recipes that ship with the package: lists, finds and copies them as text."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+_LIST = "`mergekit-metagpt recipes` lists them all"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A merge YAML with a comment that explains it.
+
+    Attributes:
+        name: its path under `recipes/`, without `.yml`.
+        summary: the first line of its comment.
+        text: the whole file.
+    """
+
+    name: str
+    summary: str
+    text: str
+
+
+def recipes() -> list[Recipe]:
+    """Return all recipes, sorted by name.
+
+    Returns:
+        one for each YAML that ships.
+
+    Raises:
+        FileNotFoundError: the installation has none.
+    """
+    folder = _folder()
+    found = []
+    for file in folder.rglob("*.yml"):
+        text = file.read_text(encoding="utf-8")
+        name = file.relative_to(folder).with_suffix("").as_posix()
+        summary = text.partition("\n")[0].lstrip("# ")
+        found.append(Recipe(name, summary, text))
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no recipes. Install the package anew")
+    return sorted(found, key=lambda recipe: recipe.name)
+
+
+def _folder() -> Path:
+    """In a wheel the recipes lie in the package; in a checkout, beside it."""
+    shipped = _PACKAGE / "recipes"
+    return shipped if shipped.is_dir() else _PACKAGE.parent / "recipes"
+
+
+def find(name: str) -> Recipe:
+    """Find a recipe by its name, or by the last part of it if no other ends so.
+
+    Args:
+        name: `paper/llama-2-7b`, `llama-2-7b` or either with `.yml`.
+
+    Returns:
+        the recipe.
+
+    Raises:
+        ValueError: there is no such recipe, or more than one.
+    """
+    shelf = {recipe.name: recipe for recipe in recipes()}
+    wanted = name.removesuffix(".yml").removeprefix("recipes/")
+    if wanted in shelf:
+        return shelf[wanted]
+    ending = [full for full in shelf if full.rpartition("/")[2] == wanted]
+    if len(ending) == 1:
+        return shelf[ending[0]]
+    if ending:
+        raise ValueError(f"{name} is {' or '.join(ending)}. Write it in full")
+    last_parts = {full.rpartition("/")[2]: full for full in shelf}
+    meant = difflib.get_close_matches(wanted, [*shelf, *last_parts], n=3)
+    close = list(dict.fromkeys(last_parts.get(part, part) for part in meant))
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    raise ValueError(f"there is no recipe {name}; {hint}{_LIST}")
+
+
+def copy(name: str, out: Path) -> None:
+    """Write a recipe to a file of its reader's own, whose commands then name that file.
+
+    Args:
+        name: as for `find`.
+        out: the file to write.
+
+    Raises:
+        ValueError: there is no such recipe, or more than one, or `out` exists.
+    """
+    recipe = find(name)
+    text = recipe.text.replace(f"recipes/{recipe.name}.yml", shlex.quote(str(out)))
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ValueError(f"{out} exists. Name a file that does not") from None

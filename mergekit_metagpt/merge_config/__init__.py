@@ -1,0 +1,11 @@
+"""What a merge YAML asks for, as mergekit's own planner resolves it.
+
+It never writes a weight.
+"""
+
+__all__ = [
+    "checks",
+    "families",
+    "merge_yaml",
+    "plain_yaml",
+]

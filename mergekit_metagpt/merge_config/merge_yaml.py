@@ -1,0 +1,226 @@
+"""Reads a merge YAML into mergekit's configuration and its slices."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Before our own modules: importing it makes our hook import them, and it would find
+# them half imported if one of them were the first to import mergekit's methods.
+import mergekit.merge_methods  # noqa: F401
+import yaml
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
+    from mergekit.config import MergeConfiguration
+
+
+Settings = Mapping[str, Any]
+
+
+# More than any merge has; a few aliases of aliases, or `<<`, stand for billions.
+MOST_VALUES = 1_000_000
+
+
+# Beyond it Python reads no decimal; of 1:1:1... the time grows with the square.
+MOST_DIGITS = 4300
+
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
+# Keys of a merge YAML whose values name a model or a tokenizer.
+_MODEL_KEYS = ("model", "base_model", "path", "source", "tokenizer_source")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The models of one slice (or of a whole module): those merged with each other.
+
+    Attributes:
+        place: where the configuration names them, for messages.
+        base: theta_0, or None.
+        models: all of them, the base too where it is listed.
+        settings: for each model its parameters, from highest to lowest precedence.
+        shared: parameters that hold for all models, likewise.
+        moves_layers: whether a layer of an input comes out at another index.
+        module: where the configuration names one, else empty.
+        ranges: for each model its layers, from the first to before the last; None
+            where all are merged.
+    """
+
+    place: str
+    base: ModelReference | None
+    models: tuple[ModelReference, ...]
+    settings: tuple[tuple[Settings, ...], ...]
+    shared: tuple[Settings, ...]
+    moves_layers: bool
+    module: str = ""
+    ranges: tuple[tuple[int, int], ...] | None = None
+
+
+def read(text: str) -> MergeConfiguration:
+    """Parse a merge YAML; local models in it are marked as such (`./out/base`).
+
+    mergekit's model card asks the hub for every path with exactly one slash, so that
+    an offline merge of `out/base` would fail at its very end.
+
+    Args:
+        text: the YAML.
+
+    Returns:
+        mergekit's configuration.
+
+    Raises:
+        ValueError: the text is no YAML mapping, or mergekit refuses it.
+    """
+    from mergekit.config import MergeConfiguration
+
+    try:
+        data = _loaded(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"not readable as YAML: {_one_line(error)}") from error
+    if not isinstance(data, dict):
+        holds = "is empty" if data is None else f"holds {type(data).__name__}"
+        raise ValueError(
+            f"{holds}; expected a mapping with merge_method, base_model and models"
+        )
+    # mergekit ignores keys that it does not know.
+    known = MergeConfiguration.model_fields
+    for key in sorted(map(str, data.keys() - known.keys())):
+        if meant := closest(key, known):
+            raise ValueError(f"{key} is no key of a merge; did you mean {meant}?")
+    try:
+        return MergeConfiguration.model_validate(_local(data))
+    except (ValueError, RuntimeError, RecursionError) as error:
+        raise ValueError(f"no merge configuration: {_one_line(error)}") from error
+
+
+def _loaded(text: str) -> Any:
+    """What `yaml.safe_load` returns, if it is not far more than what is written."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _values(node, {}) > MOST_VALUES:
+            raise ValueError(
+                f"its aliases stand for over {MOST_VALUES:,} values; expected a merge. "
+                "Write out what is meant"
+            )
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _values(node: yaml.Node, known: dict[int, int]) -> int:
+    """Count the values of a YAML, those behind an alias or `<<` wherever it stands."""
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag in _NUMBERS and len(node.value) > MOST_DIGITS:
+            raise ValueError(
+                f"it has a number of {len(node.value):,} characters; expected at most "
+                f"{MOST_DIGITS:,}. Put it in quotes if it is a word"
+            )
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES  # should it hold itself
+        parts = (
+            [part for pair in node.value for part in pair]
+            if isinstance(node, yaml.MappingNode)
+            else node.value
+        )
+        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(node)]
+
+
+def closest(name: str, known: Collection[str]) -> str | None:
+    """The known name that looks most like a misspelt one."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return close[0] if close else None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _local(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _local(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_local(item, key) for item in value]
+    if key in ("source", "tokenizer_source") and value in ("base", "union"):
+        return value
+    if isinstance(value, str) and key in _MODEL_KEYS:
+        return "+".join(map(_marked, value.split("+")))
+    return value
+
+
+def _marked(path: str) -> str:
+    if not path or path.startswith(("/", ".", "~")) or not Path(path).exists():
+        return path
+    return f"./{path}"
+
+
+def inputs(config: MergeConfiguration) -> Iterator[Inputs]:
+    """Yield the models of each slice, or of each module that has no slices.
+
+    Args:
+        config: mergekit's configuration.
+
+    Yields:
+        what is merged with each other.
+    """
+    modules = config.modules or {"": config}
+    for module_name, module in modules.items():
+        within = f"modules.{module_name}." if module_name else ""
+        shared = [module.parameters] if module_name else []
+        shared.append(config.parameters)
+        if module.models:
+            yield Inputs(
+                place=f"{within}models",
+                base=config.base_model,
+                models=tuple(entry.model for entry in module.models),
+                settings=tuple(
+                    _given(entry.parameters, *shared) for entry in module.models
+                ),
+                shared=_given(*shared),
+                moves_layers=False,
+                module=module_name,
+            )
+        first_layer = 0
+        for number, entry in enumerate(module.slices or ()):
+            if not entry.sources:
+                raise ValueError(f"{within}slices[{number}] has no sources")
+            ranges = [source.layer_range for source in entry.sources]
+            yield Inputs(
+                place=f"{within}slices[{number}]",
+                base=entry.base_model or config.base_model,
+                models=tuple(source.model for source in entry.sources),
+                settings=tuple(
+                    _given(source.parameters, entry.parameters, *shared)
+                    for source in entry.sources
+                ),
+                shared=_given(entry.parameters, *shared),
+                moves_layers=any(start != first_layer for start, _ in ranges),
+                module=module_name,
+                ranges=tuple(ranges),
+            )
+            first_layer += ranges[0][1] - ranges[0][0]
+
+
+def models(config: MergeConfiguration) -> list[ModelReference]:
+    """Return every base and model of a configuration once, in its order."""
+    named = {
+        model: None
+        for part in inputs(config)
+        for model in (part.base, *part.models)
+        if model is not None
+    }
+    return list(named)
+
+
+def _given(*settings: Settings | None) -> tuple[Settings, ...]:
+    return tuple(found for found in settings if found)

@@ -1,0 +1,303 @@
+"""Writes a merge by MetaGPT as a plain mergekit YAML with explicit weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from pydantic import BaseModel
+
+from mergekit_metagpt import __version__
+from mergekit_metagpt.checkpoints.identity import digest_of
+from mergekit_metagpt.checkpoints.opening import already_open
+from mergekit_metagpt.checkpoints.stored import layer_key
+from mergekit_metagpt.merge_config import merge_yaml
+from mergekit_metagpt.merge_config.plan import Coefficients, coefficients, plan
+from mergekit_metagpt.method.parameters import own_parameters
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+
+# What each weight is to be looked up by: module, slice, model, name in that model.
+_Place = tuple[str, int, "ModelReference", str]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A plain YAML, and in words what merging it changes beyond the last bits."""
+
+    text: str
+    changes: tuple[str, ...]
+
+
+def export(config: MergeConfiguration, options: MergeOptions) -> Exported:
+    """Write a merge by one of our methods with explicit weights, for mergekit alone.
+
+    `metagpt` becomes `task_arithmetic` in float32 (float64 where weights are), which
+    rounds as `metagpt` does but for the last bit; a composed method becomes the one
+    behind it, with nothing else changed.
+
+    Args:
+        config: mergekit's configuration; not changed.
+        options: mergekit's own; those that say how to load models.
+
+    Returns:
+        the YAML and its differences.
+
+    Raises:
+        ValueError: as the merge itself.
+        OSError: as the merge itself.
+    """
+    found = coefficients(config, options)
+    weights: dict[_Place, float] = {}
+    for tensor in found:
+        at = tensor.planned
+        for model, share in tensor.shares.items():
+            place = at.module, at.slice_number, model, at.input_names[model]
+            weights[place] = share
+
+    inner = config.merge_method.removeprefix("metagpt").removeprefix("_")
+    dump = _kept(_dumped(config), _kept_parameters(config.merge_method))
+    first = {"merge_method": inner or "task_arithmetic"}
+    data = {**first, "base_model": dump.get("base_model"), **dump, **first}
+    if data["base_model"] is None:  # every slice has its own
+        del data["base_model"]
+    for given, source in _sources(config, data):
+        if given.model != given.base:
+            of_source = {
+                name: share
+                for (module, number, model, name), share in weights.items()
+                if given.module in (None, module)
+                and (number, model) == (given.slice_number, given.model)
+            }
+            weight = setting(of_source) if of_source else 0.0
+            source.setdefault("parameters", {})["weight"] = weight
+    changes = [] if inner else _set_precision(data, config, found)
+
+    from mergekit.config import ConfigYamlDumper
+
+    body = yaml.dump(data, Dumper=ConfigYamlDumper, sort_keys=False, width=88)
+    _verify(body, weights, options)
+    return Exported(_comment(config, found, changes) + body, tuple(changes))
+
+
+def setting(values: Mapping[str, float]) -> float | list[dict[str, Any]]:
+    """Write one value per tensor as mergekit's setting of a parameter.
+
+    mergekit takes the first filter that is a substring of a tensor's name. So longer
+    filters come first, layers end in a dot, and what is written is checked by name.
+
+    Args:
+        values: by name of the tensor.
+
+    Returns:
+        a number if all are equal; else filters, the last entry being for the rest.
+
+    Example:
+        >>> setting({"h.1.w": 0.5, "h.1.b": 0.5, "h.11.w": 0.25, "h.11.b": 0.25})
+        [{'filter': 'h.11.', 'value': 0.25}, {'value': 0.5}]
+    """
+    default, _ = Counter(values.values()).most_common(1)[0]
+    of_layer: dict[str, set[float]] = {}
+    for name, value in values.items():
+        of_layer.setdefault(layer_key(name), set()).add(value)
+    filters: dict[str, float] = {}
+    for name, value in values.items():
+        key = layer_key(name)
+        uniform = len(of_layer[key]) == 1 and name.startswith(f"{key}.")
+        if value != default:
+            filters[f"{key}." if uniform else name] = value
+    ordered = sorted(filters.items(), key=lambda found: (-len(found[0]), found[0]))
+    if any(_first(ordered, name, default) != v for name, v in values.items()):
+        # Some filter also catches a name that it is not meant for: spell out all.
+        ordered = sorted(values.items(), key=lambda found: (-len(found[0]), found[0]))
+    if not ordered:
+        return default
+    return [
+        *({"filter": part, "value": value} for part, value in ordered),
+        {"value": default},
+    ]
+
+
+def _first(filters: Sequence[tuple[str, float]], name: str, default: float) -> float:
+    return next((value for part, value in filters if part in name), default)
+
+
+def _kept_parameters(method: str) -> set[str]:
+    """Parameters that mean the same to the plain method as to ours."""
+    from mergekit.merge_methods import registry
+
+    if method == "metagpt":
+        return {"lambda"}
+    theirs = {parameter.name for parameter in registry.get(method).spec.parameters}
+    return theirs - {p.name for p in own_parameters() if p.name != "lambda"}
+
+
+def _dumped(value: Any) -> Any:
+    """A configuration as plain data; mergekit's own way fails for paths with spaces."""
+    from mergekit.common import ModelReference
+
+    if isinstance(value, ModelReference) and value.override_architecture is None:
+        return str(value)
+    if isinstance(value, BaseModel):
+        found = {name: getattr(value, name) for name in type(value).model_fields}
+        return {
+            name: _dumped(found[name])
+            for name, field in type(value).model_fields.items()
+            if found[name] != field.get_default(call_default_factory=True)
+        }
+    if isinstance(value, dict):
+        return {key: _dumped(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_dumped(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+def _kept(data: Any, names: Collection[str]) -> Any:
+    """Copy a configuration with only these parameters left, on all its levels."""
+    if isinstance(data, list):
+        return [_kept(item, names) for item in data]
+    if not isinstance(data, dict):
+        return data
+    copy = {key: _kept(value, names) for key, value in data.items()}
+    given = copy.pop("parameters", None) or {}
+    if left := {name: value for name, value in given.items() if name in names}:
+        copy["parameters"] = left
+    return copy
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model is named; `module` is None where it holds for all modules."""
+
+    module: str | None
+    slice_number: int
+    model: ModelReference
+    base: ModelReference | None
+
+
+def _sources(
+    config: MergeConfiguration, data: dict[str, Any]
+) -> Iterator[tuple[_Source, dict[str, Any]]]:
+    """Yield every model of a configuration's slices, and its place in the dump."""
+    for name, module in (config.modules or {None: config}).items():
+        dump = data if name is None else data["modules"][name]
+        listed = zip(module.models or (), dump.get("models", ()), strict=True)
+        for entry, written in listed:
+            yield _Source(name, 0, entry.model, config.base_model), written
+        cuts = zip(module.slices or (), dump.get("slices", ()), strict=True)
+        for number, (cut, written) in enumerate(cuts):
+            base = cut.base_model or config.base_model
+            for entry, source in zip(cut.sources, written["sources"], strict=True):
+                yield _Source(name, number, entry.model, base), source
+
+
+def _set_precision(
+    data: dict[str, Any], config: MergeConfiguration, found: Sequence[Coefficients]
+) -> list[str]:
+    """Let task_arithmetic compute as `metagpt` does; say what cannot be the same."""
+    stored: Counter[torch.dtype] = Counter()
+    of_output: dict[str, torch.dtype] = {}
+    for tensor in found:
+        at, sizes = tensor.planned, []
+        dtypes = []
+        for model, name in at.input_names.items():
+            checkpoint = already_open(model)
+            held = checkpoint.tensors.get(name) if checkpoint else None
+            if held is not None:
+                dtypes.append(held.dtype)
+                sizes.append(held.numel)
+        if dtypes:
+            of_output[at.name] = reduce(torch.promote_types, dtypes)
+            stored[of_output[at.name]] += max(sizes)
+
+    def named(dtype: torch.dtype) -> str:
+        return str(dtype).removeprefix("torch.")
+
+    common = named(stored.most_common(1)[0][0]) if stored else "float32"
+    wide = config.dtype == "float64" or (
+        config.dtype is None and torch.float64 in stored
+    )
+    data["dtype"] = "float64" if wide else "float32"
+    data["out_dtype"] = config.out_dtype or config.dtype or common
+    changes = []
+    if config.dtype is None and config.out_dtype is None:
+        others = [name for name, dtype in of_output.items() if named(dtype) != common]
+        if others:
+            changes.append(
+                f"stored precisions differ: all tensors come out as {common}, which "
+                f"most elements have; metagpt keeps {len(others)} others, such as "
+                f"{others[0]} as {named(of_output[others[0]])}"
+            )
+    if config.dtype and config.out_dtype and _coarser(config.dtype, config.out_dtype):
+        changes.append(
+            f"metagpt rounds its result to {config.dtype} before it is written as "
+            f"{config.out_dtype}; here it is written as it is"
+        )
+    if config.dtype not in (None, "float32", "float64"):
+        finer = sorted({named(d) for d in stored if named(d) != config.dtype})
+        if finer:
+            changes.append(
+                f"metagpt rounds inputs to {config.dtype} before it merges; here "
+                f"those stored as {', '.join(finer)} are merged as they are"
+            )
+    return changes
+
+
+def _coarser(one: str, other: str) -> bool:
+    from mergekit.common import dtype_from_name
+
+    steps = [torch.finfo(dtype_from_name(name)).eps for name in (one, other)]
+    return steps[0] > steps[1]
+
+
+def _verify(body: str, weights: Mapping[_Place, float], options: MergeOptions) -> None:
+    """Let mergekit read the YAML, and compare the weight that each tensor gets."""
+    for tensor in plan(merge_yaml.read(body), options):
+        for model, name in tensor.input_names.items():
+            place = tensor.module, tensor.slice_number, model, name
+            given = tensor.task.input_parameters.get(model)
+            if place in weights and given["weight"] != weights[place]:
+                raise RuntimeError(
+                    f"the exported YAML gives {name} of {model} the weight "
+                    f"{given['weight']}, not {weights[place]}: a defect of "
+                    "mergekit-metagpt, please report it"
+                )
+
+
+def _comment(
+    config: MergeConfiguration, found: Sequence[Coefficients], changes: Sequence[str]
+) -> str:
+    formula = "||theta_t - theta_0||^2 / sum_k ||theta_k - theta_0||^2"
+    lines = [
+        f"{config.merge_method} as plain mergekit, by mergekit-metagpt {__version__}.",
+        "Each weight is a coefficient of MetaGPT (https://arxiv.org/abs/2406.11385),",
+        f"lambda_t = {formula}, measured on",
+    ]
+    for model in dict.fromkeys(m for t in found for m in t.planned.task.model_order):
+        checkpoint = already_open(model)
+        if checkpoint is not None:
+            digest = digest_of(checkpoint.identity)
+            lines.append(f"  {model} (SHA-256 of samples: {digest[:16]})")
+    used = [p.name for p in own_parameters() if p.name != "lambda"]
+    given = {
+        name: value
+        for part in merge_yaml.inputs(config)
+        for levels in part.settings
+        for level in levels
+        for name, value in level.items()
+        if name in used
+    }
+    if given:
+        lines.append(f"with parameters of metagpt: {', '.join(sorted(given))}.")
+    lines += [f"Differs from {config.merge_method}: {change}." for change in changes]
+    return "".join(f"# {line}\n" for line in lines)

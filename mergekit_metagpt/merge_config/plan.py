@@ -1,0 +1,198 @@
+"""What a configuration will write: its output tensors, and the coefficients of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from mergekit import merge_methods
+from mergekit.graph import Executor, Task
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge_methods.base import (
+    PerInputValues,
+    TensorEntry,
+    TensorGroup,
+    TensorMetadata,
+)
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.plan import MergePlanner
+
+from mergekit_metagpt.method import group_norms
+from mergekit_metagpt.method.parameters import Settings
+
+if TYPE_CHECKING:
+    from mergekit.architecture import WeightInfo
+    from mergekit.common import ModelReference
+    from mergekit.config import ConfigReader, MergeConfiguration, OutputModuleDefinition
+    from mergekit.options import MergeOptions
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that mergekit's planner wants written.
+
+    Attributes:
+        module: of the architecture.
+        slice_number: which output slice of the module gives its inputs.
+        input_names: under which name each model holds it.
+        task: mergekit's, with parameters resolved for this tensor.
+    """
+
+    module: str
+    slice_number: int
+    input_names: Mapping[ModelReference, str]
+    task: ExecuteMergeMethodTask
+
+    @property
+    def name(self) -> str:
+        """Its name in the output."""
+        return self.task.output_weight.name
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The coefficients of one output tensor, before `lambda` scales them.
+
+    `shares` holds the models that have the tensor; none if only the base does.
+    """
+
+    planned: Planned
+    shares: Mapping[ModelReference, float]
+
+
+class _Planner(MergePlanner):
+    """mergekit's planner, which also notes where each tensor's inputs are given."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.found: list[Planned] = []
+        self._module = ""
+
+    def plan_module(self, module_name: str, definition: OutputModuleDefinition) -> None:
+        self._module = module_name
+        super().plan_module(module_name, definition)
+
+    def plan_tensor(
+        self,
+        weight: WeightInfo,
+        weights_in: list[WeightInfo],
+        models: list[ModelReference],
+        cfg_reader: ConfigReader,
+    ) -> None:
+        before = len(self._tensors)
+        super().plan_tensor(weight, weights_in, models, cfg_reader)
+        slices = cfg_reader.module.slices
+        (number,) = (n for n, at in enumerate(slices) if at is cfg_reader.slice_out)
+        # Not strict: mergekit gives the tensors after the layers as many inputs as the
+        # first slice has, and the models of the last, and merges those that have one.
+        names = dict(zip(models, (w.name for w in weights_in), strict=False))
+        for _, task in self._tensors[before:]:
+            self.found.append(Planned(self._module, number, names, task))
+
+
+def plan(config: MergeConfiguration, options: MergeOptions) -> list[Planned]:
+    """Plan a merge as mergekit does, without executing any of it.
+
+    Args:
+        config: mergekit's configuration; not changed.
+        options: mergekit's own.
+
+    Returns:
+        every output tensor.
+
+    Raises:
+        ValueError: the inputs do not fit each other.
+    """
+    from mergekit.architecture import get_architecture_info
+    from mergekit.merge import _model_out_config
+
+    config = config.model_copy(deep=True)
+    LoaderCache().setup(options)
+    architecture = get_architecture_info(config, options)
+    for model in config.referenced_models():
+        LoaderCache().get(model)
+    planner = _Planner(
+        config,
+        architecture,
+        options=options,
+        out_model_config=_model_out_config(
+            config, architecture, trust_remote_code=options.trust_remote_code
+        ),
+    )
+    planner.plan_to_disk(out_path="")  # only plans: nothing is executed
+    return planner.found
+
+
+def coefficients(
+    config: MergeConfiguration, options: MergeOptions
+) -> list[Coefficients]:
+    """Find the coefficients that a merge by MetaGPT will use, without merging.
+
+    Reads tensors only where the coefficients rest on what mergekit hands over: under
+    `granularity: tensor`, and optional ones, to see which models have them.
+
+    Args:
+        config: mergekit's configuration, of one of our methods; not changed.
+        options: mergekit's own.
+
+    Returns:
+        the coefficients of every output tensor.
+
+    Raises:
+        ValueError: as the merge itself.
+        OSError: as the merge itself.
+    """
+    planned = plan(config, options)
+    found: dict[int, Mapping[ModelReference, float]] = {}
+    reading: dict[Task[Any], int] = {}
+    for at, tensor in enumerate(planned):
+        task = tensor.task
+        by_content = task.parameters["granularity"] == "tensor"
+        if by_content or task.output_weight.optional:
+            reading[_Shares(planned=task)] = at
+        else:
+            found[at] = _shares(task, dict.fromkeys(tensor.input_names, torch.empty(0)))
+    if reading:
+        executor = Executor(list(reading), math_device="cpu", storage_device="cpu")
+        for task, shares in executor.run(quiet=True):
+            found[reading[task]] = shares
+    return [Coefficients(tensor, found[at]) for at, tensor in enumerate(planned)]
+
+
+class _Shares(Task[dict[Any, float]]):
+    """Gathers the inputs of a tensor as the merge does, and weights them."""
+
+    planned: ExecuteMergeMethodTask
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        return {"tensors": self.planned.gather_tensors}
+
+    def execute(self, tensors: Mapping[Any, torch.Tensor]) -> dict[Any, float]:
+        return _shares(self.planned, tensors)
+
+
+def _shares(
+    task: ExecuteMergeMethodTask, tensors: Mapping[ModelReference, torch.Tensor]
+) -> dict[ModelReference, float]:
+    present: Sequence[ModelReference] = [m for m in task.model_order if m in tensors]
+    method = merge_methods.get(task.method_name)
+    method.validate_inputs(present, task.base_model, group_name=task.output_weight.name)
+    group = TensorGroup(
+        tuple(
+            TensorEntry(model, tensors[model], is_base=model == task.base_model)
+            for model in present
+        ),
+        TensorMetadata.from_weight_info(task.output_weight),
+    )
+    if not group.non_base or not all(t.is_floating_point() for t in tensors.values()):
+        return {}
+    models = [entry.id for entry in group.non_base]
+    weights = [(model, task.input_parameters[model]["weight"]) for model in models]
+    settings = Settings.of(
+        group, {**dict(task.parameters.items()), "weight": PerInputValues(weights)}
+    )
+    measured = group_norms.of_group(group, settings)
+    shares = settings.shares(measured.sq_norms if measured else None)
+    return dict(zip(models, shares.tolist(), strict=True))

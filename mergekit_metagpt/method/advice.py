@@ -1,0 +1,193 @@
+"""What to beware of in coefficients and task vectors: figures in, sentences out."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+DOMINANT = 0.9
+
+
+STARVED = 0.1
+
+
+MOST = 0.5
+
+
+# Models that were trained apart are sqrt(2) apart; a fine-tune moves a few per cent.
+FAR = 0.5
+
+
+SIBLINGS = 0.5
+
+
+ORTHOGONAL = 0.1
+
+
+# Rounding noise of this share of ||tau|| makes a coefficient off by twice as much.
+NOISY = 0.1
+
+
+def degenerate(
+    base: Hashable,
+    models: Sequence[Hashable],
+    shares: Sequence[float],
+    where: str,
+    *,
+    weighted: bool = False,
+) -> str | None:
+    """Say whether one model takes almost all, or gets almost nothing.
+
+    Args:
+        base: the base.
+        models: the K models that have a weight.
+        shares: their coefficients, summing to 1.
+        where: the pool of tensors, for the reader.
+        weighted: whether the configuration gives them different weights.
+
+    Returns:
+        the sentence, or None if max <= 0.9 and min >= 0.1 / K.
+    """
+    if len(shares) < 2:
+        return None
+    largest = max(range(len(shares)), key=shares.__getitem__)
+    smallest = min(range(len(shares)), key=shares.__getitem__)
+    if shares[largest] > DOMINANT:
+        found = f"{models[largest]} takes {shares[largest]:.2%}"
+        correction = "a weight below 1 for it"
+    elif shares[smallest] < STARVED / len(shares):
+        found = f"{models[smallest]} gets only {shares[smallest]:.2%}"
+        correction = "a weight above 1 for it"
+    else:
+        return None
+    weights = "a weight left over in the YAML, " if weighted else ""
+    return (
+        f"{found} of the merge ({where}). Usual causes: {weights}a LoRA beside full "
+        f"fine-tunes, a wrong base (here {base}), a resized or reordered "
+        f"vocabulary. Ways out: power: 1, {correction}, or exclude"
+    )
+
+
+def nothing_moved(base: Hashable, where: str) -> str:
+    """Say that all models equal the base."""
+    return f"no model differs from the base {base} ({where}): the base is kept"
+
+
+def nothing_counts(exclude: Sequence[str]) -> str:
+    """Say that `exclude` leaves no tensor to measure."""
+    return (
+        f"exclude ({', '.join(exclude)}) names every tensor: nothing is measured, and "
+        "the weights alone count"
+    )
+
+
+def names_nothing(parts: Sequence[str]) -> str | None:
+    """Say which parts of `exclude` are in no tensor's name."""
+    if not parts:
+        return None
+    return (
+        f"exclude: {', '.join(parts)} is in no tensor's name and has no effect; "
+        "expected a part of the names that the models store, such as embed_tokens"
+    )
+
+
+def left_out(
+    base: Hashable, models: Sequence[Hashable], power: float, where: str
+) -> str | None:
+    """Say which models equal the base, whose norm has no negative power."""
+    if not models:
+        return None
+    names = ", ".join(str(model) for model in models)
+    return (
+        f"{names} equals the base {base} ({where}) and has no norm to the power "
+        f"{power:g}: left out"
+    )
+
+
+def embeddings(model: Hashable, share: float) -> str | None:
+    """Say that embeddings hold most of a squared norm."""
+    if share <= MOST:
+        return None
+    return (
+        f"embeddings hold {share:.0%} of ||tau||^2 of {model}: if its vocabulary was "
+        "resized or reordered, keep them out with exclude: embed_tokens,lm_head"
+    )
+
+
+def far(base: Hashable, model: Hashable, relative_norm: float) -> str | None:
+    """Say that a model is so far from the base that it may stem from another one."""
+    if relative_norm <= FAR:
+        return None
+    return (
+        f"{model} is {relative_norm:.2f} ||theta_0|| away from {base}; fine-tunes move "
+        "a few hundredths (models trained apart are about 1.4 away). Is it a fine-tune "
+        "of this base?"
+    )
+
+
+def rounding(model: Hashable, share: float) -> str | None:
+    """Say that a task vector is hardly larger than rounding between precisions."""
+    if share <= NOISY:
+        return None
+    return (
+        f"base and {model} are stored in different precisions, and rounding alone is "
+        f"{share:.0%} of ||tau|| (it is not counted, but blurs what is): take both in "
+        "the same precision"
+    )
+
+
+def siblings(base: Hashable, cosines: Sequence[float]) -> str | None:
+    """Say that all task vectors point the same way.
+
+    Args:
+        base: the base.
+        cosines: between every two task vectors.
+
+    Returns:
+        the sentence, or None if a pair has a cosine of 0.5 or less.
+    """
+    if not cosines or min(cosines) <= SIBLINGS:
+        return None
+    return (
+        f"all task vectors point the same way (cosines from {min(cosines):.2f}): the "
+        f"models share training that {base} has not seen. Is one of their common "
+        "ancestors the base to take?"
+    )
+
+
+def cosine_reading(
+    models: Sequence[Hashable], cosines: Sequence[Sequence[float]]
+) -> str:
+    """Say in plain words what the cosines between task vectors mean.
+
+    Args:
+        models: the K models.
+        cosines: shape `(K, K)`; NaN for a model that equals the base.
+
+    Returns:
+        one sentence.
+    """
+    pairs = [
+        (cosines[row][column], row, column)
+        for row in range(len(models))
+        for column in range(row)
+        if cosines[row][column] == cosines[row][column]
+    ]
+    if len(models) < 2:
+        return "One task vector alone has no angle to others."
+    if not pairs:
+        return "No two task vectors that are not zero: there is no angle to read."
+    value, row, column = max(pairs, key=lambda pair: abs(pair[0]))
+    if abs(value) <= ORTHOGONAL:
+        return (
+            f"Near orthogonal (at most {abs(value):.2f}), as the paper assumes: what "
+            "one model learned hardly overlaps with the others."
+        )
+    way = (
+        "share a direction: part of what they learned is the same"
+        if value > 0
+        else "point against each other: what one learned, the other undoes in part"
+    )
+    return (
+        f"{models[column]} and {models[row]} {way} (cosine {value:+.2f}). The paper "
+        "assumes values near 0; the coefficients do not depend on them."
+    )

@@ -1,0 +1,124 @@
+"""Checks what mergekit hands to the method."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from mergekit.merge_methods.base import TensorEntry, TensorGroup
+
+from mergekit_metagpt.checkpoints.stored import layer_key
+
+if TYPE_CHECKING:
+    pass
+
+
+# Elements compared to tell a layer from another one.
+PROBE = 1000
+
+
+def base_of(group: TensorGroup) -> TensorEntry:
+    """Return the base entry, which the methods' input contract guarantees."""
+    assert group.base is not None
+    return group.base
+
+
+def are_references(ids: Sequence[Hashable]) -> bool:
+    """Whether the ids are references to models, as in merges from files."""
+    common = sys.modules.get("mergekit.common")
+    return common is not None and all(
+        isinstance(model, common.ModelReference) for model in ids
+    )
+
+
+def check_headers(ids: Sequence[Hashable], base: Hashable) -> None:
+    """Check by their headers that the open models among the inputs fit the base.
+
+    Args:
+        ids: the inputs of a slice, the base among them.
+        base: which of them is the base.
+
+    Raises:
+        ValueError: a model is quantised, does not fit the base, or its config.json
+            does not fit what it stores.
+        OSError: a file is missing, truncated, or changed since it was opened.
+    """
+    from mergekit_metagpt.checkpoints import opening, pairs
+
+    opened = {model: opening.already_open(model) for model in ids}
+    for checkpoint in opened.values():
+        if checkpoint is not None and checkpoint.refused:
+            raise ValueError(checkpoint.refused)
+    reference = opened.pop(base)
+    if reference is None:
+        return
+    reference.verify_unchanged()
+    for model in opened.values():
+        if model is not None:
+            model.verify_unchanged()
+            pairs.check_pair(reference, model)
+
+
+def require_finite(group: TensorGroup) -> None:
+    for entry in group.entries:
+        if not bool(torch.isfinite(entry.tensor).all()):
+            raise ValueError(
+                f"{group.metadata.name or 'a tensor'} of {entry.id} holds NaN or "
+                "infinity; a merge would spread it. Repair or replace this model"
+            )
+
+
+def require_unchanged(group: TensorGroup) -> None:
+    """Check that the files behind a group are those that mergekit opened.
+
+    Args:
+        group: the inputs of a merge from files.
+
+    Raises:
+        OSError: a file has changed, or is gone.
+    """
+    from mergekit_metagpt.checkpoints import opening
+
+    for entry in group.entries:
+        if checkpoint := opening.already_open(entry.id):
+            checkpoint.verify_unchanged()
+
+
+def require_same_layer(group: TensorGroup) -> None:
+    """Compare a few stored elements with those handed over, under the output's name.
+
+    `slices:` may put a layer of the inputs at another index of the output; the method
+    sees only the output's name, under which the scan has the norms of another layer.
+
+    Args:
+        group: the inputs of a merge from files that make one output tensor.
+
+    Raises:
+        ValueError: the tensors stem from another layer of their checkpoints.
+    """
+    from mergekit_metagpt.checkpoints import opening
+
+    name = group.metadata.name or ""
+    if layer_key(name) == name or group.metadata.vocabulary_axis is not None:
+        return
+    for entry in group.entries:
+        checkpoint = opening.already_open(entry.id)
+        if checkpoint is None:
+            continue
+        if name in checkpoint.renamed:
+            own = checkpoint.renamed[name]
+            stored = checkpoint.first_elements(own, PROBE).to(entry.tensor.dtype)
+            given = entry.tensor.reshape(-1)[:PROBE].to(device="cpu")
+            same = torch.equal(stored, given)
+        else:
+            # Stored in another layout (experts), or the layer does not exist there.
+            same = any(layer_key(key) == layer_key(name) for key in checkpoint.renamed)
+        if same:
+            continue
+        raise ValueError(
+            f"granularity 'layer': {name} of the output is not {name} of {entry.id}. "
+            "Slices that move layers to other indices have no layer-wise norms; use "
+            "granularity: model or granularity: tensor"
+        )

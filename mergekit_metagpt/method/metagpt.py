@@ -1,0 +1,257 @@
+"""The mergekit method: find this merge's coefficients, then form the scaled sum."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    BatchOptions,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    TensorGroup,
+)
+
+from mergekit_metagpt.arithmetic import scaled_sums
+from mergekit_metagpt.method import group_norms, in_memory, inputs
+from mergekit_metagpt.method.announcing import Announcer
+from mergekit_metagpt.method.parameters import (
+    Settings,
+    all_zero,
+    no_base,
+    own_parameters,
+)
+from mergekit_metagpt.method.plan_watch import PlanWatch
+
+REFERENCE_URL = "https://arxiv.org/abs/2406.11385"
+
+
+# The name under which mergekit's planner validates a slice, before any tensor's.
+_SLICE = re.compile(r".+\.slices\[\d+\]")
+
+
+class MetaGPTMerge(GroupMergeMethod):
+    """MetaGPT as a mergekit method: merges from files, driven by mergekit's graph.
+
+    lambda_t = lambda * w_t n_t^(p/2) / sum_k w_k n_k^(p/2), with n_t measured on the
+    stored checkpoints (granularity `model`, `layer`) or on the tensors at hand
+    (`tensor`); theta = theta_0 + sum_t lambda_t tau_t (MetaGPT, eq. 2 and 15). Called
+    directly, it merges tensors in memory and pools over the groups of the call.
+    """
+
+    from_files = True
+
+    def __init__(self) -> None:
+        self.watch = PlanWatch()
+        self.spec = self._spec()
+
+    def _spec(self) -> MergeMethodSpec:
+        return MergeMethodSpec(
+            name="metagpt",
+            pretty_name="MetaGPT",
+            reference_url=REFERENCE_URL,
+            parameters=own_parameters(self.watch.saw_weight),
+            contract=InputContract(base=BasePolicy.REQUIRED),
+        )
+
+    def __call__(
+        self, groups: Sequence[TensorGroup], /, **options: Any
+    ) -> tuple[torch.Tensor, ...]:
+        return InMemoryMerge(self)(groups, **options)
+
+    def validate_inputs(
+        self,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
+    ) -> None:
+        """Check the inputs of a slice, of a tensor to be planned, or at hand.
+
+        Args:
+            input_ids: the inputs, the base among them.
+            base_id: which of them is the base.
+            group_name: the slice or tensor, for messages.
+
+        Raises:
+            ValueError: no base, the base is not among the inputs, only the base is
+                configured, or by its header a model does not fit the base.
+            OSError: a file is missing, truncated or has changed.
+        """
+        if base_id is None:
+            raise ValueError(no_base(self.spec.name, group_name))
+        if base_id not in input_ids:
+            if group_name is not None and not _SLICE.fullmatch(group_name):
+                raise ValueError(
+                    f"the base {base_id} has no {group_name}, which others have: there "
+                    "is no task vector of it. Leave these tensors out of the models"
+                )
+            place = f" for {group_name}" if group_name else ""
+            raise ValueError(
+                f"the base {base_id} is not among the inputs{place}. Add it to the "
+                "sources (or to the models): task vectors are measured against it"
+            )
+        super().validate_inputs(input_ids, base_id, group_name=group_name)
+        if not self.from_files or not inputs.are_references(input_ids):
+            return
+        if group_name is not None and not _SLICE.fullmatch(group_name):
+            self.watch.saw_tensor(base_id)
+            return
+        self.watch.saw_slice(group_name, input_ids, base_id)
+        group_norms.forget_failures()
+        # Without a name this is mergekit-pytorch, which has nothing open yet, or a
+        # merge in memory, where files do not matter.
+        if group_name is not None:
+            inputs.check_headers(input_ids, base_id)
+
+    def _execute(
+        self,
+        groups: Sequence[TensorGroup],
+        parameters: list[dict[str, Any]],
+        options: BatchOptions,
+        *,
+        input_dtypes: Sequence[torch.dtype | None],
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        settings = [
+            Settings.of(group, bound)
+            for group, bound in zip(groups, parameters, strict=True)
+        ]
+        self._require_weights(groups, settings)
+        for group in groups if self.from_files else ():
+            inputs.require_unchanged(group)
+        measured = self._sq_norms(groups, settings)
+        lambdas = [
+            self._coefficients(*arguments)
+            for arguments in zip(groups, settings, measured, strict=True)
+        ]
+        return super()._execute(
+            groups,
+            [
+                {**bound, "coefficients": values}
+                for bound, values in zip(parameters, lambdas, strict=True)
+            ],
+            options,
+            input_dtypes=input_dtypes,
+            out_dtype=out_dtype,
+        )
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+        """Return theta_0 + sum_t lambda_t tau_t for one tensor group."""
+        base = inputs.base_of(group).tensor
+        if not group.non_base:
+            return base
+        return scaled_sums.scaled_sum(
+            base,
+            [entry.tensor for entry in group.non_base],
+            parameters["coefficients"] * parameters["lambda"],
+        )
+
+    def _require_weights(
+        self, groups: Sequence[TensorGroup], settings: Sequence[Settings]
+    ) -> None:
+        """Refuse a merge whose every weight is 0 (on one tensor, it is the base's)."""
+        for group, chosen in zip(groups, settings, strict=True):
+            if not bool(chosen.weight.any()) and self.watch.every_weight_is_zero(
+                inputs.base_of(group).id
+            ):
+                raise ValueError(all_zero())
+
+    def _sq_norms(
+        self, groups: Sequence[TensorGroup], settings: Sequence[Settings]
+    ) -> list[group_norms.Measured | None]:
+        """For each group n_t of its pool, shape `(K,)`; None where no norm counts."""
+        found = []
+        for group, chosen in zip(groups, settings, strict=True):
+            found.append(group_norms.of_group(group, chosen))
+            if chosen.granularity == "layer" and found[-1] is not None:
+                inputs.require_same_layer(group)
+        return found
+
+    def _coefficients(
+        self,
+        group: TensorGroup,
+        settings: Settings,
+        measured: group_norms.Measured | None,
+    ) -> torch.Tensor:
+        """Shares of the models, summing to 1 (or 0 where the base is to be kept)."""
+        models, weight = [entry.id for entry in group.non_base], settings.weight
+        base, where = inputs.base_of(group).id, settings.pool(group.metadata.name)
+        say, sq_norms = self._announcer(base), measured.sq_norms if measured else None
+        shares = settings.shares(sq_norms)
+        if not models or not bool((weight > 0).any()):
+            return shares
+        if not bool((shares > 0).any()):
+            say.nothing_moved(base, where)
+            return shares
+        if sq_norms is not None and settings.power < 0:
+            unmoved = ((weight > 0) & (sq_norms == 0)).nonzero().flatten().tolist()
+            say.left_out(base, [models[k] for k in unmoved], settings.power, where)
+        if measured is not None and measured.embeddings:
+            say.embeddings(models, measured.embeddings)
+        if measured is not None:
+            say.names_nothing(measured.idle)
+        say.coefficients(
+            base,
+            models,
+            shares.detach().tolist(),
+            None if sq_norms is None else sq_norms.detach().tolist(),
+            where,
+            weight=weight.tolist(),
+            scale=settings.scale,
+            one_of_many=settings.granularity != "model",
+            visible=self.from_files,
+        )
+        wanted = (weight > 0).nonzero().flatten().tolist()
+        say.degenerate(
+            base,
+            [models[k] for k in wanted],
+            shares.detach()[wanted].tolist(),
+            where,
+            weighted=len(set(weight[wanted].tolist())) > 1,
+        )
+        return shares
+
+    def _announcer(self, base: Hashable) -> Announcer:
+        plan = self.watch.of(base)
+        return plan.announcer if plan else Announcer()
+
+
+class InMemoryMerge(MetaGPTMerge):
+    """The same method on tensors in memory: the groups of one call are the model."""
+
+    from_files = False
+
+    def __init__(self, method: MetaGPTMerge) -> None:
+        self.method = method
+        self.spec = method.spec
+        self.watch = method.watch
+        self._said_in_this_call = Announcer()
+
+    def __call__(
+        self, groups: Sequence[TensorGroup], /, **options: Any
+    ) -> tuple[torch.Tensor, ...]:
+        return GroupMergeMethod.__call__(self, groups, **options)
+
+    def _announcer(self, base: Hashable) -> Announcer:
+        return self._said_in_this_call
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+        """Merge as the method does from files."""
+        return self.method.merge_group(group, **parameters)
+
+    def _require_weights(
+        self, groups: Sequence[TensorGroup], settings: Sequence[Settings]
+    ) -> None:
+        weights = [chosen.weight for chosen in settings if len(chosen.weight)]
+        if weights and not any(bool(weight.any()) for weight in weights):
+            raise ValueError(all_zero())
+
+    def _sq_norms(
+        self, groups: Sequence[TensorGroup], settings: Sequence[Settings]
+    ) -> list[group_norms.Measured | None]:
+        return in_memory.of_call(groups, settings)

@@ -1,0 +1,84 @@
+"""Remembers, from the calls of mergekit's planner, what a single tensor cannot tell."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+from mergekit_metagpt.method.announcing import Announcer
+from mergekit_metagpt.method.parameters import only_base
+
+
+@dataclass
+class Plan:
+    """What is known of one merge from files.
+
+    Attributes:
+        slices: names of the slices seen so far.
+        has_models: whether any slice has a model beside its base.
+        reading_slices: whether tensors are still to come.
+        largest_weight: of all models on all tensors.
+        announcer: says each kind of message once for this merge.
+    """
+
+    slices: set[str | None] = field(default_factory=set)
+    has_models: bool = False
+    reading_slices: bool = True
+    largest_weight: float = 0.0
+    announcer: Announcer = field(default_factory=Announcer)
+
+
+class PlanWatch:
+    """Watches one method's validation calls, which mergekit makes in a known order.
+
+    A plan is made on one thread: every slice is validated, then for every tensor its
+    parameters are resolved and its inputs validated. Only then does anything execute,
+    possibly on other threads. So by the first execution it is known whether any model
+    beside the base is configured, and whether any weight is positive.
+    """
+
+    def __init__(self) -> None:
+        self._here = threading.local()
+        self._by_base: dict[Hashable, Plan] = {}
+
+    def of(self, base: Hashable) -> Plan | None:
+        """Return the latest plan with this base."""
+        return self._by_base.get(base)
+
+    def saw_slice(
+        self, name: str | None, models: Sequence[Hashable], base: Hashable
+    ) -> None:
+        """Note a slice. A name seen before, or none, starts a plan: the last failed."""
+        plan = getattr(self._here, "plan", None)
+        if plan is None or not plan.reading_slices or {name, None} & plan.slices:
+            plan = self._here.plan = Plan()
+        plan.slices.add(name)
+        plan.has_models |= any(model != base for model in models)
+        self._by_base[base] = plan
+
+    def saw_weight(self, value: float) -> None:
+        """Note a weight from the configuration, whichever tensor it is for."""
+        plan = getattr(self._here, "plan", None)
+        if plan is not None:
+            plan.largest_weight = max(plan.largest_weight, value)
+
+    def saw_tensor(self, base: Hashable) -> None:
+        """Note that a tensor's task is built, its parameters being resolved.
+
+        Args:
+            base: of the tensor's inputs.
+
+        Raises:
+            ValueError: no slice has a model beside its base.
+        """
+        plan = getattr(self._here, "plan", None)
+        if plan is not None and plan.reading_slices:
+            plan.reading_slices = False
+            if not plan.has_models:
+                raise ValueError(only_base(base))
+
+    def every_weight_is_zero(self, base: Hashable) -> bool:
+        """Whether all weights of the plan with this base are 0."""
+        plan = self.of(base)
+        return plan is not None and plan.largest_weight == 0

@@ -1,0 +1,87 @@
+"""Writes a model card's section on the coefficients: a report in, Markdown out."""
+
+from __future__ import annotations
+
+from mergekit_metagpt.report import schema
+
+PAPER = "https://arxiv.org/abs/2406.11385"
+
+
+def section(
+    report: schema.Report, *, figure: str, plain: str, changes: tuple[str, ...]
+) -> str:
+    """Write the coefficients, their origin, versions and inputs as Markdown.
+
+    Args:
+        report: of `inspect` on the merge's configuration.
+        figure: file name of the figure beside the card.
+        plain: file name of the plain YAML beside the card.
+        changes: what merging the plain YAML changes beyond the last bits.
+
+    Returns:
+        Markdown that begins with a heading.
+    """
+    lines = [
+        "## MetaGPT coefficients",
+        "",
+        f"By [MetaGPT]({PAPER}), from the checkpoints alone: each task vector's share",
+        "of the sum of squared norms,",
+        "",
+        _formula(report),
+        "",
+    ]
+    for family in report.families:
+        lines += _family(family)
+    versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    lines += [
+        f"![lambda, cosines and layers]({figure})",
+        "",
+        f"Made with {versions}. All figures are in `metagpt.json`. `{plain}` is the "
+        "same merge with explicit weights, for mergekit without the plugin"
+        + (f" ({'; '.join(changes)})." if changes else "."),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _formula(report: schema.Report) -> str:
+    settings = report.families[0].settings
+    norm = r"\lVert\theta_t - \theta_0\rVert"
+    power = f"{settings.power:g}"
+    term = rf"{norm}^{{{power}}}"
+    weighted = any(m.weight != 1 for family in report.families for m in family.models)
+    one = rf"w_t\,{term}" if weighted else term
+    scale = f"{settings.scale:g}\\," if settings.scale != 1 else ""
+    other = one.replace("_t", "_k")
+    return rf"$$\lambda_t = {scale}\frac{{{one}}}{{\sum_k {other}}}$$"
+
+
+def _family(family: schema.Family) -> list[str]:
+    settings = family.settings
+    chosen = [f"Granularity `{settings.granularity}`", f"power {settings.power:g}"]
+    if settings.exclude:
+        chosen.append(f"not counting `{', '.join(settings.exclude)}`")
+    if settings.varying:
+        chosen.append(f"{', '.join(settings.varying)} set tensor by tensor")
+    lines = [
+        f"Base: `{family.base.name}` ({_version(family.base)}). {', '.join(chosen)}.",
+        "",
+        "| model | lambda | weight | norm | relative norm | content |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model in family.models:
+        low, high = model.coefficient_range
+        value = f"{high:.6g}" if low == high else f"{low:.4g} to {high:.4g}"
+        relative = "-" if model.relative_norm is None else f"{model.relative_norm:.4g}"
+        lines.append(
+            f"| `{model.name}` | {value} | {model.weight:g} | {model.norm:.5g} "
+            f"| {relative} | {_version(model)} |"
+        )
+    return [*lines, ""]
+
+
+def _version(stored: schema.Stored) -> str:
+    source = stored.source
+    if source.revision:
+        return f"revision `{source.revision}`"
+    return f"sampled SHA-256 `{source.digest[:16]}`"

@@ -1,0 +1,11 @@
+"""How far models moved: the squared norms of each pair, measured once.
+
+It never merges, and it never touches a GPU or torch's random state.
+"""
+
+__all__ = [
+    "cache",
+    "once",
+    "pools",
+    "results",
+]

@@ -1,0 +1,87 @@
+"""Tells which pool a tensor belongs to, and which tensors do not count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from mergekit_metagpt.checkpoints.stored import layer_key
+
+
+def pool_key(name: str, granularity: str) -> str:
+    """Return the pool that a tensor belongs to.
+
+    Args:
+        name: of a tensor.
+        granularity: `model`, `layer` or `tensor`.
+
+    Returns:
+        the pool's name.
+
+    Raises:
+        ValueError: unknown granularity.
+
+    Example:
+        >>> pool_key("h.0.attn.weight", "layer"), pool_key("h.0.attn.weight", "model")
+        ('h.0', 'model')
+    """
+    if granularity == "model":
+        return "model"
+    if granularity == "layer":
+        return layer_key(name)
+    if granularity == "tensor":
+        return name
+    raise ValueError(
+        f"granularity is {granularity!r}; expected 'model', 'layer' or 'tensor'"
+    )
+
+
+def is_excluded(name: str, exclude: Sequence[str]) -> bool:
+    """Whether a tensor's name contains one of the excluded parts.
+
+    Args:
+        name: of a tensor.
+        exclude: parts of names.
+
+    Returns:
+        True if it does not count.
+
+    Example:
+        >>> is_excluded("model.embed_tokens.weight", ["embed_tokens"])
+        True
+    """
+    return any(part in name for part in exclude)
+
+
+def idle_parts(exclude: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
+    """Find the parts that exclude nothing.
+
+    Args:
+        exclude: parts of names.
+        names: of all tensors.
+
+    Returns:
+        the parts that are in none of the names, in their order.
+
+    Example:
+        >>> idle_parts(["embed", "lm_haed"], ["embed.weight", "lm_head.weight"])
+        ('lm_haed',)
+    """
+    every = set(names)
+    return tuple(part for part in exclude if not any(part in name for name in every))
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor is a token embedding or an output head, by its usual names.
+
+    Args:
+        name: of a tensor.
+
+    Returns:
+        True for names that the usual architectures give to these weights.
+
+    Example:
+        >>> is_embedding("model.embed_tokens.weight"), is_embedding("model.norm.weight")
+        (True, False)
+    """
+    usual = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_out")
+    return is_excluded(name, usual)

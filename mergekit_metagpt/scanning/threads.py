@@ -1,0 +1,66 @@
+"""Runs a scan's tasks on worker threads and shows its progress."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from mergekit_metagpt.arithmetic.in_parts import (
+    use_one_torch_thread,
+)
+
+T = TypeVar("T")
+
+
+R = TypeVar("R")
+
+
+def default_workers() -> int:
+    """Number of CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run(tasks: Sequence[tuple[int, Callable[[], T]]], workers: int) -> list[T]:
+    """Run tasks on threads that each do torch's work alone; show progress in bytes.
+
+    The bar goes to stderr, only if that is a terminal.
+
+    Args:
+        tasks: pairs of the bytes that a task reads and the task.
+        workers: threads.
+
+    Returns:
+        the tasks' results, in their order.
+    """
+    import tqdm
+
+    executor = ThreadPoolExecutor(
+        max_workers=workers,
+        thread_name_prefix="metagpt-scan",
+        initializer=use_one_torch_thread,
+    )
+    bar = tqdm.tqdm(
+        total=sum(size for size, _ in tasks),
+        desc="metagpt: measuring task vectors",
+        unit="B",
+        unit_scale=True,
+        file=sys.stderr,
+        disable=None,
+        leave=False,
+    )
+    with executor, bar:
+        futures = [executor.submit(task) for _, task in tasks]
+        try:
+            results = []
+            for (size, _), future in zip(tasks, futures, strict=True):
+                results.append(future.result())
+                bar.update(size)
+            return results
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
