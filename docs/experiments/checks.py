@@ -10,20 +10,20 @@ import numpy as np
 from results import Results, correlation, table
 
 
-def family(found: Results) -> str:
+def family(results: Results) -> str:
     """Base and specialists on the specialist's domain, means over seeds."""
     rows = []
-    for name, plan in found.raw["setting"]["specialists"].items():
-        k = found.domain(name)
-        own = [found.models[seed, name] for seed in found.seeds]
-        base = [found.models[seed, "base"] for seed in found.seeds]
+    for name, plan in results.raw["setting"]["specialists"].items():
+        k = results.domain(name)
+        own = [results.models[seed, name] for seed in results.seeds]
+        base = [results.models[seed, "base"] for seed in results.seeds]
         kind = f"LoRA, rank {plan['lora_rank']}" if plan["lora_rank"] else "full"
         rows.append(
             [
                 name,
                 f"{kind}, {plan['steps']} steps at {plan['rate']:g}",
                 f"{fmean(r['sq_norm'] for r in own):.3g}",
-                f"{100 * fmean(r['of_embeddings'] / r['sq_norm'] for r in own):.0f} %",
+                f"{100 * fmean(r['of_embeddings'] / r['sq_norm'] for r in own):.0f}%",
                 f"{fmean(r['loss'][k] for r in base):.3f}",
                 f"{fmean(r['loss'][k] for r in own):.3f}",
                 f"{fmean(r['loss'][0] for r in own):.3f}",
@@ -36,11 +36,11 @@ def family(found: Results) -> str:
     return table([*head, "base's score", "score"], rows)
 
 
-def regime(found: Results) -> str:
+def regime(results: Results) -> str:
     """The pilot: loss on the four domains by width and learning rate."""
     rows = []
     for row in json.loads(Path(__file__).with_name("pilot.json").read_text()):
-        domains = [row[name] for name in found.domains if name != "general"]
+        domains = [row[name] for name in results.domains if name != "general"]
         means = [
             fmean(domain[who][0] for domain in domains)
             for who in ("base", "specialist", "average")
@@ -55,7 +55,7 @@ def regime(found: Results) -> str:
                 str(row["width"]),
                 f"{row['rate']:g}",
                 *cells,
-                f"{100 * share:.0f} %",
+                f"{100 * share:.0f}%",
                 f"{better} of {len(domains)}",
                 ", ".join(f"{value:.0f}" for value in exact),
             ]
@@ -64,76 +64,68 @@ def regime(found: Results) -> str:
     return table([*head, "domains better than base", "specialists' exact match"], rows)
 
 
-def angles(found: Results) -> str:
+def angles(results: Results) -> str:
     """Cosines between the task vectors of each mixture, over pairs and seeds."""
-    names = list(found.raw["setting"]["specialists"])
     rows = []
-    for mixture, models in found.mixtures.items():
-        at = [names.index(model) for model in models]
-        values = [
-            record["cosines"][i][j]
-            for record in found.raw["angles"]
-            for i in at
-            for j in at
-            if i < j
-        ]
-        rows.append([mixture, *(f"{v:.3f}" for v in (fmean(values), min(values)))])
-        rows[-1].append(f"{max(values):.3f}")
+    for mixture in results.mixtures:
+        cosines = results.cosines(mixture)
+        figures = (fmean(cosines), min(cosines), max(cosines))
+        rows.append([mixture, *(f"{figure:.3f}" for figure in figures)])
     return table(["mixture", "mean cosine", "lowest", "highest"], rows)
 
 
-def linearity(found: Results) -> str:
+def linearity(results: Results) -> str:
     """Distance of the outputs from a straight line, means over seeds, percent."""
     rows = []
-    for name in dict.fromkeys(record["model"] for record in found.raw["bends"]):
-        records = [r for r in found.raw["bends"] if r["model"] == name]
+    for name in dict.fromkeys(record["model"] for record in results.raw["bends"]):
+        records = [r for r in results.raw["bends"] if r["model"] == name]
         bends = np.mean([r["bend"] for r in records], axis=0)[1:-1]
         rows.append([name, *(f"{100 * value:.1f}" for value in bends)])
     return table(["model", "alpha 0.25", "alpha 0.5", "alpha 0.75"], rows)
 
 
-def rank_agreement(found: Results, seed: int, mixture: str, kind: str) -> float:
+def rank_agreement(results: Results, seed: int, mixture: str, kind: str) -> float:
     """Compute the rank correlation of a bound with ALD over methods that have it."""
-    methods = [m for m in found.methods if kind in found.merges[seed, mixture, m]]
-    values = [found.merges[seed, mixture, m][kind] for m in methods]
-    return correlation(values, [found.ald[seed, mixture, m] for m in methods])
+    methods = [m for m in results.methods if kind in results.merges[seed, mixture, m]]
+    values = [results.merges[seed, mixture, m][kind] for m in methods]
+    return correlation(values, [results.ald[seed, mixture, m] for m in methods])
 
 
-def bounds(found: Results) -> str:
+def bounds(results: Results) -> str:
     """Whether MetaGPT minimises the bounds, and whether these rank methods as ALD."""
     rows = []
-    for mixture in found.mixtures:
+    for mixture in results.mixtures:
         cells = []
         for kind in ("bound", "quadratic"):
             minimal = []
-            for seed in found.seeds:
+            for seed in results.seeds:
                 values = {
-                    m: found.merges[seed, mixture, m][kind]
-                    for m in found.methods
-                    if kind in found.merges[seed, mixture, m]
+                    m: results.merges[seed, mixture, m][kind]
+                    for m in results.methods
+                    if kind in results.merges[seed, mixture, m]
                 }
                 least = min(values.values())
                 minimal.append(values["metagpt"] <= least * (1 + 1e-5))
-            ranks = [rank_agreement(found, s, mixture, kind) for s in found.seeds]
+            ranks = [rank_agreement(results, s, mixture, kind) for s in results.seeds]
             cells.append(f"{sum(minimal)} of {len(minimal)}")
             cells.append(f"{fmean(ranks):.2f} ({min(ranks):.2f} to {max(ranks):.2f})")
         place = []
-        for seed in found.seeds:
-            values = sorted(found.ald[seed, mixture, m] for m in found.methods)
-            place.append(1 + values.index(found.ald[seed, mixture, "metagpt"]))
+        for seed in results.seeds:
+            values = sorted(results.ald[seed, mixture, m] for m in results.methods)
+            place.append(1 + values.index(results.ald[seed, mixture, "metagpt"]))
         rows.append([mixture, *cells, ", ".join(map(str, place))])
     head = ["mixture", "bound least", "bound and ALD", "quadratic least"]
     return table([*head, "quadratic and ALD", "MetaGPT's place by ALD"], rows)
 
 
-def pairs(found: Results) -> str:
+def pairs(results: Results) -> str:
     """For two models: the share of the first that MetaGPT takes, and the best one."""
     rows = []
-    for first, second in dict.fromkeys(tuple(r["pair"]) for r in found.raw["pairs"]):
-        for seed in found.seeds:
-            curve = pair_curve(found, seed, (first, second))
-            n, m = (found.models[seed, name]["sq_norm"] for name in (first, second))
-            chosen = n / (n + m)
+    for first, second in dict.fromkeys(tuple(r["pair"]) for r in results.raw["pairs"]):
+        for seed in results.seeds:
+            curve = pair_curve(results, seed, (first, second))
+            n, m = (results.models[seed, name]["sq_norm"] for name in (first, second))
+            own_share = n / (n + m)
             losses = [loss for _, loss in curve]
             shares = [share for share, _ in curve]
             best = min(curve, key=lambda point: point[1])
@@ -141,9 +133,9 @@ def pairs(found: Results) -> str:
                 [
                     f"{first}, {second}",
                     str(seed),
-                    f"{chosen:.2f}",
+                    f"{own_share:.2f}",
                     f"{best[0]:.1f}",
-                    f"{np.interp(chosen, shares, losses):.3f}",
+                    f"{np.interp(own_share, shares, losses):.3f}",
                     f"{np.interp(0.5, shares, losses):.3f}",
                     f"{best[1]:.3f}",
                 ]
@@ -153,11 +145,11 @@ def pairs(found: Results) -> str:
 
 
 def pair_curve(
-    found: Results, seed: int, pair: tuple[str, str]
+    results: Results, seed: int, pair: tuple[str, str]
 ) -> list[tuple[float, float]]:
     """List (share of the first, ALD) of a pair's convex combinations."""
     return [
-        (r["share"], found.difference(seed, list(pair), r["loss"]))
-        for r in found.raw["pairs"]
+        (r["share"], results.difference(seed, list(pair), r["loss"]))
+        for r in results.raw["pairs"]
         if r["seed"] == seed and tuple(r["pair"]) == pair
     ]

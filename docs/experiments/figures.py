@@ -45,13 +45,13 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def differences(found: Results, path: Path) -> None:
+def differences(results: Results, path: Path) -> None:
     """Each method minus the plain average: one mark per mixture and seed."""
     figure, axis = plt.subplots(figsize=(9, 5.4), layout="constrained")
-    groups = [group for group in MARKS if found.group(group)]
+    groups = [group for group in MARKS if results.group(group)]
     for row, method in enumerate(METHODS):
         for k, group in enumerate(groups):
-            xs = found.differences(method, "average", found.group(group))
+            xs = results.differences(method, "average", results.group(group))
             ys = [row + (k - (len(groups) - 1) / 2) * 0.2] * len(xs)
             shape, shade = MARKS[group]
             label = group if row == 0 else None
@@ -69,17 +69,17 @@ def differences(found: Results, path: Path) -> None:
     _save(figure, path)
 
 
-def shares(found: Results, path: Path) -> None:
+def shares(results: Results, path: Path) -> None:
     """ALD along the line between two specialists, with MetaGPT's choice."""
-    chosen = list(dict.fromkeys(tuple(r["pair"]) for r in found.raw["pairs"]))
+    pairs = list(dict.fromkeys(tuple(r["pair"]) for r in results.raw["pairs"]))
     figure, axes = plt.subplots(
-        1, len(chosen), figsize=(10.5, 3.6), layout="constrained"
+        1, len(pairs), figsize=(10.5, 3.6), layout="constrained"
     )
-    for axis, (first, second) in zip(axes, chosen, strict=True):
-        for k, seed in enumerate(found.seeds):
-            curve = pair_curve(found, seed, (first, second))
+    for axis, (first, second) in zip(axes, pairs, strict=True):
+        for k, seed in enumerate(results.seeds):
+            curve = pair_curve(results, seed, (first, second))
             xs, ys = zip(*curve, strict=True)
-            n, m = (found.models[seed, name]["sq_norm"] for name in (first, second))
+            n, m = (results.models[seed, name]["sq_norm"] for name in (first, second))
             look = {"color": SHADES[k % 4], "ls": LINES[k % 4]}
             axis.plot(xs, ys, label=f"seed {seed}", **look)
             at = n / (n + m)
@@ -94,12 +94,12 @@ def shares(found: Results, path: Path) -> None:
     _save(figure, path)
 
 
-def straightness(found: Results, path: Path) -> None:
+def straightness(results: Results, path: Path) -> None:
     """How far outputs and losses are from a straight line along theta_0 + alpha tau."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    names = dict.fromkeys(record["model"] for record in found.raw["bends"])
+    names = dict.fromkeys(record["model"] for record in results.raw["bends"])
     for k, (name, shape) in enumerate(zip(names, "o^sXDv", strict=True)):
-        records = [r for r in found.raw["bends"] if r["model"] == name]
+        records = [r for r in results.raw["bends"] if r["model"] == name]
         alphas = records[0]["alpha"]
         bends = 100 * np.mean([r["bend"] for r in records], axis=0)
         losses = np.mean([r["loss"] for r in records], axis=0)
@@ -114,19 +114,20 @@ def straightness(found: Results, path: Path) -> None:
     _save(figure, path)
 
 
-def ranking(found: Results, path: Path) -> None:
+def ranking(results: Results, path: Path) -> None:
     """The exact quadratic against ALD, all methods of three mixtures."""
-    wanted = ("three equal", "markup long", "harsh")
-    chosen = [name for name in wanted if name in found.mixtures] or found.gentle[:1]
+    names = ("three equal", "markup long", "harsh")
+    mixtures = [name for name in names if name in results.mixtures]
+    mixtures = mixtures or results.gentle[:1]
     figure, grid = plt.subplots(
-        1, len(chosen), figsize=(10.5, 3.6), squeeze=False, layout="constrained"
+        1, len(mixtures), figsize=(10.5, 3.6), squeeze=False, layout="constrained"
     )
     axes = grid[0]
-    for axis, mixture in zip(axes, chosen, strict=True):
-        for method in found.methods:
-            records = [found.merges[s, mixture, method] for s in found.seeds]
+    for axis, mixture in zip(axes, mixtures, strict=True):
+        for method in results.methods:
+            records = [results.merges[s, mixture, method] for s in results.seeds]
             x = fmean(r["quadratic"] for r in records)
-            y = fmean(found.over_seeds(mixture, method))
+            y = fmean(results.over_seeds(mixture, method))
             shape, look = "o", {"mfc": "white", "mec": "#08306b", "ms": 5}
             if method.startswith("metagpt"):
                 shape, look = "^", {"color": "#e6550d", "ms": 5}

@@ -85,9 +85,9 @@ def methods(count: int) -> dict[str, Method]:
     return found
 
 
-def lifting_weight(share: float, wanted: float) -> float:
-    """Compute the `weight` that brings a model from one share of a merge to another."""
-    return wanted * (1 - share) / (share * (1 - wanted))
+def lifting_weight(share: float, target: float) -> float:
+    """Compute the `weight` that brings a model's share of a merge to `target`."""
+    return target * (1 - share) / (share * (1 - target))
 
 
 def configuration(

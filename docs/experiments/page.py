@@ -1,4 +1,4 @@
-"""Rewrites tables, single figures and pictures of evaluation.md from the results."""
+"""Brings tables, quoted figures and pictures up to date with results.json."""
 
 from __future__ import annotations
 
@@ -12,40 +12,83 @@ from tables import TABLES
 from values import value
 
 HERE = Path(__file__).resolve().parent
-_TABLE = re.compile(r"<!-- table: ([\w-]+) -->.*?<!-- end -->", re.DOTALL)
-_VALUE = re.compile(r"<!-- value: ([^>]+?) -->.*?<!-- end -->", re.DOTALL)
+PAGES = ("evaluation.md", "experiments/tables.md")
+_TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n\n)(?:\|.*\n)*")
+_FIGURE = r"[-+]?\d+(?:\.\d+)?(?:%| of \d+)?"
 
 
-def filled(page: str, found: Results) -> str:
-    """Put the results' tables and single figures between the page's markers.
+def read_quotes() -> list[str]:
+    """Read quotes.txt: fragments of evaluation.md with keys in place of figures."""
+    lines = (HERE / "quotes.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
 
-    Args:
-        page: text of evaluation.md.
-        found: what to write.
 
-    Returns:
-        the page, with everything between its markers replaced.
+def keys_of(quote: str) -> list[str]:
+    """List the keys of a quote's figures."""
+    return re.findall(r"\{(.+?)\}", quote)
+
+
+def pattern_of(quote: str) -> re.Pattern[str]:
+    """Match a quote, whatever its figures are and wherever its lines break.
+
+    The groups are the words around the figures.
+    """
+    words = re.split(r"\{.+?\}", quote)
+    parts = [r"\s+".join(map(re.escape, part.split(" "))) for part in words]
+    return re.compile(_FIGURE.join(f"({part})" for part in parts))
+
+
+def with_tables(page: str, results: Results) -> str:
+    """Rewrite each table of a page below its marker, `<!-- table: NAME -->`.
 
     Raises:
-        KeyError: a marker names no table or figure.
+        KeyError: there is no table of that name.
     """
-
-    def table(match: re.Match[str]) -> str:
-        name = match[1]
-        return f"<!-- table: {name} -->\n\n{TABLES[name](found)}\n\n<!-- end -->"
-
-    def single(match: re.Match[str]) -> str:
-        return f"<!-- value: {match[1]} -->{value(found, match[1])}<!-- end -->"
-
-    return _VALUE.sub(single, _TABLE.sub(table, page))
+    return _TABLE.sub(lambda match: f"{match[1]}{TABLES[match[2]](results)}\n", page)
 
 
-def write_page(folder: Path) -> None:
-    """Rewrite `folder`/evaluation.md and `folder`/experiments/*.png."""
-    page = folder / "evaluation.md"
-    if not page.exists():
-        shutil.copyfile(HERE.parent / "evaluation.md", page)
-    found = Results.read(folder / "experiments" / "results.json")
-    page.write_text(filled(page.read_text(), found))
+def with_figures(page: str, results: Results, quotes: list[str]) -> str:
+    """Rewrite the figures of each quote in a page.
+
+    Args:
+        page: text of the page.
+        results: where the figures come from.
+        quotes: fragments of the page, as in quotes.txt.
+
+    Returns:
+        the page, with its figures brought up to date.
+
+    Raises:
+        ValueError: a quote is not on the page, or more than once.
+        KeyError: a quote asks for a figure that does not exist.
+    """
+    for quote in quotes:
+        figures = [value(results, key) for key in keys_of(quote)]
+
+        def current(match: re.Match[str], figures: list[str] = figures) -> str:
+            first, *others = match.groups()
+            pairs = zip(figures, others, strict=True)
+            return first + "".join(figure + words for figure, words in pairs)
+
+        page, count = pattern_of(quote).subn(current, page)
+        if count != 1:
+            raise ValueError(f"the page has this {count} times, not once: {quote}")
+    return page
+
+
+def up_to_date(name: str, page: str, results: Results) -> str:
+    """Bring the text of one of `PAGES` up to date."""
+    quotes = read_quotes() if name == "evaluation.md" else []
+    return with_figures(with_tables(page, results), results, quotes)
+
+
+def write_pages(folder: Path) -> None:
+    """Rewrite the pages under `folder`, and `folder`/experiments/*.png."""
+    results = Results.read(folder / "experiments" / "results.json")
+    for name in PAGES:
+        page = folder / name
+        if not page.exists():
+            shutil.copyfile(HERE.parent / name, page)
+        page.write_text(up_to_date(name, page.read_text(), results))
     for name, draw in FIGURES.items():
-        draw(found, folder / "experiments" / name)
+        draw(results, folder / "experiments" / name)

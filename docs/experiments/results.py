@@ -123,17 +123,17 @@ class Results:
     @cached_property
     def ald(self) -> dict[Key, float]:
         """ALD of every merge, of the base and of the oracle."""
-        found = {}
+        ald = {}
         for (seed, mixture, method), record in self.merges.items():
             models = self.mixtures[mixture]
-            found[seed, mixture, method] = self.difference(seed, models, record["loss"])
+            ald[seed, mixture, method] = self.difference(seed, models, record["loss"])
         for seed in self.seeds:
             for mixture, models in self.mixtures.items():
                 loss = self.models[seed, "base"]["loss"]
-                found[seed, mixture, "base"] = self.difference(seed, models, loss)
-                best = self.oracle(found, seed, mixture)
-                found[seed, mixture, ORACLE] = found[seed, mixture, best]
-        return found
+                ald[seed, mixture, "base"] = self.difference(seed, models, loss)
+                best = self.oracle(ald, seed, mixture)
+                ald[seed, mixture, ORACLE] = ald[seed, mixture, best]
+        return ald
 
     def oracle(self, ald: dict[Key, float], seed: int, mixture: str) -> str:
         """Name task arithmetic at the weight of the grid with the lowest ALD."""
@@ -150,6 +150,18 @@ class Results:
             self.ald[seed, mixture, one] - self.ald[seed, mixture, other]
             for mixture in mixtures
             for seed in self.seeds
+        ]
+
+    def cosines(self, mixture: str) -> list[float]:
+        """List the cosines between the task vectors of a mixture, pairs and seeds."""
+        names = list(self.raw["setting"]["specialists"])
+        at = [names.index(model) for model in self.mixtures[mixture]]
+        return [
+            record["cosines"][i][j]
+            for record in self.raw["angles"]
+            for i in at
+            for j in at
+            if i < j
         ]
 
     def averages(self, seed: int, mixture: str, method: str) -> Averages:

@@ -26,7 +26,7 @@ import torch
 from corpora import DOMAINS, fingerprints
 from family import Size, one_quiet_thread
 from merges import MIXTURES, PLANS
-from page import HERE, write_page
+from page import HERE, write_pages
 from seeds import Mixtures, Record, one_seed
 
 from mergekit_metagpt import register
@@ -111,7 +111,7 @@ def main() -> None:
         results = experiment(given.out, size, seeds, mixtures)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(written(results))
-    write_page(given.to)
+    write_pages(given.to)
 
 
 if __name__ == "__main__":

@@ -57,16 +57,16 @@ def wins(values: list[float]) -> str:
     return f"{sum(value < 0 for value in values)} of {len(values)}"
 
 
-def headline(found: Results) -> str:
+def headline(results: Results) -> str:
     """MetaGPT against the plain average, mixture by mixture."""
     rows = []
-    for mixture in found.mixtures:
-        pairs = found.differences("metagpt", "average", [mixture])
+    for mixture in results.mixtures:
+        pairs = results.differences("metagpt", "average", [mixture])
         rows.append(
             [
                 mixture,
-                spread(found.over_seeds(mixture, "average")),
-                spread(found.over_seeds(mixture, "metagpt")),
+                spread(results.over_seeds(mixture, "average")),
+                spread(results.over_seeds(mixture, "metagpt")),
                 signed(fmean(pairs)),
                 ", ".join(signed(pair) for pair in pairs),
                 wins(pairs),
@@ -76,62 +76,64 @@ def headline(found: Results) -> str:
     return table(head, rows)
 
 
-def groups(found: Results) -> str:
+def groups(results: Results) -> str:
     """Each method against the plain average, group by group of mixtures."""
-    kept = [name for name in GROUPS if found.group(name)]
+    kept = [name for name in GROUPS if results.group(name)]
     rows = []
     for method in ("base", *BASELINES[1:], *VARIANTS):
         cells = []
         for group in kept:
-            pairs = found.differences(method, "average", found.group(group))
+            pairs = results.differences(method, "average", results.group(group))
             cells.append(f"{signed(fmean(pairs))} ({wins(pairs)})")
         rows.append([method, *cells])
     return table(["method minus the average", *kept], rows)
 
 
-def _by_mixture(found: Results, methods: tuple[str, ...]) -> str:
+def _by_mixture(results: Results, methods: tuple[str, ...]) -> str:
     rows = []
     for method in methods:
-        cells = [f"{fmean(found.over_seeds(m, method)):.3f}" for m in found.mixtures]
+        cells = [
+            f"{fmean(results.over_seeds(m, method)):.3f}" for m in results.mixtures
+        ]
         rows.append([method, *cells])
-    return table(["method", *found.mixtures], rows)
+    return table(["method", *results.mixtures], rows)
 
 
-def baselines(found: Results) -> str:
+def baselines(results: Results) -> str:
     """ALD of base, rivals and MetaGPT, means over seeds."""
-    return _by_mixture(found, ("base", *BASELINES, "metagpt"))
+    return _by_mixture(results, ("base", *BASELINES, "metagpt"))
 
 
-def variants(found: Results) -> str:
+def variants(results: Results) -> str:
     """ALD under MetaGPT's parameters, means over seeds."""
-    return _by_mixture(found, ("average", *VARIANTS))
+    return _by_mixture(results, ("average", *VARIANTS))
 
 
-def every(found: Results) -> str:
+def every(results: Results) -> str:
     """ALD of every method with its spread over seeds."""
     rows = [
-        [method, *(spread(found.over_seeds(m, method)) for m in found.mixtures)]
-        for method in ("base", *found.methods, ORACLE)
+        [method, *(spread(results.over_seeds(m, method)) for m in results.mixtures)]
+        for method in ("base", *results.methods, ORACLE)
     ]
-    return table(["method", *found.mixtures], rows)
+    return table(["method", *results.mixtures], rows)
 
 
-def paired(found: Results) -> str:
+def paired(results: Results) -> str:
     """MetaGPT against each rival, all mixtures of the gentle regime together."""
     rows = []
     for method in (*BASELINES, *VARIANTS[1:]):
-        pairs = found.differences("metagpt", method, found.gentle)
+        pairs = results.differences("metagpt", method, results.gentle)
         cells = [signed(fmean(pairs)), signed(min(pairs)), signed(max(pairs))]
         rows.append([method, *cells, wins(pairs)])
     return table(["MetaGPT minus", "mean", "lowest", "highest", "MetaGPT lower"], rows)
 
 
-def composed(found: Results) -> str:
+def composed(results: Results) -> str:
     """Each composition against the same method with equal weights."""
     rows = []
     for method in COMPOSED:
-        pairs = found.differences(f"metagpt + {method}", method, found.gentle)
-        alone = found.differences(f"metagpt + {method}", "metagpt", found.gentle)
+        pairs = results.differences(f"metagpt + {method}", method, results.gentle)
+        alone = results.differences(f"metagpt + {method}", "metagpt", results.gentle)
         rows.append(
             [
                 method,
@@ -146,31 +148,31 @@ def composed(found: Results) -> str:
     return table([*head, "minus MetaGPT alone", "lower"], rows)
 
 
-def forgetting(found: Results) -> str:
+def forgetting(results: Results) -> str:
     """Loss of merges on the text that the base learnt, means over seeds."""
-    base = fmean(found.models[seed, "base"]["loss"][0] for seed in found.seeds)
-    rows = [["base", *([f"{base:.3f}"] * len(found.mixtures))]]
+    base = fmean(results.models[seed, "base"]["loss"][0] for seed in results.seeds)
+    rows = [["base", *([f"{base:.3f}"] * len(results.mixtures))]]
     for method in ("average", "ties", "dare linear", "metagpt", "metagpt power 1"):
         cells = [
-            fmean(found.merges[seed, m, method]["loss"][0] for seed in found.seeds)
-            for m in found.mixtures
+            fmean(results.merges[seed, m, method]["loss"][0] for seed in results.seeds)
+            for m in results.mixtures
         ]
         rows.append([method, *(f"{cell:.3f}" for cell in cells)])
-    return table(["method", *found.mixtures], rows)
+    return table(["method", *results.mixtures], rows)
 
 
-def coefficients(found: Results) -> str:
+def coefficients(results: Results) -> str:
     """MetaGPT's coefficients, and what they change on each domain; means over seeds."""
     rows = []
-    for mixture, models in found.mixtures.items():
-        each = [found.merges[s, mixture, "metagpt"]["lambda"] for s in found.seeds]
+    for mixture, models in results.mixtures.items():
+        each = [results.merges[s, mixture, "metagpt"]["lambda"] for s in results.seeds]
         shares, changes = [], []
         for model, share in zip(models, np.mean(each, axis=0), strict=True):
-            k = found.domain(model)
+            k = results.domain(model)
             change = fmean(
-                found.merges[seed, mixture, "metagpt"]["loss"][k]
-                - found.merges[seed, mixture, "average"]["loss"][k]
-                for seed in found.seeds
+                results.merges[seed, mixture, "metagpt"]["loss"][k]
+                - results.merges[seed, mixture, "average"]["loss"][k]
+                for seed in results.seeds
             )
             shares.append(f"{model} {share:.2f}")
             changes.append(signed(change))
@@ -178,10 +180,10 @@ def coefficients(found: Results) -> str:
     return table(["mixture", "lambda", "MetaGPT minus average, loss of each"], rows)
 
 
-def scores(found: Results) -> str:
+def scores(results: Results) -> str:
     """The paper's averages over the gentle mixtures, percent, and MetaGPT's lead."""
-    at = [(seed, mixture) for mixture in found.gentle for seed in found.seeds]
-    own = [found.averages(*where, "metagpt") for where in at]
+    at = [(seed, mixture) for mixture in results.gentle for seed in results.seeds]
+    own = [results.averages(*where, "metagpt") for where in at]
     rows = []
     for method in (
         "base",
@@ -189,11 +191,11 @@ def scores(found: Results) -> str:
         *VARIANTS,
         *(f"metagpt + {m}" for m in COMPOSED),
     ):
-        each = [found.averages(*where, method) for where in at]
+        each = [results.averages(*where, method) for where in at]
         cells = []
         for kind in ("absolute", "normalised"):
             values = [getattr(averages, kind) for averages in each]
-            by_seed = np.reshape(values, (len(found.gentle), -1)).mean(0).tolist()
+            by_seed = np.reshape(values, (len(results.gentle), -1)).mean(0).tolist()
             leads = [
                 getattr(averages, kind) - value
                 for averages, value in zip(own, values, strict=True)
@@ -207,12 +209,12 @@ def scores(found: Results) -> str:
     return table([*head, "normalised", head[-1], "exact match alone"], rows)
 
 
-def oracle_weights(found: Results) -> str:
+def oracle_weights(results: Results) -> str:
     """The weights that the oracle took."""
     rows = []
-    for mixture, models in found.mixtures.items():
-        chosen = [found.oracle(found.ald, seed, mixture) for seed in found.seeds]
-        taken = [float(name.removeprefix(GRID_PREFIX)) for name in chosen]
+    for mixture, models in results.mixtures.items():
+        best = [results.oracle(results.ald, seed, mixture) for seed in results.seeds]
+        taken = [float(name.removeprefix(GRID_PREFIX)) for name in best]
         sums = [f"{weight * len(models):.1f}" for weight in taken]
         rows.append([mixture, ", ".join(map(str, taken)), ", ".join(sums)])
     return table(["mixture", "best weight, each seed", "times the models"], rows)

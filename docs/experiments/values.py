@@ -1,130 +1,146 @@
-"""Works out the single figures that the prose of docs/evaluation.md quotes."""
+"""Works out the single figures that the sentences of docs/evaluation.md quote."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import fmean
 
 from checks import pair_curve, rank_agreement
-from results import GROUPS, Results
+from results import GROUPS, Averages, Results
 from tables import signed, wins
 
 
-def _group(found: Results, name: str) -> list[str]:
+def _mixtures(results: Results, name: str) -> list[str]:
     """List the mixtures of a group, or the one mixture of that name."""
     if any(name in group for group in GROUPS.values()):
-        wanted = [name] if name in found.mixtures else []
+        mixtures = [name] if name in results.mixtures else []
     else:
-        wanted = found.group(name)
-    # The tiny run has one mixture, which stands in for those that it lacks.
-    return wanted or found.gentle
+        mixtures = results.group(name)
+    # `run.py --tiny` has a single mixture, which stands in for all others.
+    return mixtures or results.gentle
 
 
-def _compared(found: Results, what: str, one: str, other: str, group: str) -> str:
-    mixtures = _group(found, group)
-    pairs = found.differences(one, other, mixtures)
-    if what == "mean":
-        return signed(fmean(pairs))
-    if what == "wins":
-        return wins(pairs)
-    assert what == "percent"
-    whole = fmean(found.ald[s, m, other] for m in mixtures for s in found.seeds)
-    return f"{100 * fmean(pairs) / whole:+.0f} %"
+def _mean(results: Results, one: str, other: str, group: str) -> str:
+    pairs = results.differences(one, other, _mixtures(results, group))
+    return signed(fmean(pairs))
 
 
-def _cosine(found: Results, group: str) -> str:
-    names = list(found.raw["setting"]["specialists"])
-    values = []
-    for mixture in _group(found, group):
-        at = [names.index(model) for model in found.mixtures[mixture]]
-        for record in found.raw["angles"]:
-            values += [record["cosines"][i][j] for i in at for j in at if i < j]
-    return f"{fmean(values):.2f}"
+def _wins(results: Results, one: str, other: str, group: str) -> str:
+    return wins(results.differences(one, other, _mixtures(results, group)))
 
 
-def _pair(found: Results, what: str, first: str, second: str) -> str:
-    """Average over seeds what MetaGPT's share and the best share of a pair are."""
-    figures = []
-    for seed in found.seeds:
-        n, m = (found.models[seed, name]["sq_norm"] for name in (first, second))
-        curve = pair_curve(found, seed, (first, second))
-        best = min(curve, key=lambda point: point[1])[0]
-        figures.append({"share": n / (n + m), "best": best}[what])
-    return f"{fmean(figures):.2f}"
+def _percent(results: Results, one: str, other: str, group: str) -> str:
+    mixtures = _mixtures(results, group)
+    pairs = results.differences(one, other, mixtures)
+    whole = fmean(ald for m in mixtures for ald in results.over_seeds(m, other))
+    return f"{100 * fmean(pairs) / whole:+.0f}%"
 
 
-def _score(found: Results, method: str, kind: str) -> str:
-    values = [
-        getattr(found.averages(seed, mixture, method), kind)
-        for mixture in found.gentle
-        for seed in found.seeds
+def _cosine(results: Results, group: str) -> str:
+    cosines = [
+        cosine
+        for mixture in _mixtures(results, group)
+        for cosine in results.cosines(mixture)
     ]
-    return f"{fmean(values):.1f}"
+    return f"{fmean(cosines):.2f}"
 
 
-def _higher(found: Results, one: str, other: str, kind: str) -> str:
-    pairs = [
-        (found.averages(seed, mixture, one), found.averages(seed, mixture, other))
-        for mixture in found.gentle
-        for seed in found.seeds
+def _share(results: Results, first: str, second: str) -> str:
+    sq_norms = [
+        [results.models[seed, name]["sq_norm"] for name in (first, second)]
+        for seed in results.seeds
     ]
-    higher = sum(getattr(a, kind) > getattr(b, kind) for a, b in pairs)
-    return f"{higher} of {len(pairs)}"
+    return f"{fmean(n / (n + m) for n, m in sq_norms):.2f}"
 
 
-def _of_model(found: Results, what: str, model: str) -> str:
-    own = [found.models[seed, model] for seed in found.seeds]
-    if what == "embeddings":
-        share = fmean(record["of_embeddings"] / record["sq_norm"] for record in own)
-        return f"{100 * share:.0f} %"
-    assert what == "general"
-    return f"{fmean(record['loss'][0] for record in own):.2f}"
+def _best(results: Results, first: str, second: str) -> str:
+    curves = [pair_curve(results, seed, (first, second)) for seed in results.seeds]
+    best = [min(curve, key=lambda point: point[1]) for curve in curves]
+    return f"{fmean(share for share, _ in best):.2f}"
 
 
-def _rank(found: Results, kind: str, group: str) -> str:
+def _averages(results: Results, method: str) -> list[Averages]:
+    return [
+        results.averages(seed, mixture, method)
+        for mixture in results.gentle
+        for seed in results.seeds
+    ]
+
+
+def _score(results: Results, method: str, kind: str) -> str:
+    return f"{fmean(getattr(a, kind) for a in _averages(results, method)):.1f}"
+
+
+def _higher(results: Results, one: str, other: str, kind: str) -> str:
+    pairs = zip(_averages(results, one), _averages(results, other), strict=True)
+    higher = [getattr(a, kind) > getattr(b, kind) for a, b in pairs]
+    return f"{sum(higher)} of {len(higher)}"
+
+
+def _embeddings(results: Results, model: str) -> str:
+    records = [results.models[seed, model] for seed in results.seeds]
+    return f"{100 * fmean(r['of_embeddings'] / r['sq_norm'] for r in records):.0f}%"
+
+
+def _general(results: Results, model: str) -> str:
+    return f"{fmean(results.models[s, model]['loss'][0] for s in results.seeds):.2f}"
+
+
+def _rank(results: Results, kind: str, group: str) -> str:
     ranks = [
-        rank_agreement(found, seed, mixture, kind)
-        for mixture in _group(found, group)
-        for seed in found.seeds
+        rank_agreement(results, seed, mixture, kind)
+        for mixture in _mixtures(results, group)
+        for seed in results.seeds
     ]
     return f"{fmean(ranks):.2f}"
 
 
-def _bend(found: Results, model: str) -> str:
-    bends = [r["bend"][2] for r in found.raw["bends"] if r["model"] == model]
-    return f"{100 * fmean(bends):.0f} %"
+def _bend(results: Results, model: str) -> str:
+    bends = [r["bend"][2] for r in results.raw["bends"] if r["model"] == model]
+    return f"{100 * fmean(bends):.0f}%"
 
 
-def value(found: Results, name: str) -> str:
-    """Work out one figure of the prose.
+_KINDS: dict[str, Callable[..., str]] = {
+    "mean": _mean,
+    "wins": _wins,
+    "percent": _percent,
+    "cosine": _cosine,
+    "share": _share,
+    "best": _best,
+    "score": _score,
+    "higher": _higher,
+    "embeddings": _embeddings,
+    "general": _general,
+    "rank": _rank,
+    "bend": _bend,
+}
+
+
+def value(results: Results, key: str) -> str:
+    """Work out one figure.
+
+    A group in a key is a mixture, `gentle` or a key of `GROUPS`.
 
     Args:
-        found: the results.
-        name: words separated by slashes. `mean`, `wins` or `percent`, two methods and
-            a group: of ALD(one) - ALD(other). A group is a mixture, `gentle` or a key
-            of `GROUPS`. `score`, a method and a field of `Averages`; `higher`, two
-            methods and such a field: how often the first scores higher. `cosine` and a
-            group; `rank`, `bound` or `quadratic`, and a group; `bend` and a model;
-            `share` or `best` and two models; `embeddings` (their part of n_t) or
-            `general` (the loss on that domain) and a model.
+        results: where the figure comes from.
+        key: words separated by slashes:
+
+            - `mean`, `wins` or `percent`, two methods, a group: ALD(one) - ALD(other),
+              its mean, how often it is negative, or its mean in percent of ALD(other);
+            - `score`, a method, a field of `Averages`: its mean;
+            - `higher`, two methods, such a field: how often the first is higher;
+            - `cosine`, a group: mean cosine between task vectors;
+            - `rank`, `bound` or `quadratic`, a group: rank correlation with ALD;
+            - `bend`, a model: how far its outputs leave the line halfway;
+            - `share` or `best`, two models: MetaGPT's share of the first, or the best;
+            - `embeddings`, a model: their part of n_t;
+            - `general`, a model: its loss on that domain.
 
     Returns:
         the figure as it is printed.
 
     Raises:
-        KeyError: there is no such figure.
+        KeyError: the key starts with another word.
     """
-    what, *rest = name.split("/")
-    if what in ("mean", "wins", "percent"):
-        return _compared(found, what, *rest)
-    if what in ("share", "best"):
-        return _pair(found, what, *rest)
-    if what in ("embeddings", "general"):
-        return _of_model(found, what, *rest)
-    figures = {
-        "score": _score,
-        "higher": _higher,
-        "cosine": _cosine,
-        "rank": _rank,
-        "bend": _bend,
-    }
-    return figures[what](found, *rest)
+    kind, *words = key.split("/")
+    return _KINDS[kind](results, *words)
