@@ -87,14 +87,16 @@ PRECISIONS = (
 
 OPTIONAL = (
     Row("optional tensor that one model lacks"),
-    Row("optional tensor that all models lack", note="The base's is kept."),
+    Row("optional tensor that all models lack", note="The base's tensor is kept."),
     Row(
         "optional tensor that the base lacks",
         REFUSED,
         "the base ... has no ..., which others have",
         "mergekit's own methods refuse it too.",
     ),
-    Row("buffer of integers, as in older BERT checkpoints", note="It is copied."),
+    Row(
+        "buffer of integers, as in older BERT checkpoints", note="The buffer is copied."
+    ),
 )
 
 LORA = (
@@ -123,7 +125,7 @@ VOCABULARIES = (
     Row("`tokenizer_source: union`"),
     Row(
         "`tokenizer` with a vocabulary in another order",
-        note="n_t is measured row against row: use `exclude`.",
+        note="n_t compares rows at the same position, so use `exclude`.",
     ),
     Row("`--unsafe-truncate-embeddings`"),
     Row(
@@ -147,7 +149,7 @@ MODELS = (
         "BERT encoder (`BertModel`)",
         HOST,
         'can only concatenate list (not "tuple") to list',
-        "`mergekit-pytorch` merges its files.",
+        "Use `mergekit-pytorch` to merge its files.",
     ),
     Row("`BertModel` by `mergekit-pytorch`"),
     Row("Qwen2.5-VL: language model, projector and vision tower"),
@@ -156,13 +158,13 @@ MODELS = (
     Row(
         "LLaVA, as `save_pretrained` writes it",
         HOST,
-        note="No error: the result lacks the language model. n_t counts it.",
+        note="No error, but the result lacks the language model. n_t counts it.",
     ),
     Row(
         "LLaVA, base and models in different layouts",
         REFUSED,
         "... is no fine-tune of ...: ...% of the parameters match",
-        "By mergekit's own methods, models in the other layout are left out in part.",
+        "mergekit's own methods drop part of a model in the other layout.",
     ),
     Row("Qwen3-MoE, fused experts"),
     Row("Qwen3-MoE, single experts"),
@@ -214,14 +216,17 @@ FRONT_ENDS = (
     Row("`mergekit-pytorch` with `--tensor-union`, every tensor in the base"),
     Row("`run_merge` in Python"),
     Row("`merge_state_dicts` on state dicts and on modules"),
-    Row("`merge_tensors`", note="n_t is that of the one tensor."),
+    Row("`merge_tensors`", note="n_t is that of this one tensor."),
     Row("several merges in threads of one process"),
-    Row("models overwritten between two processes", note="lambda is the new files'."),
+    Row(
+        "models overwritten between two processes",
+        note="lambda is that of the new files.",
+    ),
     Row(
         "models overwritten within one process",
         REFUSED,
         "... has changed since ... was opened",
-        "mergekit itself would go on with the files that it has open.",
+        "mergekit itself would continue with the files that it has open.",
     ),
     Row("`mergekit-evolve`", note="Needs [a few lines](#mergekit-evolve)."),
 )
@@ -234,8 +239,8 @@ OPTIONS = (
     Row("`--num-threads`"),
     Row("`--no-safe-serialization`"),
     Row("`--copy-tokenizer`"),
-    Row("`--quiet` and its absence", note="lambda is said in both."),
-    Row("`--random-seed`", note="Only the composed methods draw."),
+    Row("`--quiet` and its absence", note="lambda is logged in both cases."),
+    Row("`--random-seed`", note="Only the composed methods use random numbers."),
     Row("`--no-write-model-card`"),
     Row("`--trust-remote-code`"),
     Row("`--allow-crimes`, architectures that differ in name only"),
@@ -244,7 +249,7 @@ OPTIONS = (
         "`--transformers-cache` without a network",
         HOST,
         "offline mode is enabled",
-        "It asks the hub for the list of files first.",
+        "mergekit first asks the hub for the list of files.",
     ),
     Row("the engine of `--multi-gpu`, on two CPU workers"),
     Row("`--cuda`", CUDA),
