@@ -11,7 +11,6 @@ try:
 except ImportError:  # no compiler when this was installed: torch does the work
     _loops = None
 
-
 # In the order of the loops in loops.c.
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -59,11 +59,7 @@ def needs_grad(tensors: Sequence[torch.Tensor]) -> bool:
 LEAST = 1 << 22
 # Larger ones, as for the Gram matrices of hundreds of models, are given back.
 MOST = 1 << 26
-
-
 _FREE: list[torch.Tensor] = []
-
-
 _LOCK = threading.Lock()
 
 

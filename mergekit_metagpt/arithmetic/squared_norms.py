@@ -17,17 +17,7 @@ from mergekit_metagpt.arithmetic.in_parts import (
 )
 
 T = TypeVar("T")
-
-
 ROW = 1 << 10
-
-
-_MANTISSA_BITS = {
-    torch.float64: 52,
-    torch.float32: 23,
-    torch.float16: 10,
-    torch.bfloat16: 7,
-}
 
 
 def coarser_dtype(first: torch.dtype, second: torch.dtype) -> torch.dtype:
@@ -46,7 +36,7 @@ def coarser_dtype(first: torch.dtype, second: torch.dtype) -> torch.dtype:
         >>> coarser_dtype(torch.float16, torch.bfloat16)
         torch.bfloat16
     """
-    return min(first, second, key=_MANTISSA_BITS.__getitem__)
+    return max(first, second, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _common_grid(first: torch.dtype, second: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -156,6 +146,14 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
     return sum(found[1:], found[0])
 
 
+def too_far(what: str) -> str:
+    """Return what to say of finite weights whose squared norm is not finite."""
+    return (
+        f"||tau||^2 of {what} exceeds float64: its weights differ from the base's by "
+        "more than 1e150"
+    )
+
+
 def flat_sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[float]:
     """Squared norm of every model's task vector on a piece of a flattened tensor.
 
@@ -190,62 +188,7 @@ def flat_sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[flo
     return list(found.values())
 
 
-def sq_norm(tensor: torch.Tensor) -> torch.Tensor:
-    """Squared norm of a tensor.
-
-    Args:
-        tensor: any shape and strides, floating point. Not changed.
-
-    Returns:
-        shape `()`, float64, on the CPU.
-
-    Example:
-        >>> sq_norm(torch.tensor([3.0, 4.0]))
-        tensor(25., dtype=torch.float64)
-    """
-    flat = tensor.detach().reshape(-1)
-    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
-    with scratch(1, chunk_size(flat), torch.float64, flat.device) as (buffer,):
-        for chunk in chunks(flat):
-            values = buffer[: chunk.stop - chunk.start]
-            total += _sum_of_squares(values.copy_(flat[chunk]))
-    return total.cpu()
-
-
-def rounding_sq_norms(
-    base: torch.Tensor, tuned: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """Squared norm of what the coarser of two stored precisions cannot hold.
-
-    r_k = ||base - R(base)||^2 + ||tuned_k - R(tuned_k)||^2, R rounding to the coarser
-    precision of the pair: what `sq_norms` would count as learning if it did not round.
-
-    Args:
-        base: theta_0, any shape, floating point.
-        tuned: K tensors of the base's shape and device. Inputs are not changed.
-
-    Returns:
-        shape `(K,)`, float64, on the CPU; 0 where the precisions agree.
-
-    Example:
-        >>> base = torch.tensor([1.0, 1.0009765625])
-        >>> rounding_sq_norms(base, [base.bfloat16(), base])
-        tensor([9.5367e-07, 0.0000e+00], dtype=torch.float64)
-    """
-    sums = torch.zeros(len(tuned), dtype=torch.float64, device=base.device)
-    flat_base = base.detach().reshape(-1)
-    for k, tensor in enumerate(tuned):
-        if not (grid := _common_grid(base.dtype, tensor.dtype)):
-            continue
-        flat = tensor.detach().reshape(-1)
-        for chunk in chunks(flat):
-            for exact in (flat_base[chunk], flat[chunk]):
-                lost = exact.double() - _rounded(exact, grid)
-                sums[k] += _sum_of_squares(lost)
-    return sums.cpu()
-
-
-def accumulate_gram(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
+def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
     """Gram matrix of the task vectors on one tensor.
 
     G_ij = <tau_i, tau_j>, with the same differences as `sq_norms`; its diagonal has
@@ -259,7 +202,7 @@ def accumulate_gram(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.
         shape `(K, K)`, float64, on the CPU, symmetric.
 
     Example:
-        >>> accumulate_gram(torch.zeros(2), [torch.ones(2), torch.tensor([1.0, -1.0])])
+        >>> gram_matrix(torch.zeros(2), [torch.ones(2), torch.tensor([1.0, -1.0])])
         tensor([[2., 0.],
                 [0., 2.]], dtype=torch.float64)
     """

@@ -9,7 +9,6 @@ __all__ = [
     "files",
     "identity",
     "layouts",
-    "memo",
     "opening",
     "pairs",
     "stored",

@@ -17,21 +17,12 @@ if TYPE_CHECKING:
     from mergekit.architecture import ModelArchitecture, WeightInfo
     from transformers import PretrainedConfig
 
-
 FILE = "config.json"
-
-
 REPAIR = "Repair it, or fetch the model again"
-
-
 # Numbers of parts, as n_layer, num_local_experts, depth; of each there is a loop
 # somewhere. No model has more than so many that stores fewer tensors.
 _COUNTS = re.compile(r"(layers?|experts?|blocks?|depth)$")
-
-
 MOST_PARTS = 4096
-
-
 _MOST_SHOWN = 60
 
 
@@ -98,7 +89,7 @@ def check_counts(
             )
 
 
-def architecture(
+def architecture_of(
     label: str,
     folder: Path,
     stored: Mapping[str, StoredTensor],

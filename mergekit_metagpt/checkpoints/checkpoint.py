@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import logging
 import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mergekit_metagpt.checkpoints import architecture
 from mergekit_metagpt.checkpoints.files import Readers, read_header
-from mergekit_metagpt.checkpoints.identity import FileIdentity
-from mergekit_metagpt.checkpoints.stored import StoredTensor, quantised
+from mergekit_metagpt.checkpoints.identity import FileIdentity, fingerprint
+from mergekit_metagpt.checkpoints.stored import StoredTensor, layer_key, quantised
 
 if TYPE_CHECKING:
     from mergekit.io import ShardedTensorIndex
-
 
 LOG = logging.getLogger(__name__)
 
@@ -65,6 +67,44 @@ class Checkpoint:
                 new = {rule.rename_source_key(n)[0]: own for n, own in found.items()}
                 found = {**new, **found}
         return found
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """Every name by which the model may mean one of its tensors."""
+        return frozenset(self.renamed) | self.tied_names.keys()
+
+    @functools.cached_property
+    def stored_layers(self) -> Mapping[str, tuple[StoredTensor, ...]]:
+        """Tensors of each layer, by every name that the layer has."""
+        layers: dict[str, dict[StoredTensor, None]] = {}
+        for alias, name in self.renamed.items():
+            layers.setdefault(layer_key(alias), {})[self.tensors[name]] = None
+        return {key: tuple(tensors) for key, tensors in layers.items()}
+
+    @functools.cached_property
+    def counterparts(self) -> weakref.WeakKeyDictionary[Checkpoint, Mapping[str, Any]]:
+        """What `layouts.counterparts` answers, for each model that is still open."""
+        return weakref.WeakKeyDictionary()
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that a scan depends on, in hexadecimal.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        files = []
+        for file in self.identity:
+            content = fingerprint(file)
+            changed = 0 if content.whole else file.modified_ns
+            files.append([content.name, content.size, content.digest, changed])
+        header = [
+            [name, tensor.name, tensor.file.name, str(tensor.dtype), tensor.shape]
+            for name, tensor in sorted(self.tensors.items())
+        ]
+        ties = sorted(self.tied_names.items())
+        text = json.dumps([files, header, ties, self.model_type])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def first_elements(self, name: str, count: int) -> torch.Tensor:
         """Return up to `count` leading elements of a stored tensor, flattened."""
@@ -147,7 +187,7 @@ def read_checkpoint(
     known = architecture.Architecture()
     model_type = None
     if not bare:
-        known = architecture.architecture(
+        known = architecture.architecture_of(
             label,
             folder,
             stored,

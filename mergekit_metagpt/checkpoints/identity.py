@@ -48,14 +48,8 @@ def check_regular(path: Path) -> None:
 # Bytes that are read of a file: its first ones (the header of a safetensors file of a
 # few thousand tensors), its last ones, and blocks in between.
 HEAD = 1 << 20
-
-
 BLOCK = 1 << 12
-
-
 BLOCKS = 16
-
-
 # A downloaded snapshot is made of links to blobs, named by the hash of their content.
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 

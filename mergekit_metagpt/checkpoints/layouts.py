@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from mergekit_metagpt.arithmetic.squared_norms import coarser_dtype
+import torch
+
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
-from mergekit_metagpt.checkpoints.memo import while_open
 from mergekit_metagpt.checkpoints.stored import ConvertedTensor, StoredTensor, layer_key
 
 Stored = StoredTensor | ConvertedTensor
-
-
-@while_open
-def _layers(checkpoint: Checkpoint) -> Mapping[str, tuple[StoredTensor, ...]]:
-    layers: dict[str, list[StoredTensor]] = {}
-    for alias, name in checkpoint.renamed.items():
-        layers.setdefault(layer_key(alias), []).append(checkpoint.tensors[name])
-    return {key: tuple(dict.fromkeys(tensors)) for key, tensors in layers.items()}
 
 
 def _stand_in(checkpoint: Checkpoint, like: StoredTensor, name: str) -> Stored | None:
     """A tensor of that name made from what a checkpoint stores in another layout."""
     if name in checkpoint.renamed:
         return checkpoint.tensors[checkpoint.renamed[name]]
-    layer = _layers(checkpoint).get(layer_key(name))
+    layer = checkpoint.stored_layers.get(layer_key(name))
     if layer is None or checkpoint.model_type is None:
         return None
     from mergekit.architecture.conversion import can_convert_checkpoint_keys
@@ -37,11 +28,10 @@ def _stand_in(checkpoint: Checkpoint, like: StoredTensor, name: str) -> Stored |
     stored = {tensor.name for tensor in layer}
     if not can_convert_checkpoint_keys(checkpoint.model_type, stored, name):
         return None
-    dtype = functools.reduce(coarser_dtype, (tensor.dtype for tensor in layer))
-    return ConvertedTensor(name, checkpoint.model_type, layer, dtype, like.shape)
+    coarsest = max((t.dtype for t in layer), key=lambda dtype: torch.finfo(dtype).eps)
+    return ConvertedTensor(name, checkpoint.model_type, layer, coarsest, like.shape)
 
 
-@while_open
 def counterparts(
     base: Checkpoint, model: Checkpoint
 ) -> Mapping[str, tuple[Stored, Stored]]:
@@ -57,7 +47,14 @@ def counterparts(
     Returns:
         what both have, by output name; ties are not looked at.
     """
-    found: dict[str, tuple[Stored, Stored]] = {}
+    if model not in base.counterparts:
+        base.counterparts[model] = dict(_counterparts(base, model))
+    return base.counterparts[model]
+
+
+def _counterparts(
+    base: Checkpoint, model: Checkpoint
+) -> Iterator[tuple[str, tuple[Stored, Stored]]]:
     for name in base.tensors.keys() | model.tensors.keys():
         first, second = base.tensors.get(name), model.tensors.get(name)
         ours: Stored | None = first
@@ -67,5 +64,4 @@ def counterparts(
         elif second is None and first is not None:
             theirs = _stand_in(model, first, name)
         if ours is not None and theirs is not None:
-            found[name] = ours, theirs
-    return found
+            yield name, (ours, theirs)

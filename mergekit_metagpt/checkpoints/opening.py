@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from mergekit.common import ModelReference
     from mergekit.io import LazyTensorLoader, ShardedTensorIndex
     from mergekit.options import MergeOptions
-
 
 # What mergekit looks for, in its order; an index goes before the single file.
 _WEIGHTS = (
@@ -57,8 +56,6 @@ def _check_files(folder: Path) -> None:
 _BY_LOADER: weakref.WeakKeyDictionary[LazyTensorLoader, Checkpoint] = (
     weakref.WeakKeyDictionary()
 )
-
-
 _BY_LOADER_LOCK = threading.Lock()
 
 
@@ -150,17 +147,20 @@ def open_checkpoint(
     for part in (model.model, model.lora):
         if part is not None:
             _check_files(Path(part.path))
-    merged = model.merged(
-        cache_dir=lora_merge_cache,
-        trust_remote_code=trust_remote_code,
-        lora_merge_dtype=LoaderCache().lora_merge_dtype,
-    )
+    try:
+        merged = model.merged(
+            cache_dir=lora_merge_cache,
+            trust_remote_code=trust_remote_code,
+            lora_merge_dtype=LoaderCache().lora_merge_dtype,
+        )
+    except RuntimeError as error:  # of peft and torch
+        raise ValueError(f"the adapter of {label} cannot be merged: {error}") from error
     try:
         folder = Path(merged.local_path(transformers_cache))
     except Exception as error:
         raise ValueError(
-            f"{label} is no folder here (if one was meant, write ./{label}), nor to be "
-            f"had from the hub: {error}"
+            f"{label} is neither a local folder (then write ./{label}) nor available "
+            f"on the hub: {error}"
         ) from error
     _check_files(folder)
     return read_checkpoint(
@@ -196,3 +196,23 @@ def open_checkpoints(
         )
         for model in dict.fromkeys(models)
     }
+
+
+def hand_to_mergekit(
+    opened: Mapping[ModelReference, Checkpoint], options: MergeOptions
+) -> None:
+    """Let mergekit open the same models, so that their headers are not read again.
+
+    Args:
+        opened: headers by model.
+        options: mergekit's own.
+    """
+    from mergekit.io.tasks import LoaderCache
+
+    LoaderCache().setup(options)
+    for model, checkpoint in opened.items():
+        new = model not in LoaderCache.loaders
+        loader = LoaderCache().get(model)
+        if new:  # else the loader may hold an earlier version of the files
+            with _BY_LOADER_LOCK:
+                _BY_LOADER[loader] = checkpoint

@@ -14,18 +14,13 @@ from mergekit_metagpt.checkpoints.layouts import (
     Stored,
     counterparts,
 )
-from mergekit_metagpt.checkpoints.memo import while_open
 from mergekit_metagpt.checkpoints.stored import ConvertedTensor, StoredTensor, layer_key
 
 # Elements that tell most tensors that differ apart.
 PROBE = 1000
-
-
 # Below this share of covered parameters, or if both have more than that of their own,
 # base and model are taken for strangers. (One alone may have more: a head, a tower.)
 MIN_COVERED = 0.5
-
-
 MAX_FOREIGN = 0.1
 
 
@@ -79,7 +74,6 @@ def _overlap(base: tuple[int, ...], model: tuple[int, ...]) -> tuple[int, ...] |
     return tuple(min(b, m) for b, m in zip(base, model, strict=True))
 
 
-@while_open
 def check_pair(base: Checkpoint, model: Checkpoint) -> None:
     """Check from headers that model is a fine-tune of base.
 

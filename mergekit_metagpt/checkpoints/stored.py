@@ -14,14 +14,8 @@ SAFETENSORS_FLOATS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-
-
 SAFETENSORS_INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}
-
-
 PACKED_SUFFIXES = ("weight", "qweight", "qzeros", "weight_packed", "blocks")
-
-
 FLOATS = frozenset(SAFETENSORS_FLOATS.values())
 
 

@@ -1,6 +1,6 @@
 """What a user types: the commands behind `mergekit-metagpt`.
 
-It computes nothing of its own.
+It never computes anything of its own.
 """
 
 __all__ = [

@@ -14,22 +14,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_metagpt import __version__, autoload
-from mergekit_metagpt.commands.errors import (
-    one_line_errors,
-    with_mergekit,
-)
+from mergekit_metagpt.commands.errors import one_line_errors
 from mergekit_metagpt.report.parts import printable
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
     from rich.console import Console
 
-
-# Columns where stdout is no terminal: lines of a table should not be broken there.
+# Table width when stdout is not a terminal, so that rows are not wrapped.
 PIPE_WIDTH = 240
-
-
-# Without importing torch, as asking for native.built() would.
+# `compiled.built()` would import torch.
 _LOOPS = "" if find_spec("_mergekit_metagpt") else " (without compiled loops)"
 
 
@@ -134,7 +128,6 @@ def _check_target(file: str | None, endings: tuple[str, ...] = ()) -> None:
 @click.option("--csv", "csv_file", metavar="FILE", help="Write a row for each pool.")
 @click.option("--plot", metavar="FILE", help="Draw a figure: .png, .svg or .pdf.")
 @one_line_errors
-@with_mergekit
 @_loading_options
 def inspect(
     options: MergeOptions,
@@ -160,7 +153,6 @@ def inspect(
     _check_target(csv_file)
 
     from mergekit_metagpt.merge_config import checks, families
-    from mergekit_metagpt.merge_config.checks import METHODS
     from mergekit_metagpt.report import figures, inspecting, tables
 
     _check_target(plot, figures.FORMATS)
@@ -184,12 +176,13 @@ def inspect(
         config = _config(models[0])
         method = config.merge_method
         checks.check_method(config)
-        if method in METHODS:
+        if method in checks.METHODS:
             checks.check_names(config)
         found = families.of_config(config, **wishes)
     else:
         found = families.of_models(base, models, **wishes)
-    report = inspecting.inspect(found, options, method=method)
+    opened = families.open_models(found, options)
+    report = inspecting.inspect(found, opened, method=method)
     if json_file is not None:
         with click.open_file(json_file, "w", encoding="utf-8") as stream:
             stream.write(report.model_dump_json(indent=2) + "\n")
@@ -200,7 +193,7 @@ def inspect(
         figures.report_figure(report, Path(plot))
     if "-" not in (json_file, csv_file):
         console = _console()
-        for part in tables.report(report):
+        for part in tables.lay_out(report):
             text = printable(part) if isinstance(part, str) else part
             console.print(text, soft_wrap=isinstance(part, str), markup=False)
 
@@ -210,7 +203,6 @@ def inspect(
 @click.argument("out", metavar="OUT.yml")
 @click.option("--force", is_flag=True, help="Replace OUT.yml if it exists.")
 @one_line_errors
-@with_mergekit
 @_loading_options
 def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     """Write the metagpt merge CONFIG as plain mergekit YAML with fixed weights.
@@ -225,8 +217,7 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     from mergekit_metagpt.merge_config import checks, plain_yaml
 
     read = _config(config)
-    checks.check(read, options)
-    exported = plain_yaml.export(read, options)
+    exported = plain_yaml.export(checks.check(read, options))
     with click.open_file(out, "w", encoding="utf-8", atomic=True) as stream:
         stream.write(exported.text)
     for change in exported.changes:
@@ -236,7 +227,6 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
 @main.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @one_line_errors
-@with_mergekit
 def demo(folder: Path) -> None:
     """Train a tiny base and three specialists in DIR, merge and compare them.
 
@@ -324,7 +314,6 @@ def recipes(name: str | None, out: str | None) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 @one_line_errors
-@with_mergekit
 def merge(context: click.Context, arguments: tuple[str, ...]) -> None:
     """Merge CONFIG into OUT: all of mergekit-yaml's options, the whole job checked."""
     _merge_command().main(

@@ -114,23 +114,11 @@ def demo_figure(result: DemoResult, file: Path) -> None:
 
 
 SPECIALTIES = ("arithmetic", "logs", "code")
-
-
 STEPS = (320, 40, 60, 80)
-
-
 BATCH, WINDOW = 16, 128
-
-
 TRAINING_BYTES, HELD_OUT_BYTES = 200_000, 12_288
-
-
 SPECIALTY_SHARE = 0.02
-
-
 BASE_RATE, SPECIALIST_RATE = 3e-3, 1e-4
-
-
 END = "<|end|>"
 
 
@@ -384,7 +372,6 @@ def run(
     from mergekit.options import MergeOptions
 
     from mergekit_metagpt import coefficients, register, scan
-    from mergekit_metagpt.arithmetic.closed_form import cosines
 
     register()
     family = make_family(folder, steps=steps, width=width, say=say)
@@ -405,11 +392,13 @@ def run(
     assert pooled.gram is not None
     say("evaluating on held-out text")
     models = {"base": family.base, **family.specialists, **merges}
+    cosines = pooled.cosines
+    assert cosines is not None
     return DemoResult(
         family=family,
         merges=merges,
         sq_norms=pooled.sq_norms,
         lambdas=coefficients(pooled.sq_norms),
-        cosines=cosines(pooled.gram),
+        cosines=cosines,
         losses={name: held_out_losses(path) for name, path in models.items()},
     )

@@ -26,14 +26,10 @@ xs: values, rows, keys, items, words
 key: total, index, path, config, limit
 x: a, b, c, i, j, k, n, x
 """
-
-
 _CHOICES = {
     slot: words.split(", ")
     for slot, words in (line.split(": ") for line in _WORDS.strip().splitlines())
 }
-
-
 _TEMPLATES = {
     "general": (
         "{A} {sailor} {saw} {the} {letter}. ",

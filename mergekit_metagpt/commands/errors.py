@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import functools
-import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import click
 
-from mergekit_metagpt.commands import errors
 from mergekit_metagpt.report.parts import printable
 
-if TYPE_CHECKING:
-    pass
-
-
 P = ParamSpec("P")
-
-
 T = TypeVar("T")
-
-
-# Characters of an error; some quote what they found.
-MOST_SAID = 2000
+# Length of a message; some quote a file's content.
+MOST_CHARACTERS = 2000
 
 
 class Refusal(click.ClickException):
@@ -40,73 +30,50 @@ class Refusal(click.ClickException):
 
 
 def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
+    """Make a command answer bad input with one line and exit status 2."""
+
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-        with errors.kept():
+        with interrupts_kept():
             try:
                 return command(*args, **kwargs)
             except (BrokenPipeError, click.Abort, click.exceptions.Exit):
-                raise  # whoever read our output has seen enough; click ends quietly
+                raise  # click ends quietly
             except Exception as error:
                 if not isinstance(error, _expected_errors()):
                     raise
-                raise Refusal(told_in_one_line(error)) from error
+                raise Refusal(in_one_line(error)) from error
 
     return wrapper
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
-    from safetensors import SafetensorError  # what mergekit's writer raises
+    """Errors that stand for bad input; others are defects and show a traceback."""
+    from safetensors import SafetensorError  # raised by mergekit's writer
 
-    return ValueError, OSError, RuntimeError, MemoryError, ImportError, SafetensorError
+    return ValueError, OSError, MemoryError, ImportError, SafetensorError
 
 
-def told_in_one_line(error: Exception) -> str:
-    """An error in one line of a length that can be read."""
+def in_one_line(error: Exception) -> str:
+    """Return an error's message in one line of readable length."""
     line = " ".join(str(error).split())
     if isinstance(error, MemoryError):
         line = f"not enough memory. {line}".strip()
     if isinstance(error, ImportError):
-        line = f"{line}. {_versions()}"
-    if len(line) > MOST_SAID:
-        line = f"{line[: MOST_SAID // 2]} ... {line[-MOST_SAID // 2 :]}"
+        line = f"{line}. Install mergekit 0.1.5 or a later 0.1"
+    if len(line) > MOST_CHARACTERS:
+        half = MOST_CHARACTERS // 2
+        line = f"{line[:half]} ... {line[-half:]}"
     return line
 
 
-def _mergekit() -> str:
-    """The version of the installed mergekit."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("mergekit")
-    except PackageNotFoundError:
-        return "none"
-
-
-def _versions() -> str:
-    return f"mergekit 0.1.5 or a later 0.1 is needed; found: {_mergekit()}"
-
-
-def with_mergekit(command: Callable[P, T]) -> Callable[P, T]:
-    """Refuse another version by its number: what it says on import may be anything."""
-
-    @functools.wraps(command)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-        found = re.match(r"(\d+)\.(\d+)\.(\d+)", _mergekit())
-        if found and not (0, 1, 5) <= tuple(map(int, found.groups())) < (0, 2):
-            raise ValueError(_versions())
-        return command(*args, **kwargs)
-
-    return wrapper
-
-
 @contextmanager
-def kept() -> Iterator[None]:
+def interrupts_kept() -> Iterator[None]:
     """Raise KeyboardInterrupt for any error after Ctrl-C was pressed.
 
-    Python raises it wherever the main thread is, also in calls from a library's C code,
-    which may take it for another failure: torch, asked for a tensor of a mapped file,
-    then says that it could not determine a shape, and the file seems damaged.
+    Python raises it wherever the main thread is, even inside a library's C code, which
+    may turn it into another error. torch, for example, then reports a shape that it
+    could not determine, as if the file were damaged.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed, and an error came of it.

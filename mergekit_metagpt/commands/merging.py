@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_metagpt.merge_config import checks, families, merge_yaml, plain_yaml
-from mergekit_metagpt.method import announcing
-from mergekit_metagpt.report import card, inspecting, schema
+from mergekit_metagpt.merge_config import checks, families, merge_yaml, plain_yaml, plan
+from mergekit_metagpt.report import card, inspecting
 from mergekit_metagpt.report.figures import report_figure
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
 
+LOG = logging.getLogger("mergekit_metagpt")
 
-# What is left beside the merged model.
+# Files beside the merged model.
 REPORT = "metagpt.json"
-
-
 FIGURE = "metagpt.png"
-
-
 PLAIN = "mergekit_config.plain.yml"
-
-
 # Where an old model lies, in the hidden folder, while the new one takes its place.
 ASIDE = "replaced"
 
@@ -36,11 +31,11 @@ ASIDE = "replaced"
 def merge(
     config_file: Path, out: Path, options: MergeOptions, *, force: bool = False
 ) -> None:
-    """Merge with `metagpt` through mergekit; `out` appears only when it is whole.
+    """Merge with `metagpt` through mergekit; `out` appears only once it is complete.
 
-    The YAML, the headers of all models and all weights are checked before mergekit
-    starts. mergekit then finds the scan done. Beside the model lie the report of
-    `inspect`, its figure, and the merge as plain YAML; the model card tells of them.
+    Checks the YAML, the headers of all models and all weights before mergekit starts,
+    which then needs no scan of its own. Writes beside the model the report, its
+    figure, and the merge as plain YAML; the model card refers to them.
 
     Args:
         config_file: the merge YAML.
@@ -52,9 +47,6 @@ def merge(
         ValueError: the configuration or a model is refused; `out` is not empty.
         OSError: a file cannot be read or written.
     """
-    from mergekit.io.tasks import LoaderCache
-    from mergekit.merge import run_merge
-
     try:
         text = config_file.read_text(encoding="utf-8")
         config = merge_yaml.read(text)
@@ -64,15 +56,22 @@ def merge(
     out = out.resolve()
     _check_place(out, config_file, config, force=force)
     options.apply_global_options()
-    LoaderCache().setup(options)
-    checkpoints = checks.check(config, options)
-
-    found = families.of_config(config)
-    report = inspecting.inspect(found, options, method=config.merge_method)
-    exported = plain_yaml.export(config, options)
+    job = checks.check(config, options)
+    merged = families.of_config(config)
+    # Without inner products, unless an earlier `inspect` left them in the cache.
+    report = inspecting.inspect(
+        merged, job.opened, method=config.merge_method, gram=None
+    )
+    exported = plain_yaml.export(job)
+    # Parameters that vary by tensor may need warnings that the report does not have.
+    warned = not any(family.settings.varying for family in report.families)
+    if warned:
+        warnings = (line for family in report.families for line in family.warnings)
+        for line in dict.fromkeys(warnings):
+            LOG.warning("%s", line)
 
     with _workplace(out) as parent:
-        # First what a merge of hours should not be lost to.
+        # Write these first: they should fail before hours of merging, not after.
         beside = parent / "beside"
         beside.mkdir()
         json_text = report.model_dump_json(indent=2)
@@ -82,11 +81,10 @@ def merge(
         about = card.section(
             report, figure=FIGURE, plain=PLAIN, changes=exported.changes
         )
-        # Under the name of `out`, which mergekit makes the title of the model card.
+        # mergekit makes the folder's name the title of the model card.
         made = parent / "made" / out.name
-        with _warned(report):
-            run_merge(config, str(made), options, config_source=text)
-        for checkpoint in checkpoints:
+        plan.run(config, str(made), options, source=text, warned=warned)
+        for checkpoint in job.opened.values():
             checkpoint.verify_unchanged()
         for path in beside.iterdir():
             path.rename(made / path.name)
@@ -94,16 +92,6 @@ def merge(
             with (made / "README.md").open("a", encoding="utf-8") as stream:
                 stream.write(f"\n{about}")
         _put(made, out, aside=parent / ASIDE)
-
-
-def _warned(report: schema.Report) -> AbstractContextManager[None]:
-    """Warn before hours of merging of all that the report warns of."""
-    # Parameters that vary by tensor may have perils that the report does not see.
-    if any(family.settings.varying for family in report.families):
-        return nullcontext()
-    return announcing.told(
-        warning for family in report.families for warning in family.warnings
-    )
 
 
 @contextmanager

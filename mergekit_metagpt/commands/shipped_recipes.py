@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
-
-
 _LIST = "`mergekit-metagpt recipes` lists them all"
 
 
@@ -76,11 +73,7 @@ def find(name: str) -> Recipe:
         return shelf[ending[0]]
     if ending:
         raise ValueError(f"{name} is {' or '.join(ending)}. Write it in full")
-    last_parts = {full.rpartition("/")[2]: full for full in shelf}
-    meant = difflib.get_close_matches(wanted, [*shelf, *last_parts], n=3)
-    close = list(dict.fromkeys(last_parts.get(part, part) for part in meant))
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
-    raise ValueError(f"there is no recipe {name}; {hint}{_LIST}")
+    raise ValueError(f"there is no recipe {name}; {_LIST}")
 
 
 def copy(name: str, out: Path) -> None:

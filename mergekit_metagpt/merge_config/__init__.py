@@ -8,4 +8,5 @@ __all__ = [
     "families",
     "merge_yaml",
     "plain_yaml",
+    "plan",
 ]

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mergekit.merge_methods  # noqa: F401
 
 from mergekit_metagpt.checkpoints.architecture import MOST_PARTS
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
-from mergekit_metagpt.checkpoints.opening import open_checkpoints
+from mergekit_metagpt.checkpoints.opening import hand_to_mergekit, open_checkpoints
 from mergekit_metagpt.checkpoints.pairs import check_pair
-from mergekit_metagpt.merge_config import checks, merge_yaml
-from mergekit_metagpt.merge_config.merge_yaml import (
-    Inputs,
-    Settings,
-    closest,
-    inputs,
-)
+from mergekit_metagpt.checkpoints.stored import layer_key
+from mergekit_metagpt.merge_config import merge_yaml
+from mergekit_metagpt.merge_config.merge_yaml import closest, inputs
+from mergekit_metagpt.merge_config.plan import Planned, plan_merge
 from mergekit_metagpt.method.composed import COMPOSED
 from mergekit_metagpt.method.parameters import (
     all_zero,
     no_base,
     only_base,
-    own_parameters,
+    require_named,
 )
 from mergekit_metagpt.method.registration import register
 
 if TYPE_CHECKING:
+    from mergekit.common import ModelReference
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
-
 
 METHODS = ("metagpt", *(f"metagpt_{name}" for name in COMPOSED))
 
@@ -44,8 +42,7 @@ def check_yaml(config: MergeConfiguration) -> None:
 
     Raises:
         ValueError: another method; no base, or only the base; the base is missing
-            among the sources of a slice; an illegal parameter; every weight 0;
-            `granularity: layer` with slices that move layers.
+            among the sources of a slice; `exclude` is a list.
     """
     if config.merge_method not in METHODS:
         raise ValueError(
@@ -53,10 +50,10 @@ def check_yaml(config: MergeConfiguration) -> None:
             f"{', '.join(METHODS)}. {_hint(config.merge_method, METHODS)}Use "
             "mergekit-yaml for other methods"
         )
-    found = list(inputs(config))
-    for part in found:
+    slices = list(inputs(config))
+    for part in slices:
         if twice := [m for m in part.models if part.models.count(m) > 1]:
-            raise ValueError(f"{twice[0]} is given twice in {part.place}. Once is all")
+            raise ValueError(f"{twice[0]} is given twice in {part.place}. List it once")
         if part.base is None:
             raise ValueError(no_base(config.merge_method, part.place))
         if not part.place.endswith("models") and part.base not in part.models:
@@ -64,80 +61,18 @@ def check_yaml(config: MergeConfiguration) -> None:
                 f"the base {part.base} is not among the sources of {part.place}. Add "
                 "it there: task vectors are measured against it"
             )
-    if all(model == part.base for part in found for model in part.models):
-        raise ValueError(only_base(found[0].base))
-    _check_parameters(found)
-
-
-def _check_parameters(found: Sequence[Inputs]) -> None:
-    legal = {parameter.name: parameter for parameter in own_parameters()}
-    for part in found:
-        for settings in part.settings:
-            for name, value in _leaves(settings):
-                if name in legal:
-                    legal[name].validate(value)
-            for exclude in (level.get("exclude") for level in settings):
-                if isinstance(exclude, list) and not _is_conditional(exclude):
-                    raise ValueError(
-                        f"exclude is the list {exclude!r}, of which mergekit would "
-                        "pick one entry; expected one string, comma-separated"
-                    )
-            if part.moves_layers and ("granularity", "layer") in _leaves(settings):
+    if all(model == part.base for part in slices for model in part.models):
+        raise ValueError(only_base(slices[0].base))
+    for part in slices:
+        for level in (level for levels in part.settings for level in levels):
+            exclude = level.get("exclude")
+            if isinstance(exclude, list) and not any(
+                hasattr(item, "value") for item in exclude
+            ):
                 raise ValueError(
-                    f"granularity 'layer': {part.place} moves layers to other "
-                    "indices, which have no layer-wise norms; use granularity: model "
-                    "or granularity: tensor"
+                    f"exclude is the list {exclude!r}, of which mergekit would pick "
+                    "one entry; expected one string, comma-separated"
                 )
-    weights = [
-        next((level["weight"] for level in settings if "weight" in level), 1.0)
-        for part in found
-        for model, settings in zip(part.models, part.settings, strict=True)
-        if model != part.base
-    ]
-    if all(_is_always_zero(weight) for weight in weights):
-        raise ValueError(all_zero())
-
-
-def _leaves(settings: Sequence[Settings]) -> list[tuple[str, Any]]:
-    """All single values that parameters take anywhere in their settings."""
-
-    def values(setting: Any) -> Iterator[Any]:
-        if isinstance(setting, list):
-            for item in setting:
-                yield from values(item)
-        elif hasattr(setting, "value"):
-            yield from values(setting.value)
-        else:
-            yield setting
-
-    return [
-        (name, value)
-        for level in settings
-        for name, setting in level.items()
-        for value in values(setting)
-    ]
-
-
-def _is_conditional(setting: list[Any]) -> bool:
-    return any(hasattr(item, "value") for item in setting)
-
-
-def _is_always_zero(setting: Any) -> bool:
-    """Whether a weight is 0 on every tensor; filters leave some to the default."""
-    return _is_always(setting, lambda value: float(value) == 0)
-
-
-def _is_always(setting: Any, wanted: Callable[[Any], bool]) -> bool:
-    if hasattr(setting, "value"):
-        setting = [setting]
-    if not isinstance(setting, list):
-        return wanted(setting)
-    if not setting:
-        return False
-    if not _is_conditional(setting):
-        return all(wanted(value) for value in setting)
-    reaches_all = any(item.filter in (None, "*") for item in setting)
-    return reaches_all and all(_is_always(item.value, wanted) for item in setting)
 
 
 def ignored(config: MergeConfiguration, known: Collection[str]) -> list[str]:
@@ -217,7 +152,22 @@ def check_levels(config: MergeConfiguration, shared: Collection[str]) -> None:
 LOG = logging.getLogger("mergekit_metagpt")
 
 
-def check(config: MergeConfiguration, options: MergeOptions) -> list[Checkpoint]:
+@dataclass(frozen=True)
+class Job:
+    """A merge that has been checked: nothing but headers was read.
+
+    Attributes:
+        config: mergekit's configuration.
+        opened: base and models.
+        planned: every output tensor, as mergekit's planner resolves it.
+    """
+
+    config: MergeConfiguration
+    opened: Mapping[ModelReference, Checkpoint]
+    planned: Sequence[Planned]
+
+
+def check(config: MergeConfiguration, options: MergeOptions) -> Job:
     """Check that a merge by one of our methods can be done; register the methods.
 
     Args:
@@ -225,28 +175,58 @@ def check(config: MergeConfiguration, options: MergeOptions) -> list[Checkpoint]
         options: mergekit's own.
 
     Returns:
-        the base and all models, as they were when they were checked.
+        the models as they were when they were checked, and mergekit's plan.
 
     Raises:
         ValueError: the configuration or a model is refused.
         OSError: a file cannot be read.
     """
-    checks.check_yaml(config)
+    check_yaml(config)
     check_names(config)
-    checkpoints = open_checkpoints(merge_yaml.models(config), options)
-    for checkpoint in checkpoints.values():
+    slices = list(inputs(config))
+    opened = open_checkpoints(merge_yaml.models(config), options)
+    for checkpoint in opened.values():
         if checkpoint.refused:
             raise ValueError(checkpoint.refused)
-    for part in merge_yaml.inputs(config):
-        opened = [checkpoints[model] for model in part.models]
-        for model, checkpoint in zip(part.models, opened, strict=True):
+    for part in slices:
+        models = [opened[model] for model in part.models]
+        for model, checkpoint in zip(part.models, models, strict=True):
             if part.base is not None and model != part.base:
-                check_pair(checkpoints[part.base], checkpoint)
+                check_pair(opened[part.base], checkpoint)
         if part.ranges is None and part.base is not None:
-            _check_depth(part, checkpoints[part.base], opened)
-        for checkpoint, layers in zip(opened, part.ranges or (), strict=False):
+            _check_depth(part, opened[part.base], models)
+        for checkpoint, layers in zip(models, part.ranges or (), strict=False):
             _check_range(part, checkpoint, layers)
-    return list(checkpoints.values())
+    hand_to_mergekit(opened, options)
+    planned = plan_merge(config, options)
+    _check_plan(planned, opened)
+    return Job(config, opened, planned)
+
+
+def _check_plan(
+    planned: Sequence[Planned], opened: Mapping[ModelReference, Checkpoint]
+) -> None:
+    """Refuse what only the parameters of single tensors show."""
+    weights = [weight for tensor in planned for weight in tensor.weights.values()]
+    if weights and not any(weights):
+        raise ValueError(all_zero())
+    for tensor in planned:
+        settings = tensor.settings
+        if settings.exclude:
+            require_named(
+                settings.exclude, (n for model in opened.values() for n in model.names)
+            )
+        moved = [
+            model
+            for model, name in tensor.input_names.items()
+            if layer_key(name) != layer_key(tensor.name)
+        ]
+        if settings.granularity == "layer" and moved:
+            raise ValueError(
+                f"granularity 'layer': {tensor.input_names[moved[0]]} of {moved[0]} "
+                f"becomes {tensor.name}. Slices that move layers to other indices have "
+                "no layer-wise norms; use granularity: model or granularity: tensor"
+            )
 
 
 def _layers(part: merge_yaml.Inputs, model: Checkpoint) -> Mapping[str, int]:
@@ -297,7 +277,7 @@ def check_method(config: MergeConfiguration) -> None:
 
     register()
     known = [method.spec.name for method in registry.registered_methods()]
-    checks.check_method_name(config, known)
+    check_method_name(config, known)
 
 
 def check_names(config: MergeConfiguration) -> None:
@@ -316,6 +296,6 @@ def check_names(config: MergeConfiguration) -> None:
     register()
     spec = registry.get(config.merge_method).spec
     shared = {p.name for p in spec.parameters if p.scope == ParameterScope.SHARED}
-    checks.check_levels(config, shared)
-    if unknown := checks.ignored(config, {p.name for p in spec.parameters}):
+    check_levels(config, shared)
+    if unknown := ignored(config, {p.name for p in spec.parameters}):
         LOG.warning("ignored, as %s has none: %s", spec.name, ", ".join(unknown))

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mergekit.merge_methods.base import ParameterScope
+
+from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
+from mergekit_metagpt.checkpoints.opening import open_checkpoints
 from mergekit_metagpt.merge_config import checks, merge_yaml
-from mergekit_metagpt.method.parameters import own_parameters
+from mergekit_metagpt.method.parameters import Settings, own_parameters, split_exclude
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
     from mergekit.config import MergeConfiguration
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Settings of the closed form that hold for a whole model.
-
-    `varying` names those that the YAML sets by filters or gradients, tensor by tensor:
-    they stand here with their defaults.
-    """
-
-    granularity: str = "model"
-    power: float = 2.0
-    exclude: tuple[str, ...] = ()
-    scale: float = 1.0
-    varying: tuple[str, ...] = ()
+    from mergekit.options import MergeOptions
 
 
 @dataclass(frozen=True)
@@ -37,7 +27,9 @@ class Family:
         places: where the YAML names them; empty without one.
         base: theta_0.
         models: the K fine-tunes.
-        choice: settings of the closed form.
+        settings: of the closed form, for the whole model.
+        varying: those that the YAML sets by filters or gradients, tensor by tensor;
+            they stand in `settings` and `weights` with their defaults.
         weights: importance of each model, 1 unless a metagpt YAML says otherwise.
         by_hand: the `weight` of each model as a YAML of another method has it.
     """
@@ -45,7 +37,8 @@ class Family:
     places: tuple[str, ...]
     base: ModelReference
     models: tuple[ModelReference, ...]
-    choice: Choice
+    settings: Settings
+    varying: tuple[str, ...]
     weights: tuple[float, ...]
     by_hand: tuple[str | None, ...]
 
@@ -67,9 +60,15 @@ def checked(name: str, value: Any) -> Any:
     return parameter.validate(value)
 
 
-def split_exclude(text: str) -> tuple[str, ...]:
-    """Return the parts of names in a comma-separated `exclude`."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+def _values(setting: Any) -> Iterator[Any]:
+    """All single values of a setting with filters or gradients."""
+    if isinstance(setting, list):
+        for item in setting:
+            yield from _values(item)
+    elif hasattr(setting, "value"):
+        yield from _values(setting.value)
+    else:
+        yield setting
 
 
 def _constant(
@@ -78,29 +77,26 @@ def _constant(
     """The value of a parameter, and whether it is the same on every tensor."""
     for level in levels:
         if name in level:
-            value = level[name]
-            if isinstance(value, list) or hasattr(value, "value"):
-                return default, False
-            return checked(name, value), True
+            values = list(_values(level[name]))
+            if values == [level[name]]:
+                return checked(name, values[0]), True
+            for value in values:
+                checked(name, value)
+            return default, False
     return default, True
 
 
-def _choice(part: merge_yaml.Inputs) -> Choice:
-    defaults = Choice()
-    found, varying = {}, []
-    for name, attribute in (
-        ("granularity", "granularity"),
-        ("power", "power"),
-        ("exclude", "exclude"),
-        ("lambda", "scale"),
-    ):
-        value, constant = _constant(part.shared, name, getattr(defaults, attribute))
-        if isinstance(value, str) and name == "exclude":
-            value = split_exclude(value)
-        found[attribute] = value
-        if not constant:
-            varying.append(name)
-    return Choice(**found, varying=tuple(varying))
+def _settings(part: merge_yaml.Inputs) -> tuple[Settings, tuple[str, ...]]:
+    """The settings of a slice, and those that vary by tensor."""
+    values, varying = {}, []
+    for parameter in own_parameters():
+        if parameter.scope == ParameterScope.SHARED:
+            name = parameter.name
+            value, constant = _constant(part.shared, name, parameter.default)
+            values[name] = value
+            if not constant:
+                varying.append(name)
+    return Settings.of(values), tuple(varying)
 
 
 def _by_hand(levels: Sequence[merge_yaml.Settings]) -> str | None:
@@ -144,43 +140,50 @@ def of_config(
     ours = config.merge_method in checks.METHODS
     if ours:
         checks.check_yaml(config)
-    found: dict[Any, Family] = {}
+    wishes: dict[str, Any] = {}
+    if granularity is not None:
+        wishes["granularity"] = checked("granularity", granularity)
+    if power is not None:
+        wishes["power"] = checked("power", power)
+    if exclude is not None:
+        wishes["exclude"] = split_exclude(exclude)
+    families: dict[Any, Family] = {}
     for part in merge_yaml.inputs(config):
         if part.base is None:
             raise ValueError(
                 f"no base_model is given for {part.place}; task vectors need one. Add "
                 "it, or name the models: inspect --base BASE MODEL..."
             )
-        choice = _choice(part) if ours else Choice()
+        settings, varying = _settings(part) if ours else (Settings(), ())
         models, weights, by_hand = [], [], []
         for model, levels in zip(part.models, part.settings, strict=True):
             if model == part.base or model in models:
                 continue
             weight, constant = _constant(levels, "weight", 1.0) if ours else (1.0, True)
-            if not constant and "weight" not in choice.varying:
-                choice = replace(choice, varying=(*choice.varying, "weight"))
+            if not constant and "weight" not in varying:
+                varying = (*varying, "weight")
             models.append(model)
             weights.append(weight)
             by_hand.append(None if ours else _by_hand(levels))
         if not models:
             continue
-        if granularity is not None:
-            choice = replace(choice, granularity=checked("granularity", granularity))
-        if power is not None:
-            choice = replace(choice, power=checked("power", power))
-        if exclude is not None:
-            choice = replace(choice, exclude=split_exclude(exclude))
         family = Family(
-            (), part.base, tuple(models), choice, tuple(weights), tuple(by_hand)
+            places=(),
+            base=part.base,
+            models=tuple(models),
+            settings=settings.model_copy(update=wishes),
+            varying=varying,
+            weights=tuple(weights),
+            by_hand=tuple(by_hand),
         )
-        known = found.setdefault(family, family)
-        found[family] = replace(known, places=(*known.places, part.place))
-    if not found:
+        same = families.setdefault(family, family)
+        families[family] = replace(same, places=(*same.places, part.place))
+    if not families:
         raise ValueError(
             "no model beside the base is given: there is nothing to measure. Add the "
             "fine-tuned models"
         )
-    return list(found.values())
+    return list(families.values())
 
 
 def of_models(
@@ -209,7 +212,7 @@ def of_models(
     from mergekit.config import MergeConfiguration
 
     if twice := [model for model in models if models.count(model) > 1]:
-        raise ValueError(f"{twice[0]} is given twice. Once is all")
+        raise ValueError(f"{twice[0]} is given twice. List it once")
     data = {
         "merge_method": "metagpt",
         "base_model": base,
@@ -221,3 +224,23 @@ def of_models(
         power=power,
         exclude=exclude,
     )
+
+
+def open_models(
+    families: Sequence[Family], options: MergeOptions
+) -> Mapping[ModelReference, Checkpoint]:
+    """Open every base and model of the families, reading headers only.
+
+    Args:
+        families: who is merged with whom.
+        options: mergekit's; those that say how to load models.
+
+    Returns:
+        the headers by model.
+
+    Raises:
+        ValueError: a model is not there, or cannot be measured.
+        OSError: a file is missing, truncated or corrupt.
+    """
+    models = [m for family in families for m in (family.base, *family.models)]
+    return open_checkpoints(models, options)

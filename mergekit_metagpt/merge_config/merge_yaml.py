@@ -17,21 +17,12 @@ if TYPE_CHECKING:
     from mergekit.common import ModelReference
     from mergekit.config import MergeConfiguration
 
-
 Settings = Mapping[str, Any]
-
-
 # More than any merge has; a few aliases of aliases, or `<<`, stand for billions.
 MOST_VALUES = 1_000_000
-
-
 # Beyond it Python reads no decimal; of 1:1:1... the time grows with the square.
 MOST_DIGITS = 4300
-
-
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-
-
 # Keys of a merge YAML whose values name a model or a tokenizer.
 _MODEL_KEYS = ("model", "base_model", "path", "source", "tokenizer_source")
 
@@ -46,7 +37,7 @@ class Inputs:
         models: all of them, the base too where it is listed.
         settings: for each model its parameters, from highest to lowest precedence.
         shared: parameters that hold for all models, likewise.
-        moves_layers: whether a layer of an input comes out at another index.
+        slice_number: which slice of the module, from 0.
         module: where the configuration names one, else empty.
         ranges: for each model its layers, from the first to before the last; None
             where all are merged.
@@ -57,7 +48,7 @@ class Inputs:
     models: tuple[ModelReference, ...]
     settings: tuple[tuple[Settings, ...], ...]
     shared: tuple[Settings, ...]
-    moves_layers: bool
+    slice_number: int
     module: str = ""
     ranges: tuple[tuple[int, int], ...] | None = None
 
@@ -187,10 +178,9 @@ def inputs(config: MergeConfiguration) -> Iterator[Inputs]:
                     _given(entry.parameters, *shared) for entry in module.models
                 ),
                 shared=_given(*shared),
-                moves_layers=False,
+                slice_number=0,
                 module=module_name,
             )
-        first_layer = 0
         for number, entry in enumerate(module.slices or ()):
             if not entry.sources:
                 raise ValueError(f"{within}slices[{number}] has no sources")
@@ -204,11 +194,10 @@ def inputs(config: MergeConfiguration) -> Iterator[Inputs]:
                     for source in entry.sources
                 ),
                 shared=_given(entry.parameters, *shared),
-                moves_layers=any(start != first_layer for start, _ in ranges),
+                slice_number=number,
                 module=module_name,
                 ranges=tuple(ranges),
             )
-            first_layer += ranges[0][1] - ranges[0][0]
 
 
 def models(config: MergeConfiguration) -> list[ModelReference]:

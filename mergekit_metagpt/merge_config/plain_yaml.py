@@ -18,14 +18,13 @@ from mergekit_metagpt.checkpoints.identity import digest_of
 from mergekit_metagpt.checkpoints.opening import already_open
 from mergekit_metagpt.checkpoints.stored import layer_key
 from mergekit_metagpt.merge_config import merge_yaml
-from mergekit_metagpt.merge_config.plan import Coefficients, coefficients, plan
+from mergekit_metagpt.merge_config.checks import Job
+from mergekit_metagpt.merge_config.plan import Coefficients, coefficients
 from mergekit_metagpt.method.parameters import own_parameters
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
     from mergekit.config import MergeConfiguration
-    from mergekit.options import MergeOptions
-
 
 # What each weight is to be looked up by: module, slice, model, name in that model.
 _Place = tuple[str, int, "ModelReference", str]
@@ -39,7 +38,7 @@ class Exported:
     changes: tuple[str, ...]
 
 
-def export(config: MergeConfiguration, options: MergeOptions) -> Exported:
+def export(job: Job) -> Exported:
     """Write a merge by one of our methods with explicit weights, for mergekit alone.
 
     `metagpt` becomes `task_arithmetic` in float32 (float64 where weights are), which
@@ -47,8 +46,7 @@ def export(config: MergeConfiguration, options: MergeOptions) -> Exported:
     behind it, with nothing else changed.
 
     Args:
-        config: mergekit's configuration; not changed.
-        options: mergekit's own; those that say how to load models.
+        job: the merge, checked.
 
     Returns:
         the YAML and its differences.
@@ -57,7 +55,8 @@ def export(config: MergeConfiguration, options: MergeOptions) -> Exported:
         ValueError: as the merge itself.
         OSError: as the merge itself.
     """
-    found = coefficients(config, options)
+    config = job.config
+    found = coefficients(job.planned)
     weights: dict[_Place, float] = {}
     for tensor in found:
         at = tensor.planned
@@ -79,18 +78,18 @@ def export(config: MergeConfiguration, options: MergeOptions) -> Exported:
                 if given.module in (None, module)
                 and (number, model) == (given.slice_number, given.model)
             }
-            weight = setting(of_source) if of_source else 0.0
+            weight = weight_setting(of_source) if of_source else 0.0
             source.setdefault("parameters", {})["weight"] = weight
     changes = [] if inner else _set_precision(data, config, found)
 
     from mergekit.config import ConfigYamlDumper
 
     body = yaml.dump(data, Dumper=ConfigYamlDumper, sort_keys=False, width=88)
-    _verify(body, weights, options)
+    _verify(body, weights)
     return Exported(_comment(config, found, changes) + body, tuple(changes))
 
 
-def setting(values: Mapping[str, float]) -> float | list[dict[str, Any]]:
+def weight_setting(values: Mapping[str, float]) -> float | list[dict[str, Any]]:
     """Write one value per tensor as mergekit's setting of a parameter.
 
     mergekit takes the first filter that is a substring of a tensor's name. So longer
@@ -103,7 +102,7 @@ def setting(values: Mapping[str, float]) -> float | list[dict[str, Any]]:
         a number if all are equal; else filters, the last entry being for the rest.
 
     Example:
-        >>> setting({"h.1.w": 0.5, "h.1.b": 0.5, "h.11.w": 0.25, "h.11.b": 0.25})
+        >>> weight_setting({"h.1.w": 0.5, "h.1.b": 0.5, "h.11.w": 0.25, "h.11.b": 0.25})
         [{'filter': 'h.11.', 'value': 0.25}, {'value': 0.5}]
     """
     default, _ = Counter(values.values()).most_common(1)[0]
@@ -260,18 +259,24 @@ def _coarser(one: str, other: str) -> bool:
     return steps[0] > steps[1]
 
 
-def _verify(body: str, weights: Mapping[_Place, float], options: MergeOptions) -> None:
-    """Let mergekit read the YAML, and compare the weight that each tensor gets."""
-    for tensor in plan(merge_yaml.read(body), options):
-        for model, name in tensor.input_names.items():
-            place = tensor.module, tensor.slice_number, model, name
-            given = tensor.task.input_parameters.get(model)
-            if place in weights and given["weight"] != weights[place]:
-                raise RuntimeError(
-                    f"the exported YAML gives {name} of {model} the weight "
-                    f"{given['weight']}, not {weights[place]}: a defect of "
-                    "mergekit-metagpt, please report it"
-                )
+def _verify(body: str, weights: Mapping[_Place, float]) -> None:
+    """Let mergekit evaluate the YAML's weights, and compare them tensor by tensor."""
+    from mergekit.config import evaluate_setting
+
+    settings = {
+        (part.module, part.slice_number, model): levels
+        for part in merge_yaml.inputs(merge_yaml.read(body))
+        for model, levels in zip(part.models, part.settings, strict=True)
+    }
+    for (module, number, model, name), weight in weights.items():
+        levels = settings.get((module, number, model)) or settings["", number, model]
+        given = next(level["weight"] for level in levels if "weight" in level)
+        value = evaluate_setting(name, given, validate=float)
+        if value != weight:
+            raise RuntimeError(
+                f"the exported YAML gives {name} of {model} the weight {value}, not "
+                f"{weight}: a defect of mergekit-metagpt, please report it"
+            )
 
 
 def _comment(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,6 @@ from mergekit import merge_methods
 from mergekit.graph import Executor, Task
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import (
-    PerInputValues,
     TensorEntry,
     TensorGroup,
     TensorMetadata,
@@ -49,6 +49,20 @@ class Planned:
     def name(self) -> str:
         """Its name in the output."""
         return self.task.output_weight.name
+
+    @property
+    def settings(self) -> Settings:
+        """Settings of the closed form for this tensor."""
+        return Settings.of(self.task.parameters)
+
+    @property
+    def weights(self) -> dict[ModelReference, float]:
+        """The weight of each model beside the base."""
+        return {
+            model: values["weight"]
+            for model, values in self.task.input_parameters.items()
+            if "weight" in values and model != self.task.base_model
+        }
 
 
 @dataclass(frozen=True)
@@ -92,7 +106,7 @@ class _Planner(MergePlanner):
             self.found.append(Planned(self._module, number, names, task))
 
 
-def plan(config: MergeConfiguration, options: MergeOptions) -> list[Planned]:
+def plan_merge(config: MergeConfiguration, options: MergeOptions) -> list[Planned]:
     """Plan a merge as mergekit does, without executing any of it.
 
     Args:
@@ -121,21 +135,19 @@ def plan(config: MergeConfiguration, options: MergeOptions) -> list[Planned]:
             config, architecture, trust_remote_code=options.trust_remote_code
         ),
     )
-    planner.plan_to_disk(out_path="")  # only plans: nothing is executed
+    with mergekits_errors():
+        planner.plan_to_disk(out_path="")  # only plans: nothing is executed
     return planner.found
 
 
-def coefficients(
-    config: MergeConfiguration, options: MergeOptions
-) -> list[Coefficients]:
+def coefficients(planned: Sequence[Planned]) -> list[Coefficients]:
     """Find the coefficients that a merge by MetaGPT will use, without merging.
 
     Reads tensors only where the coefficients rest on what mergekit hands over: under
     `granularity: tensor`, and optional ones, to see which models have them.
 
     Args:
-        config: mergekit's configuration, of one of our methods; not changed.
-        options: mergekit's own.
+        planned: every output tensor of a merge by one of our methods.
 
     Returns:
         the coefficients of every output tensor.
@@ -144,21 +156,20 @@ def coefficients(
         ValueError: as the merge itself.
         OSError: as the merge itself.
     """
-    planned = plan(config, options)
-    found: dict[int, Mapping[ModelReference, float]] = {}
+    shares: dict[int, Mapping[ModelReference, float]] = {}
     reading: dict[Task[Any], int] = {}
     for at, tensor in enumerate(planned):
         task = tensor.task
-        by_content = task.parameters["granularity"] == "tensor"
-        if by_content or task.output_weight.optional:
+        if tensor.settings.granularity == "tensor" or task.output_weight.optional:
             reading[_Shares(planned=task)] = at
         else:
-            found[at] = _shares(task, dict.fromkeys(tensor.input_names, torch.empty(0)))
+            names = dict.fromkeys(tensor.input_names, torch.empty(0))
+            shares[at] = _shares(task, names)
     if reading:
         executor = Executor(list(reading), math_device="cpu", storage_device="cpu")
-        for task, shares in executor.run(quiet=True):
-            found[reading[task]] = shares
-    return [Coefficients(tensor, found[at]) for at, tensor in enumerate(planned)]
+        for task, values in executor.run(quiet=True):
+            shares[reading[task]] = values
+    return [Coefficients(tensor, shares[at]) for at, tensor in enumerate(planned)]
 
 
 class _Shares(Task[dict[Any, float]]):
@@ -190,9 +201,49 @@ def _shares(
         return {}
     models = [entry.id for entry in group.non_base]
     weights = [(model, task.input_parameters[model]["weight"]) for model in models]
-    settings = Settings.of(
-        group, {**dict(task.parameters.items()), "weight": PerInputValues(weights)}
-    )
+    settings = Settings.of(task.parameters)
     measured = group_norms.of_group(group, settings)
-    shares = settings.shares(measured.sq_norms if measured else None)
+    weight = torch.tensor([weight for _, weight in weights], dtype=torch.float64)
+    shares = settings.shares(measured.sq_norms if measured else None, weight)
     return dict(zip(models, shares.tolist(), strict=True))
+
+
+@contextmanager
+def mergekits_errors() -> Iterator[None]:
+    """Turn what mergekit and torch raise as RuntimeError into an error of the merge.
+
+    Yields:
+        while they run.
+
+    Raises:
+        ValueError: the message, as mergekit's.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(f"mergekit: {error}") from error
+
+
+def run(
+    config: MergeConfiguration,
+    out: str,
+    options: MergeOptions,
+    *,
+    source: str,
+    warned: bool,
+) -> None:
+    """Run mergekit's merge.
+
+    Args:
+        config: mergekit's configuration.
+        out: folder for the merged model.
+        options: mergekit's own.
+        source: the YAML, for the model card.
+        warned: whether all warnings on the coefficients were logged before.
+    """
+    from mergekit.merge import run_merge
+
+    method = merge_methods.get(config.merge_method)
+    quiet = method.watch.already_warned() if warned else nullcontext()
+    with quiet, mergekits_errors():
+        run_merge(config, out, options, config_source=source)

@@ -5,7 +5,6 @@ It never sees a YAML or the plan, only what mergekit hands over.
 
 __all__ = [
     "advice",
-    "announcing",
     "composed",
     "group_norms",
     "parameters",

@@ -5,26 +5,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 DOMINANT = 0.9
-
-
 STARVED = 0.1
-
-
 MOST = 0.5
-
-
 # Models that were trained apart are sqrt(2) apart; a fine-tune moves a few per cent.
 FAR = 0.5
-
-
 SIBLINGS = 0.5
-
-
 ORTHOGONAL = 0.1
-
-
-# Rounding noise of this share of ||tau|| makes a coefficient off by twice as much.
-NOISY = 0.1
 
 
 def degenerate(
@@ -80,16 +66,6 @@ def nothing_counts(exclude: Sequence[str]) -> str:
     )
 
 
-def names_nothing(parts: Sequence[str]) -> str | None:
-    """Say which parts of `exclude` are in no tensor's name."""
-    if not parts:
-        return None
-    return (
-        f"exclude: {', '.join(parts)} is in no tensor's name and has no effect; "
-        "expected a part of the names that the models store, such as embed_tokens"
-    )
-
-
 def left_out(
     base: Hashable, models: Sequence[Hashable], power: float, where: str
 ) -> str | None:
@@ -124,17 +100,6 @@ def far(base: Hashable, model: Hashable, relative_norm: float) -> str | None:
     )
 
 
-def rounding(model: Hashable, share: float) -> str | None:
-    """Say that a task vector is hardly larger than rounding between precisions."""
-    if share <= NOISY:
-        return None
-    return (
-        f"base and {model} are stored in different precisions, and rounding alone is "
-        f"{share:.0%} of ||tau|| (it is not counted, but blurs what is): take both in "
-        "the same precision"
-    )
-
-
 def siblings(base: Hashable, cosines: Sequence[float]) -> str | None:
     """Say that all task vectors point the same way.
 
@@ -155,17 +120,20 @@ def siblings(base: Hashable, cosines: Sequence[float]) -> str | None:
 
 
 def cosine_reading(
-    models: Sequence[Hashable], cosines: Sequence[Sequence[float]]
+    models: Sequence[Hashable], cosines: Sequence[Sequence[float]] | None
 ) -> str:
     """Say in plain words what the cosines between task vectors mean.
 
     Args:
         models: the K models.
-        cosines: shape `(K, K)`; NaN for a model that equals the base.
+        cosines: shape `(K, K)`, NaN for a model that equals the base; None where they
+            were not measured.
 
     Returns:
         one sentence.
     """
+    if cosines is None:
+        return "Cosines were not measured; `mergekit-metagpt inspect` measures them."
     pairs = [
         (cosines[row][column], row, column)
         for row in range(len(models))

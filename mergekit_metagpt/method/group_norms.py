@@ -1,29 +1,15 @@
-"""Finds n_t of one tensor group of a merge from files."""
+"""Finds n_t of one tensor group of a merge from files: stored, or at hand."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from mergekit.merge_methods.base import TensorGroup
 
 from mergekit_metagpt.arithmetic import squared_norms
-from mergekit_metagpt.checkpoints.stored import layer_key
-from mergekit_metagpt.method.inputs import (
-    base_of,
-    require_finite,
-)
-from mergekit_metagpt.method.parameters import Settings
-from mergekit_metagpt.scanning.pools import (
-    idle_parts,
-    is_embedding,
-    is_excluded,
-)
-
-if TYPE_CHECKING:
-    from mergekit_metagpt.scanning.results import PairNorms
+from mergekit_metagpt.method.inputs import base_of, require_finite
+from mergekit_metagpt.method.parameters import Settings, require_named
 
 
 @dataclass(frozen=True)
@@ -34,19 +20,10 @@ class Measured:
         sq_norms: n_t, shape `(K,)`, float64, on the CPU.
         embeddings: the share of each n_t that token embeddings and heads hold, where
             the pool is a whole stored model; else empty.
-        idle: parts of `exclude` that are in the name of no stored tensor.
     """
 
     sq_norms: torch.Tensor
     embeddings: tuple[float, ...] = ()
-    idle: tuple[str, ...] = ()
-
-
-def forget_failures() -> None:
-    """Let a new merge try again what failed in an earlier one."""
-    from mergekit_metagpt.scanning import once
-
-    once.forget_failures()
 
 
 def of_group(group: TensorGroup, settings: Settings) -> Measured | None:
@@ -54,7 +31,7 @@ def of_group(group: TensorGroup, settings: Settings) -> Measured | None:
 
     Args:
         group: the inputs that make one output tensor.
-        settings: its granularity, power and exclude.
+        settings: of the group.
 
     Returns:
         n_t of the pool, or None where norms do not matter: power 0, no model
@@ -62,7 +39,7 @@ def of_group(group: TensorGroup, settings: Settings) -> Measured | None:
 
     Raises:
         ValueError: a weight is NaN or infinite; the checkpoints are not open, or
-            hold nothing of this layer.
+            hold nothing of this layer; a part of `exclude` is in no name.
         OSError: a checkpoint cannot be read or has changed.
     """
     if not group.non_base:
@@ -71,14 +48,26 @@ def of_group(group: TensorGroup, settings: Settings) -> Measured | None:
         require_finite(group)
         return None
     if settings.granularity == "tensor":
-        if is_excluded(group.metadata.name or "", settings.exclude):
+        if not settings.counts(group.metadata.name):
             require_finite(group)
             return None
-        return Measured(_own_sq_norms(group))
-    return _stored_sq_norms(group, settings)
+        return Measured(of_tensors(group))
+    return _of_checkpoints(group, settings)
 
 
-def _own_sq_norms(group: TensorGroup) -> torch.Tensor:
+def of_tensors(group: TensorGroup) -> torch.Tensor:
+    """n_t of one group from the tensors at hand.
+
+    Args:
+        group: the inputs that make one output tensor.
+
+    Returns:
+        shape `(K,)`, float64, on the CPU; differentiable where an input requires it.
+
+    Raises:
+        TypeError: an input is not floating point.
+        ValueError: a weight is NaN or infinite.
+    """
     for entry in group.entries:
         if not entry.tensor.is_floating_point():
             raise TypeError(
@@ -89,70 +78,56 @@ def _own_sq_norms(group: TensorGroup) -> torch.Tensor:
     norms = squared_norms.sq_norms(base_of(group).tensor, tuned)
     if not bool(torch.isfinite(norms).all()):
         require_finite(group)
-        raise ValueError(
-            f"||tau||^2 of {group.metadata.name or 'a tensor'} exceeds float64: "
-            "weights differ from the base's by more than 1e150"
-        )
+        raise ValueError(squared_norms.too_far(group.metadata.name or "a tensor"))
     return norms
 
 
-def _stored_sq_norms(group: TensorGroup, settings: Settings) -> Measured | None:
-    from mergekit_metagpt.checkpoints import opening
+def _of_checkpoints(group: TensorGroup, settings: Settings) -> Measured | None:
+    # Imported here: they need transformers, which `import mergekit` does not wait for.
+    from mergekit_metagpt.checkpoints.opening import already_open
     from mergekit_metagpt.scanning import once
 
-    opened = {entry.id: opening.already_open(entry.id) for entry in group.entries}
-    if missing := [str(model) for model, found in opened.items() if found is None]:
+    opened = {entry.id: already_open(entry.id) for entry in group.entries}
+    if missing := [str(model) for model, at in opened.items() if at is None]:
         raise ValueError(
             f"granularity {settings.granularity!r} measures stored checkpoints, but "
             f"mergekit has none open for {', '.join(missing)}. Give models as files, "
             "or use granularity: tensor"
         )
-    known = {model: found for model, found in opened.items() if found is not None}
-    base = known.pop(base_of(group).id)
-    pairs = once.pair_norms(base, list(known.values()))
+    checkpoints = {model: at for model, at in opened.items() if at is not None}
+    if settings.exclude:
+        require_named(
+            settings.exclude,
+            (name for checkpoint in checkpoints.values() for name in checkpoint.names),
+        )
+    base = checkpoints.pop(base_of(group).id)
+    result = once.measure(base, list(checkpoints.values()))
     if settings.granularity == "model":
-        pools = [_pooled(pair, None, settings.exclude) for pair in pairs]
-        embeddings = tuple(of_them / (n or 1.0) for n, of_them in pools)
-    else:
-        name = group.metadata.name or ""
-        keys = [pair.layer_of(name) for pair in pairs]
-        if any(
-            _pooled(pair, key, ())[0] is None
-            for pair, key in zip(pairs, keys, strict=True)
-        ):
-            raise ValueError(
-                f"granularity 'layer': no stored tensor of {base.label} belongs to "
-                f"the layer of {name}. Use granularity: model or granularity: tensor"
-            )
-        pools = [
-            _pooled(pair, key, settings.exclude)
-            for pair, key in zip(pairs, keys, strict=True)
-        ]
-        embeddings = ()
-    if all(n is None for n, _ in pools):
+        pooled = result.pool("model", settings.exclude)
+        if not pooled.members["model"]:
+            return None
+        shares = pooled.embeddings / pooled.sq_norms.clamp(min=1e-300)
+        return Measured(pooled.sq_norms, tuple(shares.tolist()))
+    name = group.metadata.name or ""
+    keys = [result.layer_of(name, at) for at in range(len(checkpoints))]
+    stored = result.pool("layer")
+    if not all(key in stored.members for key in keys):
+        raise ValueError(
+            f"granularity 'layer': no stored tensor of {base.label} belongs to "
+            f"the layer of {name}. Use granularity: model or granularity: tensor"
+        )
+    pooled = result.pool("layer", settings.exclude)
+    if not any(key in pooled.members for key in keys):
         return None
-    values = torch.tensor(
-        [n or 0.0 for n, _ in pools], dtype=torch.float64, device="cpu"
-    )
-    idle = [set(_idle(pair, settings.exclude)) for pair in pairs]
-    return Measured(values, embeddings, tuple(sorted(set.intersection(*idle))))
+    values = [
+        pooled.sq_norms[pooled.rows[key], at].item() if key in pooled.members else 0.0
+        for at, key in enumerate(keys)
+    ]
+    return Measured(torch.tensor(values, dtype=torch.float64, device="cpu"))
 
 
-@functools.lru_cache(maxsize=1 << 10)
-def _idle(pair: PairNorms, exclude: tuple[str, ...]) -> tuple[str, ...]:
-    """Parts of `exclude` that are in no name of what base and model share."""
-    return idle_parts(exclude, pair.counted_as)
+def forget_failures() -> None:
+    """Let a new merge try again what failed in an earlier one."""
+    from mergekit_metagpt.scanning import once
 
-
-@functools.lru_cache(maxsize=1 << 16)
-def _pooled(
-    pair: PairNorms, key: str | None, exclude: tuple[str, ...]
-) -> tuple[float | None, float]:
-    """Sum over a layer, or the model; None if nothing counts. And the embeddings'."""
-    chosen = {
-        name: value
-        for name, value in pair.sq_norms.items()
-        if (key is None or layer_key(name) == key) and not is_excluded(name, exclude)
-    }
-    embeddings = sum(value for name, value in chosen.items() if is_embedding(name))
-    return (sum(chosen.values()) if chosen else None), embeddings
+    once.forget_failures()

@@ -1,33 +1,16 @@
-"""Merges tensors in memory, pooling squared norms over the groups of one call."""
+"""Finds n_t of tensors in memory, pooled over the groups of one call."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
-from mergekit.merge_methods.base import (
-    TensorGroup,
-)
+from mergekit.merge_methods.base import TensorGroup
 
-from mergekit_metagpt.method.group_norms import (
-    Measured,
-    _own_sq_norms,
-)
-from mergekit_metagpt.method.inputs import (
-    base_of,
-)
-from mergekit_metagpt.method.parameters import (
-    Settings,
-)
-from mergekit_metagpt.scanning.pools import (
-    is_excluded,
-    pool_key,
-)
-
-if TYPE_CHECKING:
-    pass
+from mergekit_metagpt.method.group_norms import Measured, of_tensors
+from mergekit_metagpt.method.inputs import base_of
+from mergekit_metagpt.method.parameters import Settings
+from mergekit_metagpt.scanning.results import ScanResult
 
 
 def of_call(
@@ -42,75 +25,79 @@ def of_call(
         settings: of each group.
 
     Returns:
-        as `of_group`, for every group; differentiable where inputs require it.
+        n_t of each group's pool, or None where norms do not matter; differentiable
+        where inputs require it.
 
     Raises:
         TypeError: an input is not floating point.
         ValueError: a weight is NaN or infinite.
     """
-    own = [_own_sq_norms(group) for group in groups]
-    places: dict[tuple[Hashable, ...], int] = {}
-    counted_as: dict[tuple[int, Hashable], int] = {}
-    norms: dict[tuple[int, Hashable], torch.Tensor] = {}
-    names = [group.metadata.name or "" for group in groups]
+    result, columns = _measured(groups)
+    answers: list[Measured | None] = []
+    for at, (group, chosen) in enumerate(zip(groups, settings, strict=True)):
+        pooled = result.pool(chosen.granularity, chosen.exclude)
+        norms = pooled.sq_norms.reshape(len(pooled.keys), len(result.models))
+        own = []
+        for entry in group.non_base:
+            column = columns[base_of(group).id, entry.id]
+            name = result.counted_as[column][_name(group, at)]
+            row = pooled.rows.get(pooled.key_of(name))
+            own.append(None if row is None else norms[row, column])
+        if chosen.power == 0 or all(value is None for value in own):
+            answers.append(None)
+            continue
+        zero = torch.zeros((), dtype=torch.float64, device="cpu")
+        answers.append(Measured(torch.stack([zero if n is None else n for n in own])))
+    return answers
+
+
+def _measured(
+    groups: Sequence[TensorGroup],
+) -> tuple[ScanResult, dict[tuple[Hashable, Hashable], int]]:
+    """Squared norms of every pair of base and model, and the column of each pair."""
+    columns: dict[tuple[Hashable, Hashable], int] = {}
+    for group in groups:
+        for entry in group.non_base:
+            columns.setdefault((base_of(group).id, entry.id), len(columns))
+    names = {at: _name(group, at) for at, group in enumerate(groups)}
+    order = sorted(names, key=lambda at: (names[at], at))
+    row = {at: n for n, at in enumerate(order)}
+    cells: list[list[torch.Tensor]] = [
+        [torch.zeros((), dtype=torch.float64, device="cpu")] * len(columns)
+        for _ in groups
+    ]
+    counted_as: list[dict[str, str]] = [{} for _ in columns]
+    places: dict[tuple[Hashable, ...], str] = {}
     # A shared weight goes by one of its names, whatever the order of the groups: a
     # tied head by its embedding's.
-    for at in sorted(
-        range(len(groups)), key=lambda at: ("head" in names[at], names[at])
-    ):
+    for at in sorted(order, key=lambda at: ("head" in names[at], row[at])):
         group = groups[at]
-        for entry, value in zip(group.non_base, own[at], strict=True):
-            pair = base_of(group).id, entry.id
-            place = pair, _place(base_of(group).tensor), _place(entry.tensor)
-            counted_as[at, pair] = places.setdefault(place, at)
-            norms[at, pair] = value
-
-    def key(at: int, granularity: str) -> Hashable:
-        name = groups[at].metadata.name
-        if name is None and granularity != "model":
-            return at
-        return pool_key(name or "", granularity)
-
-    @functools.cache
-    def members(granularity: str) -> dict[Hashable, list[int]]:
-        pools: dict[Hashable, list[int]] = {}
-        for at in range(len(groups)):
-            pools.setdefault(key(at, granularity), []).append(at)
-        return pools
-
-    @functools.cache
-    def pooled(
-        pool: Hashable, granularity: str, exclude: tuple[str, ...], pair: Hashable
-    ) -> torch.Tensor | None:
-        chosen = [
-            norms[at, pair]
-            for at in members(granularity)[pool]
-            if counted_as.get((at, pair)) == at
-            and not is_excluded(groups[at].metadata.name or "", exclude)
-        ]
-        # Sorted, so that the order of the groups does not show in the last bits.
-        return torch.stack(chosen).sort().values.sum() if chosen else None
-
-    found = []
-    for at, (group, chosen) in enumerate(zip(groups, settings, strict=True)):
-        values = [
-            pooled(
-                key(counted_as[at, (base_of(group).id, entry.id)], chosen.granularity),
-                chosen.granularity,
-                chosen.exclude,
-                (base_of(group).id, entry.id),
-            )
-            for entry in group.non_base
-        ]
-        found.append(None if chosen.power == 0 else _stacked(values))
-    return found
+        for entry, value in zip(group.non_base, of_tensors(group), strict=True):
+            column = columns[base_of(group).id, entry.id]
+            place = column, _place(base_of(group).tensor), _place(entry.tensor)
+            counted_as[column][names[at]] = places.setdefault(place, names[at])
+            if places[place] == names[at]:
+                cells[row[at]][column] = value
+    shape = len(groups), len(columns)
+    values = [value for cell in cells for value in cell]
+    sums = torch.stack(values) if values else torch.zeros(0, dtype=torch.float64)
+    return (
+        ScanResult(
+            base="",
+            models=tuple(str(model) for _, model in columns),
+            names=tuple(names[at] for at in order),
+            sq_norms=sums.reshape(shape),
+            base_sq_norms=torch.zeros(shape, dtype=torch.float64, device="cpu"),
+            counted_as=tuple(counted_as),
+            layers=({},) * len(columns),
+        ),
+        columns,
+    )
 
 
-def _stacked(values: Sequence[torch.Tensor | None]) -> Measured | None:
-    if all(value is None for value in values):
-        return None
-    zero = torch.zeros((), dtype=torch.float64, device="cpu")
-    return Measured(torch.stack([zero if v is None else v for v in values]))
+def _name(group: TensorGroup, at: int) -> str:
+    """The name of a group; one of its own for a group without."""
+    return f"tensor {at}" if group.metadata.name is None else group.metadata.name
 
 
 def _place(tensor: torch.Tensor) -> tuple[Hashable, ...]:

@@ -14,7 +14,6 @@ from mergekit_metagpt.checkpoints.stored import layer_key
 if TYPE_CHECKING:
     pass
 
-
 # Elements compared to tell a layer from another one.
 PROBE = 1000
 

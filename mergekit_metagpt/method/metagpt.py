@@ -17,19 +17,18 @@ from mergekit.merge_methods.base import (
 )
 
 from mergekit_metagpt.arithmetic import scaled_sums
-from mergekit_metagpt.method import group_norms, in_memory, inputs
+from mergekit_metagpt.method import advice, group_norms, in_memory, inputs
 from mergekit_metagpt.method.announcing import Announcer
 from mergekit_metagpt.method.parameters import (
     Settings,
     all_zero,
     no_base,
     own_parameters,
+    weights_of,
 )
 from mergekit_metagpt.method.plan_watch import PlanWatch
 
 REFERENCE_URL = "https://arxiv.org/abs/2406.11385"
-
-
 # The name under which mergekit's planner validates a slice, before any tensor's.
 _SLICE = re.compile(r".+\.slices\[\d+\]")
 
@@ -117,17 +116,18 @@ class MetaGPTMerge(GroupMergeMethod):
         input_dtypes: Sequence[torch.dtype | None],
         out_dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        settings = [
-            Settings.of(group, bound)
+        settings = [Settings.of(bound) for bound in parameters]
+        weights = [
+            weights_of(group, bound)
             for group, bound in zip(groups, parameters, strict=True)
         ]
-        self._require_weights(groups, settings)
+        self._require_weights(groups, weights)
         for group in groups if self.from_files else ():
             inputs.require_unchanged(group)
         measured = self._sq_norms(groups, settings)
         lambdas = [
             self._coefficients(*arguments)
-            for arguments in zip(groups, settings, measured, strict=True)
+            for arguments in zip(groups, settings, weights, measured, strict=True)
         ]
         return super()._execute(
             groups,
@@ -152,11 +152,11 @@ class MetaGPTMerge(GroupMergeMethod):
         )
 
     def _require_weights(
-        self, groups: Sequence[TensorGroup], settings: Sequence[Settings]
+        self, groups: Sequence[TensorGroup], weights: Sequence[torch.Tensor]
     ) -> None:
         """Refuse a merge whose every weight is 0 (on one tensor, it is the base's)."""
-        for group, chosen in zip(groups, settings, strict=True):
-            if not bool(chosen.weight.any()) and self.watch.every_weight_is_zero(
+        for group, weight in zip(groups, weights, strict=True):
+            if not bool(weight.any()) and self.watch.every_weight_is_zero(
                 inputs.base_of(group).id
             ):
                 raise ValueError(all_zero())
@@ -165,37 +165,41 @@ class MetaGPTMerge(GroupMergeMethod):
         self, groups: Sequence[TensorGroup], settings: Sequence[Settings]
     ) -> list[group_norms.Measured | None]:
         """For each group n_t of its pool, shape `(K,)`; None where no norm counts."""
-        found = []
+        measured = []
         for group, chosen in zip(groups, settings, strict=True):
-            found.append(group_norms.of_group(group, chosen))
-            if chosen.granularity == "layer" and found[-1] is not None:
+            measured.append(group_norms.of_group(group, chosen))
+            if chosen.granularity == "layer" and measured[-1] is not None:
                 inputs.require_same_layer(group)
-        return found
+        return measured
 
     def _coefficients(
         self,
         group: TensorGroup,
         settings: Settings,
+        weight: torch.Tensor,
         measured: group_norms.Measured | None,
     ) -> torch.Tensor:
         """Shares of the models, summing to 1 (or 0 where the base is to be kept)."""
-        models, weight = [entry.id for entry in group.non_base], settings.weight
+        models = [entry.id for entry in group.non_base]
         base, where = inputs.base_of(group).id, settings.pool(group.metadata.name)
-        say, sq_norms = self._announcer(base), measured.sq_norms if measured else None
-        shares = settings.shares(sq_norms)
+        announcer = self._announcer(base)
+        sq_norms = measured.sq_norms if measured else None
+        shares = settings.shares(sq_norms, weight)
         if not models or not bool((weight > 0).any()):
             return shares
         if not bool((shares > 0).any()):
-            say.nothing_moved(base, where)
+            announcer.warn("unmoved", advice.nothing_moved(base, where))
             return shares
         if sq_norms is not None and settings.power < 0:
-            unmoved = ((weight > 0) & (sq_norms == 0)).nonzero().flatten().tolist()
-            say.left_out(base, [models[k] for k in unmoved], settings.power, where)
-        if measured is not None and measured.embeddings:
-            say.embeddings(models, measured.embeddings)
-        if measured is not None:
-            say.names_nothing(measured.idle)
-        say.coefficients(
+            rows = ((weight > 0) & (sq_norms == 0)).nonzero().flatten().tolist()
+            unmoved = [models[k] for k in rows]
+            warning = advice.left_out(base, unmoved, settings.power, where)
+            announcer.warn("left out", warning)
+        for model, share in zip(
+            models, measured.embeddings if measured else (), strict=False
+        ):
+            announcer.warn(("embeddings", model), advice.embeddings(model, share))
+        announcer.coefficients(
             base,
             models,
             shares.detach().tolist(),
@@ -206,14 +210,16 @@ class MetaGPTMerge(GroupMergeMethod):
             one_of_many=settings.granularity != "model",
             visible=self.from_files,
         )
-        wanted = (weight > 0).nonzero().flatten().tolist()
-        say.degenerate(
+        rows = (weight > 0).nonzero().flatten().tolist()
+        weighted = len(set(weight[rows].tolist())) > 1
+        warning = advice.degenerate(
             base,
-            [models[k] for k in wanted],
-            shares.detach()[wanted].tolist(),
+            [models[k] for k in rows],
+            shares.detach()[rows].tolist(),
             where,
-            weighted=len(set(weight[wanted].tolist())) > 1,
+            weighted=weighted,
         )
+        announcer.warn("degenerate", warning)
         return shares
 
     def _announcer(self, base: Hashable) -> Announcer:
@@ -245,10 +251,10 @@ class InMemoryMerge(MetaGPTMerge):
         return self.method.merge_group(group, **parameters)
 
     def _require_weights(
-        self, groups: Sequence[TensorGroup], settings: Sequence[Settings]
+        self, groups: Sequence[TensorGroup], weights: Sequence[torch.Tensor]
     ) -> None:
-        weights = [chosen.weight for chosen in settings if len(chosen.weight)]
-        if weights and not any(bool(weight.any()) for weight in weights):
+        some = [weight for weight in weights if len(weight)]
+        if some and not any(bool(weight.any()) for weight in some):
             raise ValueError(all_zero())
 
     def _sq_norms(

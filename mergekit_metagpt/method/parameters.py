@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec, TensorGroup
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergekit_metagpt.arithmetic.closed_form import coefficients, contributes
-from mergekit_metagpt.scanning.pools import pool_key
+from mergekit_metagpt.scanning.pools import is_excluded, pool_key
+
+Granularity = Literal["model", "layer", "tensor"]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,6 @@ class CheckedParameter(ParameterSpec):
     """
 
     legal: str = ""
-    accepts: Callable[[Any], bool] = lambda value: True
     seen: Callable[[Any], None] = lambda value: None
 
     def validate(self, value: Any) -> Any:
@@ -40,12 +42,10 @@ class CheckedParameter(ParameterSpec):
         """
         try:
             checked = super().validate(value)
-        except ValidationError:
-            legal = False
-        else:
-            legal = self.accepts(checked)
-        if not legal:
-            raise ValueError(f"{self.name} is {value!r}; expected {self.legal}")
+        except ValidationError as error:
+            raise ValueError(
+                f"{self.name} is {value!r}; expected {self.legal}"
+            ) from error
         self.seen(checked)
         return checked
 
@@ -54,48 +54,45 @@ def own_parameters(
     saw_weight: Callable[[float], None] = lambda value: None,
 ) -> tuple[CheckedParameter, ...]:
     """Return the parameters of `metagpt`; every weight read is told to `saw_weight`."""
+    shared = ParameterScope.SHARED
     return (
         CheckedParameter(
             "granularity",
-            str,
-            ParameterScope.SHARED,
+            Granularity,
+            shared,
             default="model",
             description="tensors over which squared norms are pooled",
             legal="'model', 'layer' or 'tensor'",
-            accepts=("model", "layer", "tensor").__contains__,
         ),
         CheckedParameter(
             "weight",
-            float,
+            Weight,
             ParameterScope.NON_BASE,
             default=1.0,
             description="importance of a model, before norms are taken into account",
             legal="a finite number >= 0",
-            accepts=lambda value: 0 <= value < math.inf,
             seen=saw_weight,
         ),
         CheckedParameter(
             "power",
-            float,
-            ParameterScope.SHARED,
+            Finite,
+            shared,
             default=2.0,
             description="exponent of the norms: 2 is MetaGPT, 0 the plain average",
             legal="a finite number",
-            accepts=math.isfinite,
         ),
         CheckedParameter(
             "lambda",
-            float,
-            ParameterScope.SHARED,
+            Finite,
+            shared,
             default=1.0,
             description="scale of the merged task vector",
             legal="a finite number",
-            accepts=math.isfinite,
         ),
         CheckedParameter(
             "exclude",
             str,
-            ParameterScope.SHARED,
+            shared,
             default="",
             description="comma-separated parts of tensor names that do not count",
             legal="a string of comma-separated parts of tensor names",
@@ -128,52 +125,97 @@ def all_zero() -> str:
     )
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What shapes the coefficients of one tensor group: its bound parameters.
+def split_exclude(text: str) -> tuple[str, ...]:
+    """Return the parts of names in a comma-separated `exclude`."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
-    `weight` has shape `(K,)`, float64, in the order of the group's non-base entries.
+
+def require_named(exclude: Sequence[str], names: Iterable[str]) -> None:
+    """Refuse parts of `exclude` that leave nothing out, such as a misspelt one.
+
+    Args:
+        exclude: parts of names.
+        names: output names of all tensors that base and models have.
+
+    Raises:
+        ValueError: a part is in none of the names.
     """
+    names = set(names)
+    unused = [part for part in exclude if not any(part in name for name in names)]
+    if unused:
+        raise ValueError(
+            f"exclude: {', '.join(unused)} is in no tensor's name; expected a part of "
+            f"a stored name, such as {min(names, default='embed_tokens')}"
+        )
 
-    granularity: str
-    power: float
-    exclude: tuple[str, ...]
-    weight: torch.Tensor
-    scale: float
+
+class Settings(BaseModel):
+    """Settings of the closed form for one tensor group, or for a whole model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    granularity: Granularity = "model"
+    power: Finite = 2.0
+    exclude: tuple[str, ...] = ()
+    scale: Finite = Field(default=1.0, description="`lambda` of the YAML")
 
     @classmethod
-    def of(cls, group: TensorGroup, bound: dict[str, Any]) -> Settings:
-        """Read the parameters that mergekit bound for a group."""
-        weights = bound["weight"].values_for(group.non_base)
-        parts = (part.strip() for part in bound["exclude"].split(","))
+    def of(cls, bound: Any) -> Settings:
+        """Read the parameters that mergekit bound, each a single value.
+
+        Args:
+            bound: values by the names of the YAML.
+
+        Returns:
+            the settings.
+        """
         return cls(
             granularity=bound["granularity"],
             power=bound["power"],
-            exclude=tuple(part for part in parts if part),
-            weight=torch.tensor(weights, dtype=torch.float64, device="cpu"),
+            exclude=split_exclude(bound["exclude"]),
             scale=bound["lambda"],
         )
 
-    def shares(self, sq_norms: torch.Tensor | None) -> torch.Tensor:
+    def shares(
+        self, sq_norms: torch.Tensor | None, weight: torch.Tensor
+    ) -> torch.Tensor:
         """Return the coefficients before `lambda` scales them.
 
         Args:
             sq_norms: n_t of the pool, shape `(K,)`, float64, or None where nothing was
                 measured and the weights alone count.
+            weight: w_t, shape `(K,)`, float64.
 
         Returns:
             shape `(K,)`, float64, summing to 1; or 0 where the base is to be kept.
         """
+        power = self.power
         if sq_norms is None:
-            power, sq_norms = 0.0, torch.zeros_like(self.weight)
-        else:
-            power = self.power
-        if not bool(contributes(sq_norms, self.weight, power).any()):
-            return torch.zeros_like(self.weight)
-        return coefficients(sq_norms, self.weight, power)
+            power, sq_norms = 0.0, torch.zeros_like(weight)
+        if not bool(contributes(sq_norms, weight, power).any()):
+            return torch.zeros_like(weight)
+        return coefficients(sq_norms, weight, power)
+
+    def counts(self, name: str | None) -> bool:
+        """Whether a tensor counts in squared norms."""
+        return not is_excluded(name or "", self.exclude)
 
     def pool(self, name: str | None) -> str:
         """Name the pool of a tensor, for messages."""
         if self.granularity == "model":
             return "the whole model"
         return "this tensor" if name is None else pool_key(name, self.granularity)
+
+
+def weights_of(group: TensorGroup, bound: dict[str, Any]) -> torch.Tensor:
+    """Return the weights that mergekit bound for the models of a group.
+
+    Args:
+        group: the inputs that make one output tensor.
+        bound: values by the names of the YAML.
+
+    Returns:
+        w_t, shape `(K,)`, float64, in the order of the non-base entries.
+    """
+    values = bound["weight"].values_for(group.non_base)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")

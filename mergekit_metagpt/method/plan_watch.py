@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from mergekit_metagpt.method.announcing import Announcer
@@ -42,6 +43,21 @@ class PlanWatch:
         self._here = threading.local()
         self._by_base: dict[Hashable, Plan] = {}
 
+    @contextmanager
+    def already_warned(self) -> Iterator[None]:
+        """Log no warning in the merges that this thread plans meanwhile.
+
+        For callers that have logged all warnings of a merge before they start it.
+
+        Yields:
+            while the merge is planned and runs.
+        """
+        self._here.warned = True
+        try:
+            yield
+        finally:
+            self._here.warned = False
+
     def of(self, base: Hashable) -> Plan | None:
         """Return the latest plan with this base."""
         return self._by_base.get(base)
@@ -52,7 +68,8 @@ class PlanWatch:
         """Note a slice. A name seen before, or none, starts a plan: the last failed."""
         plan = getattr(self._here, "plan", None)
         if plan is None or not plan.reading_slices or {name, None} & plan.slices:
-            plan = self._here.plan = Plan()
+            warned = getattr(self._here, "warned", False)
+            plan = self._here.plan = Plan(announcer=Announcer(warned=warned))
         plan.slices.add(name)
         plan.has_models |= any(model != base for model in models)
         self._by_base[base] = plan

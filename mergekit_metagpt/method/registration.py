@@ -10,8 +10,6 @@ from mergekit_metagpt.method.composed import COMPOSED, ComposedMerge
 from mergekit_metagpt.method.metagpt import MetaGPTMerge
 
 _METHODS: dict[str, MetaGPTMerge] = {}
-
-
 _LOCK = threading.Lock()
 
 

@@ -1,6 +1,6 @@
 """What can be learned without merging: a report as data, tables, picture and Markdown.
 
-It changes nothing on disk but the files that its caller names.
+It never changes a file but those that its caller names.
 """
 
 __all__ = [
@@ -8,6 +8,5 @@ __all__ = [
     "figures",
     "inspecting",
     "parts",
-    "schema",
     "tables",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,8 @@ if TYPE_CHECKING:
 
     from mergekit_metagpt.report import schema
 
-
 BLUE = "#4c72b0"
-
-
 FORMATS = (".png", ".svg", ".pdf")
-
-
 # Cosines of more models are shown by their shade alone: a number for each would not fit
 # into its cell, and takes minutes to draw.
 MOST_NUMBERS = 16
@@ -49,10 +45,13 @@ def _draw_family(part: SubFigure, family: schema.Family) -> None:
         2, 2, width_ratios=(1.6, 1), height_ratios=(1 + 0.22 * count, 1 + 0.12 * count)
     )
     _draw_coefficients(
-        part.add_subplot(grid[0, 0] if count > 1 else grid[0, :]), family
+        part.add_subplot(
+            grid[0, 0] if count > 1 and family.cosines is not None else grid[0, :]
+        ),
+        family,
     )
-    if count > 1:
-        _draw_cosines(part, part.add_subplot(grid[0, 1]), family)
+    if family.cosines is not None and count > 1:
+        _draw_cosines(part, part.add_subplot(grid[0, 1]), family.cosines)
     _draw_layers(part, part.add_subplot(grid[1, :]), family)
     part.suptitle(f"Task vectors on {short_name(family.base.name, 60)}")
 
@@ -110,19 +109,18 @@ def _draw_coefficients(axes: Axes, family: schema.Family) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_cosines(part: SubFigure, axes: Axes, family: schema.Family) -> None:
-    count, nan = len(family.models), float("nan")
-    shown = [
-        [nan if value is None else abs(value) for value in row]
-        for row in family.cosines
-    ]
+def _draw_cosines(
+    part: SubFigure, axes: Axes, cosines: Sequence[Sequence[float | None]]
+) -> None:
+    count, nan = len(cosines), float("nan")
+    shown = [[nan if value is None else abs(value) for value in row] for row in cosines]
     for row in range(count):
         shown[row][row] = nan
     image = axes.imshow(shown, cmap="Greys", vmin=0, vmax=1, aspect="auto")
     size = 10 if count <= 6 else 8
     for row in range(count if count <= MOST_NUMBERS else 0):
         for column in range(count):
-            value = family.cosines[row][column]
+            value = cosines[row][column]
             if row != column and value is not None:
                 axes.text(
                     column,

@@ -11,7 +11,6 @@ from mergekit_metagpt.checkpoints.layouts import counterparts
 from mergekit_metagpt.checkpoints.stored import ConvertedTensor, StoredTensor, layer_key
 from mergekit_metagpt.report import schema
 from mergekit_metagpt.report.parts import natural
-from mergekit_metagpt.scanning.results import PairNorms
 
 
 def stored(
@@ -99,21 +98,19 @@ def _not_written(
 
 
 def unshared(
-    checkpoint: Checkpoint, other: Checkpoint, pair: PairNorms
+    checkpoint: Checkpoint, other: Checkpoint, counted_as: Mapping[str, str]
 ) -> schema.Tensors:
     """Describe the tensors of one checkpoint that another one lacks.
 
     Args:
         checkpoint: one of base and model.
         other: the other.
-        pair: what was measured of the two.
+        counted_as: output names that the two share.
 
     Returns:
         tensors that neither it nor a tie nor another layout of it matches.
     """
-    used = {
-        tensor.name for n, tensor in checkpoint.tensors.items() if n in pair.counted_as
-    }
+    used = {tensor.name for n, tensor in checkpoint.tensors.items() if n in counted_as}
     for mine, _ in counterparts(checkpoint, other).values():
         sources = mine.sources if isinstance(mine, ConvertedTensor) else (mine,)
         used.update(source.name for source in sources)

@@ -14,8 +14,6 @@ _PARTS = (
     ("attention", ("attn", "attention", "wqkv", "q_proj", "k_proj", "v_proj")),
     ("mlp", ("mlp", "feed_forward", "ffn", "expert", "moe", "fc1", "fc2", "dense")),
 )
-
-
 PARTS = ("embeddings", "attention", "mlp", "norms", "head", "other")
 
 

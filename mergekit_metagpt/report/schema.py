@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mergekit_metagpt.method import parameters
+
 
 class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -79,10 +81,6 @@ class Model(Stored):
         description="weight in a YAML of another method; numbers joined by - are a "
         "gradient"
     )
-    rounding: float = Field(
-        description="norm of what rounding to the coarser of two stored precisions "
-        "takes from base and model; 0 where they agree"
-    )
     parts: dict[str, float] = Field(description="share of each part in n_t")
     not_in_base: Tensors
     only_in_base: Tensors
@@ -97,13 +95,9 @@ class Pool(_Schema):
     coefficients: tuple[float, ...] = Field(description="lambda_t on this pool")
 
 
-class Settings(_Schema):
-    """Parameters of the closed form."""
+class Settings(parameters.Settings):
+    """Settings of the closed form, for the whole model."""
 
-    granularity: str
-    power: float
-    exclude: tuple[str, ...]
-    scale: float = Field(description="`lambda` of the YAML")
     varying: tuple[str, ...] = Field(
         description="parameters that the YAML sets tensor by tensor; the figures here "
         "are for their defaults"
@@ -117,8 +111,9 @@ class Family(_Schema):
     settings: Settings
     base: Base
     models: tuple[Model, ...]
-    cosines: tuple[tuple[float | None, ...], ...] = Field(
-        description="between task vectors; null where one is zero"
+    cosines: tuple[tuple[float | None, ...], ...] | None = Field(
+        description="between task vectors, null where one is zero; null as a whole "
+        "where inner products were not measured, as by `merge`"
     )
     reading: str = Field(description="the cosines in words")
     pools: tuple[Pool, ...] = Field(description="at the granularity of the settings")
@@ -129,7 +124,7 @@ class Family(_Schema):
 class Report(_Schema):
     """What `mergekit-metagpt inspect` found."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     versions: dict[str, str] = Field(description="of this package and its host")
     method: str = Field(description="merge_method of the YAML, or metagpt")
     families: tuple[Family, ...]

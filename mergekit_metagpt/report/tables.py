@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich import box
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -22,8 +18,11 @@ if TYPE_CHECKING:
     from mergekit_metagpt.report import schema
     from mergekit_metagpt.scanning.cache import Remembered
 
+# Columns for models, at most: of more, cells have no room in a terminal.
+MOST_COLUMNS = 16
 
-def report(found: schema.Report) -> Iterator[str | Sheet]:
+
+def lay_out(found: schema.Report) -> Iterator[str | Table]:
     """Lay out what `inspect` found, family by family.
 
     Args:
@@ -38,7 +37,7 @@ def report(found: schema.Report) -> Iterator[str | Sheet]:
         yield from _family(family)
 
 
-def _family(family: schema.Family) -> Iterator[str | Sheet]:
+def _family(family: schema.Family) -> Iterator[str | Table]:
     base, models = family.base, family.models
     yield (
         f"Base {base.name}: {base.parameters:,} parameters, {_precisions(base)}, "
@@ -46,16 +45,21 @@ def _family(family: schema.Family) -> Iterator[str | Sheet]:
     )
     yield f"\nTask vectors ({_settings(family.settings)})"
     yield _task_vectors(family)
+    wide = len(models) > MOST_COLUMNS
     if len(models) > 1:
-        yield "Cosines between task vectors"
-        yield _cosines(family)
+        if family.cosines is not None and not wide:
+            yield "Cosines between task vectors"
+            yield _cosines(family)
         yield f"{family.reading}\n"
     yield "Share of each part in ||tau||^2"
     yield _parts(family)
     if family.settings.granularity != "model":
         of_what = family.settings.granularity
         yield f"lambda by {of_what}, and in brackets ||tau|| / ||theta_0||"
-        yield _pools(family)
+        if not wide:
+            yield _pools(family)
+    if wide:
+        yield f"{len(models)} models are too many for a table: use --json or --csv\n"
     yield from _left_out(family)
     for warning in family.warnings:
         yield f"Warning: {warning}"
@@ -88,26 +92,44 @@ def _settings(settings: schema.Settings) -> str:
     return ", ".join(chosen)
 
 
-def _task_vectors(family: schema.Family) -> Sheet:
+def _table(headings: Sequence[str], *, names: Sequence[str] = ()) -> Table:
+    """Make an empty table; cells are folded, not cut, where a terminal is narrow.
+
+    Args:
+        headings: of the columns.
+        names: those whose cells are text, aligned to the left.
+
+    Returns:
+        the table.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        side: Literal["left", "right"] = "left" if heading in names else "right"
+        table.add_column(Text(heading), justify=side, overflow="fold")
+    return table
+
+
+def _add(table: Table, cells: Iterable[str]) -> None:
+    """Add a row of text as it is, without markup or control characters."""
+    table.add_row(*(Text(printable(cell)) for cell in cells))
+
+
+def _numbers(family: schema.Family) -> list[str]:
+    return [f"#{number}" for number in range(1, len(family.models) + 1)]
+
+
+def _task_vectors(family: schema.Family) -> Table:
     models = family.models
-    columns = [
-        Column("#"),
-        Column("model", names=True),
-        Column("parameters"),
-        Column("stored", names=True),
-        *map(Column, ("||tau||", "/ ||theta_0||", "lambda")),
-    ]
     weighted = any(model.weight != 1 for model in models)
     by_hand = any(model.weight_by_hand for model in models)
-    rounded = any(model.rounding for model in models)
-    columns += [Column("weight")] * weighted
-    columns += [Column("weight in YAML", names=True)] * by_hand
-    columns += [Column("||rounding||")] * rounded
-    sheet = Sheet(columns)
-    for number, model in enumerate(models, 1):
+    headings = ["#", "model", "parameters", "stored"]
+    headings += ["||tau||", "/ ||theta_0||", "lambda"]
+    headings += ["weight"] * weighted + ["weight in YAML"] * by_hand
+    table = _table(headings, names=("model", "stored", "weight in YAML"))
+    for number, model in zip(_numbers(family), models, strict=True):
         relative = model.relative_norm
         row = [
-            str(number),
+            number,
             model.name,
             f"{model.parameters:,}",
             _precisions(model),
@@ -117,39 +139,35 @@ def _task_vectors(family: schema.Family) -> Sheet:
         ]
         row += [f"{model.weight:g}"] * weighted
         row += [model.weight_by_hand or "-"] * by_hand
-        row += [f"{model.rounding:.3g}"] * rounded
-        sheet.rows.append(row)
-    return sheet
+        _add(table, row)
+    return table
 
 
-def _cosines(family: schema.Family) -> Sheet:
-    numbers = (str(number) for number in range(1, len(family.models) + 1))
-    sheet = Sheet([Column("#"), *map(Column, numbers)])
-    for number, row in enumerate(family.cosines, 1):
+def _cosines(family: schema.Family) -> Table:
+    table = _table(["#", *_numbers(family)])
+    for number, row in zip(_numbers(family), family.cosines or (), strict=True):
         # Plus 0.0, which makes -0.0 positive.
         rounded = (None if value is None else round(value, 2) + 0.0 for value in row)
         cells = ("-" if value is None else f"{value:+.2f}" for value in rounded)
-        sheet.rows.append([str(number), *cells])
-    return sheet
+        _add(table, [number, *cells])
+    return table
 
 
-def _parts(family: schema.Family) -> Sheet:
+def _parts(family: schema.Family) -> Table:
     shown = [
         part
         for part in family.models[0].parts
         if any(model.parts[part] for model in family.models)
     ]
-    sheet = Sheet([Column("#"), *map(Column, shown)])
-    for number, model in enumerate(family.models, 1):
-        shares = (f"{model.parts[part]:.1%}" for part in shown)
-        sheet.rows.append([str(number), *shares])
-    return sheet
+    table = _table(["#", *shown])
+    for number, model in zip(_numbers(family), family.models, strict=True):
+        _add(table, [number, *(f"{model.parts[part]:.1%}" for part in shown)])
+    return table
 
 
-def _pools(family: schema.Family) -> Sheet:
-    numbers = (f"#{number}" for number in range(1, len(family.models) + 1))
-    first = Column(family.settings.granularity, names=True)
-    sheet = Sheet([first, *map(Column, numbers)])
+def _pools(family: schema.Family) -> Table:
+    granularity = family.settings.granularity
+    table = _table([granularity, *_numbers(family)], names=(granularity,))
     for pool in family.pools:
         cells = [
             f"{_four(value)} ({'-' if relative is None else _four(relative)})"
@@ -157,8 +175,8 @@ def _pools(family: schema.Family) -> Sheet:
                 pool.coefficients, pool.relative_norms, strict=True
             )
         ]
-        sheet.rows.append([pool.key, *cells])
-    return sheet
+        _add(table, [pool.key, *cells])
+    return table
 
 
 def _left_out(family: schema.Family) -> Iterator[str]:
@@ -229,7 +247,7 @@ def as_csv(found: schema.Report) -> str:
     return stream.getvalue()
 
 
-def remembered(entries: Sequence[Remembered]) -> Sheet:
+def remembered(entries: Sequence[Remembered]) -> Table:
     """Tabulate what the cache holds.
 
     Args:
@@ -238,83 +256,18 @@ def remembered(entries: Sequence[Remembered]) -> Sheet:
     Returns:
         a table of a row for each.
     """
-    headings = ("written", "holds", "base", "models")
-    sheet = Sheet([*(Column(name, names=True) for name in headings), Column("kB")])
-    kinds = {"pair": "squared norms", "details": "inner products"}
+    names = ("written", "holds", "base", "models")
+    table = _table([*names, "kB"], names=names)
+    kinds = {"pair": "squared norms", "gram": "inner products"}
     for entry in entries:
-        sheet.rows.append(
+        _add(
+            table,
             [
                 datetime.fromtimestamp(entry.written).isoformat(" ", "minutes"),
                 kinds.get(entry.kind, "not readable"),
                 entry.base,
                 ", ".join(entry.models),
                 f"{entry.bytes / 1e3:,.1f}",
-            ]
+            ],
         )
-    return sheet
-
-
-# Between two columns, and the least width of a column whose cells may be folded.
-GAP = 3
-
-
-LEAST = 16
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column: its heading, and whether its cells are names, which may be folded."""
-
-    heading: str
-    names: bool = False
-
-
-@dataclass
-class Sheet:
-    """Rows under headings; cells are printed as they are, without markup.
-
-    In a terminal too narrow for all columns each row flows over several lines, every
-    cell behind its heading: nothing is cut off.
-    """
-
-    columns: Sequence[Column]
-    rows: list[Sequence[str]] = field(default_factory=list)
-
-    def __rich_console__(
-        self, console: Console, options: ConsoleOptions
-    ) -> RenderResult:
-        if self._least_width() <= options.max_width:
-            yield self._table()
-            return
-        yield Text()
-        for first, *others in self.rows:
-            heading, *headings = (column.heading for column in self.columns)
-            label = first if self.columns[0].names else f"{heading}{first}"
-            cells = [
-                f"{heading} {cell}"
-                for heading, cell in zip(headings, others, strict=True)
-            ]
-            line = f"{label}  {', '.join(cells)}"
-            yield Padding(Text(printable(line), overflow="fold"), (0, 0, 0, 1))
-        yield Text()
-
-    def _least_width(self) -> int:
-        width = 2 - GAP
-        for at, column in enumerate(self.columns):
-            cells = [column.heading, *(row[at] for row in self.rows)]
-            natural = max(map(cell_len, cells))
-            width += GAP + (min(natural, LEAST) if column.names else natural)
-        return width
-
-    def _table(self) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in self.columns:
-            table.add_column(
-                Text(column.heading),
-                justify="left" if column.names else "right",
-                overflow="fold" if column.names else "ellipsis",
-                no_wrap=not column.names,
-            )
-        for row in self.rows:
-            table.add_row(*(Text(printable(cell)) for cell in row))
-        return table
+    return table

@@ -13,46 +13,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
-from mergekit_metagpt.checkpoints.identity import fingerprint
-from mergekit_metagpt.checkpoints.memo import while_open
-from mergekit_metagpt.scanning.results import Details, PairNorms
+from mergekit_metagpt.scanning.results import ScanResult
 
 LOG = logging.getLogger("mergekit_metagpt")
-
-
 VARIABLE = "MERGEKIT_METAGPT_CACHE"
-
-
 # To be raised when what a scan measures, or how it is stored, changes.
-FORMAT = 2
-
-
+FORMAT = 3
 MOST_ENTRIES = 1000
-
-
 MOST_BYTES = 1 << 28
-
-
 # A file may change once more within one tick of a coarse clock without showing it.
 YOUNG_S = 2.0
-
-
 # An entry that is being written; one that is so old was left by a killed process.
 UNFINISHED = ".metagpt-"
-
-
 ABANDONED_S = 3600.0
-
-
 SqNorm = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -61,7 +41,7 @@ class _Entry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     key: str
     kind: str
     base: str
@@ -69,28 +49,20 @@ class _Entry(BaseModel):
     checksum: str
 
 
-class _Pair(BaseModel):
-    """`PairNorms`; `counted_as` without the names that count as themselves."""
+class _Content(BaseModel):
+    """A `ScanResult` without the names of its models.
+
+    Each row of `gram` is the upper triangle of a Gram matrix, row by row.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    sq_norms: dict[str, SqNorm]
-    counted_as: dict[str, str]
-    layers: dict[str, str]
-
-
-class _Details(BaseModel):
-    """`Details`; of each Gram matrix the upper triangle, row by row."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    count: int
-    gram: dict[str, list[Finite]]
-    base_sq_norms: dict[str, list[SqNorm]]
-    rounding: dict[str, list[SqNorm]]
-
-
-M = TypeVar("M", bound=BaseModel)
+    names: list[str]
+    sq_norms: list[list[SqNorm]]
+    base_sq_norms: list[list[SqNorm]]
+    counted_as: list[dict[str, str]]
+    layers: list[dict[str, str]]
+    gram: list[list[Finite]] | None = None
 
 
 def folder() -> Path | None:
@@ -111,106 +83,85 @@ def folder() -> Path | None:
     return home / "mergekit-metagpt"
 
 
-def pair_norms(base: Checkpoint, model: Checkpoint) -> PairNorms | None:
-    """Look up the squared norms of one model.
+def read(
+    base: Checkpoint, models: Sequence[Checkpoint], *, gram: bool = False
+) -> ScanResult | None:
+    """Look up what an earlier scan measured.
 
     Args:
         base: the base.
-        model: a fine-tune of it.
+        models: one model, or with `gram` all models of the scan, in its order.
+        gram: whether inner products are needed.
 
     Returns:
-        what an earlier scan found, with the same bits, or None.
+        the result, with the same bits, or None.
     """
-    found = _read("pair", base, [model], _Pair)
-    if found is None:
+    content = _read("gram" if gram else "pair", base, models)
+    if content is None:
         return None
-    own = {name: name for name in found.sq_norms}
-    return PairNorms(found.sq_norms, {**own, **found.counted_as}, found.layers)
-
-
-def keep_pair(base: Checkpoint, model: Checkpoint, norms: PairNorms) -> None:
-    """Remember the squared norms of one model.
-
-    Args:
-        base: the base.
-        model: a fine-tune of it.
-        norms: what a scan found.
-    """
-    others = {n: other for n, other in norms.counted_as.items() if n != other}
-    kept = _Pair(
-        sq_norms=dict(norms.sq_norms), counted_as=others, layers=dict(norms.layers)
-    )
-    _write("pair", base, [model], kept)
-
-
-def details(base: Checkpoint, models: Sequence[Checkpoint]) -> Details | None:
-    """Look up what a detailed scan of these models found.
-
-    Args:
-        base: the base.
-        models: fine-tunes of it, in the order of the scan.
-
-    Returns:
-        the details, with the same bits, or None.
-    """
-    found, count = _read("details", base, models, _Details), len(models)
-    if found is None or found.count != count:
+    try:
+        return _result(content, base, models, gram=gram)
+    except (ValueError, RuntimeError) as error:
+        LOG.info("cache entry not used: %s", error)
         return None
+
+
+def _result(
+    content: _Content, base: Checkpoint, models: Sequence[Checkpoint], *, gram: bool
+) -> ScanResult:
+    count, names = len(models), content.names
+
+    def tensor(rows: list[list[float]], width: int) -> torch.Tensor:
+        flat = [value for row in rows for value in row]
+        return torch.tensor(flat, dtype=torch.float64, device="cpu").view(-1, width)
+
     upper = torch.triu_indices(count, count, device="cpu").unbind()
-    gram = {}
-    for name, values in found.gram.items():
-        rows = found.base_sq_norms.get(name, ()), found.rounding.get(name, ())
-        if len(values) != len(upper[0]) or {len(row) for row in rows} != {count}:
-            return None
-        matrix = torch.zeros(count, count, dtype=torch.float64, device="cpu")
-        matrix[upper] = torch.tensor(values, dtype=torch.float64, device="cpu")
-        gram[name] = matrix + matrix.T - matrix.diag().diag()
-    if not gram.keys() == found.base_sq_norms.keys() == found.rounding.keys():
-        return None
-    base_sq_norms, rounding = (
-        {
-            name: torch.tensor(values, dtype=torch.float64, device="cpu")
-            for name, values in rows.items()
-        }
-        for rows in (found.base_sq_norms, found.rounding)
+    products = None
+    if gram:
+        products = torch.zeros(
+            len(names), count, count, dtype=torch.float64, device="cpu"
+        )
+        values = tensor(content.gram or [], len(upper[0]))
+        products[:, upper[0], upper[1]] = values
+        products[:, upper[1], upper[0]] = values
+    sq_norms = tensor(content.sq_norms, count)
+    base_sq_norms = tensor(content.base_sq_norms, count)
+    if not (
+        len(sq_norms) == len(base_sq_norms) == len(names)
+        and len(content.counted_as) == len(content.layers) == count
+    ):
+        raise ValueError("it is not of as many models and tensors as it says")
+    return ScanResult(
+        base=base.label,
+        models=tuple(model.label for model in models),
+        names=tuple(names),
+        sq_norms=sq_norms,
+        base_sq_norms=base_sq_norms,
+        counted_as=tuple(content.counted_as),
+        layers=tuple(content.layers),
+        gram=products,
     )
-    return Details(count, gram, base_sq_norms, rounding)
 
 
-def keep_details(
-    base: Checkpoint, models: Sequence[Checkpoint], found: Details
-) -> None:
-    """Remember what a detailed scan found.
+def write(base: Checkpoint, models: Sequence[Checkpoint], result: ScanResult) -> None:
+    """Remember what a scan measured; with a Gram matrix, of all its models at once.
 
     Args:
         base: the base.
-        models: fine-tunes of it, in the order of the scan.
-        found: the details.
+        models: one model, or all models of the scan, in its order.
+        result: what it measured of them.
     """
-    upper = torch.triu_indices(found.count, found.count, device="cpu").unbind()
-    kept = _Details(
-        count=found.count,
-        gram={name: gram[upper].tolist() for name, gram in found.gram.items()},
-        base_sq_norms={n: norms.tolist() for n, norms in found.base_sq_norms.items()},
-        rounding={name: lost.tolist() for name, lost in found.rounding.items()},
+    upper = torch.triu_indices(len(models), len(models), device="cpu").unbind()
+    gram = result.gram
+    content = _Content(
+        names=list(result.names),
+        sq_norms=result.sq_norms.tolist(),
+        base_sq_norms=result.base_sq_norms.tolist(),
+        counted_as=[dict(counted) for counted in result.counted_as],
+        layers=[dict(layers) for layers in result.layers],
+        gram=None if gram is None else gram[:, upper[0], upper[1]].tolist(),
     )
-    _write("details", base, models, kept)
-
-
-@while_open
-def _identity(checkpoint: Checkpoint) -> str:
-    """Everything about a checkpoint that a scan depends on, as text."""
-    files = []
-    for file in checkpoint.identity:
-        found = fingerprint(file)
-        changed = 0 if found.whole else file.modified_ns
-        files.append([found.name, found.size, found.digest, changed])
-    header = [
-        [name, tensor.name, tensor.file.name, str(tensor.dtype), tensor.shape]
-        for name, tensor in sorted(checkpoint.tensors.items())
-    ]
-    ties = sorted(checkpoint.tied_names.items())
-    return json.dumps([files, header, ties, checkpoint.model_type])
+    _write("pair" if gram is None else "gram", base, models, content)
 
 
 def _place(kind: str, base: Checkpoint, models: Sequence[Checkpoint]) -> Path | None:
@@ -223,13 +174,11 @@ def _place(kind: str, base: Checkpoint, models: Sequence[Checkpoint]) -> Path | 
         json.dumps([FORMAT, kind, [version(package) for package in packages]]).encode()
     )
     for checkpoint in (base, *models):
-        key.update(hashlib.sha256(_identity(checkpoint).encode()).digest())
+        key.update(checkpoint.digest.encode())
     return home / f"{key.hexdigest()}.json"
 
 
-def _read(
-    kind: str, base: Checkpoint, models: Sequence[Checkpoint], schema: type[M]
-) -> M | None:
+def _read(kind: str, base: Checkpoint, models: Sequence[Checkpoint]) -> _Content | None:
     try:
         place = _place(kind, base, models)
         if place is None or _size(place) > MOST_BYTES:
@@ -239,14 +188,14 @@ def _read(
         checksum = hashlib.sha256(payload).hexdigest()
         if (entry.key, entry.kind, entry.checksum) != (place.stem, kind, checksum):
             raise ValueError("it is of other models, or its content has changed")
-        found = schema.model_validate_json(payload)
+        content = _Content.model_validate_json(payload)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, ValidationError) as error:
         LOG.info("cache entry not used: %s", error)
         return None
     LOG.info("%s of %s taken from %s", kind, ", ".join(entry.models), place)
-    return found
+    return content
 
 
 def _size(file: Path) -> int:
@@ -258,7 +207,7 @@ def _size(file: Path) -> int:
 
 
 def _write(
-    kind: str, base: Checkpoint, models: Sequence[Checkpoint], content: BaseModel
+    kind: str, base: Checkpoint, models: Sequence[Checkpoint], content: _Content
 ) -> None:
     try:
         place = _place(kind, base, models)
@@ -306,7 +255,7 @@ class Remembered:
 
     Attributes:
         file: where it lies.
-        kind: `pair` or `details`; empty if it cannot be read.
+        kind: `pair` or `gram`; empty if it cannot be read.
         base: the base, as its user wrote it.
         models: the models.
         bytes: its size.

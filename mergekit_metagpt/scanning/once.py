@@ -4,177 +4,111 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.opening import open_checkpoint
 from mergekit_metagpt.scanning import cache
 from mergekit_metagpt.scanning.one_pass import scan_checkpoints
-from mergekit_metagpt.scanning.results import Details, PairNorms, ScanResult
+from mergekit_metagpt.scanning.results import ScanResult
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
 
-
-_Key = tuple[object, object]
-
-
-_Request = tuple[object, tuple[object, ...]]
-
-
-_MEMO: dict[_Key, Future[PairNorms]] = {}
-
-
-_MEMO_SIZE = 1024
+# Results of one model each by the identities of base and model, and of all models of a
+# request by its identities. Reading needs no lock; scanning and writing need `_LOCK`.
+_Identities = tuple[object, ...]
+_PAIRS: dict[_Identities, ScanResult] = {}
+_REQUESTS: dict[_Identities, ScanResult] = {}
+_FAILURES: dict[_Identities, Exception] = {}
+_MOST_PAIRS = 1024
+_MOST_REQUESTS = 64
+_LOCK = threading.Lock()
 
 
-_FAILURES: dict[_Request, Exception] = {}
+def measure(
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    *,
+    gram: bool | None = False,
+    workers: int | None = None,
+) -> ScanResult:
+    """Measure each model against the base, scanning what was not scanned before.
 
-
-_MEMO_LOCK = threading.Lock()
-
-
-_SCAN_LOCK = threading.Lock()
-
-
-def pair_norms(base: Checkpoint, models: Sequence[Checkpoint]) -> list[PairNorms]:
-    """Return the squared norms of each model, scanning what was not scanned before.
-
-    One thread scans, all others that ask for the same pairs wait for it. An error of
-    the scan is raised in all that ask for the same models, until `forget_failures`.
+    One thread scans; others that ask meanwhile wait for it. An error of the scan is
+    raised in all that ask for the same models, until `forget_failures`.
 
     Args:
         base: the base.
-        models: fine-tunes of it.
+        models: K fine-tunes of it.
+        gram: whether inner products are needed; None takes those that an earlier scan
+            left in the cache, and does without otherwise.
+        workers: threads; the CPUs at hand if None.
 
     Returns:
-        the squared norms of each model, in their order.
+        the result, with the models in their order.
 
     Raises:
         ValueError: base and model do not fit, or a weight is NaN or infinite.
         OSError: a file cannot be read or has changed since it was opened.
     """
-    request = base.identity, tuple(model.identity for model in models)
-    keys: list[_Key] = [(base.identity, model.identity) for model in models]
-    while True:
-        with _MEMO_LOCK:
-            if request in _FAILURES:
-                raise _FAILURES[request]
-            mine = {
-                key: model
-                for key, model in zip(keys, models, strict=True)
-                if key not in _MEMO
-            }
-            for key in mine:
-                _MEMO[key] = Future()
-            futures = [_MEMO[key] for key in keys]
-            while len(_MEMO) > max(_MEMO_SIZE, len(keys)):
-                del _MEMO[next(iter(_MEMO))]
-        if mine:
-            claimed = dict(zip(keys, futures, strict=True))
-            ours = {key: claimed[key] for key in mine}
-            _fill(ours, base, list(mine.values()), request)
+    request = (base.identity, *(model.identity for model in models))
+    result = _REQUESTS.get(request)
+    if result is not None and (result.gram is not None or gram is False):
+        return result.named(base.label, [model.label for model in models])
+    with _LOCK:
+        if request in _FAILURES:
+            raise _FAILURES[request]
         try:
-            return [future.result() for future in futures]
-        except Exception:
-            # Another request's scan failed, perhaps for a model that is not ours: what
-            # it had claimed is free again.
-            continue
-
-
-def _fill(
-    claimed: Mapping[_Key, Future[PairNorms]],
-    base: Checkpoint,
-    models: Sequence[Checkpoint],
-    request: _Request,
-) -> None:
-    """Scan, and hand the results (or the error) to everybody who waits for them."""
-    try:
-        with _SCAN_LOCK:
-            found = _measured(base, models)
-    except BaseException as error:
-        with _MEMO_LOCK:
-            for key in claimed:
-                _MEMO.pop(key, None)
-            if isinstance(error, Exception):
-                _FAILURES[request] = error
-        waiting = error if isinstance(error, Exception) else RuntimeError("interrupted")
-        for future in claimed.values():
-            future.set_exception(waiting)
-        raise
-    for future, norms in zip(claimed.values(), found, strict=True):
-        future.set_result(norms)
+            result = _measured(base, models, gram, workers)
+        except Exception as error:
+            _FAILURES[request] = error
+            raise
+        for at, model in enumerate(models):
+            _PAIRS.setdefault((base.identity, model.identity), result.select([at]))
+        _REQUESTS[request] = result
+        for kept, most in ((_PAIRS, _MOST_PAIRS), (_REQUESTS, _MOST_REQUESTS)):
+            while len(kept) > most:
+                del kept[next(iter(kept))]
+    return result.named(base.label, [model.label for model in models])
 
 
 def _measured(
-    base: Checkpoint, models: Sequence[Checkpoint], workers: int | None = None
-) -> list[PairNorms]:
-    """Squared norms of each model: from the cache, or else from one scan."""
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    gram: bool | None,
+    workers: int | None,
+) -> ScanResult:
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
-    found = [cache.pair_norms(base, model) for model in models]
-    unknown = [k for k, norms in enumerate(found) if norms is None]
-    if unknown:
-        wanted = [models[k] for k in unknown]
-        scanned, _ = scan_checkpoints(base, wanted, workers=workers)
-        for k, norms in zip(unknown, scanned, strict=True):
-            found[k] = norms
-            cache.keep_pair(base, models[k], norms)
-    return [norms for norms in found if norms is not None]
-
-
-def _measured_in_detail(
-    base: Checkpoint, models: Sequence[Checkpoint], workers: int | None = None
-) -> tuple[list[PairNorms], Details]:
-    """The same with the details."""
-    for checkpoint in (base, *models):
-        checkpoint.verify_unchanged()
-    known = [cache.pair_norms(base, model) for model in models]
-    pairs = [norms for norms in known if norms is not None]
-    details = cache.details(base, models) if len(pairs) == len(models) else None
-    if details is None:
-        pairs, details = scan_checkpoints(base, models, detailed=True, workers=workers)
-        assert details is not None
-        for model, norms in zip(models, pairs, strict=True):
-            cache.keep_pair(base, model, norms)
-        cache.keep_details(base, models, details)
-    return pairs, details
-
-
-def detailed_norms(
-    base: Checkpoint, models: Sequence[Checkpoint], workers: int | None = None
-) -> tuple[list[PairNorms], Details]:
-    """Measure all that `Details` holds; a merge of these models then scans nothing.
-
-    Args:
-        base: the base.
-        models: fine-tunes of it.
-        workers: threads; the CPUs at hand if None.
-
-    Returns:
-        the squared norms of each model, in their order, and the details.
-
-    Raises:
-        ValueError: as `pair_norms`.
-        OSError: as `pair_norms`.
-    """
-    with _SCAN_LOCK:
-        found, details = _measured_in_detail(base, models, workers)
-    with _MEMO_LOCK:
-        for model, norms in zip(models, found, strict=True):
-            key = base.identity, model.identity
-            if key not in _MEMO:  # another thread may be scanning the same pair
-                _MEMO[key] = Future()
-                _MEMO[key].set_result(norms)
-    return found, details
+    if gram is not False:
+        result = cache.read(base, models, gram=True)
+        if result is None and gram:
+            result = scan_checkpoints(base, models, gram=True, workers=workers)
+            cache.write(base, models, result)
+            for at, model in enumerate(models):
+                cache.write(base, [model], result.select([at]))
+        if result is not None:
+            return result
+    pairs = [
+        _PAIRS.get((base.identity, model.identity)) or cache.read(base, [model])
+        for model in models
+    ]
+    missing = [model for model, pair in zip(models, pairs, strict=True) if pair is None]
+    if missing:
+        scanned = scan_checkpoints(base, missing, workers=workers)
+        new = iter(scanned.select([at]) for at in range(len(missing)))
+        for at, model in enumerate(models):
+            if pairs[at] is None:
+                pairs[at] = pair = next(new)
+                cache.write(base, [model], pair)
+    return ScanResult.joined([pair for pair in pairs if pair is not None])
 
 
 def forget_failures() -> None:
     """Let the next merge try again what failed in an earlier one."""
-    with _MEMO_LOCK:
-        _FAILURES.clear()
+    _FAILURES.clear()
 
 
 def scan(
@@ -190,14 +124,13 @@ def scan(
     """Measure the task vectors of fine-tunes of one base, without merging.
 
     n_t = ||theta_t - theta_0||^2 over every floating-point tensor that base and model
-    t both store, at the coarser of the two stored precisions; a tied weight counts
+    t both store, at the coarser of the two stored precisions. A tied weight counts
     once; of resized vocabularies the common rows count. One pass over the files.
 
     Args:
         base: theta_0: a folder, a hub repository or a `ModelReference`.
         models: the K fine-tunes; `model+adapter` for a LoRA.
-        gram: also compute <tau_s, tau_t> for cosines, ||theta_0||^2, and what rounding
-            between stored precisions takes away.
+        gram: also compute <tau_s, tau_t>, for cosines.
         workers: threads; by default the number of CPUs at hand.
         lora_merge_cache: folder for merged adapters, needed for LoRA models.
         transformers_cache: folder of downloaded models.
@@ -224,10 +157,5 @@ def scan(
         )
         for model in (base, *models)
     )
-    details: Details | None = None
-    with _SCAN_LOCK:
-        if gram:
-            found, details = _measured_in_detail(opened, tuned, workers)
-        else:
-            found = _measured(opened, tuned, workers)
-    return ScanResult.of(opened.label, [c.label for c in tuned], found, details)
+    forget_failures()
+    return measure(opened, tuned, gram=gram, workers=workers)

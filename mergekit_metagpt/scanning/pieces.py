@@ -23,8 +23,6 @@ from mergekit_metagpt.checkpoints.stored import ConvertedTensor, StoredTensor
 # threads take together. With more models than that files are opened again for each
 # piece, which costs less than reading it.
 OPEN_FILES = 16
-
-
 SHARE = 4
 
 

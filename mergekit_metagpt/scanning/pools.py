@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from mergekit_metagpt.checkpoints.stored import layer_key
 
@@ -50,24 +50,6 @@ def is_excluded(name: str, exclude: Sequence[str]) -> bool:
         True
     """
     return any(part in name for part in exclude)
-
-
-def idle_parts(exclude: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
-    """Find the parts that exclude nothing.
-
-    Args:
-        exclude: parts of names.
-        names: of all tensors.
-
-    Returns:
-        the parts that are in none of the names, in their order.
-
-    Example:
-        >>> idle_parts(["embed", "lm_haed"], ["embed.weight", "lm_head.weight"])
-        ('lm_haed',)
-    """
-    every = set(names)
-    return tuple(part for part in exclude if not any(part in name for name in every))
 
 
 def is_embedding(name: str) -> bool:

@@ -1,62 +1,15 @@
-"""What a scan found, frozen: squared norms and Gram matrices, pooled on request."""
+"""What a scan measured, frozen: squared norms and Gram matrices, pooled on request."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from mergekit_metagpt.checkpoints.stored import layer_key
-from mergekit_metagpt.scanning.pools import is_excluded, pool_key
-
-
-@dataclass(frozen=True, eq=False)
-class PairNorms:
-    """Squared norms of one task vector, model minus base, tensor by tensor.
-
-    Attributes:
-        sq_norms: ||tau||^2 of each counted tensor by output name, in name order.
-        counted_as: for every output name that the pair shares, the name under which
-            it counts: its own, except for a tied head.
-        layers: for the layers of renamed tensors, the layer under which they count.
-    """
-
-    sq_norms: Mapping[str, float]
-    counted_as: Mapping[str, str]
-    layers: Mapping[str, str]
-
-    def layer_of(self, name: str) -> str:
-        """Return the pool of an output name under `granularity: layer`."""
-        if name in self.counted_as:
-            return layer_key(self.counted_as[name])
-        return self.layers.get(layer_key(name), layer_key(name))
-
-
-@dataclass(frozen=True, eq=False)
-class Details:
-    """What else a detailed scan of K models finds, by output name of counted tensors.
-
-    Attributes:
-        count: K.
-        gram: <tau_s, tau_t>, shape `(K, K)`, float64; 0 where a model does not share
-            the tensor.
-        base_sq_norms: ||theta_0||^2 of what each model shares of it, shape `(K,)`.
-        rounding: squared norm of what rounding to the coarser of the two stored
-            precisions takes from base and model, shape `(K,)`, float64; 0 where the
-            precisions agree.
-    """
-
-    count: int
-    gram: dict[str, torch.Tensor]
-    base_sq_norms: dict[str, torch.Tensor]
-    rounding: dict[str, torch.Tensor]
-
-    @classmethod
-    def empty(cls, count: int) -> Details:
-        """Return details of nothing, to be filled by the scan."""
-        return cls(count, {}, {}, {})
+from mergekit_metagpt.scanning.pools import is_embedding, is_excluded, pool_key
 
 
 @dataclass(frozen=True)
@@ -67,21 +20,50 @@ class Pooled:
         keys: name of each pool, `G` of them.
         sq_norms: shape `(K,)` under `model`, else `(G, K)`, float64.
         gram: shape `(K, K)` under `model`, else `(G, K, K)`, float64, or None.
-        base_sq_norms: ||theta_0||^2 of what each model shares, shape of `sq_norms`, or
-            None.
-        rounding: shape of `sq_norms`, or None.
+        base_sq_norms: ||theta_0||^2 of what each model shares, shape of `sq_norms`.
+        embeddings: part of `sq_norms` that embeddings and heads hold, same shape.
+        members: names of the tensors of each pool, in name order.
+        granularity: over which tensors is pooled.
     """
 
     keys: tuple[str, ...]
     sq_norms: torch.Tensor
-    gram: torch.Tensor | None = None
-    base_sq_norms: torch.Tensor | None = None
-    rounding: torch.Tensor | None = None
+    gram: torch.Tensor | None
+    base_sq_norms: torch.Tensor
+    embeddings: torch.Tensor
+    members: Mapping[str, tuple[str, ...]]
+    granularity: str
+
+    @functools.cached_property
+    def rows(self) -> Mapping[str, int]:
+        """The row of each pool."""
+        return {key: row for row, key in enumerate(self.keys)}
+
+    def key_of(self, name: str) -> str:
+        """Return the pool of a tensor that counts under this name."""
+        return pool_key(name, self.granularity)
+
+    @property
+    def cosines(self) -> torch.Tensor | None:
+        """Cosine of the angle between every two task vectors.
+
+        cos_ij = G_ij / sqrt(G_ii G_jj) with the Gram matrix G_ij = <tau_i, tau_j>.
+        The paper's derivation assumes them to be near 0; its solution does not need
+        it. NaN in the rows and columns of a task vector that is zero; else 1 on the
+        diagonal. Shape of `gram`, or None.
+        """
+        if self.gram is None:
+            return None
+        norms = self.gram.diagonal(dim1=-2, dim2=-1).sqrt()
+        ratios = self.gram / norms[..., :, None] / norms[..., None, :]
+        angles = ratios.clamp(-1.0, 1.0)
+        angles.diagonal(dim1=-2, dim2=-1)[norms > 0] = 1.0
+        return angles
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScanResult:
-    """What one scan of a base and its fine-tunes found, per tensor group.
+    """What one scan of a base and its fine-tunes measured, per tensor group.
 
     Attributes:
         base: the base, as given.
@@ -89,58 +71,101 @@ class ScanResult:
         names: output names of the N counted tensors, sorted.
         sq_norms: ||tau_t||^2 per tensor, shape `(N, K)`, float64; 0 where a model
             does not share the tensor.
+        base_sq_norms: ||theta_0||^2 of what each model shares, shape `(N, K)`, float64.
+        counted_as: for each model, for every output name that it shares with the base,
+            the name under which it counts: its own, except for a tied head.
+        layers: for each model, for the layers of renamed tensors, the layer under
+            which they count.
         gram: <tau_s, tau_t> per tensor, shape `(N, K, K)`, float64, or None.
-        base_sq_norms: ||theta_0||^2 of what each model shares, shape `(N, K)`, float64,
-            or None.
-        rounding: squared norm of what rounding to the coarser of two stored precisions
-            takes away, shape `(N, K)`, float64, or None.
     """
 
     base: str
     models: tuple[str, ...]
     names: tuple[str, ...]
     sq_norms: torch.Tensor
+    base_sq_norms: torch.Tensor
+    counted_as: tuple[Mapping[str, str], ...]
+    layers: tuple[Mapping[str, str], ...]
     gram: torch.Tensor | None = None
-    base_sq_norms: torch.Tensor | None = None
-    rounding: torch.Tensor | None = None
+    _pools: dict[tuple[str, tuple[str, ...]], Pooled] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
-    @classmethod
-    def of(
-        cls,
-        base: str,
-        models: Sequence[str],
-        pairs: Sequence[PairNorms],
-        details: Details | None = None,
-    ) -> ScanResult:
-        """Arrange what was found for each pair in tensors.
+    def named(self, base: str, models: Sequence[str]) -> ScanResult:
+        """Return the result under other names: the same files may be spelled anew.
 
         Args:
-            base: the base, as given.
-            models: the K fine-tunes, as given.
-            pairs: the squared norms of each.
-            details: of the same scan.
+            base: name of the base.
+            models: names of the K models.
 
         Returns:
-            the result.
+            this result if the names are its own.
         """
-        names = sorted({name for norms in pairs for name in norms.sq_norms})
-        rows = [[norms.sq_norms.get(name, 0.0) for norms in pairs] for name in names]
+        if (base, tuple(models)) == (self.base, self.models):
+            return self
+        return replace(self, base=base, models=tuple(models))
 
-        def stacked(values: Mapping[str, Any] | None) -> torch.Tensor | None:
-            if values is None:
-                return None
-            found = [torch.as_tensor(values[name], device="cpu") for name in names]
-            return torch.stack(found).double()
+    def select(self, rows: Sequence[int]) -> ScanResult:
+        """Return what was measured of some of the models.
 
-        return cls(
-            base=base,
-            models=tuple(models),
-            names=tuple(names),
-            sq_norms=torch.tensor(rows, dtype=torch.float64, device="cpu"),
-            gram=stacked(details.gram if details else None),
-            base_sq_norms=stacked(details.base_sq_norms if details else None),
-            rounding=stacked(details.rounding if details else None),
+        Args:
+            rows: which of the K models, in the order of the result.
+
+        Returns:
+            a result of `len(rows)` models, and of the tensors that any of them shares.
+        """
+        own = [set(self.counted_as[k].values()) for k in rows]
+        kept = [n for n, name in enumerate(self.names) if any(name in o for o in own)]
+        models = torch.tensor(rows, dtype=torch.long, device="cpu")
+        tensors = torch.tensor(kept, dtype=torch.long, device="cpu")
+        gram = self.gram
+        return ScanResult(
+            base=self.base,
+            models=tuple(self.models[k] for k in rows),
+            names=tuple(self.names[n] for n in kept),
+            sq_norms=self.sq_norms[tensors][:, models],
+            base_sq_norms=self.base_sq_norms[tensors][:, models],
+            counted_as=tuple(self.counted_as[k] for k in rows),
+            layers=tuple(self.layers[k] for k in rows),
+            gram=None if gram is None else gram[tensors][:, models][:, :, models],
         )
+
+    @staticmethod
+    def joined(results: Sequence[ScanResult]) -> ScanResult:
+        """Put results of one base side by side, without their Gram matrices.
+
+        Args:
+            results: at least one.
+
+        Returns:
+            a result of all their models, in order.
+        """
+        names = sorted({name for result in results for name in result.names})
+        row = {name: at for at, name in enumerate(names)}
+        count = sum(len(result.models) for result in results)
+        sums = torch.zeros(2, len(names), count, dtype=torch.float64, device="cpu")
+        first = 0
+        for result in results:
+            rows = torch.tensor([row[n] for n in result.names], dtype=torch.long)
+            columns = slice(first, first + len(result.models))
+            sums[0, rows, columns] = result.sq_norms
+            sums[1, rows, columns] = result.base_sq_norms
+            first += len(result.models)
+        return ScanResult(
+            base=results[0].base,
+            models=tuple(model for result in results for model in result.models),
+            names=tuple(names),
+            sq_norms=sums[0],
+            base_sq_norms=sums[1],
+            counted_as=tuple(c for result in results for c in result.counted_as),
+            layers=tuple(layers for result in results for layers in result.layers),
+        )
+
+    def layer_of(self, name: str, model: int) -> str:
+        """Return the pool of an output name of one model under `layer`."""
+        if name in self.counted_as[model]:
+            return layer_key(self.counted_as[model][name])
+        return self.layers[model].get(layer_key(name), layer_key(name))
 
     def pool(self, granularity: str = "model", exclude: Sequence[str] = ()) -> Pooled:
         """Sum over the tensors of each pool, in name order.
@@ -150,33 +175,42 @@ class ScanResult:
             exclude: substrings; tensors whose name contains one do not count.
 
         Returns:
-            the sums, see `Pooled`.
+            the sums, see `Pooled`; made once and to be left unchanged.
 
         Raises:
             ValueError: unknown granularity.
         """
+        request = granularity, tuple(exclude)
+        if request not in self._pools:
+            self._pools[request] = self._pooled(*request)
+        return self._pools[request]
+
+    def _pooled(self, granularity: str, exclude: tuple[str, ...]) -> Pooled:
         pools: dict[str, list[int]] = {}
         if granularity == "model":
             pools["model"] = []
         for row, name in enumerate(self.names):
+            key = pool_key(name, granularity)
             if not is_excluded(name, exclude):
-                pools.setdefault(pool_key(name, granularity), []).append(row)
+                pools.setdefault(key, []).append(row)
+        heads = torch.tensor([is_embedding(n) for n in self.names], device="cpu")
 
-        def summed(values: torch.Tensor | None) -> torch.Tensor | None:
-            if values is None:
-                return None
+        def summed(values: torch.Tensor) -> torch.Tensor:
             sums = values.new_zeros(len(pools), *values.shape[1:])
             for at, rows in enumerate(pools.values()):
                 for row in rows:
                     sums[at] += values[row]
             return sums[0] if granularity == "model" else sums
 
-        sq_norms = summed(self.sq_norms)
-        assert sq_norms is not None
         return Pooled(
             keys=tuple(pools),
-            sq_norms=sq_norms,
-            gram=summed(self.gram),
+            sq_norms=summed(self.sq_norms),
+            gram=None if self.gram is None else summed(self.gram),
             base_sq_norms=summed(self.base_sq_norms),
-            rounding=summed(self.rounding),
+            embeddings=summed(self.sq_norms * heads[:, None]),
+            granularity=granularity,
+            members={
+                key: tuple(self.names[row] for row in rows)
+                for key, rows in pools.items()
+            },
         )

@@ -13,8 +13,6 @@ from mergekit_metagpt.arithmetic.in_parts import (
 )
 
 T = TypeVar("T")
-
-
 R = TypeVar("R")
 
 
