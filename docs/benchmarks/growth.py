@@ -1,10 +1,10 @@
-"""Shows how time and memory grow with size and number of models; prints Markdown.
+"""Measures how time and memory grow with size and number of models; prints Markdown.
 
     python docs/benchmarks/growth.py STORE
 
-For a base and three fine-tunes of 0.2 to 1.1 B parameters, and for 2 to 12 fine-tunes
-of the smallest: a scan in a process of its own (time and own memory beyond what imports
-take), and whole merges by metagpt and task_arithmetic.
+Checkpoints: a base and three fine-tunes of 0.2 to 1.1 B parameters, and 2 to 12
+fine-tunes of the smallest. For each set it measures one scan in a fresh process (time
+and additional memory) and whole merges by metagpt and task_arithmetic.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import whole_process
 SCALES = (0.1, 0.3, 0.6, 1.0)
 COUNTS = (2, 4, 8, 12)
 
-# Scans once untimed and once timed; answers seconds and bytes of own memory.
+# Scans once untimed and once timed; prints seconds and bytes of additional memory.
 SCAN = """
 import json, os, sys, threading, time
 sys.path.insert(0, {folder!r})
@@ -51,7 +51,7 @@ print(json.dumps([took, max(0, peak[0] - before)]))
 
 
 def scan(models: list[Path]) -> tuple[float, int]:
-    """Time and memory of one scan on a warm page cache, in a process of its own."""
+    """Measure seconds and bytes of one scan in a fresh process, page cache warm."""
     code = SCAN.format(folder=str(Path(__file__).parent))
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps([str(path) for path in models])],
@@ -65,6 +65,7 @@ def scan(models: list[Path]) -> tuple[float, int]:
 
 
 def row(folder: Path, count: int, scale: float) -> str:
+    """Measure one set of checkpoints and return its row of the table."""
     base, tuned = store.make(folder, count, scale)
     base, tuned = base.resolve(), [path.resolve() for path in tuned[:count]]
     models = [base, *tuned]
@@ -72,7 +73,7 @@ def row(folder: Path, count: int, scale: float) -> str:
     took, memory = scan(models)
     configs = whole_process.configurations(base, tuned)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
-        # Twice each: the first ones warm the page cache.
+        # Run each twice: the first run warms the page cache.
         runs = {}
         for method in ("metagpt", "task_arithmetic") * 2:
             machine.touch_memory()
@@ -86,8 +87,9 @@ def row(folder: Path, count: int, scale: float) -> str:
 
 
 def main() -> None:
+    """Measure all sets and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("store", type=Path)
+    parser.add_argument("store", type=Path, help="folder for checkpoints")
     given = parser.parse_args()
     print(machine.describe() + "\n")
     print(

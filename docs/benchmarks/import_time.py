@@ -2,11 +2,11 @@
 
     python docs/benchmarks/import_time.py [PAIRS]
 
-Every round starts one process for each statement and switch, in turn, so that what else
-the machine does falls on all of them. On a busy machine the differences between whole
-imports of a second or more drown in its noise; the last table does not subtract: it
-times, inside one import, just the calls that autoload adds. Bytecode is cached (in a
-folder of the benchmark's own), as it is wherever pip has installed a package.
+Each round starts one process per statement and switch, so that other load on the
+machine affects all of them alike. On a busy machine, noise hides the differences
+between whole imports, which take a second or more. The last table therefore times only
+the calls that autoload adds, inside one import. Bytecode is cached in a folder of the
+benchmark, as it is for any package that pip has installed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ before = clock()
 print(*(now - then for now, then in zip(clock(), before)))
 """
 
-# The same of each call that autoload adds, with torch's own autoload off.
+# The same for each call that autoload adds, with torch's own autoload off.
 PARTS = """
 import sys, torch
 from importlib.metadata import entry_points
@@ -48,11 +48,11 @@ def took(before):
 
 assert not {"wrapt", "mergekit_metagpt"} & sys.modules.keys()
 before = clock()
-found = entry_points(group="torch.backends")
+entries = entry_points(group="torch.backends")
 lookup = took(before)
 
 before = clock()
-entry = found["mergekit_metagpt"].load()
+entry = entries["mergekit_metagpt"].load()
 loading = took(before)
 
 from mergekit_metagpt import autoload
@@ -85,7 +85,7 @@ Times = list[float]
 
 
 def measure(code: str, switches: Mapping[str, str], bytecode: str) -> Times:
-    """Milliseconds that a fresh process reports: wall clock, CPU, wall clock, ..."""
+    """Run code in a fresh process; return its milliseconds: wall, CPU, wall, ..."""
     dropped = (*SWITCHES, "PYTHONDONTWRITEBYTECODE")
     clean = {key: value for key, value in os.environ.items() if key not in dropped}
     done = subprocess.run(
@@ -100,20 +100,20 @@ def measure(code: str, switches: Mapping[str, str], bytecode: str) -> Times:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median, the quartiles around it, and the least."""
+    """Write the median, the quartiles and the minimum."""
     low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:.1f} ({low:.1f} to {high:.1f}; {min(values):.1f})"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out a Markdown table."""
+    """Write a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def measure_all(pairs: int, bytecode: str) -> Iterator[tuple[tuple[str, str], Times]]:
-    """Yield what is measured and its times, `pairs` times over, alternating."""
-    for number in range(-1, pairs):  # the first round fills the caches
+    """Measure everything in turn, `pairs` times; yield each key with its times."""
+    for number in range(-1, pairs):  # round -1 fills the caches
         for statement in STATEMENTS:
             for label, switches in CONDITIONS.items():
                 times = measure(WHOLE.format(statement=statement), switches, bytecode)
@@ -128,10 +128,10 @@ def measure_all(pairs: int, bytecode: str) -> Iterator[tuple[tuple[str, str], Ti
 
 def main(pairs: int) -> None:
     """Measure and print the tables."""
-    found: dict[tuple[str, str], list[Times]] = {}
+    measured: dict[tuple[str, str], list[Times]] = {}
     with tempfile.TemporaryDirectory() as bytecode:
         for key, times in measure_all(pairs, bytecode):
-            found.setdefault(key, []).append(times)
+            measured.setdefault(key, []).append(times)
 
     print(
         f"{platform.platform()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, "
@@ -141,9 +141,9 @@ def main(pairs: int) -> None:
     )
     whole, differences = [], []
     for statement in STATEMENTS:
-        on = found[statement, "on"]
+        on = measured[statement, "on"]
         for label in CONDITIONS:
-            times = found[statement, label]
+            times = measured[statement, label]
             columns = map(spread, zip(*times, strict=True))
             whole.append([f"`{statement}`", label, *columns])
             if label != "on":
@@ -157,7 +157,7 @@ def main(pairs: int) -> None:
     print(table(["statement", "autoload", *clocks], whole))
     print(table(["statement", "difference, pair by pair", *clocks], differences))
     parts = [
-        [name, *map(spread, zip(*found["parts", name], strict=True))]
+        [name, *map(spread, zip(*measured["parts", name], strict=True))]
         for name in PART_NAMES
     ]
     print(table(["added by autoload, timed alone", *clocks], parts))

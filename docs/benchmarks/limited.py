@@ -1,10 +1,10 @@
-"""Merges with less memory for page cache than the files need; prints Markdown.
+"""Times merges with a page cache that is smaller than the files; prints Markdown.
 
     python docs/benchmarks/limited.py STORE [--limit-gb 4.5] [--rounds 3]
 
-Runs in a control group of its own (which needs root) that may hold LIMIT bytes, page
-cache included: so every pass over the store reads it from the disk. In every round:
-reading all files once, the scan, and whole merges by metagpt and task_arithmetic.
+Runs in a new control group (this needs root) with a limit on memory that includes the
+page cache, so that every pass over the store reads the disk. Each round reads all
+files once, scans them, and merges them by metagpt and by task_arithmetic.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GROUPS = Path("/sys/fs/cgroup")
 
 
 def join_group(limit: int) -> Path:
-    """Move this process to a new control group that may hold `limit` bytes."""
+    """Move this process to a new control group with at most `limit` bytes of memory."""
     old = GROUPS / "memory"
     home = (old if old.is_dir() else GROUPS) / f"metagpt-{os.getpid()}"
     home.mkdir()
@@ -37,7 +37,7 @@ def join_group(limit: int) -> Path:
 
 
 def seconds_of_scan(base: Path, tuned: list[Path]) -> float:
-    """Time one scan, in a process of its own, without the start of Python."""
+    """Time one scan in a fresh process, without the start of Python."""
     code = (
         "import sys, time; from mergekit_metagpt import scan; start = "
         "time.perf_counter(); scan(sys.argv[1], sys.argv[2:]); "
@@ -54,8 +54,9 @@ def seconds_of_scan(base: Path, tuned: list[Path]) -> float:
 
 
 def main() -> None:
+    """Measure in rounds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("store", type=Path)
+    parser.add_argument("store", type=Path, help="folder for checkpoints")
     parser.add_argument("--limit-gb", type=float, default=4.5)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
@@ -65,8 +66,8 @@ def main() -> None:
     size = sum(file.stat().st_size for file in files)
     configs = whole_process.configurations(base, tuned)
     join_group(int(given.limit_gb * 1e9))
-    scan.drop(files)  # what others have read would not count against the limit
-    found: dict[str, list[float]] = {}
+    scan.drop(files)  # cached pages of other groups do not count against the limit
+    times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         for _ in range(given.rounds):
             took = {
@@ -78,11 +79,11 @@ def main() -> None:
                     configs[method], Path(name), "0"
                 ).wall_s
             for row, value in took.items():
-                found.setdefault(row, []).append(value)
+                times.setdefault(row, []).append(value)
     print(machine.describe())
     print(f"{size / 1e9:.1f} GB of files, {given.limit_gb} GB to hold them\n")
     print("| what | median, s | range |\n|---|---|---|")
-    for row, values in found.items():
+    for row, values in times.items():
         middle = statistics.median(values)
         print(f"| {row} | {middle:.1f} | {min(values):.1f} to {max(values):.1f} |")
 

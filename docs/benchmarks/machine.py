@@ -1,4 +1,4 @@
-"""Names the machine behind a benchmark's figures, and brings its memory to hand."""
+"""Describes the machine of a benchmark, and makes its free memory fast to get."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def describe() -> str:
-    """Return one line: processor, CPUs at hand, memory, versions."""
+    """Return one line: processor, usable CPUs, memory, versions."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -25,10 +25,10 @@ def describe() -> str:
     return f"{name}, {cpus} CPUs, {memory:.0f} GiB; Python {python}, {versions}"
 
 
-# What merges of the store need beside its page cache, and some more.
+# Somewhat more than merges of the store need in addition to the page cache.
 TOUCHED_GB = 6.0
 
-# Allocates, touches and frees as many bytes as are free, but at most sys.argv[1].
+# Touches four fifths of the free memory, or sys.argv[1] bytes if that is less.
 TOUCH = """
 import mmap, re, sys
 
@@ -42,14 +42,14 @@ for at in range(0, size, mmap.PAGESIZE):
 
 
 def touch_memory(gigabytes: float = TOUCHED_GB) -> None:
-    """Have the next process find free memory that is at hand.
+    """Touch and release free memory, so that the next process gets it quickly.
 
-    A virtual machine may give free memory back to its host, which takes its time to
-    bring it again, up to 2 s a GB: what a merge takes then depends on what ran before
-    it. Changes nothing on other machines.
+    A virtual machine may give free memory back to its host. Getting it back can take
+    2 s per GB, so that the time of a merge depends on what ran before it. On other
+    machines this function changes nothing.
 
     Args:
-        gigabytes: how much, in 10^9 bytes; 0 to leave memory as it is.
+        gigabytes: how much, in 10^9 bytes; 0 touches nothing.
     """
     if gigabytes and sys.platform == "linux":
         size = str(int(gigabytes * 1e9))

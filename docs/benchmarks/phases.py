@@ -1,10 +1,10 @@
-"""Shows where whole merges spend their time; prints Markdown.
+"""Measures where whole merges spend their time; prints Markdown.
 
     python docs/benchmarks/phases.py STORE [--rounds 3] [--touch-gb 6]
 
-Merges of whole_process.py, each in a process of its own, in turns, with functions of
-mergekit timed from outside: imports, our scan, the merge method without it, reading,
-writing, and the rest (planning, Python's end).
+Runs merges of whole_process.py in turn, each in a fresh process in which functions of
+mergekit are wrapped with a timer. The phases are imports, our scan, the merge method
+without the scan, reading, writing, and the rest (planning, and Python's exit).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ METHODS = (
 )
 PHASES = ("imports", "scan", "sums", "reading", "writing", "rest")
 
-# Merges sys.argv[1] to sys.argv[2]; leaves seconds by phase in sys.argv[3].
+# Merges sys.argv[1] into sys.argv[2]; writes seconds per phase to sys.argv[3].
 MERGE = """
 import atexit, json, sys, time
 
@@ -60,7 +60,7 @@ spent["imports"] = time.perf_counter() - began
 from mergekit_metagpt.scanning import once
 
 timed(ExecuteMergeMethodTask, "execute", "method")
-timed(scanning, "pair_norms", "scan")
+timed(once, "pair_norms", "scan")
 timed(LazyTensorLoader, "get_tensor", "reading")
 timed(TensorWriter, "save_tensor", "writing")
 timed(TensorWriter, "finalize", "writing")
@@ -79,7 +79,7 @@ run_yaml.main()
 
 
 def run(config: dict[str, object], folder: Path) -> dict[str, float]:
-    """Merge once; return seconds by phase."""
+    """Merge once; return seconds per phase."""
     file, out, answer = folder / "config.yml", folder / "out", folder / "phases.json"
     file.write_text(yaml.safe_dump(config, sort_keys=False))
     start = time.perf_counter()
@@ -93,20 +93,21 @@ def run(config: dict[str, object], folder: Path) -> dict[str, float]:
     shutil.rmtree(out)
     os.sync()
     spent = json.loads(answer.read_text())
-    found = {phase: spent.get(phase, 0.0) for phase in PHASES[:-1]}
-    return {**found, "rest": wall - sum(found.values())}
+    phases = {phase: spent.get(phase, 0.0) for phase in PHASES[:-1]}
+    return {**phases, "rest": wall - sum(phases.values())}
 
 
 def row(name: str, runs: Sequence[dict[str, float]]) -> str:
-    """Medians of a merge's phases, and of their sum."""
+    """Write the medians of a merge's phases and of their sum."""
     cells = [statistics.median(run[phase] for run in runs) for phase in PHASES]
     total = statistics.median(sum(run.values()) for run in runs)
     return f"| {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} | {total:.2f} |"
 
 
 def main() -> None:
+    """Measure in rounds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("store", type=Path)
+    parser.add_argument("store", type=Path, help="folder for checkpoints")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--touch-gb", type=float, default=machine.TOUCHED_GB)
     given = parser.parse_args()
@@ -114,17 +115,17 @@ def main() -> None:
     configs = whole_process.configurations(
         base.resolve(), [path.resolve() for path in tuned]
     )
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         for number in range(given.rounds + 1):
             for name in METHODS:
                 machine.touch_memory(given.touch_gb)
                 spent = run(configs[name], Path(folder))
                 if number:  # the first round warms the page cache
-                    found[name].append(spent)
+                    measured[name].append(spent)
     print(machine.describe() + "\n")
     print(f"| merge | {' | '.join(PHASES)} | all, s |\n|---|{'---|' * 7}")
-    for name, runs in found.items():
+    for name, runs in measured.items():
         print(row(name, runs))
 
 

@@ -1,11 +1,13 @@
-"""Measures the scan against memory bandwidth and against reading; prints Markdown.
+"""Compares the scan with memory bandwidth and with reading; prints Markdown.
 
     python docs/benchmarks/scan.py STORE [--rounds 5]
 
-In every round, in one process: the copy of a large tensor by all CPUs (bytes read and
-written), the scan with 1, 2, ... workers on a warm page cache (bytes of checkpoints),
-and, with the files dropped from the page cache first, reading them all once and
-scanning them, in turns the one and the other first.
+Each round measures, in one process:
+
+- the copy of a large tensor by all CPUs (bytes read and written);
+- the scan with 1, 2, 4, ... workers on a warm page cache (bytes of checkpoints);
+- reading all files once, and scanning them, each after the files were dropped from the
+  page cache. Odd rounds swap the order of the two.
 """
 
 from __future__ import annotations
@@ -30,13 +32,14 @@ BLOCK = 1 << 24
 
 
 def seconds(work: Callable[[], object]) -> float:
+    """Time one call."""
     before = time.perf_counter()
     work()
     return time.perf_counter() - before
 
 
 def copy_rate(elements: int = 1 << 27) -> float:
-    """Bytes read and written per second by the copy of a large float32 tensor."""
+    """Measure the copy of a large float32 tensor: bytes read and written per second."""
     source = torch.ones(elements)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -45,11 +48,12 @@ def copy_rate(elements: int = 1 << 27) -> float:
 
 
 def files_of(folders: Sequence[Path]) -> list[Path]:
+    """List the safetensors files of checkpoints."""
     return [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
 
 
 def drop(files: Sequence[Path]) -> None:
-    """Take files out of the page cache; needs no rights but to read them."""
+    """Drop files from the page cache; needs only the right to read them."""
     for file in files:
         handle = os.open(file, os.O_RDONLY)
         try:
@@ -60,7 +64,7 @@ def drop(files: Sequence[Path]) -> None:
 
 
 def read(files: Sequence[Path], workers: int) -> None:
-    """Read files once, as many at a time as the scan has workers."""
+    """Read files once, `workers` files at a time."""
 
     def one(file: Path) -> None:
         buffer = bytearray(BLOCK)
@@ -72,9 +76,10 @@ def read(files: Sequence[Path], workers: int) -> None:
         list(executor.map(one, files))
 
 
-def rows(found: dict[str, list[float]], size: int) -> Iterator[str]:
+def rows(times: dict[str, list[float]], size: int) -> Iterator[str]:
+    """Yield the lines of the table; `size` is in bytes."""
     yield "| what | median, s | range | GB/s |\n|---|---|---|---|"
-    for name, values in found.items():
+    for name, values in times.items():
         median = statistics.median(values)
         yield (
             f"| {name} | {median:.2f} | {min(values):.2f} to {max(values):.2f} | "
@@ -83,29 +88,31 @@ def rows(found: dict[str, list[float]], size: int) -> Iterator[str]:
 
 
 def shown(values: Sequence[float]) -> str:
+    """Write a median and its range."""
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def main() -> None:
+    """Measure in rounds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("store", type=Path)
+    parser.add_argument("store", type=Path, help="folder for checkpoints")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--models", type=int, default=3)
-    parser.add_argument("--no-cold", action="store_true")
+    parser.add_argument("--models", type=int, default=3, help="number of fine-tunes")
+    parser.add_argument("--no-cold", action="store_true", help="warm cache only")
     given = parser.parse_args()
     base, tuned = store.make(given.store, given.models)
     files = files_of([base, *tuned])
     size = sum(file.stat().st_size for file in files)
     cpus = len(os.sched_getaffinity(0))
     workers = [1 << n for n in range(cpus.bit_length()) if 1 << n <= cpus]
-    found: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
     copies, shares = [], []
     read(files, cpus)
     for number in range(given.rounds):
         copies.append(copy_rate())
         for count in workers:
             took = seconds(lambda n=count: scan(base, tuned, workers=n))
-            found.setdefault(f"scan, {count} workers, warm", []).append(took)
+            times.setdefault(f"scan, {count} workers, warm", []).append(took)
         shares.append(size / took / copies[-1])
         if given.no_cold:
             continue
@@ -115,15 +122,15 @@ def main() -> None:
         }
         for name in sorted(cold, reverse=number % 2 == 1):
             drop(files)
-            found.setdefault(name, []).append(seconds(cold[name]))
+            times.setdefault(name, []).append(seconds(cold[name]))
         read(files, cpus)
     print(machine.describe())
     print(f"{len(tuned) + 1} checkpoints, {size / 1e9:.1f} GB; {given.rounds} rounds\n")
-    print("\n".join(rows(found, size)))
+    print("\n".join(rows(times, size)))
     print(f"\nCopy, GB/s: {shown([rate / 1e9 for rate in copies])}")
     print(f"Scan with all workers / copy: {shown(shares)}")
     if not given.no_cold:
-        pairs = zip(found["scan, cold"], found["reading once, cold"], strict=True)
+        pairs = zip(times["scan, cold"], times["reading once, cold"], strict=True)
         print(f"Cold scan / cold reading: {shown([a / b for a, b in pairs])}")
 
 

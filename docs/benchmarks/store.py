@@ -1,10 +1,11 @@
-"""Writes checkpoints to measure on: random weights, deltas of a fine-tune's size.
+"""Writes checkpoints for the benchmarks: random weights, realistic task vectors.
 
     python docs/benchmarks/store.py DIR [--models 3] [--scale 1.0]
 
-A base and fine-tunes of it in the shapes of a Llama of 1.1 B parameters (22 layers of
-2,048, bfloat16, shards of about 1 GB), or with `--scale` fewer layers. Fine-tunes move
-by one or a few per cent of the base's norm. Needs the memory of one shard.
+Writes a base and its fine-tunes with the shapes of a Llama of 1.1 B parameters (22
+layers of width 2,048, bfloat16, shards of about 1 GB). `--scale` gives fewer layers. A
+fine-tune differs from the base by 1 to 3 per cent of the base's norm. Writing needs
+the memory of one shard.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ DELTAS = (0.010, 0.020, 0.015, 0.030, 0.012, 0.025)
 
 
 def config(layers: int) -> dict[str, object]:
-    """The configuration of TinyLlama-1.1B, with that many layers."""
+    """Return the configuration of TinyLlama-1.1B, with `layers` layers."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -39,7 +40,7 @@ def config(layers: int) -> dict[str, object]:
 
 
 def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of all tensors."""
+    """Yield the names and shapes of all tensors."""
     yield "model.embed_tokens.weight", (32000, 2048)
     for number in range(layers):
         at = f"model.layers.{number}"
@@ -55,7 +56,7 @@ def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def tensors(layers: int, model: int | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of the base (None) or of a fine-tune, one at a time."""
+    """Yield the tensors of the base (`model` None) or of a fine-tune, one by one."""
     for number, (name, shape) in enumerate(shapes(layers)):
         drawn = torch.Generator().manual_seed(number)
         size = 1.0 if len(shape) == 1 else 0.02
@@ -68,7 +69,7 @@ def tensors(layers: int, model: int | None) -> Iterator[tuple[str, torch.Tensor]
 
 
 def write(folder: Path, layers: int, model: int | None) -> None:
-    """Write one checkpoint in shards, unless it is there."""
+    """Write one checkpoint in shards, unless it exists."""
     if (folder / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,15 +98,15 @@ def write(folder: Path, layers: int, model: int | None) -> None:
 
 
 def make(folder: Path, models: int = 3, scale: float = 1.0) -> tuple[Path, list[Path]]:
-    """Write a base and fine-tunes of it, unless they are there.
+    """Write a base and its fine-tunes, unless they exist.
 
     Args:
-        folder: where they go.
+        folder: where to write them.
         models: number of fine-tunes.
-        scale: share of the 22 layers.
+        scale: fraction of the 22 layers.
 
     Returns:
-        the base and the fine-tunes.
+        paths of the base and of the fine-tunes.
     """
     layers = max(1, round(LAYERS * scale))
     base = folder / "base"
@@ -118,8 +119,8 @@ def make(folder: Path, models: int = 3, scale: float = 1.0) -> tuple[Path, list[
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--models", type=int, default=3)
-    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("folder", type=Path, help="where to write")
+    parser.add_argument("--models", type=int, default=3, help="number of fine-tunes")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of layers")
     given = parser.parse_args()
     print(*make(given.folder, given.models, given.scale))

@@ -2,12 +2,12 @@
 
     python docs/benchmarks/whole_process.py STORE [--rounds 5] [--touch-gb 6]
 
-STORE is made by store.py where it does not exist. Every round runs each configuration
-once, in an order that turns from round to round, so that what else the machine does
-falls on all of them; ratios are taken within a round. The page cache is warm after an
-untimed round, and free memory is touched before each run, so that it does not matter
-what ran before. Own memory is what a process holds beside mapped files (anonymous
-pages), looked at every 20 ms; resident memory also counts mapped checkpoint files.
+If STORE does not exist, store.py makes it. Each round runs every configuration once.
+The order rotates from round to round, so that other load on the machine affects all of
+them alike; ratios are taken within a round. An untimed round warms the page cache, and
+free memory is touched before each run, so that a run does not depend on the one before
+it. Own memory is the memory of a process that is not mapped from files (anonymous
+pages), sampled every 20 ms. Resident memory includes mapped checkpoint files.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ import machine
 import store
 import yaml
 
-# Shares that MetaGPT gives the store's models; what they are does not matter to time.
+# MetaGPT's coefficients for the store's models; their values do not affect the time.
 WEIGHTS = (0.137, 0.551, 0.312, *(0.2,) * 9)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One process: wall clock and CPU time in seconds, memory at its peak in bytes."""
+    """One process: wall clock and CPU time in seconds, peak memory in bytes."""
 
     wall_s: float
     cpu_s: float
@@ -44,7 +44,7 @@ class Run:
 
 
 def configurations(base: Path, tuned: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """The merges to compare, by the name of their row."""
+    """Return the merges to compare, by the names of their rows."""
 
     def merge(method: str, *, weights: bool = False, **settings: Any) -> dict[str, Any]:
         models: list[dict[str, Any]] = [{"model": str(path)} for path in tuned]
@@ -73,7 +73,7 @@ def configurations(base: Path, tuned: Sequence[Path]) -> dict[str, dict[str, Any
 
 
 def run(config: Mapping[str, Any], folder: Path, cache: str) -> Run:
-    """Merge in a fresh process; the output is removed."""
+    """Merge in a fresh process and remove the output."""
     file, out = folder / "config.yml", folder / "out"
     file.write_text(yaml.safe_dump(dict(config), sort_keys=False))
     script = Path(sysconfig.get_path("scripts"), "mergekit-yaml")
@@ -99,13 +99,13 @@ def run(config: Mapping[str, Any], folder: Path, cache: str) -> Run:
     if process.returncode:
         raise RuntimeError((folder / "log").read_text())
     shutil.rmtree(out)
-    os.sync()  # what one run wrote shall not slow the next
+    os.sync()  # so that pending writes do not slow the next run
     cpu = usage.ru_utime + usage.ru_stime
     return Run(wall, cpu, own, usage.ru_maxrss * 1024)
 
 
 def anonymous(process: int) -> int:
-    """Memory of a process that is not mapped from files, in bytes; 0 after its end."""
+    """Return the bytes of a process that are not mapped from files; 0 after its end."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -117,30 +117,30 @@ def anonymous(process: int) -> int:
 def measure(
     configs: Mapping[str, Mapping[str, Any]], rounds: int, touch_gb: float
 ) -> dict[str, list[Run]]:
-    """Run everything `rounds` times, after an untimed round."""
-    found: dict[str, list[Run]] = {name: [] for name in configs}
+    """Run everything `rounds` times, after one untimed round."""
+    runs: dict[str, list[Run]] = {name: [] for name in configs}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         folder = Path(name)
-        remembered = str(folder / "cache")
+        cache_folder = str(folder / "cache")
         names = list(configs)
         for number in range(rounds + 1):
             turn = number % len(names)
             for row in names[turn:] + names[:turn]:
-                cache = remembered if row.endswith("second merge") else "0"
+                cache = cache_folder if row.endswith("second merge") else "0"
                 machine.touch_memory(touch_gb)
                 done = run(configs[row], folder, cache)
                 if number:
-                    found[row].append(done)
-    return found
+                    runs[row].append(done)
+    return runs
 
 
-def tables(found: Mapping[str, Sequence[Run]]) -> str:
-    """Medians of every row, and ratios within rounds."""
+def tables(measured: Mapping[str, Sequence[Run]]) -> str:
+    """Write the medians of every row, and the ratios within rounds."""
     lines = [
         "| merge | wall clock, s (range) | CPU, s | own memory, GB | resident, GB |",
         "|---|---|---|---|---|",
     ]
-    for name, runs in found.items():
+    for name, runs in measured.items():
         walls = [run.wall_s for run in runs]
         cpu = statistics.median(run.cpu_s for run in runs)
         own = max(run.own for run in runs) / 1e9
@@ -163,13 +163,13 @@ def tables(found: Mapping[str, Sequence[Run]]) -> str:
         ("metagpt, second merge", "task_arithmetic"),
         ("metagpt_ties", "ties"),
     ):
-        if first not in found or second not in found:
+        if first not in measured or second not in measured:
             continue
         ratios = [
             one.wall_s / other.wall_s
-            for one, other in zip(found[first], found[second], strict=True)
+            for one, other in zip(measured[first], measured[second], strict=True)
         ]
-        pair = [found[first], found[second]]
+        pair = [measured[first], measured[second]]
         own = [max(run.own for run in runs) for runs in pair]
         resident = [max(run.resident for run in runs) for runs in pair]
         lines.append(
@@ -181,10 +181,11 @@ def tables(found: Mapping[str, Sequence[Run]]) -> str:
 
 
 def main() -> None:
+    """Measure in rounds and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("store", type=Path)
+    parser.add_argument("store", type=Path, help="folder for checkpoints")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--models", type=int, default=3)
+    parser.add_argument("--models", type=int, default=3, help="number of fine-tunes")
     parser.add_argument("--only", nargs="*", help="rows to run")
     parser.add_argument("--touch-gb", type=float, default=machine.TOUCHED_GB)
     given = parser.parse_args()
