@@ -60,7 +60,7 @@ spent["imports"] = time.perf_counter() - began
 from mergekit_metagpt.scanning import once
 
 timed(ExecuteMergeMethodTask, "execute", "method")
-timed(once, "pair_norms", "scan")
+timed(once, "measure", "scan")
 timed(LazyTensorLoader, "get_tensor", "reading")
 timed(TensorWriter, "save_tensor", "writing")
 timed(TensorWriter, "finalize", "writing")
