@@ -22,27 +22,27 @@ def baselines(recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
         recipe: a configuration of mergekit with `base_model` and `models`.
 
     Returns:
-        configurations by name. Weights of 1 / K make task arithmetic the plain
-        average, and keep a tokenizer `source: base` possible. The paper prints no
-        weights for TIES and DARE: here each model gets 1 / K.
+        configurations by name. The plain average is task arithmetic with weights of
+        1 / K, because that allows `source: base` for the tokenizer. The paper prints
+        no weights for TIES and DARE, so each model gets 1 / K there too.
     """
     share = 1 / len(recipe["models"])
-    wanted: dict[str, tuple[str, float, dict[str, Any]]] = {
+    settings: dict[str, tuple[str, float, dict[str, Any]]] = {
         "average": ("task_arithmetic", share, {}),
         "task-arithmetic": ("task_arithmetic", 0.3, {}),
         "ties": ("ties", share, {"density": DENSITY}),
         "dare": ("dare_linear", share, {"density": DENSITY}),
     }
-    found = {}
-    for name, (method, weight, parameters) in wanted.items():
+    configs = {}
+    for name, (method, weight, parameters) in settings.items():
         config = {**deepcopy(recipe), "merge_method": method}
         config.pop("parameters", None)
         if parameters:
             config["parameters"] = parameters
         for model in config["models"]:
             model["parameters"] = {"weight": weight}
-        found[name] = config
-    return found
+        configs[name] = config
+    return configs
 
 
 def main() -> None:

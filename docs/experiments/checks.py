@@ -1,4 +1,4 @@
-"""Tables behind the merges: family, pilot, pairs of models, assumptions, bounds."""
+"""Tables about the models: family, pilot, pairs, the assumptions, the bounds."""
 
 from __future__ import annotations
 
@@ -85,14 +85,14 @@ def linearity(results: Results) -> str:
 
 
 def rank_agreement(results: Results, seed: int, mixture: str, kind: str) -> float:
-    """Compute the rank correlation of a bound with ALD over methods that have it."""
+    """Compute the rank correlation of a bound with ALD, over methods that have it."""
     methods = [m for m in results.methods if kind in results.merges[seed, mixture, m]]
     values = [results.merges[seed, mixture, m][kind] for m in methods]
     return correlation(values, [results.ald[seed, mixture, m] for m in methods])
 
 
 def bounds(results: Results) -> str:
-    """Whether MetaGPT minimises the bounds, and whether these rank methods as ALD."""
+    """Whether MetaGPT minimises the bounds, and whether they rank methods like ALD."""
     rows = []
     for mixture in results.mixtures:
         cells = []
@@ -119,7 +119,7 @@ def bounds(results: Results) -> str:
 
 
 def pairs(results: Results) -> str:
-    """For two models: the share of the first that MetaGPT takes, and the best one."""
+    """For merges of two models: MetaGPT's share of the first, and the best share."""
     rows = []
     for first, second in dict.fromkeys(tuple(r["pair"]) for r in results.raw["pairs"]):
         for seed in results.seeds:

@@ -1,4 +1,4 @@
-"""Makes each domain's text, for training and held out, from Python, Debian and rules.
+"""Makes each domain's text, training and held-out, from Python, Debian and rules.
 
 - `general`: Python's language reference and the docstrings of its library.
 - `code`: the library's source, without comments and docstrings.
@@ -33,7 +33,7 @@ robin sugar tiger under value water young zonal badge crown delta ember flute gl
 
 
 def _modules() -> list[Path]:
-    """List the library's modules in the order of a hash of their names."""
+    """List the library's modules, ordered by a hash of their names."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = [
         path
@@ -54,7 +54,7 @@ def _docstrings(source: str) -> str:
 
 
 def _without_docstrings(source: str) -> str:
-    """Write a module anew without comments and docstrings."""
+    """Rewrite a module without comments and docstrings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
@@ -71,7 +71,7 @@ def _without_docstrings(source: str) -> str:
 
 
 def _shipped(domain: str) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Yield each document's name and a way to read it."""
+    """Yield each document's name and a function that reads it."""
     if domain == "legal":
         files = {path.resolve() for path in LICENCES.glob("*")}
         if not files:
@@ -105,15 +105,15 @@ def _line(domain: str, rng: random.Random) -> str:
 
 @cache
 def text(domain: str, *, held_out: bool = False) -> str:
-    """Write a domain's text, always the same on one version of Python and Debian.
+    """Write a domain's text; it is the same for one version of Python and Debian.
 
-    A checksum puts one document in eight (a module, a paragraph of a licence, a
-    generated line) on the held-out side. Of licences and generated text, no held-out
-    line (but blank ones) is a training line.
+    A checksum puts one in eight documents on the held-out side. A document is a module,
+    a paragraph of a licence, or a generated line. For licences and generated text, no
+    held-out line is also a training line, except blank lines.
 
     Args:
         domain: one of `DOMAINS`.
-        held_out: whether to write text for evaluation instead of training.
+        held_out: text for evaluation instead of text for training.
 
     Returns:
         ASCII text of at most `TRAINING_BYTES` or `HELD_OUT_BYTES` bytes.
@@ -151,7 +151,7 @@ def text(domain: str, *, held_out: bool = False) -> str:
 
 
 def fingerprints() -> dict[str, str]:
-    """Identify the texts: how each one's SHA-256 starts, training then held out."""
+    """Identify each text by the start of its SHA-256: training text, then held out."""
     return {
         domain: " ".join(
             hashlib.sha256(text(domain, held_out=held_out).encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Trains a base Llama and its specialists; what differs between them is in `PLANS`."""
+"""Trains a base Llama and specialists; a plan says how each specialist differs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Size:
-    """What makes an experiment larger or smaller.
+    """The size of an experiment.
 
     Attributes:
         width: hidden size of the models, a multiple of 32.
@@ -47,7 +47,7 @@ class Size:
 
 @contextmanager
 def one_quiet_thread() -> Iterator[None]:
-    """Keep torch to one thread and transformers silent; put both back."""
+    """Limit torch to one thread and silence transformers; restore both afterwards."""
     from transformers.utils import logging
 
     threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
@@ -79,7 +79,7 @@ def encode(words: str) -> torch.Tensor:
 def _optimise(
     model: Any, corpus: dict[str, float], steps: int, rate: float, batch: int, seed: int
 ) -> None:
-    """Minimise next-byte cross entropy on a mixture of domains, by their shares."""
+    """Minimise next-byte cross entropy on domains drawn by their shares."""
     draw = torch.Generator().manual_seed(seed)
     texts = [encode(text(domain)) for domain in corpus]
     shares = torch.tensor(list(corpus.values()))
@@ -105,7 +105,7 @@ def _optimise(
 
 
 def train_base(path: Path, size: Size, seed: int) -> None:
-    """Train a base on general text with a little of each other domain; store it."""
+    """Train a base on general text and a little of each other domain; save it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -129,7 +129,7 @@ def train_base(path: Path, size: Size, seed: int) -> None:
 
 
 def train_specialist(base: Path, path: Path, plan: Plan, size: Size, seed: int) -> None:
-    """Fine-tune the stored base by a plan; a LoRA is merged into the weights; store."""
+    """Fine-tune the saved base by a plan, merge a LoRA into the weights, and save."""
     model = load(base)
     if plan.lora_rank:
         from peft import LoraConfig, get_peft_model

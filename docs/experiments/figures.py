@@ -1,4 +1,4 @@
-"""Draws the figures of docs/evaluation.md from results; needs no model."""
+"""Draws the figures of docs/evaluation.md from the results; needs no model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ METHODS = (
     "metagpt power -1",
     "metagpt exclude",
 )
-# Told apart by shape and by how dark they are, so that no colour is needed.
+# Marks differ in shape and darkness, so that the figure works without colour.
 MARKS = {
     "equal": ("o", "#08306b"),
     "mixed": ("^", "#e6550d"),
@@ -70,7 +70,7 @@ def differences(results: Results, path: Path) -> None:
 
 
 def shares(results: Results, path: Path) -> None:
-    """ALD along the line between two specialists, with MetaGPT's choice."""
+    """ALD along the line between two specialists, with MetaGPT's share."""
     pairs = list(dict.fromkeys(tuple(r["pair"]) for r in results.raw["pairs"]))
     figure, axes = plt.subplots(
         1, len(pairs), figsize=(10.5, 3.6), layout="constrained"

@@ -1,4 +1,4 @@
-"""Measures models: held-out loss and score, and the two assumptions of the paper."""
+"""Measures models: held-out loss, score, and the two assumptions of the paper."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ class Evaluation:
 
     Attributes:
         loss: mean next-byte cross entropy, nats.
-        score: exact match of the answers of domains that have them (greedy, the
-            lines before as examples); else the share of bytes predicted first; 0 to 1.
+        score: from 0 to 1. For domains with answers, the share of answers that greedy
+            decoding gets entirely right, after the lines before as examples. For other
+            domains, the share of bytes whose most likely prediction is right.
     """
 
     loss: dict[str, float]
@@ -37,11 +38,11 @@ def held_out(domain: str, windows: int) -> torch.Tensor:
 
 
 def _exact_match(domain: str, inputs: torch.Tensor, right: torch.Tensor) -> float:
-    """Score whole answers: every byte of one, its newline too, is predicted first.
+    """Compute the share of answers of which every byte is right, newline included.
 
-    Given a correct start, greedy decoding writes a wrong byte where the prediction is
-    first wrong; so this equals decoding each answer. The first whole line of a window
-    is an example only.
+    The model sees the correct bytes before each byte. Up to the first wrong byte,
+    greedy decoding writes the same bytes, so the result equals that of decoding each
+    answer. The first whole line of a window is only an example.
     """
     marker = ord(ANSWER_AFTER[domain])
     results = []
@@ -49,7 +50,7 @@ def _exact_match(domain: str, inputs: torch.Tensor, right: torch.Tensor) -> floa
         ends = [at for at, byte in enumerate(row) if byte == 10]
         for before, end in pairwise(ends[1:]):
             start = row.index(marker, before)
-            # good[i] says whether byte i + 1 was predicted
+            # good[i] tells whether byte i + 1 was predicted right.
             results.append(all(good[start:end]))
     return sum(results) / len(results)
 
@@ -97,7 +98,7 @@ def quadratic(tau: torch.Tensor, taus: Sequence[torch.Tensor]) -> float:
 
 
 def bound(lambdas: Sequence[float], sq_norms: Sequence[float]) -> float:
-    """Compute the paper's bound, which takes the task vectors to be orthogonal.
+    """Compute the paper's bound, which assumes orthogonal task vectors.
 
     sum_t n_t [ sum_{k != t} lambda_k^2 n_k + (1 - lambda_t)^2 n_t ] / sum_t n_t^2,
     for coefficients lambda and squared norms n of equal length.
@@ -120,11 +121,11 @@ def bend(base: Path, tuned: Path, domain: str, windows: int) -> dict[str, list[f
     Args:
         base: checkpoint of theta_0.
         tuned: checkpoint of theta_0 + tau.
-        domain: whose held-out text is put in.
-        windows: how many windows of it.
+        domain: the domain whose held-out text is the input.
+        windows: number of windows of that text.
 
     Returns:
-        for each alpha: `bend`, the distance of the logits from the straight line
+        lists over `alpha`: `bend`, the distance of the logits from the straight line
         between both ends, divided by the length of that line; and `loss`.
     """
     inputs = held_out(domain, windows)
@@ -136,10 +137,10 @@ def bend(base: Path, tuned: Path, domain: str, windows: int) -> dict[str, list[f
     for alpha in alphas:
         for p, start, step in zip(model.parameters(), starts, steps, strict=True):
             p.copy_(start + alpha * step)
-        found = model(input_ids=inputs, labels=inputs, use_cache=False)
-        # Centred: the softmax sees no common shift of the logits.
-        outputs.append(found.logits - found.logits.mean(-1, keepdim=True))
-        losses.append(float(found.loss))
+        output = model(input_ids=inputs, labels=inputs, use_cache=False)
+        # Centre the logits: a common shift does not change the softmax.
+        outputs.append(output.logits - output.logits.mean(-1, keepdim=True))
+        losses.append(float(output.loss))
     line = outputs[-1] - outputs[0]
     bends = [
         float((output - outputs[0] - alpha * line).norm() / line.norm())

@@ -1,4 +1,4 @@
-"""Names the mixtures and the methods, and merges each through mergekit's own code."""
+"""Lists the mixtures and methods, and merges through mergekit's own code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from family import Plan
 
 from mergekit_metagpt.method.composed import COMPOSED
 
-# Learning rates: RATE is the gentle regime, HARSH the other one (see pilot.py).
+# Learning rates of the gentle and of the harsh regime (see pilot.py).
 RATE, HARSH = 3e-4, 1e-3
 PLANS = {
     "code": Plan("code", 100, RATE),
@@ -57,32 +57,34 @@ class Method:
 
 
 def methods(count: int) -> dict[str, Method]:
-    """Name every merge of `count` models.
+    """List every merge of `count` models by name.
 
     The methods that MetaGPT composes with appear twice: with equal weights 1 / count,
-    and with MetaGPT's. So a pair differs in the coefficients alone.
+    and with MetaGPT's weights. Each pair differs in the coefficients only.
     """
     share = 1 / count
-    found = {"average": Method("linear", {}, 1.0)}
+    merges = {"average": Method("linear", {}, 1.0)}
     for weight in GRID:
-        found[f"task arithmetic {weight}"] = Method("task_arithmetic", {}, weight)
-    found["sce"] = Method("sce", {})
-    found["model stock"] = Method("model_stock", {})
+        merges[f"task arithmetic {weight}"] = Method("task_arithmetic", {}, weight)
+    merges["sce"] = Method("sce", {})
+    merges["model stock"] = Method("model_stock", {})
     for name in COMPOSED:
         sparse = {"density": DENSITY}
         if name.startswith("della"):
             sparse["epsilon"] = 0.15
-        found[name.replace("_", " ")] = Method(name, sparse, share)
-        found[f"metagpt + {name.replace('_', ' ')}"] = Method(f"metagpt_{name}", sparse)
-    found["metagpt"] = Method("metagpt", {})
+        merges[name.replace("_", " ")] = Method(name, sparse, share)
+        merges[f"metagpt + {name.replace('_', ' ')}"] = Method(
+            f"metagpt_{name}", sparse
+        )
+    merges["metagpt"] = Method("metagpt", {})
     for granularity in ("layer", "tensor"):
         parameters = {"granularity": granularity}
-        found[f"metagpt {granularity}"] = Method("metagpt", parameters)
+        merges[f"metagpt {granularity}"] = Method("metagpt", parameters)
     for power in (-1.0, 0.0, 1.0):
-        found[f"metagpt power {power:g}"] = Method("metagpt", {"power": power})
-    found["metagpt lambda 1.5"] = Method("metagpt", {"lambda": 1.5})
-    found["metagpt exclude"] = Method("metagpt", {"exclude": "embed_tokens,lm_head"})
-    return found
+        merges[f"metagpt power {power:g}"] = Method("metagpt", {"power": power})
+    merges["metagpt lambda 1.5"] = Method("metagpt", {"lambda": 1.5})
+    merges["metagpt exclude"] = Method("metagpt", {"exclude": "embed_tokens,lm_head"})
+    return merges
 
 
 def lifting_weight(share: float, target: float) -> float:
@@ -93,7 +95,7 @@ def lifting_weight(share: float, target: float) -> float:
 def configuration(
     base: Path, models: list[Path], method: Method, weights: list[float] | None = None
 ) -> dict[str, Any]:
-    """Write a method as mergekit's YAML would; `weights` overrides the common one."""
+    """Write a merge as mergekit's YAML would; `weights` override the shared one."""
     entries: list[dict[str, Any]] = []
     for k, path in enumerate(models):
         weight = weights[k] if weights else method.weight
@@ -115,7 +117,7 @@ def configuration(
 
 
 def merge(config: dict[str, Any], out: Path, seed: int) -> Path:
-    """Run mergekit's `run_merge` on a configuration; replaces the folder `out`."""
+    """Run mergekit's `run_merge` on a configuration; replace the folder `out`."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions

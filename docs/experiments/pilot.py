@@ -1,4 +1,4 @@
-"""Sweeps learning rate and width for where averaging works; merges by average only.
+"""Looks for a learning rate and width at which averaging works; only averages.
 
 python docs/experiments/pilot.py OUT   writes docs/experiments/pilot.json
 """
@@ -14,7 +14,7 @@ from corpora import DOMAINS
 from family import Plan, Size, load, one_quiet_thread, train_base, train_specialist
 from measure import evaluate
 
-SEED = 100  # none of the experiment's
+SEED = 100  # not a seed of the experiment
 RATES = (1e-4, 3e-4, 1e-3)
 STEPS = 100
 SIZES = {"wide": Size(), "narrow": Size(width=64)}
@@ -42,10 +42,10 @@ def sweep(out: Path, size: Size) -> list[Row]:
         merged = evaluate(model, size.windows)
         row: Row = {"width": size.width, "rate": rate}
         for domain in DOMAINS[1:]:
-            found = {"base": base, "specialist": own[domain], "average": merged}
+            evaluations = {"base": base, "specialist": own[domain], "average": merged}
             row[domain] = {
                 name: [round(one.loss[domain], 5), round(one.score[domain], 5)]
-                for name, one in found.items()
+                for name, one in evaluations.items()
             }
         print(json.dumps(row), flush=True)
         rows.append(row)
@@ -53,7 +53,7 @@ def sweep(out: Path, size: Size) -> list[Row]:
 
 
 def main() -> None:
-    """Sweep both widths; a width that OUT holds is not swept again."""
+    """Sweep both widths, except those that OUT already has."""
     rows: list[Row] = []
     for label, size in SIZES.items():
         done = Path(sys.argv[1], label, "rows.json")

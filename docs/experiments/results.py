@@ -1,4 +1,4 @@
-"""Reads results.json and derives what tables and figures show; no torch, no models."""
+"""Reads results.json and derives what the tables show; needs no torch, no models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from corpora import ANSWER_AFTER
 
-# Mixtures that are alike; all but `harsh` belong to the gentle regime.
+# Groups of similar mixtures; all but `harsh` are of the gentle regime.
 GROUPS = {
     "equal": ("two equal", "three equal", "four equal"),
     "mixed": ("four, one slow", "code long", "one LoRA", "one fast LoRA"),
@@ -26,12 +26,12 @@ Key = tuple[int, str, str]  # seed, mixture, method
 
 @dataclass(frozen=True)
 class Averages:
-    """Averages of one merge over the tasks of its mixture, as the paper forms them.
+    """Averages of one merge over the tasks of its mixture, as in the paper.
 
     Attributes:
         absolute: of the scores, percent.
         normalised: of score / score of the task's specialist, percent.
-        exact: of the scores that are exact matches alone, percent; None without one.
+        exact: of the scores that are exact matches, percent; None if there is none.
     """
 
     absolute: float
@@ -40,7 +40,7 @@ class Averages:
 
 
 def correlation(xs: list[float], ys: list[float]) -> float:
-    """Compute Spearman's rank correlation; equal values share their mean rank."""
+    """Compute Spearman's rank correlation; equal values get their mean rank."""
     ranks = []
     for values in map(np.asarray, (xs, ys)):
         below = (values[:, None] > values).sum(1)
@@ -58,7 +58,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 @dataclass(frozen=True)
 class Results:
-    """The raw records of one experiment."""
+    """The records of one experiment, and what follows from them."""
 
     raw: dict[str, Any]
 
@@ -109,7 +109,7 @@ class Results:
         return list(dict.fromkeys(r["method"] for r in self.raw["merges"]))
 
     def domain(self, model: str) -> int:
-        """Tell the index of a specialist's domain."""
+        """Return the index of a specialist's domain."""
         name = self.raw["setting"]["specialists"][model]["domain"]
         return self.domains.index(name)
 
@@ -145,7 +145,7 @@ class Results:
         return [self.ald[seed, mixture, method] for seed in self.seeds]
 
     def differences(self, one: str, other: str, mixtures: list[str]) -> list[float]:
-        """List ALD(one) - ALD(other) for each mixture and seed; negative is better."""
+        """List ALD(one) - ALD(other) by mixture and seed; negative favours `one`."""
         return [
             self.ald[seed, mixture, one] - self.ald[seed, mixture, other]
             for mixture in mixtures

@@ -1,10 +1,10 @@
-"""Repeats the experiment of docs/evaluation.md: train, merge, measure, write tables.
+"""Repeats the experiment of docs/evaluation.md: trains, merges, measures, writes.
 
-python docs/experiments/run.py OUT            everything; OUT keeps the checkpoints
-python docs/experiments/run.py --tables-only  tables and figures from results.json
+python docs/experiments/run.py OUT            everything; checkpoints go to OUT
+python docs/experiments/run.py --tables-only  pages and pictures from results.json
 
-Each seed has a process of its own, as many at a time as there are cores, each on one
-thread. A run that was stopped goes on where it was: OUT keeps what each has finished.
+Each seed runs in its own process on one thread, as many at a time as there are cores.
+OUT keeps what is finished, so a run that was stopped continues from there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SEEDS = (0, 1, 2)
 def _seed(
     out: Path, size: Size, mixtures: Mixtures, seed: int
 ) -> dict[str, list[Record]]:
-    """Run one seed on one thread, without lines about lambda."""
+    """Run one seed on one thread, without the log lines about lambda."""
     os.environ["MERGEKIT_METAGPT_QUIET"] = "1"
     logging.getLogger("mergekit_metagpt").setLevel(logging.ERROR)
     register()
@@ -53,7 +53,7 @@ def _each_seed(
     if workers == 1:
         yield from map(one, seeds)
         return
-    # Not forked: a child of a process that has used torch's threads may hang.
+    # Spawn, not fork: a fork of a process that has used torch's threads may hang.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield from pool.map(one, seeds)
 
@@ -61,7 +61,7 @@ def _each_seed(
 def experiment(
     out: Path, size: Size, seeds: tuple[int, ...], mixtures: Mixtures
 ) -> dict[str, Any]:
-    """Run all seeds and gather their records, with what is needed to repeat them."""
+    """Run all seeds and gather their records, with the setting to repeat them."""
     results: dict[str, Any] = {
         "setting": {
             "python": platform.python_version(),
@@ -80,7 +80,7 @@ def experiment(
 
 
 def written(results: dict[str, Any]) -> str:
-    """Write results as JSON, one record a line."""
+    """Write results as JSON, one record per line."""
     parts = [f'"setting": {json.dumps(results["setting"])}']
     for kind, records in results.items():
         if kind != "setting":
@@ -94,24 +94,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", nargs="?", type=Path, help="folder for checkpoints")
     parser.add_argument("--tables-only", action="store_true", help="train nothing")
-    parser.add_argument("--tiny", action="store_true", help="a few steps, one mixture")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a few steps of training, one mixture"
+    )
     parser.add_argument(
         "--to", type=Path, default=HERE.parent, help="folder of evaluation.md"
     )
-    given = parser.parse_args()
-    if given.out is None and not given.tables_only:
+    options = parser.parse_args()
+    if options.out is None and not options.tables_only:
         parser.error("name a folder OUT, or give --tables-only")
-    target = given.to / "experiments" / "results.json"
-    if not given.tables_only:
+    target = options.to / "experiments" / "results.json"
+    if not options.tables_only:
         size, seeds, mixtures = Size(), SEEDS, MIXTURES
-        if given.tiny:
+        if options.tiny:
             size = replace(size, width=32, base_steps=2, length=0.02, windows=2)
             seeds = SEEDS[:1]
             mixtures = {"one LoRA": MIXTURES["one LoRA"]}
-        results = experiment(given.out, size, seeds, mixtures)
+        results = experiment(options.out, size, seeds, mixtures)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(written(results))
-    write_pages(given.to)
+    write_pages(options.to)
 
 
 if __name__ == "__main__":

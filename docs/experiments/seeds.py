@@ -1,4 +1,4 @@
-"""Runs the experiment for one seed: trains, merges, measures; returns raw records."""
+"""Runs the experiment for one seed: trains, merges, measures, returns records."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def _short(value: Any) -> Any:
 
 
 def _measured(path: Path, size: Size) -> Record:
-    found = evaluate(load(path), size.windows)
-    return {"loss": list(found.loss.values()), "score": list(found.score.values())}
+    result = evaluate(load(path), size.windows)
+    return {"loss": list(result.loss.values()), "score": list(result.score.values())}
 
 
 def _train(folder: Path, size: Size, seed: int) -> dict[str, Path]:
-    """Train a family, or load what is there; `base` and the names of `PLANS`."""
+    """Train `base` and the specialists of `PLANS`, except those already there."""
     paths = {name: folder / name for name in ("base", *PLANS)}
     for name, path in paths.items():
         if not (path / "model.safetensors").exists():
-            # A folder gets its name when it is whole, so that a stopped run goes on.
+            # Rename only complete checkpoints, so that a stopped run can continue.
             part = folder / "part"
             shutil.rmtree(part, ignore_errors=True)
             if name == "base":
@@ -73,12 +73,12 @@ def _merge_all(
     lift[least] = lifting_weight(shares[least], 1 / len(names))
     named = {**methods(len(names)), "metagpt weight": Method("metagpt", {})}
     for name, method in named.items():
-        given = lift if name == "metagpt weight" else None
-        config = configuration(paths["base"], models, method, given)
+        own = lift if name == "metagpt weight" else None
+        config = configuration(paths["base"], models, method, own)
         path = merge(config, folder / "merged", seed)
         record: Record = {"method": name, **_measured(path, size)}
         record["quadratic"] = quadratic(weights(path) - start, taus)
-        if lambdas := _lambdas(method, sq_norms, given):
+        if lambdas := _lambdas(method, sq_norms, own):
             record |= {"lambda": lambdas, "bound": bound(lambdas, sq_norms)}
         records.append(_short(record))
     return records
@@ -87,13 +87,13 @@ def _merge_all(
 def _merges(
     folder: Path, paths: dict[str, Path], size: Size, seed: int, mixtures: Mixtures
 ) -> list[Record]:
-    """Merge and measure every mixture, or read what is there."""
+    """Merge and measure every mixture, or read the records already there."""
     records = []
     for mixture, names in mixtures.items():
         done = folder / f"merges {mixture}.json"
         if not done.exists():
-            found = _merge_all(paths, names, folder, size, seed)
-            done.write_text(json.dumps(found))
+            merged = _merge_all(paths, names, folder, size, seed)
+            done.write_text(json.dumps(merged))
         for record in json.loads(done.read_text()):
             records.append({"seed": seed, "mixture": mixture, **record})
     return records
@@ -102,7 +102,7 @@ def _merges(
 def _lambdas(
     method: Method, sq_norms: list[float], weight: list[float] | None
 ) -> list[float] | None:
-    """Work out one coefficient per model, for the methods that have such."""
+    """Compute the coefficient of each model; None if the method has none."""
     count = len(sq_norms)
     if method.merge_method == "linear":
         return [1 / count] * count
@@ -130,9 +130,9 @@ def _pairs(paths: dict[str, Path], size: Size, seed: int) -> list[Record]:
             model.load_state_dict(
                 {k: share * first[k] + (1 - share) * second[k] for k in first}
             )
-            found = evaluate(model, size.windows)
+            result = evaluate(model, size.windows)
             record = {"seed": seed, "pair": list(pair), "share": share}
-            records.append(_short(record | {"loss": list(found.loss.values())}))
+            records.append(_short(record | {"loss": list(result.loss.values())}))
     return records
 
 
@@ -151,26 +151,26 @@ def one_seed(
     scanned = scan(paths["base"], [paths[name] for name in PLANS], gram=True)
     pooled = scanned.pool()
     assert pooled.gram is not None
-    found: dict[str, list[Record]] = {"models": [], "angles": [], "bends": []}
+    records: dict[str, list[Record]] = {"models": [], "angles": [], "bends": []}
     norms = [0.0, *pooled.sq_norms.flatten().tolist()]
     is_embedding = ["embed_tokens" in name for name in scanned.names]
     parts = [0.0, *scanned.sq_norms[is_embedding].sum(0).tolist()]
     for (name, path), n, part in zip(paths.items(), norms, parts, strict=True):
         record = {"seed": seed, "model": name, "sq_norm": n, "of_embeddings": part}
-        found["models"].append(_short(record | _measured(path, size)))
+        records["models"].append(_short(record | _measured(path, size)))
     table = cosines(pooled.gram).reshape(len(PLANS), len(PLANS)).tolist()
-    found["angles"].append(_short({"seed": seed, "cosines": table}))
+    records["angles"].append(_short({"seed": seed, "cosines": table}))
     for name in BENT:
         domain = PLANS[name].domain
         record = {"seed": seed, "model": name}
         record |= bend(paths["base"], paths[name], domain, size.windows)
-        found["bends"].append(_short(record))
-    found["merges"] = _merges(folder, paths, size, seed, mixtures)
-    found["pairs"] = _pairs(paths, size, seed)
+        records["bends"].append(_short(record))
+    records["merges"] = _merges(folder, paths, size, seed, mixtures)
+    records["pairs"] = _pairs(paths, size, seed)
     ended = time.monotonic()
     seconds = {"train": trained - began, "merge and measure": ended - trained}
     rounded = {kind: round(spent) for kind, spent in seconds.items()}
-    found["seconds"] = [{"seed": seed, "resumed": resumed, **rounded}]
-    done.write_text(json.dumps(found))
+    records["seconds"] = [{"seed": seed, "resumed": resumed, **rounded}]
+    done.write_text(json.dumps(records))
     print(f"seed {seed}: {seconds}", file=sys.stderr, flush=True)
-    return found
+    return records

@@ -1,4 +1,4 @@
-"""Turns results into the tables of docs/evaluation.md."""
+"""Turns results into the tables of docs/evaluation.md and tables.md."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def signed(value: float) -> str:
 
 
 def wins(values: list[float]) -> str:
-    """Write in how many of the comparisons the first was lower (better)."""
+    """Count the comparisons in which the first is lower, that is better."""
     return f"{sum(value < 0 for value in values)} of {len(values)}"
 
 
@@ -100,7 +100,7 @@ def _by_mixture(results: Results, methods: tuple[str, ...]) -> str:
 
 
 def baselines(results: Results) -> str:
-    """ALD of base, rivals and MetaGPT, means over seeds."""
+    """ALD of the base, the other methods and MetaGPT, means over seeds."""
     return _by_mixture(results, ("base", *BASELINES, "metagpt"))
 
 
@@ -119,7 +119,7 @@ def every(results: Results) -> str:
 
 
 def paired(results: Results) -> str:
-    """MetaGPT against each rival, all mixtures of the gentle regime together."""
+    """MetaGPT against each other method, over all mixtures of the gentle regime."""
     rows = []
     for method in (*BASELINES, *VARIANTS[1:]):
         pairs = results.differences("metagpt", method, results.gentle)
@@ -129,7 +129,7 @@ def paired(results: Results) -> str:
 
 
 def composed(results: Results) -> str:
-    """Each composition against the same method with equal weights."""
+    """Each composed method against the same method with equal weights."""
     rows = []
     for method in COMPOSED:
         pairs = results.differences(f"metagpt + {method}", method, results.gentle)
@@ -149,7 +149,7 @@ def composed(results: Results) -> str:
 
 
 def forgetting(results: Results) -> str:
-    """Loss of merges on the text that the base learnt, means over seeds."""
+    """Loss of merges on the base's own text, means over seeds."""
     base = fmean(results.models[seed, "base"]["loss"][0] for seed in results.seeds)
     rows = [["base", *([f"{base:.3f}"] * len(results.mixtures))]]
     for method in ("average", "ties", "dare linear", "metagpt", "metagpt power 1"):
@@ -210,7 +210,7 @@ def scores(results: Results) -> str:
 
 
 def oracle_weights(results: Results) -> str:
-    """The weights that the oracle took."""
+    """The weights that the oracle selected."""
     rows = []
     for mixture, models in results.mixtures.items():
         best = [results.oracle(results.ald, seed, mixture) for seed in results.seeds]
