@@ -15,7 +15,6 @@ from measure import bend, bound, evaluate, quadratic, weights
 from merges import PLANS, Method, configuration, lifting_weight, merge, methods
 
 from mergekit_metagpt import coefficients, scan
-from mergekit_metagpt.arithmetic.closed_form import cosines
 
 PAIRS = (
     ("code", "arithmetic"),
@@ -148,17 +147,15 @@ def one_seed(
     began = time.monotonic()
     paths = _train(folder, size, seed)
     trained = time.monotonic()
-    scanned = scan(paths["base"], [paths[name] for name in PLANS], gram=True)
-    pooled = scanned.pool()
-    assert pooled.gram is not None
+    pooled = scan(paths["base"], [paths[name] for name in PLANS], gram=True).pool()
+    assert pooled.cosines is not None
     records: dict[str, list[Record]] = {"models": [], "angles": [], "bends": []}
     norms = [0.0, *pooled.sq_norms.flatten().tolist()]
-    is_embedding = ["embed_tokens" in name for name in scanned.names]
-    parts = [0.0, *scanned.sq_norms[is_embedding].sum(0).tolist()]
+    parts = [0.0, *pooled.embeddings.flatten().tolist()]
     for (name, path), n, part in zip(paths.items(), norms, parts, strict=True):
         record = {"seed": seed, "model": name, "sq_norm": n, "of_embeddings": part}
         records["models"].append(_short(record | _measured(path, size)))
-    table = cosines(pooled.gram).reshape(len(PLANS), len(PLANS)).tolist()
+    table = pooled.cosines.reshape(len(PLANS), len(PLANS)).tolist()
     records["angles"].append(_short({"seed": seed, "cosines": table}))
     for name in BENT:
         domain = PLANS[name].domain
