@@ -55,7 +55,6 @@ AT_REGISTRY = AT_TORCH | {
         "method.announcing",
         "method.composed",
         "method.group_norms",
-        "method.in_memory",
         "method.inputs",
         "method.metagpt",
         "method.parameters",

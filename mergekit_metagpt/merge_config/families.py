@@ -11,7 +11,12 @@ from mergekit.merge_methods.base import ParameterScope
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.opening import open_checkpoints
 from mergekit_metagpt.merge_config import checks, merge_yaml
-from mergekit_metagpt.method.parameters import Settings, own_parameters, split_exclude
+from mergekit_metagpt.method.parameters import (
+    all_zero,
+    own_parameters,
+    split_exclude,
+)
+from mergekit_metagpt.method.settings import Settings
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -183,7 +188,11 @@ def of_config(
             "no model beside the base is given: there is nothing to measure. Add the "
             "fine-tuned models"
         )
-    return list(families.values())
+    every = list(families.values())
+    varies = any("weight" in family.varying for family in every)
+    if not varies and not any(any(family.weights) for family in every):
+        raise ValueError(all_zero())
+    return every
 
 
 def of_models(

@@ -20,7 +20,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.plan import MergePlanner
 
 from mergekit_metagpt.method import group_norms
-from mergekit_metagpt.method.parameters import Settings
+from mergekit_metagpt.method.settings import Settings
 
 if TYPE_CHECKING:
     from mergekit.architecture import WeightInfo
@@ -124,18 +124,18 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> list[Planne
 
     config = config.model_copy(deep=True)
     LoaderCache().setup(options)
-    architecture = get_architecture_info(config, options)
-    for model in config.referenced_models():
-        LoaderCache().get(model)
-    planner = _Planner(
-        config,
-        architecture,
-        options=options,
-        out_model_config=_model_out_config(
-            config, architecture, trust_remote_code=options.trust_remote_code
-        ),
-    )
     with mergekits_errors():
+        architecture = get_architecture_info(config, options)
+        for model in config.referenced_models():
+            LoaderCache().get(model)
+        planner = _Planner(
+            config,
+            architecture,
+            options=options,
+            out_model_config=_model_out_config(
+                config, architecture, trust_remote_code=options.trust_remote_code
+            ),
+        )
         planner.plan_to_disk(out_path="")  # only plans: nothing is executed
     return planner.found
 

@@ -9,4 +9,5 @@ __all__ = [
     "group_norms",
     "parameters",
     "registration",
+    "settings",
 ]

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from mergekit.merge_methods.base import TensorGroup
 
 from mergekit_metagpt.arithmetic import squared_norms
 from mergekit_metagpt.method.inputs import base_of, require_finite
-from mergekit_metagpt.method.parameters import Settings, require_named
+from mergekit_metagpt.method.parameters import (
+    require_named,
+)
+
+if TYPE_CHECKING:
+    from mergekit_metagpt.method.settings import Settings
 
 
 @dataclass(frozen=True)

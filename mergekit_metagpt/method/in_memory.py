@@ -9,7 +9,7 @@ from mergekit.merge_methods.base import TensorGroup
 
 from mergekit_metagpt.method.group_norms import Measured, of_tensors
 from mergekit_metagpt.method.inputs import base_of
-from mergekit_metagpt.method.parameters import Settings
+from mergekit_metagpt.method.settings import Settings
 from mergekit_metagpt.scanning.results import ScanResult
 
 
@@ -41,8 +41,9 @@ def of_call(
         for entry in group.non_base:
             column = columns[base_of(group).id, entry.id]
             name = result.counted_as[column][_name(group, at)]
-            row = pooled.rows.get(pooled.key_of(name))
-            own.append(None if row is None else norms[row, column])
+            key = pooled.key_of(name)
+            measured = bool(pooled.members.get(key))
+            own.append(norms[pooled.rows[key], column] if measured else None)
         if chosen.power == 0 or all(value is None for value in own):
             answers.append(None)
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mergekit.merge_methods.base import (
@@ -17,16 +17,18 @@ from mergekit.merge_methods.base import (
 )
 
 from mergekit_metagpt.arithmetic import scaled_sums
-from mergekit_metagpt.method import advice, group_norms, in_memory, inputs
+from mergekit_metagpt.method import advice, group_norms, inputs
 from mergekit_metagpt.method.announcing import Announcer
 from mergekit_metagpt.method.parameters import (
-    Settings,
     all_zero,
     no_base,
     own_parameters,
     weights_of,
 )
 from mergekit_metagpt.method.plan_watch import PlanWatch
+
+if TYPE_CHECKING:
+    from mergekit_metagpt.method.settings import Settings
 
 REFERENCE_URL = "https://arxiv.org/abs/2406.11385"
 # The name under which mergekit's planner validates a slice, before any tensor's.
@@ -116,6 +118,9 @@ class MetaGPTMerge(GroupMergeMethod):
         input_dtypes: Sequence[torch.dtype | None],
         out_dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, ...]:
+        # Imported here: `import mergekit` need not wait for it.
+        from mergekit_metagpt.method.settings import Settings
+
         settings = [Settings.of(bound) for bound in parameters]
         weights = [
             weights_of(group, bound)
@@ -260,4 +265,6 @@ class InMemoryMerge(MetaGPTMerge):
     def _sq_norms(
         self, groups: Sequence[TensorGroup], settings: Sequence[Settings]
     ) -> list[group_norms.Measured | None]:
-        return in_memory.of_call(groups, settings)
+        from mergekit_metagpt.method.in_memory import of_call
+
+        return of_call(groups, settings)

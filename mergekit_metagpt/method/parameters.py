@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec, TensorGroup
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from mergekit_metagpt.arithmetic.closed_form import coefficients, contributes
-from mergekit_metagpt.scanning.pools import is_excluded, pool_key
-
-Granularity = Literal["model", "layer", "tensor"]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from pydantic import ValidationError
 
 
 @dataclass(frozen=True)
@@ -40,8 +33,12 @@ class CheckedParameter(ParameterSpec):
         Raises:
             ValueError: it is of another type or not among the legal values.
         """
+        # Imported here: `import mergekit` registers parameters, and reads no values.
+        from mergekit_metagpt.method.settings import require_legal
+
         try:
             checked = super().validate(value)
+            require_legal(self.name, checked)
         except ValidationError as error:
             raise ValueError(
                 f"{self.name} is {value!r}; expected {self.legal}"
@@ -58,7 +55,7 @@ def own_parameters(
     return (
         CheckedParameter(
             "granularity",
-            Granularity,
+            str,
             shared,
             default="model",
             description="tensors over which squared norms are pooled",
@@ -66,7 +63,7 @@ def own_parameters(
         ),
         CheckedParameter(
             "weight",
-            Weight,
+            float,
             ParameterScope.NON_BASE,
             default=1.0,
             description="importance of a model, before norms are taken into account",
@@ -75,7 +72,7 @@ def own_parameters(
         ),
         CheckedParameter(
             "power",
-            Finite,
+            float,
             shared,
             default=2.0,
             description="exponent of the norms: 2 is MetaGPT, 0 the plain average",
@@ -83,7 +80,7 @@ def own_parameters(
         ),
         CheckedParameter(
             "lambda",
-            Finite,
+            float,
             shared,
             default=1.0,
             description="scale of the merged task vector",
@@ -147,64 +144,6 @@ def require_named(exclude: Sequence[str], names: Iterable[str]) -> None:
             f"exclude: {', '.join(unused)} is in no tensor's name; expected a part of "
             f"a stored name, such as {min(names, default='embed_tokens')}"
         )
-
-
-class Settings(BaseModel):
-    """Settings of the closed form for one tensor group, or for a whole model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    granularity: Granularity = "model"
-    power: Finite = 2.0
-    exclude: tuple[str, ...] = ()
-    scale: Finite = Field(default=1.0, description="`lambda` of the YAML")
-
-    @classmethod
-    def of(cls, bound: Any) -> Settings:
-        """Read the parameters that mergekit bound, each a single value.
-
-        Args:
-            bound: values by the names of the YAML.
-
-        Returns:
-            the settings.
-        """
-        return cls(
-            granularity=bound["granularity"],
-            power=bound["power"],
-            exclude=split_exclude(bound["exclude"]),
-            scale=bound["lambda"],
-        )
-
-    def shares(
-        self, sq_norms: torch.Tensor | None, weight: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the coefficients before `lambda` scales them.
-
-        Args:
-            sq_norms: n_t of the pool, shape `(K,)`, float64, or None where nothing was
-                measured and the weights alone count.
-            weight: w_t, shape `(K,)`, float64.
-
-        Returns:
-            shape `(K,)`, float64, summing to 1; or 0 where the base is to be kept.
-        """
-        power = self.power
-        if sq_norms is None:
-            power, sq_norms = 0.0, torch.zeros_like(weight)
-        if not bool(contributes(sq_norms, weight, power).any()):
-            return torch.zeros_like(weight)
-        return coefficients(sq_norms, weight, power)
-
-    def counts(self, name: str | None) -> bool:
-        """Whether a tensor counts in squared norms."""
-        return not is_excluded(name or "", self.exclude)
-
-    def pool(self, name: str | None) -> str:
-        """Name the pool of a tensor, for messages."""
-        if self.granularity == "model":
-            return "the whole model"
-        return "this tensor" if name is None else pool_key(name, self.granularity)
 
 
 def weights_of(group: TensorGroup, bound: dict[str, Any]) -> torch.Tensor:

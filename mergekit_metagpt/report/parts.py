@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from mergekit_metagpt.scanning.pools import (
-    is_excluded,
-)
-
 # What a part of a model is usually called, in the order in which to ask.
 _PARTS = (
     ("head", ("lm_head", "embed_out", "classifier", "score.", "output_layer", "cls.")),
@@ -34,7 +30,7 @@ def part_of(name: str) -> str:
     """
     lowered = name.lower()
     for part, usual in _PARTS:
-        if is_excluded(lowered, usual):
+        if any(word in lowered for word in usual):
             return part
     return "other"
 

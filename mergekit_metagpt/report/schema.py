@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mergekit_metagpt.method import parameters
+from mergekit_metagpt.method import settings
 
 
 class _Schema(BaseModel):
@@ -95,7 +95,7 @@ class Pool(_Schema):
     coefficients: tuple[float, ...] = Field(description="lambda_t on this pool")
 
 
-class Settings(parameters.Settings):
+class Settings(settings.Settings):
     """Settings of the closed form, for the whole model."""
 
     varying: tuple[str, ...] = Field(

@@ -1,0 +1,97 @@
+"""Settings of the closed form and their legal values; K squared norms to K shares."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from mergekit_metagpt.arithmetic.closed_form import coefficients, contributes
+from mergekit_metagpt.method.parameters import (
+    split_exclude,
+)
+from mergekit_metagpt.scanning.pools import is_excluded, pool_key
+
+Granularity = Literal["model", "layer", "tensor"]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+_LEGAL: dict[str, TypeAdapter[Any]] = {
+    "granularity": TypeAdapter(Granularity),
+    "weight": TypeAdapter(Weight),
+    "power": TypeAdapter(Finite),
+    "lambda": TypeAdapter(Finite),
+    "exclude": TypeAdapter(str),
+}
+
+
+def require_legal(name: str, value: Any) -> None:
+    """Refuse an illegal value of a parameter.
+
+    Args:
+        name: of a parameter of `metagpt`.
+        value: in its type.
+
+    Raises:
+        ValidationError: it is not legal.
+    """
+    _LEGAL[name].validate_python(value)
+
+
+class Settings(BaseModel):
+    """Settings of the closed form for one tensor group, or for a whole model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    granularity: Granularity = "model"
+    power: Finite = 2.0
+    exclude: tuple[str, ...] = ()
+    scale: Finite = Field(default=1.0, description="`lambda` of the YAML")
+
+    @classmethod
+    def of(cls, bound: Any) -> Settings:
+        """Read the parameters that mergekit bound, each a single value.
+
+        Args:
+            bound: values by the names of the YAML.
+
+        Returns:
+            the settings.
+        """
+        return cls(
+            granularity=bound["granularity"],
+            power=bound["power"],
+            exclude=split_exclude(bound["exclude"]),
+            scale=bound["lambda"],
+        )
+
+    def shares(
+        self, sq_norms: torch.Tensor | None, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the coefficients before `lambda` scales them.
+
+        Args:
+            sq_norms: n_t of the pool, shape `(K,)`, float64, or None where nothing was
+                measured and the weights alone count.
+            weight: w_t, shape `(K,)`, float64.
+
+        Returns:
+            shape `(K,)`, float64, summing to 1; or 0 where the base is to be kept.
+        """
+        power = self.power
+        if sq_norms is None:
+            power, sq_norms = 0.0, torch.zeros_like(weight)
+        if not bool(contributes(sq_norms, weight, power).any()):
+            return torch.zeros_like(weight)
+        return coefficients(sq_norms, weight, power)
+
+    def counts(self, name: str | None) -> bool:
+        """Whether a tensor counts in squared norms."""
+        return not is_excluded(name or "", self.exclude)
+
+    def pool(self, name: str | None) -> str:
+        """Name the pool of a tensor, for messages."""
+        if self.granularity == "model":
+            return "the whole model"
+        return "this tensor" if name is None else pool_key(name, self.granularity)
