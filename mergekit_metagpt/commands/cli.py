@@ -178,11 +178,11 @@ def inspect(
         checks.check_method(config)
         if method in checks.METHODS:
             checks.check_names(config)
-        found = families.of_config(config, **wishes)
+        merged = families.of_config(config, **wishes)
     else:
-        found = families.of_models(base, models, **wishes)
-    opened = families.open_models(found, options)
-    report = inspecting.inspect(found, opened, method=method)
+        merged = families.of_models(base, models, **wishes)
+    opened = families.open_models(merged, options)
+    report = inspecting.inspect(merged, opened, method=method)
     if json_file is not None:
         with click.open_file(json_file, "w", encoding="utf-8") as stream:
             stream.write(report.model_dump_json(indent=2) + "\n")
@@ -235,15 +235,14 @@ def demo(folder: Path) -> None:
     """
     from rich.console import Console
 
-    from mergekit_metagpt.commands import demo
-    from mergekit_metagpt.commands.demo import run
+    from mergekit_metagpt.commands import demo as family
 
     chatter, console = Console(stderr=True), _console()
-    result = run(folder, say=lambda line: chatter.print(line, highlight=False))
-    console.print(demo.demo_task_vectors(result))
-    console.print(demo.demo_losses(result))
+    result = family.run(folder, say=lambda line: chatter.print(line, highlight=False))
+    console.print(family.task_vectors(result))
+    console.print(family.losses(result))
     figure = folder / "demo.png"
-    demo.demo_figure(result, figure)
+    family.draw(result, figure)
     best = min(result.ald, key=result.ald.__getitem__)
     console.print(
         f"Lowest ALD here: {best}. Which it is depends on text, seed and training "
@@ -284,10 +283,9 @@ def cache(clear: bool) -> None:
 
 @main.command()
 @click.argument("name", required=False, metavar="[NAME]")
-@click.argument("out", required=False, metavar="[OUT.yml]")
 @one_line_errors
-def recipes(name: str | None, out: str | None) -> None:
-    """List the recipes that ship, show NAME, or copy it to OUT.yml.
+def recipes(name: str | None) -> None:
+    """List the recipes that ship, or print NAME: `recipes NAME > my.yml` copies it.
 
     A recipe is a merge YAML that says at its top what it merges, what to download, and
     how to run it.
@@ -296,13 +294,11 @@ def recipes(name: str | None, out: str | None) -> None:
 
     if name is None:
         shelf = shipped_recipes.recipes()
-        width = max(len(merge_yaml.name) for merge_yaml in shelf)
-        for merge_yaml in shelf:
-            click.echo(f"{merge_yaml.name:<{width}}  {merge_yaml.summary}")
-    elif out is None:
-        click.echo(shipped_recipes.find(name).text, nl=False)
+        width = max(len(recipe.name) for recipe in shelf)
+        for recipe in shelf:
+            click.echo(f"{recipe.name:<{width}}  {recipe.summary}")
     else:
-        shipped_recipes.copy(name, Path(out))
+        click.echo(shipped_recipes.find(name).text, nl=False)
 
 
 # mergekit's options take seconds to import: only this command's parser needs them.
@@ -338,7 +334,7 @@ def _merge_command() -> click.Command:
         """Merge CONFIG into OUT as mergekit-yaml does, for metagpt configurations.
 
         The YAML, the headers of all models and the weights are checked before mergekit
-        starts; OUT appears only when it is whole. Needs no autoload.
+        starts. OUT appears only once it is complete. Needs no autoload.
         """
         merging.merge(Path(config), Path(out), merge_options, force=force)
         if autoload.failure:

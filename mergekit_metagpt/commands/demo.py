@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def demo_task_vectors(result: DemoResult) -> Table:
+def task_vectors(result: DemoResult) -> Table:
     """Tabulate squared norm, coefficient and cosines of each specialist.
 
     Args:
@@ -45,7 +45,7 @@ def demo_task_vectors(result: DemoResult) -> Table:
     return table
 
 
-def demo_losses(result: DemoResult) -> Table:
+def losses(result: DemoResult) -> Table:
     """Tabulate held-out losses of all models, and each merge's loss difference.
 
     Args:
@@ -73,7 +73,7 @@ def demo_losses(result: DemoResult) -> Table:
     return table
 
 
-def demo_figure(result: DemoResult, file: Path) -> None:
+def draw(result: DemoResult, file: Path) -> None:
     """Draw the coefficients, and every merge's loss against base and specialist.
 
     Args:

@@ -1,8 +1,7 @@
-"""The recipes that ship with the package: lists, finds and copies them as text."""
+"""The recipes that ship with the package: lists and finds them as text."""
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,22 +73,3 @@ def find(name: str) -> Recipe:
     if ending:
         raise ValueError(f"{name} is {' or '.join(ending)}. Write it in full")
     raise ValueError(f"there is no recipe {name}; {_LIST}")
-
-
-def copy(name: str, out: Path) -> None:
-    """Write a recipe to a file of its reader's own, whose commands then name that file.
-
-    Args:
-        name: as for `find`.
-        out: the file to write.
-
-    Raises:
-        ValueError: there is no such recipe, or more than one, or `out` exists.
-    """
-    recipe = find(name)
-    text = recipe.text.replace(f"recipes/{recipe.name}.yml", shlex.quote(str(out)))
-    try:
-        with out.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise ValueError(f"{out} exists. Name a file that does not") from None

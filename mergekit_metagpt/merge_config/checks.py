@@ -31,125 +31,8 @@ if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
 
-METHODS = ("metagpt", *(f"metagpt_{name}" for name in COMPOSED))
-
-
-def check_yaml(config: MergeConfiguration) -> None:
-    """Check all that a YAML alone can tell of a merge by MetaGPT.
-
-    Args:
-        config: mergekit's configuration.
-
-    Raises:
-        ValueError: another method; no base, or only the base; the base is missing
-            among the sources of a slice; `exclude` is a list.
-    """
-    if config.merge_method not in METHODS:
-        raise ValueError(
-            f"merge_method is {config.merge_method!r}; this command takes "
-            f"{', '.join(METHODS)}. {_hint(config.merge_method, METHODS)}Use "
-            "mergekit-yaml for other methods"
-        )
-    slices = list(inputs(config))
-    for part in slices:
-        if twice := [m for m in part.models if part.models.count(m) > 1]:
-            raise ValueError(f"{twice[0]} is given twice in {part.place}. List it once")
-        if part.base is None:
-            raise ValueError(no_base(config.merge_method, part.place))
-        if not part.place.endswith("models") and part.base not in part.models:
-            raise ValueError(
-                f"the base {part.base} is not among the sources of {part.place}. Add "
-                "it there: task vectors are measured against it"
-            )
-    if all(model == part.base for part in slices for model in part.models):
-        raise ValueError(only_base(slices[0].base))
-    for part in slices:
-        for level in (level for levels in part.settings for level in levels):
-            exclude = level.get("exclude")
-            if isinstance(exclude, list) and not any(
-                hasattr(item, "value") for item in exclude
-            ):
-                raise ValueError(
-                    f"exclude is the list {exclude!r}, of which mergekit would pick "
-                    "one entry; expected one string, comma-separated"
-                )
-
-
-def ignored(config: MergeConfiguration, known: Collection[str]) -> list[str]:
-    """Find parameters that mergekit would ignore without a word.
-
-    Args:
-        config: mergekit's configuration.
-        known: the parameters of its method.
-
-    Returns:
-        names that mean nothing to the method, sorted.
-
-    Raises:
-        ValueError: one of them looks like a known one misspelt.
-    """
-    given = {
-        name
-        for part in inputs(config)
-        for settings in part.settings
-        for level in settings
-        for name in level
-    }
-    unknown = sorted(given - set(known))
-    for name in unknown:
-        if meant := closest(name, known):
-            raise ValueError(
-                f"{name} is no parameter of {config.merge_method}; did you mean "
-                f"{meant}?"
-            )
-    return unknown
-
-
-def _hint(name: str, known: Collection[str]) -> str:
-    meant = closest(name, known)
-    return f"Did you mean {meant}? " if meant else ""
-
-
-def check_method_name(config: MergeConfiguration, known: Collection[str]) -> None:
-    """Refuse a merge method that there is not.
-
-    Args:
-        config: mergekit's configuration.
-        known: names of all methods.
-
-    Raises:
-        ValueError: the method is none of them.
-    """
-    if config.merge_method not in known:
-        raise ValueError(
-            f"merge_method is {config.merge_method!r}, which mergekit does not have. "
-            f"{_hint(config.merge_method, known)}Expected one of "
-            f"{', '.join(sorted(known))}"
-        )
-
-
-def check_levels(config: MergeConfiguration, shared: Collection[str]) -> None:
-    """Refuse a parameter of all models under a single one, where mergekit ignores it.
-
-    Args:
-        config: mergekit's configuration.
-        shared: parameters that have one value for all models.
-
-    Raises:
-        ValueError: one of them stands under a model.
-    """
-    for part in inputs(config):
-        for model, levels in zip(part.models, part.settings, strict=True):
-            own = levels[: len(levels) - len(part.shared)]
-            for name in (name for level in own for name in level if name in shared):
-                raise ValueError(
-                    f"{name} stands under {model} in {part.place}, but is one for all "
-                    "models, and mergekit would ignore it there. Move it to the "
-                    "`parameters:` at the end of the YAML"
-                )
-
-
 LOG = logging.getLogger("mergekit_metagpt")
+METHODS = ("metagpt", *(f"metagpt_{name}" for name in COMPOSED))
 
 
 @dataclass(frozen=True)
@@ -210,18 +93,16 @@ def _check_plan(
     weights = [weight for tensor in planned for weight in tensor.weights.values()]
     if weights and not any(weights):
         raise ValueError(all_zero())
+    names = {name for model in opened.values() for name in model.names}
+    for exclude in {tensor.settings.exclude for tensor in planned}:
+        require_named(exclude, names)
     for tensor in planned:
-        settings = tensor.settings
-        if settings.exclude:
-            require_named(
-                settings.exclude, (n for model in opened.values() for n in model.names)
-            )
         moved = [
             model
             for model, name in tensor.input_names.items()
             if layer_key(name) != layer_key(tensor.name)
         ]
-        if settings.granularity == "layer" and moved:
+        if tensor.settings.granularity == "layer" and moved:
             raise ValueError(
                 f"granularity 'layer': {tensor.input_names[moved[0]]} of {moved[0]} "
                 f"becomes {tensor.name}. Slices that move layers to other indices have "
@@ -240,13 +121,13 @@ def _check_depth(
     part: merge_yaml.Inputs, base: Checkpoint, models: Sequence[Checkpoint]
 ) -> None:
     """Refuse models of more or fewer layers than the base where all are merged."""
-    wanted = _layers(part, base)
+    expected = _layers(part, base)
     for model in models:
         for module, count in _layers(part, model).items():
-            if count != wanted.get(module, count):
+            if count != expected.get(module, count):
                 raise ValueError(
                     f"{model.label} has {count} layers by its config.json, the base "
-                    f"{base.label} has {wanted[module]}; expected as many. Name the "
+                    f"{base.label} has {expected[module]}; expected as many. Name the "
                     "layers that both have under `slices:`"
                 )
 
@@ -254,7 +135,7 @@ def _check_depth(
 def _check_range(
     part: merge_yaml.Inputs, model: Checkpoint, layers: tuple[int, int]
 ) -> None:
-    """Refuse layers that a model does not have, of which there may be billions."""
+    """Refuse layers that a model does not have."""
     counts = list(_layers(part, model).values())
     most = counts[0] if len(counts) == 1 else max(len(model.tensors), MOST_PARTS)
     if not 0 <= layers[0] <= layers[1] <= most:
@@ -262,6 +143,47 @@ def _check_range(
             f"layer_range of {model.label} in {part.place} is {list(layers)}; expected "
             f"two numbers from 0 to {most}, the smaller one first"
         )
+
+
+def check_yaml(config: MergeConfiguration) -> None:
+    """Check all that a YAML alone can tell of a merge by MetaGPT.
+
+    Args:
+        config: mergekit's configuration.
+
+    Raises:
+        ValueError: another method; no base, or only the base; the base is missing
+            among the sources of a slice; `exclude` is a list.
+    """
+    if config.merge_method not in METHODS:
+        raise ValueError(
+            f"merge_method is {config.merge_method!r}; this command takes "
+            f"{', '.join(METHODS)}. {_hint(config.merge_method, METHODS)}Use "
+            "mergekit-yaml for other methods"
+        )
+    slices = list(inputs(config))
+    for part in slices:
+        if twice := [m for m in part.models if part.models.count(m) > 1]:
+            raise ValueError(f"{twice[0]} is given twice in {part.place}. List it once")
+        if part.base is None:
+            raise ValueError(no_base(config.merge_method, part.place))
+        if not part.place.endswith("models") and part.base not in part.models:
+            raise ValueError(
+                f"the base {part.base} is not among the sources of {part.place}. Add "
+                "it there: task vectors are measured against it"
+            )
+    if all(model == part.base for part in slices for model in part.models):
+        raise ValueError(only_base(slices[0].base))
+    for part in slices:
+        for level in (level for levels in part.settings for level in levels):
+            exclude = level.get("exclude")
+            if isinstance(exclude, list) and not any(
+                hasattr(item, "value") for item in exclude
+            ):
+                raise ValueError(
+                    f"exclude is the list {exclude!r}, of which mergekit would pick "
+                    "one entry; expected one string, comma-separated"
+                )
 
 
 def check_method(config: MergeConfiguration) -> None:
@@ -276,26 +198,55 @@ def check_method(config: MergeConfiguration) -> None:
     from mergekit.merge_methods import registry
 
     register()
-    known = [method.spec.name for method in registry.registered_methods()]
-    check_method_name(config, known)
+    methods = sorted(method.spec.name for method in registry.registered_methods())
+    if config.merge_method not in methods:
+        raise ValueError(
+            f"merge_method is {config.merge_method!r}, which mergekit does not have. "
+            f"{_hint(config.merge_method, methods)}Expected one of {', '.join(methods)}"
+        )
+
+
+def _hint(name: str, names: Collection[str]) -> str:
+    meant = closest(name, names)
+    return f"Did you mean {meant}? " if meant else ""
 
 
 def check_names(config: MergeConfiguration) -> None:
-    """Refuse misspelt or misplaced parameters; warn of those that mean nothing.
+    """Refuse misspelt or misplaced parameters, which mergekit silently ignores.
+
+    Warns of parameters of other methods.
 
     Args:
         config: mergekit's configuration.
 
     Raises:
-        ValueError: a parameter looks like a known one misspelt, or is one of all
-            models and stands under one.
+        ValueError: a parameter looks misspelt, or one for all models is given for one.
     """
     from mergekit.merge_methods import registry
     from mergekit.merge_methods.base import ParameterScope
 
     register()
     spec = registry.get(config.merge_method).spec
-    shared = {p.name for p in spec.parameters if p.scope == ParameterScope.SHARED}
-    check_levels(config, shared)
-    if unknown := ignored(config, {p.name for p in spec.parameters}):
-        LOG.warning("ignored, as %s has none: %s", spec.name, ", ".join(unknown))
+    scopes = {parameter.name: parameter.scope for parameter in spec.parameters}
+    unknown = set()
+    for part in inputs(config):
+        for model, levels in zip(part.models, part.settings, strict=True):
+            for number, level in enumerate(levels):
+                of_one_model = number < len(levels) - len(part.shared)
+                for name in level:
+                    if name not in scopes:
+                        unknown.add(name)
+                    elif of_one_model and scopes[name] == ParameterScope.SHARED:
+                        raise ValueError(
+                            f"{name} stands under {model} in {part.place}, but is one "
+                            "for all models, and mergekit would ignore it there. Move "
+                            "it to the `parameters:` at the end of the YAML"
+                        )
+    for name in sorted(unknown):
+        if meant := closest(name, scopes):
+            raise ValueError(
+                f"{name} is no parameter of {spec.name}; did you mean {meant}?"
+            )
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        LOG.warning("ignored, as %s has none: %s", spec.name, names)
