@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from mergekit import merge_methods
 from mergekit.merge_methods import merge_state_dicts
 
-from mergekit_metagpt.method import advice, announcing
 from mergekit_metagpt.scanning import threads
 from tests.conftest import Family, make_family
 from tests.processes import (
@@ -431,30 +431,27 @@ def test_weights_of_the_yaml_are_said(
 
 
 @pytest.mark.parametrize("granularity", ["model", "layer"])
-def test_an_exclude_that_names_nothing_is_said_once(
-    granularity: str,
-    tmp_path: Path,
-    family: Family,
-    caplog: pytest.LogCaptureFixture,
+def test_an_exclude_that_names_nothing_is_an_error(
+    granularity: str, family: Family, tmp_path: Path
 ) -> None:
     parameters = {"exclude": "embed_token_s, lm_head", "granularity": granularity}
     config = merge_config(family.base, family.models, parameters=parameters)
-    run_mergekit(config, tmp_path / "out")
-    (warning,) = said(caplog, "exclude: ")
-    assert warning.startswith("exclude: embed_token_s is in no tensor's name")
-    caplog.clear()
+    with pytest.raises(ValueError, match=r"exclude: embed_token_s is in no tensor"):
+        run_mergekit(config, tmp_path / "out")
     parameters["exclude"] = "embed_tokens,lm_head"
     run_mergekit(config, tmp_path / "well")
-    assert not said(caplog, "exclude: ")
 
 
-def test_what_was_told_before_a_merge_is_not_said_again(
-    caplog: pytest.LogCaptureFixture,
+def test_no_warning_is_repeated_that_was_logged_before_the_merge(
+    family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    unmoved = advice.nothing_moved("base", "the whole model")
-    with announcing.told([unmoved, unmoved]):
-        announcing.Announcer().nothing_moved("base", "the whole model")
-        announcing.Announcer().nothing_moved("other", "the whole model")
-    assert caplog.messages == [unmoved]
-    announcing.Announcer().nothing_moved("base", "the whole model")
-    assert caplog.messages == [unmoved, unmoved]
+    method = merge_methods.get("metagpt")
+    config = merge_config(family.base, [family.base, family.models[0]])
+    config["models"].append(
+        {"model": str(family.models[1]), "parameters": {"weight": 0.01}}
+    )
+    with method.watch.already_warned():
+        run_mergekit(config, tmp_path / "out")
+    assert not said(caplog, "gets only") and said(caplog, "lambda of")
+    run_mergekit(config, tmp_path / "again")
+    assert said(caplog, "gets only")

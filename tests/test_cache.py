@@ -60,21 +60,22 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
         return scan_files(base, models, **options)
 
     monkeypatch.setattr(once, "scan_checkpoints", counted)
-    monkeypatch.setattr(once, "_MEMO", {})
+    monkeypatch.setattr(once, "_PAIRS", {})
+    monkeypatch.setattr(once, "_REQUESTS", {})
     yield seen
 
 
 def scan(family: Family, *, gram: bool = False) -> ScanResult:
     """Scan as a new process would: nothing is known but what lies on disk."""
-    once._MEMO.clear()
+    once._PAIRS.clear()
+    once._REQUESTS.clear()
     fingerprint.cache_clear()
-    cache._identity.cache_clear()
     return mergekit_metagpt.scan(family.base, family.models, gram=gram)
 
 
 def assert_same_results(first: ScanResult, second: ScanResult) -> None:
     assert first.names == second.names
-    for attribute in ("sq_norms", "gram", "base_sq_norms", "rounding"):
+    for attribute in ("sq_norms", "gram", "base_sq_norms"):
         one, other = getattr(first, attribute), getattr(second, attribute)
         assert (one is None) == (other is None), attribute
         if one is not None:
@@ -104,7 +105,8 @@ def test_a_merge_finds_what_inspect_measured(
 def test_only_new_models_are_scanned(
     home: Path, aged: Family, scans: list[list[str]]
 ) -> None:
-    once._MEMO.clear()
+    once._PAIRS.clear()
+    once._REQUESTS.clear()
     mergekit_metagpt.scan(aged.base, aged.models[:2])
     result = scan(aged)
     assert scans[1] == [str(aged.models[2])]
@@ -168,7 +170,8 @@ def test_the_same_files_elsewhere_are_known(
     first = scan(aged)
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "family", moved)  # keeps modification times
-    once._MEMO.clear()
+    once._PAIRS.clear()
+    once._REQUESTS.clear()
     models = [moved / model.name for model in aged.models]
     second = mergekit_metagpt.scan(moved / "base", models)
     assert len(scans) == 1
@@ -230,7 +233,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "deep": lambda data: b"[" * 100_000,
     "a list": lambda data: b"[]\n[]",
     "of another format": lambda data: data.replace(b'"format":', b'"format":1'),
-    "of another kind": lambda data: data.replace(b'"pair"', b'"details"'),
+    "of another kind": lambda data: data.replace(b'"pair"', b'"gram"'),
     "negative": spoil(first_norm(-1.0)),
     "not finite": spoil(first_norm(float("nan"))),
     "a word": spoil(first_norm("much")),
@@ -253,15 +256,15 @@ def test_a_damaged_entry_is_measured_anew_and_replaced(
     assert {file: file.read_bytes() for file in home.iterdir()} == kept
 
 
-@pytest.mark.parametrize("matrix", ["gram", "rounding", "base_sq_norms"])
-def test_damaged_details_are_measured_anew(
+@pytest.mark.parametrize("matrix", ["gram", "names", "base_sq_norms", "counted_as"])
+def test_a_damaged_gram_matrix_is_measured_anew(
     matrix: str, home: Path, aged: Family, scans: list[list[str]]
 ) -> None:
     first = scan(aged, gram=True)
     for file in home.iterdir():
         data = file.read_bytes()
-        if b'"details"' in data:
-            file.write_bytes(spoil(lambda content: content[matrix].popitem())(data))
+        if b'"kind":"gram"' in data:
+            file.write_bytes(spoil(lambda content: content[matrix].pop())(data))
     assert_same_results(first, scan(aged, gram=True))
     assert len(scans) == 2
 

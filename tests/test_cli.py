@@ -82,9 +82,9 @@ HELP = {
         "  Show, or with --clear remove, what is remembered of earlier scans.",
     ),
     "recipes": (
-        "Usage: mergekit-metagpt recipes [OPTIONS] [NAME] [OUT.yml]",
+        "Usage: mergekit-metagpt recipes [OPTIONS] [NAME]",
         "",
-        "  List the recipes that ship, show NAME, or copy it to OUT.yml.",
+        "  List the recipes that ship, or print NAME: `recipes NAME > my.yml` copies it.",
     ),
     "merge": (
         "Usage: mergekit-metagpt merge [OPTIONS] CONFIG OUT",

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
 
 from mergekit_metagpt.commands.cli import main
 from tests.broken import snapshot
@@ -326,32 +325,6 @@ def test_torch_and_another_mergekit_work_on(version: str, tmp_path: Path) -> Non
     assert (total, linear, found) == (2.0, 3, version)
     assert failure and "\n" not in failure
     assert done.stderr == ""
-
-
-@pytest.mark.parametrize("version", [OLDER, NEWER, "0.1.4", "0.2.0"])
-@pytest.mark.parametrize("command", ["inspect", "merge", "export", "demo"])
-def test_a_mergekit_that_fails_as_it_is_imported(
-    command: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As an old one does beside packages that are too new for it."""
-    monkeypatch.setattr(
-        "mergekit_metagpt.commands.errors._mergekit", lambda: version, raising=True
-    )
-    monkeypatch.setitem(sys.modules, "mergekit", None)
-    arguments = {"inspect": ["a.yml"], "demo": ["out"]}.get(command, ["a.yml", "out"])
-    done = CliRunner().invoke(main, [command, *arguments])
-    assert done.exit_code == 2
-    wanted = f"mergekit {WANTED} or a later 0.1 is needed; found: {version}"
-    assert done.stderr == f"Error: {wanted}\n"
-
-
-@pytest.mark.parametrize("version", ["0.1.5", "0.1.5rc1", "0.1.12", "unknown"])
-def test_versions_that_may_do_are_tried(
-    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mergekit_metagpt.commands.errors._mergekit", lambda: version)
-    done = CliRunner().invoke(main, ["inspect", str(tmp_path / "none.yml")])
-    assert done.exit_code == 2 and "is needed" not in done.stderr
 
 
 @pytest.mark.parametrize("version", [OLDER, NEWER])

@@ -18,7 +18,7 @@ import yaml
 from mergekit import merge_methods
 from mergekit.config import ConditionalParameter, evaluate_setting
 
-from mergekit_metagpt.merge_config.plain_yaml import setting
+from mergekit_metagpt.merge_config.plain_yaml import weight_setting
 from mergekit_metagpt.method.composed import COMPOSED
 from tests import broken
 from tests.broken import snapshot
@@ -488,14 +488,14 @@ def test_filters_catch_no_other_name(names: list[str]) -> None:
             by_layer[name] = of_layer.setdefault(layer, chance.choice(choices))
             by_name[name] = chance.choice(choices)
         for values in (by_layer, by_name):
-            written = setting(values)
+            written = weight_setting(values)
             assert {name: mergekits(written, name) for name in names} == values
 
 
 def test_a_layer_is_one_filter_and_equal_values_are_a_number() -> None:
-    assert setting(dict.fromkeys(LAYERS, 0.25)) == 0.25
+    assert weight_setting(dict.fromkeys(LAYERS, 0.25)) == 0.25
     values = {name: float(name.split(".")[2]) for name in LAYERS}
-    written = setting(values)
+    written = weight_setting(values)
     assert isinstance(written, list)
     assert [entry.get("filter") for entry in written[:2]] == [
         "model.layers.10.",

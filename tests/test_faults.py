@@ -259,7 +259,7 @@ def before(
 # A moment of our command, as the function that begins it.
 MOMENTS: dict[str, tuple[Any, str]] = {
     "before the scan": (one_pass, "align"),
-    "during the scan": (squared_norms, "accumulate_gram"),
+    "during the scan": (squared_norms, "gram_matrix"),
     "after the scan": (merging.exporting, "export"),
     "before the merge": (merging, "report_figure"),
     "while tensors are merged": (scaled_sums, "scaled_sum"),
@@ -357,16 +357,16 @@ def test_a_file_that_shrinks_during_the_scan_is_an_error(place: Place) -> None:
 import pathlib, sys
 import mergekit_metagpt.arithmetic.squared_norms as squared_norms
 
-found = squared_norms.accumulate_gram
+found = squared_norms.gram_matrix
 
 def shrinking(base, tuned):
     for file in pathlib.Path("family/tuned0").glob("*.safetensors"):
         with file.open("r+b") as stream:
             stream.truncate(4096)
-    squared_norms.accumulate_gram = found
+    squared_norms.gram_matrix = found
     return found(base, tuned)
 
-squared_norms.accumulate_gram = shrinking
+squared_norms.gram_matrix = shrinking
 """
     folder = place.folder / "family" / "tuned0"
     kept = {file: (file.read_bytes(), file.stat()) for file in folder.iterdir()}
@@ -464,7 +464,7 @@ def test_out_of_memory_is_said_in_one_line(
     def starved(*args: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(squared_norms, "accumulate_gram", starved)
+    monkeypatch.setattr(squared_norms, "gram_matrix", starved)
     assert merge(job) == 2
     said = capsys.readouterr().err
     assert said.startswith("Error: ") and "memory" in said and said.count("\n") == 1

@@ -67,7 +67,6 @@ def family(
             coefficient_range=(share, share) if one else (share / 7, share),
             weight=1,
             weight_by_hand=None,
-            rounding=0,
             parts={"mlp": 1.0},
             not_in_base=NONE,
             only_in_base=NONE,

@@ -15,8 +15,8 @@ from mergekit_metagpt.arithmetic import compiled
 from mergekit_metagpt.arithmetic.in_parts import CHUNK
 from mergekit_metagpt.arithmetic.scaled_sums import scaled_sum
 from mergekit_metagpt.arithmetic.squared_norms import (
-    accumulate_gram,
     coarser_dtype,
+    gram_matrix,
     sq_norms,
 )
 from tests.support import (
@@ -307,7 +307,7 @@ def test_gram_equals_the_naive_product(specimen: Specimen) -> None:
     base, tuned = unpacked(specimen)
     taus = naive_taus(base, tuned)
     for count in specimen.counts:
-        found = accumulate_gram(base, tuned[:count])
+        found = gram_matrix(base, tuned[:count])
         expected = taus[:count] @ taus[:count].T
         assert found.dtype == F64
         assert found.device.type == "cpu"
@@ -327,7 +327,7 @@ def test_a_model_that_equals_the_base_has_norm_exactly_zero(
 ) -> None:
     base, tuned = unpacked(specimen)
     assert sq_norms(base, [base, base.clone()]).tolist() == [0.0, 0.0]
-    gram = accumulate_gram(base, [tuned[0], base.clone()])
+    gram = gram_matrix(base, [tuned[0], base.clone()])
     assert gram[1].tolist() == [0.0, 0.0]
 
 
@@ -343,7 +343,7 @@ def test_each_norm_is_independent_of_the_other_models(specimen: Specimen) -> Non
 def test_without_models_there_is_nothing_to_sum(device: torch.device) -> None:
     base = torch.ones(3, device=device)
     assert_same_bits(sq_norms(base, []), torch.zeros(0, dtype=F64))
-    assert_same_bits(accumulate_gram(base, []), torch.zeros(0, 0, dtype=F64))
+    assert_same_bits(gram_matrix(base, []), torch.zeros(0, 0, dtype=F64))
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_differences_are_taken_at_the_coarser_precision_of_each_pair(
     tuned = [wide.tuned[k].to(dtype) for k, dtype in enumerate(ORDER)]
     with assert_unchanged([base, *tuned]):
         assert_sq_norms(base, tuned)
-        gram = accumulate_gram(base, tuned)
+        gram = gram_matrix(base, tuned)
     taus = naive_taus(base, tuned)
     norms = taus.norm(dim=1)
     error = (gram - taus @ taus.T).abs()
@@ -412,7 +412,7 @@ def test_a_weight_that_is_not_finite_shows_in_its_own_norm_only(
     tuned[1][-1] = bad
     finite = torch.isfinite(sq_norms(base, tuned))
     assert finite.tolist() == [True, False, True]
-    finite = torch.isfinite(accumulate_gram(base, tuned).diagonal())
+    finite = torch.isfinite(gram_matrix(base, tuned).diagonal())
     assert finite.tolist() == [True, False, True]
     base[-1] = bad
     assert not torch.isfinite(sq_norms(base, tuned)).any()
@@ -542,7 +542,7 @@ def test_inputs_are_borrowed(specimen: Specimen) -> None:
     lambdas = shares(len(tuned))
     with assert_unchanged([base, *tuned, lambdas]):
         sq_norms(base, tuned)
-        accumulate_gram(base, tuned)
+        gram_matrix(base, tuned)
         scaled_sum(base, tuned, lambdas)
 
 
@@ -553,7 +553,7 @@ def test_results_have_memory_of_their_own(specimen: Specimen, count: int) -> Non
     results = [
         scaled_sum(base, tuned, lambdas),
         sq_norms(base, tuned),
-        accumulate_gram(base, tuned),
+        gram_matrix(base, tuned),
     ]
     assert results[0].is_contiguous()
     with assert_unchanged([base, *tuned, lambdas]):
@@ -567,18 +567,18 @@ def test_the_ambient_default_device_does_not_matter(specimen: Specimen) -> None:
     expected = (
         scaled_sum(base, tuned, lambdas),
         sq_norms(base, tuned),
-        accumulate_gram(base, tuned),
+        gram_matrix(base, tuned),
         sq_norms(base, []),
-        accumulate_gram(base, []),
+        gram_matrix(base, []),
         scaled_sum(base, [], lambdas[:0]),
     )
     with torch.device("meta"):
         found = (
             scaled_sum(base, tuned, lambdas),
             sq_norms(base, tuned),
-            accumulate_gram(base, tuned),
+            gram_matrix(base, tuned),
             sq_norms(base, []),
-            accumulate_gram(base, []),
+            gram_matrix(base, []),
             scaled_sum(base, [], lambdas[:0]),
         )
     for mine, wanted in zip(found, expected, strict=True):
@@ -594,7 +594,7 @@ def test_ambient_dtype_and_autocast_do_not_matter(device: torch.device) -> None:
         return [
             scaled_sum(base, tuned[:3], lambdas),
             sq_norms(base, tuned[:3]),
-            accumulate_gram(base, tuned[:3]),
+            gram_matrix(base, tuned[:3]),
         ]
 
     expected = results()
@@ -610,7 +610,7 @@ def test_ambient_dtype_and_autocast_do_not_matter(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("name", [*LARGE, "ordinary", "transposed"])
-@pytest.mark.parametrize("kernel", [sq_norms, accumulate_gram, scaled_sum])
+@pytest.mark.parametrize("kernel", [sq_norms, gram_matrix, scaled_sum])
 def test_bits_do_not_depend_on_the_number_of_threads(
     kernel: Callable[..., torch.Tensor], name: str
 ) -> None:
@@ -630,7 +630,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(
 
 def test_two_runs_give_the_same_bits(specimen: Specimen) -> None:
     base, tuned = specimen.base, specimen.tuned[:3]
-    for kernel in (sq_norms, accumulate_gram):
+    for kernel in (sq_norms, gram_matrix):
         assert_same_bits(kernel(base, tuned), kernel(base, tuned))
     assert_same_bits(
         scaled_sum(base, tuned, shares(3)), scaled_sum(base, tuned, shares(3))
@@ -706,7 +706,7 @@ def test_no_graph_is_recorded_without_need(device: torch.device) -> None:
     results = [
         sq_norms(base, tuned[:2]),
         scaled_sum(base, tuned[:2], lambdas),
-        accumulate_gram(*leaves[:1], leaves[1:]),
+        gram_matrix(*leaves[:1], leaves[1:]),
     ]
     for guard in (torch.no_grad, torch.inference_mode):
         with guard():

@@ -116,8 +116,8 @@ def test_eight_processes_share_models_and_cache(forks: Place) -> None:
                 for name in weights | {"metagpt.json", "mergekit_config.plain.yml"}:
                     assert merged[name] == whole[name], name
             entries = sorted(path.name for path in (work / "cache").iterdir())
-            # Two pairs and the details; no temporary file is left.
-            assert len(entries) == 3 and all(e.endswith(".json") for e in entries)
+            # Two pairs; no temporary file is left.
+            assert len(entries) == 2 and all(e.endswith(".json") for e in entries)
 
 
 # ---- many models, many tensors
@@ -168,7 +168,7 @@ def test_two_hundred_models_are_scanned_with_few_open_files(
     """Eight workers, each with a shard of all 201 folders open, hold no file open."""
     import resource
 
-    monkeypatch.setattr(once, "_MEMO", {})
+    monkeypatch.setattr(once, "_PAIRS", {})
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     held = len(list(Path("/proc/self/fd").iterdir()))
     resource.setrlimit(resource.RLIMIT_NOFILE, (held + 64, hard))
@@ -274,7 +274,7 @@ def test_a_tensor_of_more_than_two_to_the_31_elements(
     base, models = huge.write_family(tmp_path)
     assert sum(f.stat().st_blocks * 512 for f in tmp_path.rglob("*")) < 2**23
     opened, *tuned_models = (open_checkpoint(p) for p in (base, *models))
-    norms, _ = one_pass.scan_checkpoints(opened, tuned_models)
+    result = one_pass.scan_checkpoints(opened, tuned_models)
     assert set(marked_parts_only) == {huge.NUMEL}
-    found = [pair.sq_norms[huge.NAME] for pair in norms]
+    found = result.sq_norms[result.names.index(huge.NAME)].tolist()
     assert found == [huge.sq_norm(0.5), huge.sq_norm(2.0)]

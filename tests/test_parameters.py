@@ -388,7 +388,6 @@ EXCLUDES = {
     " mlp ,, norm , ": ["mlp", "norm"],
     "layers.1.": ["layers.1."],
     "self_attn.q_proj.weight": ["self_attn.q_proj.weight"],
-    "no such tensor": [],
     "": [],
     " , ": [],
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergekit_metagpt.arithmetic import in_parts, squared_norms
+from mergekit_metagpt.arithmetic import in_parts
 from mergekit_metagpt.checkpoints import identity
 from mergekit_metagpt.checkpoints.identity import FileIdentity
 from mergekit_metagpt.method import advice
@@ -73,13 +73,6 @@ def test_far(distance: float, says: bool) -> None:
     assert (said is not None) == says
     if said is not None:
         assert said.startswith(f"m is {distance:.2f} ||theta_0|| away from b")
-
-
-@pytest.mark.parametrize(("share", "says"), [(0.1, False), (0.11, True), (2.0, True)])
-def test_rounding(share: float, says: bool) -> None:
-    said = advice.rounding("m", share)
-    assert (said is not None) == says
-    assert said is None or f"{share:.0%} of ||tau||" in said
 
 
 @pytest.mark.parametrize(
@@ -298,66 +291,3 @@ def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         "empty": torch.zeros(0, 4, dtype=dtype),
         "scalar": torch.tensor(1.3, dtype=dtype),
     }
-
-
-@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
-@pytest.mark.parametrize("kind", tensors(F32))
-def test_sq_norm(kind: str, dtype: torch.dtype) -> None:
-    tensor = tensors(dtype)[kind]
-    kept = tensor.clone()
-    found = squared_norms.sq_norm(tensor)
-    assert (found.dtype, found.shape, found.device.type) == (F64, (), "cpu")
-    exact = tensor.double().square().sum()
-    torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)
-    assert torch.equal(tensor, kept)
-
-
-def test_sq_norm_of_what_is_not_finite() -> None:
-    assert not torch.isfinite(squared_norms.sq_norm(torch.tensor([1.0, float("nan")])))
-    assert not torch.isfinite(squared_norms.sq_norm(torch.tensor([1.0, float("inf")])))
-
-
-def grids(first: torch.dtype, second: torch.dtype) -> list[torch.dtype]:
-    """What two stored precisions are rounded to: the coarser, or what both hold."""
-    if first == second:
-        return []
-    if {first, second} == {F16, BF16}:
-        return [F16, BF16]
-    return [max(first, second, key=[F64, F32, F16, BF16].index)]
-
-
-def naive_rounding(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    total = torch.zeros((), dtype=F64)
-    for exact in (base, model):
-        rounded = exact
-        for dtype in grids(base.dtype, model.dtype):
-            rounded = rounded.to(dtype)
-        total += (exact.double() - rounded.double()).square().sum()
-    return total
-
-
-@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
-@pytest.mark.parametrize("kind", tensors(F32))
-def test_rounding_of_a_pair(kind: str, dtype: torch.dtype) -> None:
-    base = tensors(dtype)[kind]
-    models = [(tensors(F64)[kind] * 1.01).to(other) for other in (F16, BF16, F32, F64)]
-    kept = [tensor.clone() for tensor in (base, *models)]
-    found = squared_norms.rounding_sq_norms(base, models)
-    exact = torch.stack([naive_rounding(base, model) for model in models])
-    torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)
-    same = [F16, BF16, F32, F64].index(dtype)
-    assert found[same] == 0
-    for tensor, copy in zip((base, *models), kept, strict=True):
-        assert torch.equal(tensor, copy)
-
-
-def test_rounding_of_what_the_coarser_precision_cannot_hold() -> None:
-    """Too large for float16: kept, so that the noise stays finite."""
-    base = torch.tensor([1e6, 1.0001])
-    found = squared_norms.rounding_sq_norms(base, [torch.zeros(2, dtype=F16)])
-    lost = float(base[1]) - float(base[1].half())
-    assert found.tolist() == pytest.approx([lost**2])
-
-
-def test_rounding_without_models() -> None:
-    assert squared_norms.rounding_sq_norms(torch.ones(3), []).shape == (0,)

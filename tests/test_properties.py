@@ -19,7 +19,7 @@ from mergekit.merge_methods.api import merge_state_dicts
 
 from mergekit_metagpt.arithmetic.closed_form import coefficients
 from mergekit_metagpt.arithmetic.scaled_sums import scaled_sum
-from mergekit_metagpt.arithmetic.squared_norms import accumulate_gram, sq_norms
+from mergekit_metagpt.arithmetic.squared_norms import gram_matrix, sq_norms
 from tests.support import ORDER, assert_same_bits, assert_unchanged, coarser
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "_silent")
@@ -437,7 +437,7 @@ def test_any_rotation_keeps_the_coefficients(
 @given(relatives(ends={**SQUARES, F64: (-400, 400)}))
 @cases(300)
 def test_inner_products_are_symmetric_and_bounded(drawn: Relatives) -> None:
-    gram = accumulate_gram(drawn.base, drawn.tuned)
+    gram = gram_matrix(drawn.base, drawn.tuned)
     norms = sq_norms(drawn.base, drawn.tuned)
     assert_same_bits(gram.diagonal(), norms)
     assert_same_bits(gram, gram.T.contiguous())

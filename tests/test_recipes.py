@@ -759,9 +759,9 @@ def test_chain(name: str, tmp_path: Path, stand_ins: Shelf) -> None:
 
 
 def own_file(name: str, stage: Staged, folder: Path) -> Path:
-    """What `copy` writes, with nothing but its models replaced."""
+    """What `recipes NAME > own.yml` writes, with nothing but its models replaced."""
     file = folder / "own.yml"
-    shipped_recipes.copy(name, file)
+    file.write_text(shipped_recipes.find(name).text)
     text, count = re.subn(
         r"(?m)^((?:  - |base_)model: )(\S+)$",
         lambda found: f"{found.group(1)}{stage.places[found.group(2)]}",
@@ -840,10 +840,6 @@ def test_find_says_what_else_there_is(
     assert shipped_recipes.find("whole").name == "whole"
     for wanted, message in {
         "twin": "twin is one/twin or two/twin. Write it in full",
-        "othr": "there is no recipe othr; did you mean two/other? `mergekit-metagpt "
-        "recipes` lists them all",
-        "two/othr.yml": "there is no recipe two/othr.yml; did you mean two/other or "
-        "two/twin?",
         "zzzzz": "there is no recipe zzzzz; `mergekit-metagpt recipes` lists them all",
         "": "there is no recipe ; `mergekit-metagpt recipes` lists them all",
     }.items():
@@ -857,26 +853,6 @@ def test_an_installation_without_recipes(
     monkeypatch.setattr(shipped_recipes, "_PACKAGE", tmp_path / "mergekit_metagpt")
     with pytest.raises(FileNotFoundError, match="holds no recipes"):
         shipped_recipes.recipes()
-
-
-def test_copy(tmp_path: Path) -> None:
-    """The reader's file says how to merge and inspect the reader's file."""
-    out = tmp_path / "my own.yml"
-    shipped_recipes.copy("two-models", out)
-    text = out.read_text()
-    path = shlex.quote(str(out))
-    assert text.replace(path, "recipes/starters/two-models.yml") == (
-        FILES["starters/two-models"].read_text()
-    )
-    assert f"#   mergekit-yaml {path} ./out\n" in text
-    assert f"#   mergekit-metagpt inspect {path}\n" in text
-    out.write_text("mine")
-    with pytest.raises(ValueError, match=r"my own\.yml exists\. Name a file"):
-        shipped_recipes.copy("two-models", out)
-    assert out.read_text() == "mine"
-    with pytest.raises(ValueError, match="there is no recipe"):
-        shipped_recipes.copy("zzzzz", tmp_path / "none.yml")
-    assert not (tmp_path / "none.yml").exists()
 
 
 LOADED = """

@@ -92,3 +92,34 @@ def coefficients(
     shares = torch.zeros_like(sq_norms)
     shares[taking_part] = torch.softmax(logits, dim=0)
     return scale * shares
+
+
+def cosines(gram: torch.Tensor) -> torch.Tensor:
+    """Cosine of the angle between every two task vectors.
+
+    cos_ij = G_ij / sqrt(G_ii G_jj) with the Gram matrix G_ij = <tau_i, tau_j>. The
+    paper's derivation assumes them to be near 0; its solution does not need it.
+
+    Args:
+        gram: shape `(..., K, K)`, float64, symmetric.
+
+    Returns:
+        shape of `gram`, float64, within [-1, 1], 1 on the diagonal; NaN in the rows
+        and columns of a task vector that is zero.
+
+    Raises:
+        ValueError: the matrices are not square.
+
+    Example:
+        >>> cosines(torch.tensor([[4.0, 0.0], [0.0, 9.0]], dtype=torch.float64))
+        tensor([[1., 0.],
+                [0., 1.]], dtype=torch.float64)
+    """
+    if gram.ndim < 2 or gram.shape[-2] != gram.shape[-1]:
+        raise ValueError(
+            f"a Gram matrix is square, got shape {tuple(gram.shape)}; expected (K, K)"
+        )
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    angles = (gram / norms[..., :, None] / norms[..., None, :]).clamp(-1.0, 1.0)
+    angles.diagonal(dim1=-2, dim2=-1)[norms > 0] = 1.0
+    return angles

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from mergekit_metagpt.arithmetic.closed_form import cosines
 from mergekit_metagpt.checkpoints.stored import layer_key
 from mergekit_metagpt.scanning.pools import is_embedding, is_excluded, pool_key
 
@@ -45,20 +46,8 @@ class Pooled:
 
     @property
     def cosines(self) -> torch.Tensor | None:
-        """Cosine of the angle between every two task vectors.
-
-        cos_ij = G_ij / sqrt(G_ii G_jj) with the Gram matrix G_ij = <tau_i, tau_j>.
-        The paper's derivation assumes them to be near 0; its solution does not need
-        it. NaN in the rows and columns of a task vector that is zero; else 1 on the
-        diagonal. Shape of `gram`, or None.
-        """
-        if self.gram is None:
-            return None
-        norms = self.gram.diagonal(dim1=-2, dim2=-1).sqrt()
-        ratios = self.gram / norms[..., :, None] / norms[..., None, :]
-        angles = ratios.clamp(-1.0, 1.0)
-        angles.diagonal(dim1=-2, dim2=-1)[norms > 0] = 1.0
-        return angles
+        """Cosines between task vectors, shape of `gram`, or None; see `closed_form`."""
+        return None if self.gram is None else cosines(self.gram)
 
 
 @dataclass(frozen=True, eq=False)
