@@ -84,7 +84,7 @@ HELP = {
     "recipes": (
         "Usage: mergekit-metagpt recipes [OPTIONS] [NAME]",
         "",
-        "  List the recipes that ship, or print NAME: `recipes NAME > my.yml` copies it.",
+        "  List the recipes that ship, or print NAME.",
     ),
     "merge": (
         "Usage: mergekit-metagpt merge [OPTIONS] CONFIG OUT",

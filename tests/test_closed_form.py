@@ -374,7 +374,7 @@ def test_cosines_of_extreme_norms(size: float) -> None:
     assert cosines(apart)[0, 1] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (4, 2, 3)])
 def test_only_square_matrices_have_cosines(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"square.*got shape.*expected"):
         cosines(torch.ones(shape, dtype=F64))

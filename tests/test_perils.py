@@ -49,12 +49,6 @@ def test_degenerate(shares: list[float], begins: str | None) -> None:
     assert weighted is not None and "a weight left over in the YAML" in weighted
 
 
-def test_names_nothing() -> None:
-    assert advice.names_nothing([]) is None
-    said = advice.names_nothing(["embd", "hed"])
-    assert said is not None and "embd, hed is in no tensor's name" in said
-
-
 @pytest.mark.parametrize(
     ("share", "says"), [(0.0, False), (0.5, False), (0.51, True), (1.0, True)]
 )

@@ -285,10 +285,10 @@ def cache(clear: bool) -> None:
 @click.argument("name", required=False, metavar="[NAME]")
 @one_line_errors
 def recipes(name: str | None) -> None:
-    """List the recipes that ship, or print NAME: `recipes NAME > my.yml` copies it.
+    """List the recipes that ship, or print NAME.
 
     A recipe is a merge YAML that says at its top what it merges, what to download, and
-    how to run it.
+    how to run it. `recipes NAME > my.yml` copies one.
     """
     from mergekit_metagpt.commands import shipped_recipes
 

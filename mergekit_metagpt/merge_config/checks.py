@@ -15,7 +15,7 @@ from mergekit_metagpt.checkpoints.opening import hand_to_mergekit, open_checkpoi
 from mergekit_metagpt.checkpoints.pairs import check_pair
 from mergekit_metagpt.checkpoints.stored import layer_key
 from mergekit_metagpt.merge_config import merge_yaml
-from mergekit_metagpt.merge_config.merge_yaml import closest, inputs
+from mergekit_metagpt.merge_config.merge_yaml import closest, slices_of
 from mergekit_metagpt.merge_config.plan import Planned, plan_merge
 from mergekit_metagpt.method.composed import COMPOSED
 from mergekit_metagpt.method.parameters import (
@@ -66,7 +66,7 @@ def check(config: MergeConfiguration, options: MergeOptions) -> Job:
     """
     check_yaml(config)
     check_names(config)
-    slices = list(inputs(config))
+    slices = list(slices_of(config))
     opened = open_checkpoints(merge_yaml.models(config), options)
     for checkpoint in opened.values():
         if checkpoint.refused:
@@ -161,7 +161,7 @@ def check_yaml(config: MergeConfiguration) -> None:
             f"{', '.join(METHODS)}. {_hint(config.merge_method, METHODS)}Use "
             "mergekit-yaml for other methods"
         )
-    slices = list(inputs(config))
+    slices = list(slices_of(config))
     for part in slices:
         if twice := [m for m in part.models if part.models.count(m) > 1]:
             raise ValueError(f"{twice[0]} is given twice in {part.place}. List it once")
@@ -229,7 +229,7 @@ def check_names(config: MergeConfiguration) -> None:
     spec = registry.get(config.merge_method).spec
     scopes = {parameter.name: parameter.scope for parameter in spec.parameters}
     unknown = set()
-    for part in inputs(config):
+    for part in slices_of(config):
         for model, levels in zip(part.models, part.settings, strict=True):
             for number, level in enumerate(levels):
                 of_one_model = number < len(levels) - len(part.shared)

@@ -14,9 +14,8 @@ from mergekit_metagpt.merge_config import checks, merge_yaml
 from mergekit_metagpt.method.parameters import (
     all_zero,
     own_parameters,
-    split_exclude,
 )
-from mergekit_metagpt.method.settings import Settings
+from mergekit_metagpt.method.settings import Settings, split_exclude
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -153,7 +152,7 @@ def of_config(
     if exclude is not None:
         wishes["exclude"] = split_exclude(exclude)
     families: dict[Any, Family] = {}
-    for part in merge_yaml.inputs(config):
+    for part in merge_yaml.slices_of(config):
         if part.base is None:
             raise ValueError(
                 f"no base_model is given for {part.place}; task vectors need one. Add "

@@ -155,7 +155,7 @@ def _marked(path: str) -> str:
     return f"./{path}"
 
 
-def inputs(config: MergeConfiguration) -> Iterator[Inputs]:
+def slices_of(config: MergeConfiguration) -> Iterator[Inputs]:
     """Yield the models of each slice, or of each module that has no slices.
 
     Args:
@@ -204,7 +204,7 @@ def models(config: MergeConfiguration) -> list[ModelReference]:
     """Return every base and model of a configuration once, in its order."""
     named = {
         model: None
-        for part in inputs(config)
+        for part in slices_of(config)
         for model in (part.base, *part.models)
         if model is not None
     }

@@ -267,7 +267,7 @@ def _verify(body: str, weights: Mapping[_Place, float]) -> None:
 
     settings = {
         (part.module, part.slice_number, model): levels
-        for part in merge_yaml.inputs(merge_yaml.read(body))
+        for part in merge_yaml.slices_of(merge_yaml.read(body))
         for model, levels in zip(part.models, part.settings, strict=True)
     }
     for (module, number, model, name), weight in weights.items():
@@ -298,7 +298,7 @@ def _comment(
     used = [p.name for p in own_parameters() if p.name != "lambda"]
     given = {
         name: value
-        for part in merge_yaml.inputs(config)
+        for part in merge_yaml.slices_of(config)
         for levels in part.settings
         for level in levels
         for name, value in level.items()

@@ -122,11 +122,6 @@ def all_zero() -> str:
     )
 
 
-def split_exclude(text: str) -> tuple[str, ...]:
-    """Return the parts of names in a comma-separated `exclude`."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
 def require_named(exclude: Sequence[str], names: Iterable[str]) -> None:
     """Refuse parts of `exclude` that leave nothing out, such as a misspelt one.
 

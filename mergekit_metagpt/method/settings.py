@@ -8,9 +8,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from mergekit_metagpt.arithmetic.closed_form import coefficients, contributes
-from mergekit_metagpt.method.parameters import (
-    split_exclude,
-)
 from mergekit_metagpt.scanning.pools import is_excluded, pool_key
 
 Granularity = Literal["model", "layer", "tensor"]
@@ -37,6 +34,11 @@ def require_legal(name: str, value: Any) -> None:
         ValidationError: it is not legal.
     """
     _LEGAL[name].validate_python(value)
+
+
+def split_exclude(text: str) -> tuple[str, ...]:
+    """Return the parts of names in a comma-separated `exclude`."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 class Settings(BaseModel):

@@ -18,7 +18,7 @@ from mergekit_metagpt.method.parameters import (
     require_named,
 )
 from mergekit_metagpt.report import schema
-from mergekit_metagpt.report.inventory import stored, unshared
+from mergekit_metagpt.report.inventory import describe, unshared
 from mergekit_metagpt.report.parts import PARTS, natural, part_of
 from mergekit_metagpt.scanning.once import measure
 from mergekit_metagpt.scanning.results import Pooled, ScanResult
@@ -109,7 +109,7 @@ def _family(
         sq_norms = dict(zip(result.names, result.sq_norms[:, k].tolist(), strict=True))
         models.append(
             schema.Model(
-                **stored(model, base, sq_norms).model_dump(),
+                **describe(model, base, sq_norms).model_dump(),
                 sq_norm=sq_norm,
                 norm=math.sqrt(sq_norm),
                 relative_norm=_ratio(sq_norm, float(whole.base_sq_norms[k])),
@@ -130,7 +130,7 @@ def _family(
         places=family.places,
         settings=schema.Settings(**settings.model_dump(), varying=family.varying),
         base=schema.Base(
-            **stored(base, base, {}).model_dump(), norm=math.sqrt(sum(base_sq_norm))
+            **describe(base, base, {}).model_dump(), norm=math.sqrt(sum(base_sq_norm))
         ),
         models=tuple(models),
         cosines=None

@@ -13,7 +13,7 @@ from mergekit_metagpt.report import schema
 from mergekit_metagpt.report.parts import natural
 
 
-def stored(
+def describe(
     model: Checkpoint, base: Checkpoint, sq_norms: Mapping[str, float]
 ) -> schema.Stored:
     """Describe a checkpoint as it lies on disk.

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -49,20 +49,26 @@ class _Entry(BaseModel):
     checksum: str
 
 
-class _Content(BaseModel):
-    """A `ScanResult` without the names of its models.
-
-    Each row of `gram` is the upper triangle of a Gram matrix, row by row.
-    """
+class _Pair(BaseModel):
+    """A `ScanResult` of one model; `counted_as` leaves out names of their own."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    names: list[str]
-    sq_norms: list[list[SqNorm]]
-    base_sq_norms: list[list[SqNorm]]
-    counted_as: list[dict[str, str]]
-    layers: list[dict[str, str]]
-    gram: list[list[Finite]] | None = None
+    sq_norms: dict[str, SqNorm]
+    base_sq_norms: dict[str, SqNorm]
+    counted_as: dict[str, str]
+    layers: dict[str, str]
+
+
+class _Gram(BaseModel):
+    """Gram matrices by tensor: of each the upper triangle, row by row."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    gram: dict[str, list[Finite]]
+
+
+C = TypeVar("C", _Pair, _Gram)
 
 
 def folder() -> Path | None:
@@ -83,85 +89,97 @@ def folder() -> Path | None:
     return home / "mergekit-metagpt"
 
 
-def read(
-    base: Checkpoint, models: Sequence[Checkpoint], *, gram: bool = False
-) -> ScanResult | None:
-    """Look up what an earlier scan measured.
+def read_pair(base: Checkpoint, model: Checkpoint) -> ScanResult | None:
+    """Look up what an earlier scan measured of one model.
 
     Args:
         base: the base.
-        models: one model, or with `gram` all models of the scan, in its order.
-        gram: whether inner products are needed.
+        model: a fine-tune of it.
 
     Returns:
         the result, with the same bits, or None.
     """
-    content = _read("gram" if gram else "pair", base, models)
-    if content is None:
+    pair = _read("pair", base, [model], _Pair)
+    if pair is None or pair.sq_norms.keys() != pair.base_sq_norms.keys():
         return None
-    try:
-        return _result(content, base, models, gram=gram)
-    except (ValueError, RuntimeError) as error:
-        LOG.info("cache entry not used: %s", error)
-        return None
-
-
-def _result(
-    content: _Content, base: Checkpoint, models: Sequence[Checkpoint], *, gram: bool
-) -> ScanResult:
-    count, names = len(models), content.names
-
-    def tensor(rows: list[list[float]], width: int) -> torch.Tensor:
-        flat = [value for row in rows for value in row]
-        return torch.tensor(flat, dtype=torch.float64, device="cpu").view(-1, width)
-
-    upper = torch.triu_indices(count, count, device="cpu").unbind()
-    products = None
-    if gram:
-        products = torch.zeros(
-            len(names), count, count, dtype=torch.float64, device="cpu"
-        )
-        values = tensor(content.gram or [], len(upper[0]))
-        products[:, upper[0], upper[1]] = values
-        products[:, upper[1], upper[0]] = values
-    sq_norms = tensor(content.sq_norms, count)
-    base_sq_norms = tensor(content.base_sq_norms, count)
-    if not (
-        len(sq_norms) == len(base_sq_norms) == len(names)
-        and len(content.counted_as) == len(content.layers) == count
-    ):
-        raise ValueError("it is not of as many models and tensors as it says")
+    names = tuple(pair.sq_norms)
+    sums = [[pair.sq_norms[name], pair.base_sq_norms[name]] for name in names]
+    columns = torch.tensor(sums, dtype=torch.float64, device="cpu").reshape(-1, 2)
     return ScanResult(
         base=base.label,
-        models=tuple(model.label for model in models),
-        names=tuple(names),
-        sq_norms=sq_norms,
-        base_sq_norms=base_sq_norms,
-        counted_as=tuple(content.counted_as),
-        layers=tuple(content.layers),
-        gram=products,
+        models=(model.label,),
+        names=names,
+        sq_norms=columns[:, :1],
+        base_sq_norms=columns[:, 1:],
+        counted_as=({**dict(zip(names, names, strict=True)), **pair.counted_as},),
+        layers=(pair.layers,),
     )
 
 
-def write(base: Checkpoint, models: Sequence[Checkpoint], result: ScanResult) -> None:
-    """Remember what a scan measured; with a Gram matrix, of all its models at once.
+def write_pair(base: Checkpoint, model: Checkpoint, result: ScanResult) -> None:
+    """Remember what a scan measured of one model.
 
     Args:
         base: the base.
-        models: one model, or all models of the scan, in its order.
-        result: what it measured of them.
+        model: a fine-tune of it.
+        result: of this model alone.
     """
-    upper = torch.triu_indices(len(models), len(models), device="cpu").unbind()
-    gram = result.gram
-    content = _Content(
-        names=list(result.names),
-        sq_norms=result.sq_norms.tolist(),
-        base_sq_norms=result.base_sq_norms.tolist(),
-        counted_as=[dict(counted) for counted in result.counted_as],
-        layers=[dict(layers) for layers in result.layers],
-        gram=None if gram is None else gram[:, upper[0], upper[1]].tolist(),
+    names = result.names
+    (counted_as,), (layers,) = result.counted_as, result.layers
+    pair = _Pair(
+        sq_norms=dict(zip(names, result.sq_norms[:, 0].tolist(), strict=True)),
+        base_sq_norms=dict(
+            zip(names, result.base_sq_norms[:, 0].tolist(), strict=True)
+        ),
+        counted_as={name: other for name, other in counted_as.items() if name != other},
+        layers=dict(layers),
     )
-    _write("pair" if gram is None else "gram", base, models, content)
+    _write("pair", base, [model], pair)
+
+
+def read_gram(
+    base: Checkpoint, models: Sequence[Checkpoint], names: Sequence[str]
+) -> torch.Tensor | None:
+    """Look up the inner products that an earlier scan of these models summed.
+
+    Args:
+        base: the base.
+        models: K fine-tunes of it, in the order of the scan.
+        names: of the N tensors that count.
+
+    Returns:
+        shape `(N, K, K)`, float64, with the same bits, or None.
+    """
+    content, count = _read("gram", base, models, _Gram), len(models)
+    rows, columns = torch.triu_indices(count, count, device="cpu").unbind()
+    if content is None or content.gram.keys() != set(names):
+        return None
+    if any(len(values) != len(rows) for values in content.gram.values()):
+        return None
+    upper = torch.tensor(
+        [content.gram[name] for name in names], dtype=torch.float64, device="cpu"
+    )
+    gram = upper.new_zeros(len(names), count, count)
+    gram[:, rows, columns] = upper
+    gram[:, columns, rows] = upper
+    return gram
+
+
+def write_gram(
+    base: Checkpoint, models: Sequence[Checkpoint], result: ScanResult
+) -> None:
+    """Remember the inner products that a scan summed.
+
+    Args:
+        base: the base.
+        models: K fine-tunes of it, in the order of the scan.
+        result: of the scan.
+    """
+    assert result.gram is not None
+    rows, columns = torch.triu_indices(len(models), len(models), device="cpu").unbind()
+    upper = result.gram[:, rows, columns].tolist()
+    content = _Gram(gram=dict(zip(result.names, upper, strict=True)))
+    _write("gram", base, models, content)
 
 
 def _place(kind: str, base: Checkpoint, models: Sequence[Checkpoint]) -> Path | None:
@@ -178,7 +196,9 @@ def _place(kind: str, base: Checkpoint, models: Sequence[Checkpoint]) -> Path | 
     return home / f"{key.hexdigest()}.json"
 
 
-def _read(kind: str, base: Checkpoint, models: Sequence[Checkpoint]) -> _Content | None:
+def _read(
+    kind: str, base: Checkpoint, models: Sequence[Checkpoint], schema: type[C]
+) -> C | None:
     try:
         place = _place(kind, base, models)
         if place is None or _size(place) > MOST_BYTES:
@@ -188,7 +208,7 @@ def _read(kind: str, base: Checkpoint, models: Sequence[Checkpoint]) -> _Content
         checksum = hashlib.sha256(payload).hexdigest()
         if (entry.key, entry.kind, entry.checksum) != (place.stem, kind, checksum):
             raise ValueError("it is of other models, or its content has changed")
-        content = _Content.model_validate_json(payload)
+        content = schema.model_validate_json(payload)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, ValidationError) as error:
@@ -207,7 +227,7 @@ def _size(file: Path) -> int:
 
 
 def _write(
-    kind: str, base: Checkpoint, models: Sequence[Checkpoint], content: _Content
+    kind: str, base: Checkpoint, models: Sequence[Checkpoint], content: _Pair | _Gram
 ) -> None:
     try:
         place = _place(kind, base, models)

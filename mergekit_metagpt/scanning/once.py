@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
@@ -66,7 +67,8 @@ def measure(
             _FAILURES[request] = error
             raise
         for at, model in enumerate(models):
-            _PAIRS.setdefault((base.identity, model.identity), result.select([at]))
+            pair = replace(result.select([at]), gram=None)
+            _PAIRS.setdefault((base.identity, model.identity), pair)
         _REQUESTS[request] = result
         for kept, most in ((_PAIRS, _MOST_PAIRS), (_REQUESTS, _MOST_REQUESTS)):
             while len(kept) > most:
@@ -82,27 +84,27 @@ def _measured(
 ) -> ScanResult:
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
-    if gram is not False:
-        result = cache.read(base, models, gram=True)
-        if result is None and gram:
-            result = scan_checkpoints(base, models, gram=True, workers=workers)
-            cache.write(base, models, result)
-            for at, model in enumerate(models):
-                cache.write(base, [model], result.select([at]))
-        if result is not None:
-            return result
     pairs = [
-        _PAIRS.get((base.identity, model.identity)) or cache.read(base, [model])
+        _PAIRS.get((base.identity, model.identity)) or cache.read_pair(base, model)
         for model in models
     ]
-    missing = [model for model, pair in zip(models, pairs, strict=True) if pair is None]
-    if missing:
-        scanned = scan_checkpoints(base, missing, workers=workers)
-        new = iter(scanned.select([at]) for at in range(len(missing)))
-        for at, model in enumerate(models):
-            if pairs[at] is None:
-                pairs[at] = pair = next(new)
-                cache.write(base, [model], pair)
+    missing = [at for at, pair in enumerate(pairs) if pair is None]
+    if gram is not False and not missing:
+        result = ScanResult.joined([pair for pair in pairs if pair is not None])
+        products = cache.read_gram(base, models, result.names)
+        if products is not None or gram is None:
+            return replace(result, gram=products)
+    scanned = list(range(len(models))) if gram else missing
+    if scanned:
+        new = scan_checkpoints(
+            base, [models[at] for at in scanned], gram=bool(gram), workers=workers
+        )
+        for row, at in enumerate(scanned):
+            pairs[at] = pair = replace(new.select([row]), gram=None)
+            cache.write_pair(base, models[at], pair)
+        if gram:
+            cache.write_gram(base, models, new)
+            return new
     return ScanResult.joined([pair for pair in pairs if pair is not None])
 
 
