@@ -30,6 +30,8 @@ import pytest
 import torch
 import yaml
 from mergekit import merge_methods
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
 
 import mergekit_metagpt
 from mergekit_metagpt.commands import cli
@@ -284,6 +286,17 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     return lambda model, position: made(ORIGINALS.get(model, OWN), position)
 
 
+def names_of_parameters(config: MergeConfiguration) -> set[str]:
+    """The parameters that a YAML sets anywhere."""
+    return {
+        name
+        for part in merge_yaml.inputs(config)
+        for levels in part.settings
+        for level in levels
+        for name in level
+    }
+
+
 class Reader:
     """Does what a page says, from its top, in a folder that holds three models."""
 
@@ -353,8 +366,11 @@ class Reader:
         if block.mark == "file":
             (self.folder / block.value).write_text(block.text)
         config = merge_yaml.read(yaml.safe_dump(document))
+        checks.check_names(config)
         spec = merge_methods.get(config.merge_method).spec
-        unknown = checks.ignored(config, [known.name for known in spec.parameters])
+        unknown = names_of_parameters(config) - {
+            known.name for known in spec.parameters
+        }
         assert not unknown, f"{config.merge_method} has no {', '.join(unknown)}"
         if config.merge_method in METHODS:
             checks.check_yaml(config)
@@ -913,14 +929,16 @@ def rows_of(text: str, heading: str) -> list[list[str]]:
     return [[c.strip() for c in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def test_messages_about_illegal_values() -> None:
+def test_messages_about_illegal_values(shelf: Shelf) -> None:
+    names = ("./base", "./math", "./code")
+    places = {name: shelf(name, at).folder for at, name in enumerate(names)}
     rows = rows_of(OPTIONS.read_text(), "Legal values")
     assert len(rows) >= 6
     for setting, message in rows:
         document = {**WHOLE, "parameters": yaml.safe_load(setting.strip("`"))}
-        config = merge_yaml.read(yaml.safe_dump(document))
+        config = merge_yaml.read(yaml.safe_dump(replaced(document, places)))
         with pytest.raises(ValueError) as refused:
-            checks.check_yaml(config)
+            checks.check(config, MergeOptions())
         assert str(refused.value) == message.strip("`")
 
 
