@@ -30,7 +30,6 @@ import pytest
 import torch
 import yaml
 from mergekit import merge_methods
-from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 import mergekit_metagpt
@@ -286,15 +285,9 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     return lambda model, position: made(ORIGINALS.get(model, OWN), position)
 
 
-def names_of_parameters(config: MergeConfiguration) -> set[str]:
+def names_of_parameters(document: Mapping[str, Any]) -> set[str]:
     """The parameters that a YAML sets anywhere."""
-    return {
-        name
-        for part in merge_yaml.inputs(config)
-        for levels in part.settings
-        for level in levels
-        for name in level
-    }
+    return {name for level in values_of(document, "parameters") for name in level}
 
 
 class Reader:
@@ -368,7 +361,7 @@ class Reader:
         config = merge_yaml.read(yaml.safe_dump(document))
         checks.check_names(config)
         spec = merge_methods.get(config.merge_method).spec
-        unknown = names_of_parameters(config) - {
+        unknown = names_of_parameters(document) - {
             known.name for known in spec.parameters
         }
         assert not unknown, f"{config.merge_method} has no {', '.join(unknown)}"
