@@ -740,6 +740,7 @@ def assert_is_a_file(name: str, place: Path) -> None:
     """Check a file that a page names, from any folder where one would look for it."""
     folders = (
         *(place.parent, ROOT, PACKAGE, HOST, ROOT / "tests"),
+        *(wing for wing in PACKAGE.iterdir() if wing.is_dir()),
         *(ROOT / "docs" / "experiments", ROOT / "docs" / "benchmarks"),
     )
     assert any((folder / name).exists() for folder in folders), f"no file {name}"
