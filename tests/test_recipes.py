@@ -312,8 +312,9 @@ def test_configuration(name: str) -> None:
         assert (document["dtype"], document["out_dtype"]) == ("float32", "bfloat16")
         config = merge_yaml.read(yaml.safe_dump(document))
         checks.check_yaml(config)
-        spec = merge_methods.get(config.merge_method).spec
-        assert not checks.ignored(config, [known.name for known in spec.parameters])
+        checks.check_names(config)
+        known = {p.name for p in merge_methods.get(config.merge_method).spec.parameters}
+        assert all(level.keys() <= known for level in values_of(document, "parameters"))
         widths = {ORIGINALS[m].added for m in models_of(name) if m in ORIGINALS}
         assert (config.tokenizer is not None) == (len(widths) > 1)
         if name.startswith("converted/"):
