@@ -187,7 +187,9 @@ def report(crowd: Family, tmp_path_factory: pytest.TempPathFactory) -> str:
     file = tmp_path_factory.mktemp("report") / "report.json"
     models = [str(model) for model in crowd.models]
     done = CliRunner().invoke(
-        main, ["inspect", "--base", str(crowd.base), *models, "--json", str(file)]
+        main,
+        ["inspect", "--base", str(crowd.base), *models, "--json", str(file)],
+        env={"COLUMNS": "400"},
     )
     assert done.exit_code == 0, done.output
     for model in models:

@@ -13,9 +13,8 @@ from mergekit_metagpt.checkpoints.architecture import MOST_PARTS
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.opening import hand_to_mergekit, open_checkpoints
 from mergekit_metagpt.checkpoints.pairs import check_pair
-from mergekit_metagpt.checkpoints.stored import layer_key
 from mergekit_metagpt.merge_config import merge_yaml
-from mergekit_metagpt.merge_config.merge_yaml import closest, slices_of
+from mergekit_metagpt.merge_config.merge_yaml import closest, slices_of, values_of
 from mergekit_metagpt.merge_config.plan import Planned, plan_merge
 from mergekit_metagpt.method.composed import COMPOSED
 from mergekit_metagpt.method.parameters import (
@@ -96,18 +95,6 @@ def _check_plan(
     names = {name for model in opened.values() for name in model.names}
     for exclude in {tensor.settings.exclude for tensor in planned}:
         require_named(exclude, names)
-    for tensor in planned:
-        moved = [
-            model
-            for model, name in tensor.input_names.items()
-            if layer_key(name) != layer_key(tensor.name)
-        ]
-        if tensor.settings.granularity == "layer" and moved:
-            raise ValueError(
-                f"granularity 'layer': {tensor.input_names[moved[0]]} of {moved[0]} "
-                f"becomes {tensor.name}. Slices that move layers to other indices have "
-                "no layer-wise norms; use granularity: model or granularity: tensor"
-            )
 
 
 def _layers(part: merge_yaml.Inputs, model: Checkpoint) -> Mapping[str, int]:
@@ -153,7 +140,8 @@ def check_yaml(config: MergeConfiguration) -> None:
 
     Raises:
         ValueError: another method; no base, or only the base; the base is missing
-            among the sources of a slice; `exclude` is a list.
+            among the sources of a slice; `exclude` is a list; `granularity: layer`
+            with slices that move layers.
     """
     if config.merge_method not in METHODS:
         raise ValueError(
@@ -183,6 +171,13 @@ def check_yaml(config: MergeConfiguration) -> None:
                 raise ValueError(
                     f"exclude is the list {exclude!r}, of which mergekit would pick "
                     "one entry; expected one string, comma-separated"
+                )
+            granularities = values_of(level.get("granularity"))
+            if part.moves_layers and "layer" in granularities:
+                raise ValueError(
+                    f"granularity 'layer': {part.place} moves layers to other "
+                    "indices, which have no layer-wise norms; use granularity: model "
+                    "or granularity: tensor"
                 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -64,24 +64,13 @@ def checked(name: str, value: Any) -> Any:
     return parameter.validate(value)
 
 
-def _values(setting: Any) -> Iterator[Any]:
-    """All single values of a setting with filters or gradients."""
-    if isinstance(setting, list):
-        for item in setting:
-            yield from _values(item)
-    elif hasattr(setting, "value"):
-        yield from _values(setting.value)
-    else:
-        yield setting
-
-
 def _constant(
     levels: Sequence[merge_yaml.Settings], name: str, default: Any
 ) -> tuple[Any, bool]:
     """The value of a parameter, and whether it is the same on every tensor."""
     for level in levels:
         if name in level:
-            values = list(_values(level[name]))
+            values = list(merge_yaml.values_of(level[name]))
             if values == [level[name]]:
                 return checked(name, values[0]), True
             for value in values:

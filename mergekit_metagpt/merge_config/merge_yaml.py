@@ -38,6 +38,7 @@ class Inputs:
         settings: for each model its parameters, from highest to lowest precedence.
         shared: parameters that hold for all models, likewise.
         slice_number: which slice of the module, from 0.
+        moves_layers: whether a layer of an input comes out at another index.
         module: where the configuration names one, else empty.
         ranges: for each model its layers, from the first to before the last; None
             where all are merged.
@@ -49,6 +50,7 @@ class Inputs:
     settings: tuple[tuple[Settings, ...], ...]
     shared: tuple[Settings, ...]
     slice_number: int
+    moves_layers: bool
     module: str = ""
     ranges: tuple[tuple[int, int], ...] | None = None
 
@@ -155,6 +157,17 @@ def _marked(path: str) -> str:
     return f"./{path}"
 
 
+def values_of(setting: Any) -> Iterator[Any]:
+    """Yield all single values of a setting, which may have filters or gradients."""
+    if isinstance(setting, list):
+        for item in setting:
+            yield from values_of(item)
+    elif hasattr(setting, "value"):
+        yield from values_of(setting.value)
+    else:
+        yield setting
+
+
 def slices_of(config: MergeConfiguration) -> Iterator[Inputs]:
     """Yield the models of each slice, or of each module that has no slices.
 
@@ -179,8 +192,10 @@ def slices_of(config: MergeConfiguration) -> Iterator[Inputs]:
                 ),
                 shared=_given(*shared),
                 slice_number=0,
+                moves_layers=False,
                 module=module_name,
             )
+        first_layer = 0
         for number, entry in enumerate(module.slices or ()):
             if not entry.sources:
                 raise ValueError(f"{within}slices[{number}] has no sources")
@@ -195,9 +210,11 @@ def slices_of(config: MergeConfiguration) -> Iterator[Inputs]:
                 ),
                 shared=_given(entry.parameters, *shared),
                 slice_number=number,
+                moves_layers=any(start != first_layer for start, _ in ranges),
                 module=module_name,
                 ranges=tuple(ranges),
             )
+            first_layer += ranges[0][1] - ranges[0][0]
 
 
 def models(config: MergeConfiguration) -> list[ModelReference]:

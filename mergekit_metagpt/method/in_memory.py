@@ -60,8 +60,14 @@ def _measured(
     for group in groups:
         for entry in group.non_base:
             columns.setdefault((base_of(group).id, entry.id), len(columns))
-    names = {at: _name(group, at) for at, group in enumerate(groups)}
-    order = sorted(names, key=lambda at: (names[at], at))
+    names = [_name(group, at) for at, group in enumerate(groups)]
+    own = [of_tensors(group) for group in groups]
+    # Groups without a name in the order of their norms, so that the order of the call
+    # does not show in the last bits.
+    order = sorted(
+        range(len(groups)),
+        key=lambda at: (groups[at].metadata.name or "", own[at].tolist(), at),
+    )
     row = {at: n for n, at in enumerate(order)}
     cells: list[list[torch.Tensor]] = [
         [torch.zeros((), dtype=torch.float64, device="cpu")] * len(columns)
@@ -73,7 +79,7 @@ def _measured(
     # tied head by its embedding's.
     for at in sorted(order, key=lambda at: ("head" in names[at], row[at])):
         group = groups[at]
-        for entry, value in zip(group.non_base, of_tensors(group), strict=True):
+        for entry, value in zip(group.non_base, own[at], strict=True):
             column = columns[base_of(group).id, entry.id]
             place = column, _place(base_of(group).tensor), _place(entry.tensor)
             counted_as[column][names[at]] = places.setdefault(place, names[at])

@@ -115,7 +115,7 @@ def _add(table: Table, cells: Iterable[str]) -> None:
 
 
 def _numbers(family: schema.Family) -> list[str]:
-    return [f"#{number}" for number in range(1, len(family.models) + 1)]
+    return [str(number) for number in range(1, len(family.models) + 1)]
 
 
 def _task_vectors(family: schema.Family) -> Table:
@@ -167,7 +167,8 @@ def _parts(family: schema.Family) -> Table:
 
 def _pools(family: schema.Family) -> Table:
     granularity = family.settings.granularity
-    table = _table([granularity, *_numbers(family)], names=(granularity,))
+    headings = [f"#{number}" for number in _numbers(family)]
+    table = _table([granularity, *headings], names=(granularity,))
     for pool in family.pools:
         cells = [
             f"{_four(value)} ({'-' if relative is None else _four(relative)})"

@@ -124,6 +124,8 @@ def write_pair(base: Checkpoint, model: Checkpoint, result: ScanResult) -> None:
         model: a fine-tune of it.
         result: of this model alone.
     """
+    if not bool(torch.isfinite(result.base_sq_norms).all()):
+        return  # of weights beyond 1e150, which JSON has no number for
     names = result.names
     (counted_as,), (layers,) = result.counted_as, result.layers
     pair = _Pair(

@@ -160,4 +160,5 @@ def scan(
         for model in (base, *models)
     )
     forget_failures()
-    return measure(opened, tuned, gram=gram, workers=workers)
+    result = measure(opened, tuned, gram=gram, workers=workers)
+    return result if gram else replace(result, gram=None)
