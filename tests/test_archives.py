@@ -53,11 +53,10 @@ def test_what_torch_writes_is_read(
     torch.save(state, file, _use_new_zipfile_serialization=not legacy)
     if not legacy:
         rewritten(file, lambda records: None, compression)
-        archive = Archive.of(file)
-        assert archive is not None
+    archive = Archive.of(file)
+    assert (archive is None) == legacy
+    if archive is not None:
         assert archive.can_be_mapped == (compression == zipfile.ZIP_STORED)
-    else:
-        assert Archive.of(file) is None
     header = read_header("x", file)
     assert header.names == state.keys()
     readers = Readers()
@@ -68,38 +67,26 @@ def test_what_torch_writes_is_read(
     }
 
 
-def shorter(lost: int) -> Change:
-    """Every record of values without its last bytes."""
+def resized(by: int) -> Change:
+    """Every record of values with fewer or more bytes."""
 
     def change(records: dict[str, bytes]) -> None:
         for name, content in records.items():
             if "/data/" in name:
-                records[name] = content[: len(content) - lost]
+                records[name] = (content + bytes(4))[: len(content) + by]
 
     return change
 
 
-def longer(records: dict[str, bytes]) -> None:
-    for name in records:
-        if "/data/" in name:
-            records[name] += bytes(4)
-
-
+SIZES = r"record data/\d+ has [\d,]+ bytes; its pickle says"
 CHANGES: dict[str, tuple[Change, str]] = {
-    "one-byte-less": (shorter(1), r"record data/\d+ has [\d,]+ bytes; its pickle says"),
-    "half-of-the-least": (shorter(64), r"record data/\d+ has [\d,]+ bytes; its pickle"),
-    "longer": (longer, r"record data/\d+ has [\d,]+ bytes; its pickle says"),
+    "shorter": (resized(-1), SIZES),
+    "longer": (resized(4), SIZES),
     "twice": (
         lambda records: records.update(
-            {name.upper(): content for name, content in records.items()}
+            {n.replace("/data/", "/DATA/"): c for n, c in records.items()}
         ),
         "two of its records have one name",
-    ),
-    "other-byte-order": (
-        lambda records: records.update(
-            {n: b"big" for n in records if n.endswith("/byteorder")}
-        ),
-        "not of the byte order of this machine",
     ),
 }
 
@@ -126,7 +113,7 @@ def test_torch_maps_what_is_refused_here(tmp_path: Path) -> None:
     """The fact about torch for which archives are checked at all."""
     file = tmp_path / "x.bin"
     torch.save({"a": torch.ones(64), "b": torch.full((64,), 2.0)}, file)
-    rewritten(file, shorter(128))
+    rewritten(file, resized(-128))
     state = torch.load(file, mmap=True, weights_only=True)
     assert state["a"].shape == (64,) and state["a"][0] == 1
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from mergekit_metagpt import scan
-from mergekit_metagpt.checkpoints import architecture
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.opening import open_checkpoint
 from tests.support import llama_state, tuned, write_model
@@ -44,8 +43,6 @@ ODD: dict[str, dict[str, Any]] = {
     "a-word": {"architectures": "LlamaForCausalLM"},
     "more-layers": {"num_hidden_layers": 4},
     "no-layers": {"num_hidden_layers": 0},
-    "less-than-no-layers": {"num_hidden_layers": -1},
-    "a-word-of-layers": {"num_hidden_layers": "3"},
     "a-word-of-width": {"hidden_size": "32"},
     "no-heads": {"num_attention_heads": 0},
     "dtype": {"dtype": "float99"},
@@ -68,42 +65,11 @@ def test_what_cannot_be_merged_can_be_measured(name: str, model: Path) -> None:
     assert refused.endswith(". Repair it, or fetch the model again"), refused
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"null", b"[]", b"\xff", b"[" * 100_000, b"9" * 5000]
-)
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"\xff"])
 def test_what_is_no_object_can_be_measured(content: bytes, model: Path) -> None:
     (model / "config.json").write_bytes(content)
     assert scan(model.parent / "base", [model]).pool("model").sq_norms.item() > 0
     assert f"{model}/config.json" in (opened(model).refused or "")
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"num_hidden_layers": 10**9},
-        {"num_hidden_layers": 10**400},
-        {"num_local_experts": 10**9},
-        {"text_config": {"n_layer": 10**9}},
-        {"vision_config": {"depth": 10**9}},
-    ],
-    ids=str,
-)
-def test_billions_of_parts_are_refused_at_once(
-    keys: dict[str, Any], model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before transformers or mergekit could begin to count."""
-    change(model, **keys)
-    monkeypatch.setattr(architecture, "architecture", lambda *a, **k: pytest.fail())
-    with pytest.raises(ValueError, match="expected at most 4096") as raised:
-        opened(model)
-    assert str(raised.value).startswith(f"{model}/config.json of {model} has ")
-
-
-def test_more_parts_are_taken_where_more_tensors_are_stored(model: Path) -> None:
-    given = {"num_experts": 5000, "vision_feature_layer": -2, "layers": [10**9]}
-    architecture.check_counts("m", model, given, tensors=5000)
-    with pytest.raises(ValueError, match="num_experts 5000, and its files 4999"):
-        architecture.check_counts("m", model, given, tensors=4999)
 
 
 def test_layers_beyond_the_number_are_left_out(model: Path) -> None:
@@ -149,21 +115,7 @@ def test_tensors_under_state_dict_can_be_measured_not_merged(
     )
 
 
-def test_an_index_that_errs_is_refused(tmp_path: Path) -> None:
-    """Though the tensor lies in another file: mergekit looks where the index says."""
-    model = write_model(tmp_path / "model", TUNED, shards=3)
-    file = model / "model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    places: dict[str, str] = index["weight_map"]
-    name = min(places)
-    places[name] = next(place for place in places.values() if place != places[name])
-    file.write_text(json.dumps(index))
-    said = f"{name} is said to be in {model}/{places[name]} by the index"
-    with pytest.raises(OSError, match=said):
-        opened(model)
-
-
-@pytest.mark.parametrize("places", [[], ["x"], {"a": 3}, {"a": None}, {"a": "x\0y"}])
+@pytest.mark.parametrize("places", [["x"], {"a": 3}, {"a": "x\0y"}])
 def test_an_index_of_another_kind_is_refused(places: Any, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", TUNED, shards=3)
     file = model / "model.safetensors.index.json"

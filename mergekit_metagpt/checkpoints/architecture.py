@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_metagpt.checkpoints.identity import check_regular
 from mergekit_metagpt.checkpoints.stored import StoredTensor
 
 if TYPE_CHECKING:
@@ -19,10 +17,6 @@ if TYPE_CHECKING:
 
 FILE = "config.json"
 REPAIR = "Repair it, or fetch the model again"
-# Numbers of parts, as n_layer, num_local_experts, depth; of each there is a loop
-# somewhere. No model has more than so many that stores fewer tensors.
-_COUNTS = re.compile(r"(layers?|experts?|blocks?|depth)$")
-MOST_PARTS = 4096
 _MOST_SHOWN = 60
 
 
@@ -54,39 +48,10 @@ def content(folder: Path) -> Mapping[str, Any]:
         the JSON object.
     """
     try:
-        found = _parsed(folder / FILE)
+        found = json.loads((folder / FILE).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _parsed(file: Path) -> Any:
-    check_regular(file)
-    return json.loads(file.read_bytes())
-
-
-def check_counts(
-    label: str, folder: Path, given: Mapping[str, Any], tensors: int
-) -> None:
-    """Refuse a config.json that asks for far more parts than there can be.
-
-    Args:
-        label: the model as its user wrote it, for messages.
-        folder: where its config.json lies.
-        given: what that holds.
-        tensors: how many its files hold.
-
-    Raises:
-        ValueError: a number of layers, experts or the like is beyond any model's:
-            whoever plans that many would never end.
-    """
-    most = max(MOST_PARTS, tensors)
-    for key, count in _counts(given):
-        if count > most:
-            raise ValueError(
-                f"{folder / FILE} of {label} has {key} {_shown(count)}, and its files "
-                f"{tensors} tensors; expected at most {most}. {REPAIR}"
-            )
 
 
 def architecture_of(
@@ -116,7 +81,7 @@ def architecture_of(
         )
     found = Architecture()
     try:
-        given = _parsed(file)
+        given = json.loads(file.read_bytes())
         if override is not None and isinstance(given, dict):
             given = {**given, "architectures": [override]}
         odd = _odd(given)
@@ -154,17 +119,6 @@ def _taken(given: Mapping[str, Any]) -> str | None:
 
     methods = (key for key in given if callable(getattr(PretrainedConfig, key, None)))
     return next(methods, None)
-
-
-def _counts(given: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Numbers of layers, experts and the like, those of parts of the model too."""
-    waiting = [given]
-    while waiting:
-        for key, value in waiting.pop().items():
-            if isinstance(value, dict):
-                waiting.append(value)
-            elif isinstance(value, int) and _COUNTS.search(key):
-                yield key, value
 
 
 def _shown(value: Any) -> str:

@@ -162,9 +162,6 @@ def read_checkpoint(
             f"the index of {label} holds a {type(index.tensor_paths).__name__}; "
             "expected files by the names of tensors. Fetch the model again"
         )
-    if not bare:
-        architecture.check_counts(label, folder, config, len(index.tensor_paths))
-
     places = {
         name: _shard_path(folder, label, entry)
         for name, entry in index.tensor_paths.items()

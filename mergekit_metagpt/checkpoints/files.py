@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from mergekit_metagpt.checkpoints.identity import check_regular
 from mergekit_metagpt.checkpoints.pickles import (
     load_pickle,
     pickle_header,
@@ -114,9 +113,8 @@ def read_header(label: str, file: Path) -> FileHeader:
 
     Raises:
         ValueError: the weights are quantised.
-        OSError: the file is missing, truncated, corrupt, or no file.
+        OSError: the file is missing, truncated or corrupt.
     """
-    check_regular(file)
     read = _safetensors_header if file.suffix == ".safetensors" else pickle_header
     return read(label, file)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,26 +22,6 @@ class FileIdentity:
     def of(cls, path: Path) -> FileIdentity:
         status = path.stat()
         return cls(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
-
-
-def check_regular(path: Path) -> None:
-    """Check that a path is no pipe or device, which may never end, if it exists.
-
-    Args:
-        path: a file or a folder.
-
-    Raises:
-        OSError: it is something else.
-    """
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError):
-        return  # whoever opens it says why it cannot
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise OSError(
-            f"{path} is a pipe or a device, which may never end; expected a file. Put "
-            "the model's own file there"
-        )
 
 
 # Bytes that are read of a file: its first ones (the header of a safetensors file of a

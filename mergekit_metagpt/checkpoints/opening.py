@@ -14,8 +14,6 @@ from mergekit_metagpt.checkpoints.checkpoint import (
     Checkpoint,
     read_checkpoint,
 )
-from mergekit_metagpt.checkpoints.identity import check_regular
-from mergekit_metagpt.checkpoints.pickles import Archive
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -36,8 +34,6 @@ def _index(label: str, folder: Path) -> ShardedTensorIndex:
 
     found = (folder / name for name in _WEIGHTS if (folder / name).exists())
     file = next(found, folder)
-    if file.suffix == ".bin":
-        Archive.of(file)  # before torch crashes on what this refuses
     try:
         return ShardedTensorIndex.from_disk(str(folder))
     except Exception as error:
@@ -45,12 +41,6 @@ def _index(label: str, folder: Path) -> ShardedTensorIndex:
             f"{file} cannot be read: {error}. It is truncated or corrupt: fetch it "
             "again"
         ) from error
-
-
-def _check_files(folder: Path) -> None:
-    """Refuse pipes and devices before anybody waits for what they say."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        check_regular(path)
 
 
 _BY_LOADER: weakref.WeakKeyDictionary[LazyTensorLoader, Checkpoint] = (
@@ -144,9 +134,6 @@ def open_checkpoint(
         raise ValueError(f"{label} does not exist; expected a model's folder")
     if model.lora and not lora_merge_cache:
         raise ValueError(f"{label} has a LoRA adapter; give --lora-merge-cache FOLDER")
-    for part in (model.model, model.lora):
-        if part is not None:
-            _check_files(Path(part.path))
     try:
         merged = model.merged(
             cache_dir=lora_merge_cache,
@@ -162,7 +149,6 @@ def open_checkpoint(
             f"{label} is neither a local folder (then write ./{label}) nor available "
             f"on the hub: {error}"
         ) from error
-    _check_files(folder)
     return read_checkpoint(
         label,
         _index(label, folder),

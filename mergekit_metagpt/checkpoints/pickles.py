@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -122,15 +121,11 @@ class Archive:
             the archive; None for a file of another kind.
 
         Raises:
-            OSError: two records have one name, or values the other byte order: of
-                these torch swaps the bytes in place, and crashes on what is mapped.
+            OSError: two records have one name.
         """
-        ours = sys.byteorder.encode()
         try:
             with zipfile.ZipFile(file) as archive:
                 found = archive.infolist()
-                orders = [n for n in archive.namelist() if n.endswith("/byteorder")]
-                swapped = any(archive.read(name) != ours for name in orders)
         except (zipfile.BadZipFile, OSError, ValueError, RuntimeError):
             return None  # torch says what it is
         records = {record.filename.lower(): record for record in found}
@@ -138,11 +133,6 @@ class Archive:
             raise OSError(
                 f"{file} cannot be read: two of its records have one name. Fetch it "
                 "again"
-            )
-        if swapped:
-            raise OSError(
-                f"{file} cannot be read: its values are not of the byte order of this "
-                f"machine, {sys.byteorder}. Store them anew, as safetensors"
             )
         folder = found[0].filename.partition("/")[0].lower() if found else ""
         return cls(file, folder, records)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import mergekit.merge_methods  # noqa: F401
 
-from mergekit_metagpt.checkpoints.architecture import MOST_PARTS
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.opening import hand_to_mergekit, open_checkpoints
 from mergekit_metagpt.checkpoints.pairs import check_pair
@@ -123,8 +122,7 @@ def _check_range(
     part: merge_yaml.Inputs, model: Checkpoint, layers: tuple[int, int]
 ) -> None:
     """Refuse layers that a model does not have."""
-    counts = list(_layers(part, model).values())
-    most = counts[0] if len(counts) == 1 else max(len(model.tensors), MOST_PARTS)
+    most = max(_layers(part, model).values(), default=layers[1])
     if not 0 <= layers[0] <= layers[1] <= most:
         raise ValueError(
             f"layer_range of {model.label} in {part.place} is {list(layers)}; expected "

@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
 
 Settings = Mapping[str, Any]
-# More than any merge has; a few aliases of aliases, or `<<`, stand for billions.
-MOST_VALUES = 1_000_000
-# Beyond it Python reads no decimal; of 1:1:1... the time grows with the square.
-MOST_DIGITS = 4300
-_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 # Keys of a merge YAML whose values name a model or a tokenizer.
 _MODEL_KEYS = ("model", "base_model", "path", "source", "tokenizer_source")
 
@@ -73,8 +68,8 @@ def read(text: str) -> MergeConfiguration:
     from mergekit.config import MergeConfiguration
 
     try:
-        data = _loaded(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"not readable as YAML: {_one_line(error)}") from error
     if not isinstance(data, dict):
         holds = "is empty" if data is None else f"holds {type(data).__name__}"
@@ -88,45 +83,8 @@ def read(text: str) -> MergeConfiguration:
             raise ValueError(f"{key} is no key of a merge; did you mean {meant}?")
     try:
         return MergeConfiguration.model_validate(_local(data))
-    except (ValueError, RuntimeError, RecursionError) as error:
+    except (ValueError, RuntimeError) as error:
         raise ValueError(f"no merge configuration: {_one_line(error)}") from error
-
-
-def _loaded(text: str) -> Any:
-    """What `yaml.safe_load` returns, if it is not far more than what is written."""
-    loader = yaml.SafeLoader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _values(node, {}) > MOST_VALUES:
-            raise ValueError(
-                f"its aliases stand for over {MOST_VALUES:,} values; expected a merge. "
-                "Write out what is meant"
-            )
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
-
-
-def _values(node: yaml.Node, known: dict[int, int]) -> int:
-    """Count the values of a YAML, those behind an alias or `<<` wherever it stands."""
-    if isinstance(node, yaml.ScalarNode):
-        if node.tag in _NUMBERS and len(node.value) > MOST_DIGITS:
-            raise ValueError(
-                f"it has a number of {len(node.value):,} characters; expected at most "
-                f"{MOST_DIGITS:,}. Put it in quotes if it is a word"
-            )
-        return 1
-    if id(node) not in known:
-        known[id(node)] = MOST_VALUES  # should it hold itself
-        parts = (
-            [part for pair in node.value for part in pair]
-            if isinstance(node, yaml.MappingNode)
-            else node.value
-        )
-        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
-    return known[id(node)]
 
 
 def closest(name: str, known: Collection[str]) -> str | None:
