@@ -215,8 +215,7 @@ def missing_file(name: str, shards: int = 1) -> Spoil:
     """A file of a model that is not there."""
 
     def spoil(folder: Path, config: Config) -> None:
-        if shards > 1:
-            rewritten(name.split("/")[0], lambda state: None, shards)(folder, config)
+        in_file(name, bytes, shards)(folder, config)
         (folder / name).unlink()
 
     return spoil
@@ -279,14 +278,16 @@ def llama(**changes: Any) -> Spoil:
     return spoil
 
 
-def pickled(change: Callable[[bytes], bytes]) -> Spoil:
-    """The second model as a pickle, its bytes changed."""
+def pickled(change: Callable[[bytes], bytes], *, nested: bool = False) -> Spoil:
+    """The second model as a pickle, its bytes changed; `nested` below `state_dict`."""
 
     def spoil(folder: Path, config: Config) -> None:
         home = folder / "tuned1"
-        torch.save(read_model(home), home / "pytorch_model.bin")
+        state = read_model(home)
+        file = home / "pytorch_model.bin"
+        torch.save({"state_dict": state} if nested else state, file)
         (home / "model.safetensors").unlink()
-        in_file("tuned1/pytorch_model.bin", change)(folder, config)
+        file.write_bytes(change(file.read_bytes()))
 
     return spoil
 
@@ -302,22 +303,6 @@ def short_records(content: bytes) -> bytes:
             record = source.read(name)
             target.writestr(name, record[:-4] if "/data/" in name else record)
     return made.getvalue()
-
-
-def nested_pickle(folder: Path, config: Config) -> None:
-    """The second model as a pickle with all tensors one level below."""
-    home = folder / "tuned1"
-    torch.save({"state_dict": read_model(home)}, home / "pytorch_model.bin")
-    (home / "model.safetensors").unlink()
-
-
-def renamed(old: str, new: str) -> Spoil:
-    """A file under another name."""
-
-    def spoil(folder: Path, config: Config) -> None:
-        (folder / old).rename(folder / new)
-
-    return spoil
 
 
 def snapshot(folder: Path) -> Mapping[str, bytes | None]:

@@ -51,8 +51,6 @@ SETS = {
     "torch lowest": Versions("3.11", torch="torch==2.5.1"),
     "torch highest": Versions("3.11", torch="torch"),
 }
-# Versions of mergekit that we do not support: said in one line, and nothing broken.
-UNSUPPORTED = ("0.1.4", "0.0.6")
 
 
 def run(
@@ -148,43 +146,6 @@ def checked(folder: Path, name: str, versions: Versions) -> str:
     return f"{found.strip()}: {last_line(said)} ({seconds:.0f} s)"
 
 
-IMPORT = """
-import torch
-print("torch works:", torch.ones(2).sum().item() == 2)
-import mergekit.merge_methods
-import mergekit_metagpt.autoload as autoload
-print("methods of mergekit work; ours:", autoload.failure)
-"""
-
-
-def beside(folder: Path, version: str) -> str:
-    """Install a mergekit that we do not support, and us; return what a user sees."""
-    home = folder / f"mergekit-{version}"
-    if not home.exists():
-        status, said = run(sys.executable, "-m", "venv", home)
-        if status:
-            return f"no virtual environment: {last_line(said)}"
-    inner = home / "bin" / "python"
-    install = (inner, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    project = copy_project(folder)
-    for wanted in (
-        (f"mergekit=={version}", torch_pin(), "wrapt", "rich"),
-        ("--no-deps", project),  # which would replace it
-    ):
-        status, said = run(*install, *wanted)
-        if status:
-            return f"not installed: {why(said)}"
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    seen = []
-    for command in (
-        (inner, "-c", IMPORT),
-        (home / "bin" / "mergekit-metagpt", "merge", "merge.yml", "out"),
-    ):
-        status, said = run(*command, env=env, cwd=project)
-        seen.append(f"status {status}: " + " / ".join(said.strip().splitlines()[-3:]))
-    return "; ".join(seen)
-
-
 def main() -> None:
     """Check all sets, or those named."""
     if len(sys.argv) < 2:
@@ -193,11 +154,8 @@ def main() -> None:
     folder = Path(sys.argv[1]).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     usual = [name for name, versions in SETS.items() if versions.torch is None]
-    for name in sys.argv[2:] or [*usual, *UNSUPPORTED]:
-        if name in SETS:
-            print(f"{name}: {checked(folder, name, SETS[name])}", flush=True)
-        else:
-            print(f"mergekit {name}: {beside(folder, name)}", flush=True)
+    for name in sys.argv[2:] or usual:
+        print(f"{name}: {checked(folder, name, SETS[name])}", flush=True)
 
 
 if __name__ == "__main__":
