@@ -481,12 +481,6 @@ PATHS = [
             "Repo id must …: './missing'.",
         ),
         (
-            "base",
-            broken.settings(base_model="./missing"),
-            "./missing does not exist; expected a model's folder",
-            "Repo id must …: './missing'.",
-        ),
-        (
             "model-on-the-hub",
             broken.models("tuned0", "some-org/missing"),
             "some-org/missing …",
@@ -840,27 +834,6 @@ def test_merge_into_the_current_folder(
     assert here.samefile(".")
     assert read_model(here).keys() == read_model(job.folder / "base").keys()
     assert title(here) == "here"
-
-
-@pytest.mark.parametrize("force", [False, True])
-def test_output_that_is_empty_is_used(force: bool, job: Job) -> None:
-    job.prepare(broken.as_given)
-    job.out.mkdir()
-    options = ["--force"] * force
-    assert job.merge("--no-copy-tokenizer", "--quiet", *options) == 0
-    assert read_model(job.out)
-
-
-def test_force_replaces_the_output(job: Job) -> None:
-    job.prepare(broken.as_given)
-    job.out.mkdir()
-    (job.out / "outdated.safetensors").write_text("old")
-
-    assert job.merge("--force", "--no-copy-tokenizer", "--quiet") == 0
-
-    assert not (job.out / "outdated.safetensors").exists()
-    assert read_model(job.out)
-    assert not [path for path in job.folder.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize(

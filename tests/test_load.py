@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import mergekit_metagpt
 from mergekit_metagpt.checkpoints.opening import open_checkpoint
 from mergekit_metagpt.commands.cli import main
-from mergekit_metagpt.report import figures, schema
+from mergekit_metagpt.report import schema
 from mergekit_metagpt.scanning import once, one_pass
 from tests.broken import snapshot
 from tests.conftest import Family, make_family
@@ -181,10 +181,8 @@ def test_two_hundred_models_are_scanned_with_few_open_files(
     torch.testing.assert_close(sq_norms, expected, rtol=1e-12, atol=0)
 
 
-@pytest.fixture(scope="module")
-def report(crowd: Family, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The report of `inspect` on all of them, as JSON."""
-    file = tmp_path_factory.mktemp("report") / "report.json"
+def test_two_hundred_models_in_a_report(crowd: Family, tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
     models = [str(model) for model in crowd.models]
     done = CliRunner().invoke(
         main,
@@ -192,31 +190,12 @@ def report(crowd: Family, tmp_path_factory: pytest.TempPathFactory) -> str:
         env={"COLUMNS": "400"},
     )
     assert done.exit_code == 0, done.output
-    for model in models:
-        assert model in done.output
-    return file.read_text(encoding="utf-8")
-
-
-def test_two_hundred_models_in_a_report(crowd: Family, report: str) -> None:
-    (found,) = schema.Report.model_validate_json(report).families
+    assert all(model in done.output for model in models)
+    report = schema.Report.model_validate_json(file.read_text(encoding="utf-8"))
+    (found,) = report.families
     sq_norms = naive_sq_norms(crowd.base_state, crowd.states).tolist()
     assert [m.sq_norm for m in found.models] == pytest.approx(sq_norms, rel=1e-12)
     assert [len(row) for row in found.cosines] == [MODELS] * MODELS
-
-
-def test_two_hundred_models_in_a_figure(
-    report: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As many texts as models are drawn in seconds; as their square, in minutes."""
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    texts: list[str] = []
-    monkeypatch.setattr(Axes, "text", lambda axes, x, y, s, **how: texts.append(s))
-    monkeypatch.setattr(Figure, "savefig", lambda *args, **options: None)
-    found = schema.Report.model_validate_json(report)
-    figures.report_figure(found, tmp_path / "report.png")
-    assert len(texts) <= 10 * MODELS
 
 
 TENSORS = 10_000
