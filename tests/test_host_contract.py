@@ -330,24 +330,22 @@ def test_the_planner_can_be_listened_to(family: Family) -> None:
     from mergekit.options import MergeOptions
     from mergekit.plan import MergePlanner
 
-    from mergekit_metagpt.merge_config.plan import plan
+    from mergekit_metagpt.merge_config.plan import plan_merge
 
-    assert_shape(
-        MergePlanner.plan_module, "module_name, definition", "outputs._Planner"
-    )
+    assert_shape(MergePlanner.plan_module, "module_name, definition", "plan._Planner")
     assert_shape(
         MergePlanner.plan_tensor,
         "weight, weights_in, models, cfg_reader",
-        "outputs._Planner",
+        "plan._Planner",
     )
     assert_takes(
-        MergePlanner, "outputs.plan", None, None, options=None, out_model_config=None
+        MergePlanner, "plan.plan_merge", None, None, options=None, out_model_config=None
     )
-    assert_takes(MergePlanner.plan_to_disk, "outputs.plan", None, out_path="")
+    assert_takes(MergePlanner.plan_to_disk, "plan.plan_merge", None, out_path="")
     settings = {"models": [{"model": str(family.models[0])}]}
     settings["models"][0]["parameters"] = {"weight": [0.0, 1.0]}
     data = {**merge_config(family.base, []), **settings}
-    planned = plan(MergeConfiguration.model_validate(data), MergeOptions())
+    planned = plan_merge(MergeConfiguration.model_validate(data), MergeOptions())
     assert {p.name for p in planned} == family.base_state.keys()
     weights = {
         p.name: p.task.input_parameters[p.task.model_order[0]]["weight"]
@@ -577,6 +575,21 @@ def test_a_configuration_is_read_and_written(family: Family) -> None:
     assert again == config, "a dumped configuration reads as another one"
     with pytest.raises((ValueError, RuntimeError)):
         MergeConfiguration.model_validate({"merge_method": "metagpt"})
+
+
+@uses("mergekit.config.evaluate_setting")
+def test_the_first_filter_in_a_name_gives_the_value() -> None:
+    from mergekit.config import ConditionalParameter, evaluate_setting
+
+    setting = [
+        ConditionalParameter(filter="layers.1.", value=0.25),
+        ConditionalParameter(value=0.5),
+    ]
+    values = [
+        evaluate_setting(f"model.layers.{n}.w", setting, validate=float)
+        for n in (1, 11)
+    ]
+    assert values == [0.25, 0.5], "export writes filters that mean something else now"
 
 
 @uses("mergekit.config.ConfigReader")
