@@ -389,7 +389,7 @@ PARAMETERS = [
                 granularity=[{"filter": "mlp", "value": "layer"}, {"value": "model"}]
             ),
         ),
-        ours=MOVED.format("model.layers.….weight of {dir}/base becomes "),
+        ours=MOVED.format("slices[1]"),
         mergekit=MOVED.format("model.layers.1.….weight of the output is not "),
         mergekit_after=frozenset({SCAN, LOAD}),
     ),

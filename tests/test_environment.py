@@ -104,37 +104,14 @@ def test_spaces_in_the_names_of_models(family: Family, tmp_path: Path) -> None:
 
 # ---- ways to run Python
 
-# Runs the command with the `assert` statements of our package left out, as by
-# PYTHONOPTIMIZE=1, which would compile everybody else's code anew as well.
-WITHOUT_ASSERTIONS = """
-import importlib.machinery
 
-loader = importlib.machinery.SourceFileLoader
-get_code = loader.get_code
-
-def optimized(self, name):
-    if name.split(".")[0] != "mergekit_metagpt":
-        return get_code(self, name)
-    return compile(self.get_data(self.path), self.path, "exec", optimize=1)
-
-loader.get_code = optimized
-
-from mergekit_metagpt.commands.cli import main
-
-main.main(prog_name="mergekit-metagpt")
-"""
-
-
-def test_without_assertions_and_with_warnings_as_errors(
-    family: Family, tmp_path: Path
-) -> None:
+def test_with_warnings_as_errors(family: Family, tmp_path: Path) -> None:
     """A warning of ours, or of what we import, would end the merge."""
     file = tmp_path / "merge.yml"
     file.write_text(yaml.safe_dump(merge_config(family.base, family.models)))
     theirs = "ignore:numpy.core is deprecated:DeprecationWarning"  # mergekit's
-    arguments = ["merge", file, tmp_path / "out", *QUIET]
     done = run_process(
-        [sys.executable, "-c", WITHOUT_ASSERTIONS, *arguments],
+        [script("mergekit-metagpt"), "merge", file, tmp_path / "out", *QUIET],
         environment(PYTHONWARNINGS=f"error,{theirs}"),
     )
     assert_succeeded(done)
