@@ -215,3 +215,19 @@ def imported_at_top(source: str) -> Iterator[str]:
 def test_what_every_import_of_torch_loads_is_light(module: str) -> None:
     allowed = {"__future__", "importlib", "os", "typing"}
     assert set(imported_at_top(source_of(module))) <= allowed
+
+
+MAKERS = {"arange", "empty", "full", "ones", "tensor", "triu_indices", "zeros"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_tensors_are_made_on_a_named_device(module: str) -> None:
+    """mergekit's threads run under `with torch.device(...)`; we measure on the CPU."""
+    if module.startswith("commands."):
+        return  # the demo trains on one thread of its own
+    for node in ast.walk(ast.parse(source_of(module))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            maker = ast.unparse(node.func)
+            if maker.removeprefix("torch.") in MAKERS and maker.startswith("torch."):
+                named = [keyword.arg for keyword in node.keywords]
+                assert "device" in named, ast.unparse(node)

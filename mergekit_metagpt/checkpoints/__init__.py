@@ -4,7 +4,6 @@ It measures nothing, and it never opens a model that the caller did not name.
 """
 
 __all__ = [
-    "architecture",
     "checkpoint",
     "files",
     "identity",

@@ -163,7 +163,7 @@ def coefficients(planned: Sequence[Planned]) -> list[Coefficients]:
         if tensor.settings.granularity == "tensor" or task.output_weight.optional:
             reading[_Shares(planned=task)] = at
         else:
-            names = dict.fromkeys(tensor.input_names, torch.empty(0))
+            names = dict.fromkeys(tensor.input_names, torch.empty(0, device="cpu"))
             shares[at] = _shares(task, names)
     if reading:
         executor = Executor(list(reading), math_device="cpu", storage_device="cpu")
@@ -203,7 +203,9 @@ def _shares(
     weights = [(model, task.input_parameters[model]["weight"]) for model in models]
     settings = Settings.of(task.parameters)
     measured = group_norms.of_group(group, settings)
-    weight = torch.tensor([weight for _, weight in weights], dtype=torch.float64)
+    weight = torch.tensor(
+        [weight for _, weight in weights], dtype=torch.float64, device="cpu"
+    )
     shares = settings.shares(measured.sq_norms if measured else None, weight)
     return dict(zip(models, shares.tolist(), strict=True))
 

@@ -87,7 +87,11 @@ def _measured(
                 cells[row[at]][column] = value
     shape = len(groups), len(columns)
     values = [value for cell in cells for value in cell]
-    sums = torch.stack(values) if values else torch.zeros(0, dtype=torch.float64)
+    sums = (
+        torch.stack(values)
+        if values
+        else torch.zeros(0, dtype=torch.float64, device="cpu")
+    )
     return (
         ScanResult(
             base="",

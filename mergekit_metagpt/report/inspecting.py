@@ -97,7 +97,7 @@ def _family(
     pools = _pools(family, result, settings.granularity)
     angles = whole.cosines
     cosines = None if angles is None else angles.tolist()
-    weights = torch.tensor(family.weights, dtype=torch.float64)
+    weights = torch.tensor(family.weights, dtype=torch.float64, device="cpu")
     alone = settings.shares(None, weights).tolist()  # where `exclude` leaves no pool
     models = []
     for k, reference in enumerate(family.models):
@@ -157,9 +157,9 @@ def _pools(family: Family, result: ScanResult, granularity: str) -> list[_Pool]:
         members, row = pooled.members[key], pooled.rows[key]
         present = [not own.isdisjoint(members) for own in counted]
         merged = present if members else [True] * count
-        weight = torch.tensor(family.weights, dtype=torch.float64)
-        weight *= torch.tensor(merged)
-        measured = torch.tensor(sq_norms[row], dtype=torch.float64)
+        weight = torch.tensor(family.weights, dtype=torch.float64, device="cpu")
+        weight *= torch.tensor(merged, device="cpu")
+        measured = torch.tensor(sq_norms[row], dtype=torch.float64, device="cpu")
         norms_count = bool(members) and settings.power != 0
         shares = settings.shares(measured if norms_count else None, weight).tolist()
         reported = schema.Pool(

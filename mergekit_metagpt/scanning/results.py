@@ -135,7 +135,9 @@ class ScanResult:
         sums = torch.zeros(2, len(names), count, dtype=torch.float64, device="cpu")
         first = 0
         for result in results:
-            rows = torch.tensor([row[n] for n in result.names], dtype=torch.long)
+            rows = torch.tensor(
+                [row[n] for n in result.names], dtype=torch.long, device="cpu"
+            )
             columns = slice(first, first + len(result.models))
             sums[0, rows, columns] = result.sq_norms
             sums[1, rows, columns] = result.base_sq_norms
