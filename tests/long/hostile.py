@@ -131,12 +131,6 @@ def damage() -> Iterator[Mutation]:
         yield Mutation(name, with_bytes(change))
     for text in (b"", b"{}", b"[]", b"null", b"{", b'{"\xff": {}}', b"<html>"):
         yield Mutation(f"header-{text!r}", with_header(lambda header, t=text: t))
-    for value in (None, [], "pt", {}, {"format": "tf"}, {"format": 1}):
-        yield Mutation(
-            f"metadata-{json.dumps(value)}",
-            with_header(lambda h, v=value: h.update(__metadata__=v)),
-            the_same,
-        )
 
 
 def _stating(length: int) -> Callable[[bytes], bytes]:
@@ -371,7 +365,6 @@ def evil(folder: Path) -> dict[str, Any]:
         "exec": Call(exec, f"open({marker!r}, 'w').close()"),
         "open": Call(open, marker, "w"),
         "mkdir": Call(os.mkdir, marker),
-        "touch": Call(Path.touch, Path(marker)),
         "getattr": Call(getattr, Path(marker), "touch"),
         "torch-save": Call(torch.save, torch.ones(1), marker),
         "download": Call(torch.hub.download_url_to_file, "file:///etc/passwd", marker),
