@@ -346,6 +346,12 @@ PARAMETERS = [
         mergekit=None,
     ),
     Row(
+        "misspelt",
+        broken.parameters(granularty="layer"),
+        ours="granularty is no parameter of metagpt; did you mean granularity?",
+        mergekit=None,
+    ),
+    Row(
         "exclude-number",
         broken.parameters(exclude=3),
         ours="exclude is 3; expected a string of comma-separated parts of tensor names",
@@ -847,7 +853,8 @@ def test_output_that_cannot_be_replaced_is_refused(
 def test_parameters_of_other_methods_are_said_to_be_ignored(
     job: Job, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job.prepare(broken.parameters(normalize=True, int8_mask=True))
+    spoil = broken.parameters(normalize=True, int8_mask=True)
+    job.prepare(broken.both(spoil, broken.settings(unheard="of")))
     assert job.merge() == 0
     assert "ignored, as metagpt has none: int8_mask, normalize" in caplog.text
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import mergekit_metagpt
 from mergekit_metagpt.arithmetic import scaled_sums, squared_norms
+from mergekit_metagpt.checkpoints.files import Readers, read_header
 from mergekit_metagpt.commands import merging
 from mergekit_metagpt.commands.cli import main
 from mergekit_metagpt.scanning import one_pass
@@ -290,6 +291,13 @@ def test_read_errors_name_the_file(
     said = capsys.readouterr().err
     assert "Input/output error" in said and str(pair.models[0]) in said
     assert snapshot(job.parent) == found
+
+
+def test_a_tensor_that_cannot_be_read_is_named(pair: Family) -> None:
+    file = next(pair.base.glob("*.safetensors"))
+    lost = replace(read_header("base", file).tensors[0], name="lost")
+    with pytest.raises(OSError, match=f"cannot read lost from {file}"):
+        Readers().read(lost)
 
 
 def test_a_file_that_shrinks_during_the_scan_is_an_error(place: Place) -> None:
