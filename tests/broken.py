@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tests.support import (
+from tests.families import (
     State,
     llama_config,
     llama_state,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mergekit_metagpt
-from tests.support import State, cast, llama_state, tuned, write_model
+from tests.families import State, cast, llama_state, tuned, write_model
 
 
 @dataclass(frozen=True)

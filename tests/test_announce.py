@@ -20,23 +20,21 @@ from mergekit.merge_methods import merge_state_dicts
 
 from mergekit_metagpt.scanning import threads
 from tests.conftest import Family, make_family
+from tests.families import (
+    cast,
+    llama_state,
+    merge_config,
+    run_mergekit,
+    said,
+    tuned,
+    write_model,
+)
+from tests.oracle import assert_same_bits, naive_coefficients, naive_sq_norms
 from tests.processes import (
     assert_succeeded,
     environment,
     merge_command,
     mergekit_yaml,
-)
-from tests.support import (
-    assert_same_bits,
-    cast,
-    llama_state,
-    merge_config,
-    naive_coefficients,
-    naive_sq_norms,
-    run_mergekit,
-    said,
-    tuned,
-    write_model,
 )
 
 LINE = "WARNING:mergekit_metagpt:lambda of "

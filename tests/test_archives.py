@@ -12,7 +12,8 @@ import torch
 from mergekit_metagpt import scan
 from mergekit_metagpt.checkpoints.files import Readers, read_header
 from mergekit_metagpt.checkpoints.pickles import Archive
-from tests.support import State, assert_same_bits, llama_state, tuned, write_model
+from tests.families import State, llama_state, tuned, write_model
+from tests.oracle import assert_same_bits
 
 Change = Callable[[dict[str, bytes]], object]
 

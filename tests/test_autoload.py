@@ -23,6 +23,8 @@ from mergekit.merge_methods import registry
 import mergekit_metagpt
 from mergekit_metagpt import autoload
 from tests.conftest import Family
+from tests.families import merge_config, read_model, run_mergekit
+from tests.oracle import assert_same_bits
 from tests.processes import (
     PACKAGE,
     ask_python,
@@ -33,7 +35,6 @@ from tests.processes import (
     script,
     shadow_package,
 )
-from tests.support import assert_same_bits, merge_config, read_model, run_mergekit
 
 ROOT = Path(__file__).parents[1]
 

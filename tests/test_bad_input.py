@@ -24,8 +24,9 @@ from mergekit_metagpt.merge_config import merge_yaml
 from tests import broken
 from tests.broken import SHARD, TENSOR, Config, Spoil, snapshot, write_good
 from tests.conftest import Family
+from tests.families import merge_config, read_model, run_mergekit
+from tests.oracle import assert_same_bits
 from tests.processes import environment, run_process, script
-from tests.support import assert_same_bits, merge_config, read_model, run_mergekit
 
 # What may have happened when the answer comes. Nothing of it: the YAML or headers told.
 SCAN = "our scan read a weight"

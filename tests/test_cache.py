@@ -21,7 +21,7 @@ from mergekit_metagpt.commands.cli import main
 from mergekit_metagpt.scanning import cache, once
 from mergekit_metagpt.scanning.results import ScanResult
 from tests.conftest import Family, make_family
-from tests.support import assert_same_bits, naive_sq_norms
+from tests.oracle import assert_same_bits, naive_sq_norms
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 LONG_AGO = 1_600_000_000

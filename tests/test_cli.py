@@ -15,7 +15,7 @@ import pytest
 import mergekit_metagpt
 from mergekit_metagpt.arithmetic import compiled
 from mergekit_metagpt.commands.cli import main
-from tests import pages
+from tests import documents
 from tests.processes import ask_python, assert_succeeded, run_process, script
 
 ROOT = Path(__file__).parents[1]
@@ -263,9 +263,9 @@ def documentation() -> str:
 
 
 def test_the_page_is_what_the_code_says() -> None:
-    # To renew it: python -m tests.pages
-    page = pages.CLI.read_text()
-    assert page == pages.with_current_parts(page)
+    # To renew it: python -m tests.documents
+    page = documents.CLI.read_text()
+    assert page == documents.with_current_parts(page)
     assert page.count("<!-- help: ") == len(COMMANDS) - 1 and "schema_version" in page
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import mergekit_metagpt
 from mergekit_metagpt.arithmetic.closed_form import coefficients, contributes, cosines
-from tests.support import assert_same_bits, assert_unchanged, naive_coefficients
+from tests.oracle import assert_same_bits, assert_unchanged, naive_coefficients
 
 F64 = torch.float64
 TINIEST = 5e-324

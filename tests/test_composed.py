@@ -23,15 +23,14 @@ import mergekit_metagpt
 from mergekit_metagpt.method.composed import COMPOSED
 from tests import matrix
 from tests.conftest import Family, make_family
+from tests.families import State, merge_config, run_mergekit
 from tests.matrix import Row, covers
-from tests.merges import GRANULARITIES, Oracle
-from tests.support import (
-    State,
+from tests.oracle import (
+    GRANULARITIES,
+    Oracle,
     assert_same_bits,
     assert_unchanged,
-    merge_config,
     naive_coefficients,
-    run_mergekit,
 )
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

@@ -32,19 +32,15 @@ from safetensors.torch import load_file, save_file
 
 import mergekit_metagpt
 from tests.conftest import Family, make_family
-from tests.support import (
+from tests.families import State, merge_config, run_mergekit, said, write_model
+from tests.oracle import (
     ORDER,
-    State,
     assert_same_bits,
     assert_unchanged,
     assert_within_bound,
-    merge_config,
     naive_coefficients,
     naive_sq_norms,
-    run_mergekit,
-    said,
     solved_coefficients,
-    write_model,
 )
 
 F64, F32, F16, BF16 = ORDER

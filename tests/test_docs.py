@@ -36,8 +36,9 @@ import mergekit_metagpt
 from mergekit_metagpt.commands import cli
 from mergekit_metagpt.merge_config import checks, merge_yaml
 from mergekit_metagpt.method.composed import COMPOSED
-from tests.support import assert_within_bound, naive_lambdas, run_mergekit
-from tests.test_recipes import (
+from tests.families import run_mergekit
+from tests.oracle import assert_within_bound, naive_lambdas
+from tests.stand_ins import (
     ORIGINALS,
     Original,
     StandIn,

@@ -17,15 +17,16 @@ import yaml
 from mergekit_metagpt.commands.cli import main
 from tests.broken import snapshot
 from tests.conftest import Family
+from tests.families import merge_config, run_mergekit
 from tests.long.forked import Ended
 from tests.long.killed import QUIET, Place, shared_place
+from tests.oracle import assert_same_bits
 from tests.processes import (
     assert_succeeded,
     environment,
     run_process,
     script,
 )
-from tests.support import assert_same_bits, merge_config, run_mergekit
 
 LIMIT_S = 120
 FILES = {"config.json", "model.safetensors", "metagpt.json", "metagpt.png", "README.md"}

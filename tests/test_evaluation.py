@@ -14,9 +14,9 @@ import pytest
 import torch
 import yaml
 
+from tests.families import run_mergekit
 from tests.processes import assert_succeeded, environment, run_process
-from tests.support import run_mergekit
-from tests.test_recipes import (
+from tests.stand_ins import (
     ORIGINALS,
     first_rows,
     has_token_rows,

@@ -12,25 +12,27 @@ import torch
 
 import mergekit_metagpt
 from tests.conftest import Family
-from tests.support import (
+from tests.families import (
     State,
-    assert_same_bits,
-    assert_within_bound,
-    bits,
     cast,
     console_script,
     llama_config,
     llama_state,
     merge_config,
+    run_mergekit,
+    said,
+    tuned,
+    write_model,
+)
+from tests.oracle import (
+    assert_same_bits,
+    assert_within_bound,
+    bits,
     naive_coefficients,
     naive_merge,
     naive_sq_norms,
-    run_mergekit,
-    said,
     solved_coefficients,
-    tuned,
     ulp,
-    write_model,
 )
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -129,7 +131,7 @@ def weights(request: pytest.FixtureRequest) -> Weights:
 
 
 def assert_close_lambda(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Check every coefficient to the 1e-7 (relative) that design section 2 allows."""
+    """Check every coefficient to the 1e-7 (relative) that is promised."""
     assert found.dtype == torch.float64
     assert found.shape == expected.shape
     error = ((found - expected).abs() / expected.abs()).max()
@@ -148,7 +150,7 @@ def assert_said_lambda(
 def assert_merged(
     merged: State, base: State, models: Sequence[State], lambdas: torch.Tensor
 ) -> None:
-    """Check every element of every tensor against the bound of design section 2."""
+    """Check every element of every tensor against the bound of the method."""
     assert merged.keys() == base.keys()
     for name, tensor in merged.items():
         tensors = [model[name] for model in models]

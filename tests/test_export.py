@@ -22,26 +22,29 @@ from mergekit_metagpt.merge_config.plain_yaml import weight_setting
 from mergekit_metagpt.method.composed import COMPOSED
 from tests import broken
 from tests.broken import snapshot
-from tests.merges import GRANULARITIES, with_granularity
-from tests.processes import assert_succeeded, mergekit_yaml
-from tests.support import (
+from tests.families import (
     State,
-    assert_same_bits,
     cast,
     llama_config,
     llama_state,
     merge_config,
-    naive_coefficients,
-    naive_pool,
-    naive_sq_norm,
     read_model,
     run_command,
     run_mergekit,
     tuned,
-    ulp,
     write_model,
 )
-from tests.test_architectures import save_trio
+from tests.layouts import save_trio
+from tests.merges import with_granularity
+from tests.oracle import (
+    GRANULARITIES,
+    assert_same_bits,
+    naive_coefficients,
+    naive_pool,
+    naive_sq_norm,
+    ulp,
+)
+from tests.processes import assert_succeeded, mergekit_yaml
 
 pytestmark = [
     pytest.mark.usefixtures("one_torch_thread"),

@@ -26,16 +26,11 @@ from mergekit_metagpt.commands.cli import main
 from mergekit_metagpt.scanning import one_pass
 from tests.broken import snapshot
 from tests.conftest import Family, make_family
+from tests.families import merge_config, read_model, run_mergekit, tuned
 from tests.long import killed
 from tests.long.forked import FULL, INTERRUPT, KILL, TERMINATE
 from tests.long.killed import QUIET, Place, disturbed
-from tests.support import (
-    assert_same_bits,
-    merge_config,
-    read_model,
-    run_mergekit,
-    tuned,
-)
+from tests.oracle import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

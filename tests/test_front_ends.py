@@ -22,28 +22,26 @@ from safetensors.torch import save_file
 import mergekit_metagpt
 from tests import matrix
 from tests.conftest import Family, make_family
-from tests.matrix import Row, covers, covers_at_once
-from tests.merges import (
-    GRANULARITIES,
-    Oracle,
-    assert_lambdas,
-    assert_merged,
-    assert_merges,
-    assert_merges_exactly,
-    with_granularity,
-)
-from tests.support import (
+from tests.families import (
     State,
-    assert_same_bits,
     console_script,
     llama_config,
     merge_config,
-    naive_sq_norm,
     read_model,
     run_mergekit,
     said,
     tuned,
     write_model,
+)
+from tests.matrix import Row, covers, covers_at_once
+from tests.merges import assert_merges, assert_merges_exactly, with_granularity
+from tests.oracle import (
+    GRANULARITIES,
+    Oracle,
+    assert_lambdas,
+    assert_merged,
+    assert_same_bits,
+    naive_sq_norm,
 )
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

@@ -11,21 +11,23 @@ import pytest
 import torch
 
 import mergekit_metagpt
-from tests.support import (
+from tests.families import (
     State,
-    assert_merged_exactly,
-    assert_within_bound,
     cast,
     console_script,
     llama_state,
     merge_config,
+    run_mergekit,
+    write_model,
+)
+from tests.oracle import (
+    assert_merged_exactly,
+    assert_within_bound,
     naive_coefficients,
     naive_lambdas,
     naive_merge,
     naive_pool,
     naive_sq_norms,
-    run_mergekit,
-    write_model,
 )
 
 GRANULARITIES = ["model", "layer", "tensor"]

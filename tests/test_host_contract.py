@@ -19,14 +19,14 @@ import yaml
 import mergekit_metagpt
 from mergekit_metagpt.method.metagpt import MetaGPTMerge
 from tests.conftest import Family
-from tests.support import (
-    assert_same_bits,
+from tests.families import (
     llama_config,
     merge_config,
     read_model,
     run_mergekit,
     write_model,
 )
+from tests.oracle import assert_same_bits
 
 PACKAGE = Path(mergekit_metagpt.__file__).parent
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"

@@ -20,24 +20,26 @@ from mergekit.merge_methods import PerGroupValues, TensorEntry, TensorGroup
 from mergekit.merge_methods.api import merge_state_dicts, merge_tensors
 
 from tests.conftest import Family
-from tests.support import (
-    ORDER,
+from tests.families import (
     State,
-    assert_same_bits,
-    assert_unchanged,
-    assert_within_bound,
     cast,
     llama_config,
     llama_state,
     merge_config,
+    run_mergekit,
+    said,
+    tuned,
+    write_model,
+)
+from tests.oracle import (
+    ORDER,
+    assert_same_bits,
+    assert_unchanged,
+    assert_within_bound,
     naive_coefficients,
     naive_sq_norm,
     naive_sq_norms,
-    run_mergekit,
-    said,
     solved_coefficients,
-    tuned,
-    write_model,
 )
 
 F64, F32, F16, BF16 = ORDER

@@ -12,21 +12,9 @@ import pytest
 import torch
 
 from tests import matrix
-from tests.matrix import Row, covers
-from tests.merges import (
-    GRANULARITIES,
-    Oracle,
-    assert_merged,
-    assert_merges,
-    assert_merges_exactly,
-    assert_sq_norms,
-    assert_task_arithmetic_fails,
-    with_granularity,
-)
-from tests.support import (
+from tests.adapters import PEFT_WARNS, naive_adapted, write_adapters
+from tests.families import (
     State,
-    assert_same_bits,
-    assert_within_bound,
     cast,
     llama_config,
     llama_state,
@@ -36,6 +24,21 @@ from tests.support import (
     said,
     tuned,
     write_model,
+)
+from tests.matrix import Row, covers
+from tests.merges import (
+    assert_merges,
+    assert_merges_exactly,
+    assert_task_arithmetic_fails,
+    with_granularity,
+)
+from tests.oracle import (
+    GRANULARITIES,
+    Oracle,
+    assert_merged,
+    assert_same_bits,
+    assert_sq_norms,
+    assert_within_bound,
 )
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -429,94 +432,12 @@ def test_integers(row: Row, tmp_path: Path, bert_states: list[State]) -> None:
             assert_merged(merged, oracle)
 
 
-@dataclass(frozen=True)
-class Adapted:
-    """A base and two adapters of it, as written by peft.
-
-    Attributes:
-        base: the base's folder.
-        adapters: the adapters' folders.
-        state: what the base stores.
-        config: of the base.
-    """
-
-    base: Path
-    adapters: tuple[Path, ...]
-    state: State
-    config: Any
-
-
-def qwen2_config() -> Any:
-    """Qwen 2 has biases in its attention, and mergekit writes them."""
-    from transformers import Qwen2Config
-
-    return Qwen2Config(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        architectures=["Qwen2ForCausalLM"],
-    )
-
-
-def write_adapters(folder: Path, **settings: Any) -> Adapted:
-    """Write a base and two LoRA adapters with random weights."""
-    import peft
-    from transformers import Qwen2ForCausalLM
-
-    adapters = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        base = Qwen2ForCausalLM(qwen2_config())
-        state = {name: t.detach().clone() for name, t in base.state_dict().items()}
-        for number in range(2):
-            model = Qwen2ForCausalLM(qwen2_config())
-            model.load_state_dict(state)
-            adapter = peft.get_peft_model(
-                model,
-                peft.LoraConfig(
-                    r=4,
-                    lora_alpha=8,
-                    target_modules=["q_proj", "down_proj"],
-                    task_type="CAUSAL_LM",
-                    **settings,
-                ),
-            )
-            with torch.no_grad():
-                for parameter in adapter.parameters():
-                    if parameter.requires_grad:
-                        noise = torch.randn(parameter.shape)
-                        parameter.add_(noise, alpha=0.05 * (number + 1))
-            adapter.save_pretrained(folder / f"adapter{number}")
-            adapters.append(folder / f"adapter{number}")
-    write_model(folder / "base", state, qwen2_config())
-    return Adapted(folder / "base", tuple(adapters), state, qwen2_config())
-
-
-def naive_adapted(state: State, adapter: Path, scale: float) -> State:
-    """The base with W + scale * B A, and with what else the adapter stores."""
-    merged = dict(state)
-    stored = read_model(adapter)
-    for name, tensor in stored.items():
-        target = name.removeprefix("base_model.model.")
-        target = target.replace(".lora_A", "").replace(".base_layer", "")
-        if ".lora_A" in name:
-            product = stored[name.replace("lora_A", "lora_B")] @ tensor
-            merged[target] = state[target] + scale * product
-        elif ".lora_B" not in name:
-            merged[target] = tensor
-    return merged
-
-
 ADAPTERS: dict[str, tuple[dict[str, Any], float]] = {
     "LoRA adapter as `base+adapter`, with `--lora-merge-cache`": ({}, 8 / 4),
     "rank-stabilised LoRA": ({"use_rslora": True}, 8 / 4**0.5),
     "LoRA that carries biases": ({"bias": "all"}, 8 / 4),
     "LoRA that carries whole modules": ({"modules_to_save": ["lm_head"]}, 8 / 4),
 }
-PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 
 
 @PEFT_WARNS

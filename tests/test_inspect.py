@@ -21,25 +21,27 @@ import torch
 import yaml
 
 from tests import broken
+from tests.adapters import PEFT_WARNS, naive_adapted, write_adapters
 from tests.broken import snapshot
-from tests.merges import common_part
-from tests.processes import environment, script
-from tests.support import (
-    ORDER,
+from tests.families import (
     State,
     cast,
-    coarser,
     llama_config,
     llama_state,
     merge_config,
-    naive_coefficients,
-    naive_pool,
-    naive_sq_norm,
     run_command,
     tuned,
     write_model,
 )
-from tests.test_inputs import PEFT_WARNS, naive_adapted, write_adapters
+from tests.oracle import (
+    ORDER,
+    coarser,
+    common_part,
+    naive_coefficients,
+    naive_pool,
+    naive_sq_norm,
+)
+from tests.processes import environment, script
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

@@ -19,7 +19,7 @@ from mergekit_metagpt.arithmetic.squared_norms import (
     gram_matrix,
     sq_norms,
 )
-from tests.support import (
+from tests.oracle import (
     ORDER,
     assert_same_bits,
     assert_unchanged,

@@ -22,22 +22,24 @@ from mergekit_metagpt.report import schema
 from mergekit_metagpt.scanning import once, one_pass
 from tests.broken import snapshot
 from tests.conftest import Family, make_family
-from tests.long import huge
-from tests.long.killed import Place, shared_place
-from tests.support import (
+from tests.families import (
     State,
-    assert_same_bits,
-    assert_within_bound,
     cast,
     llama_config,
     llama_state,
     merge_config,
-    naive_coefficients,
-    naive_sq_norm,
-    naive_sq_norms,
     run_mergekit,
     tuned,
     write_model,
+)
+from tests.long import huge
+from tests.long.killed import Place, shared_place
+from tests.oracle import (
+    assert_same_bits,
+    assert_within_bound,
+    naive_coefficients,
+    naive_sq_norm,
+    naive_sq_norms,
 )
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

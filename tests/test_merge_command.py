@@ -15,21 +15,19 @@ import yaml
 
 from tests import broken
 from tests.broken import snapshot
-from tests.support import (
+from tests.families import (
     State,
-    assert_same_bits,
     cast,
     llama_config,
     llama_state,
     merge_config,
-    naive_coefficients,
-    naive_sq_norms,
     read_model,
     run_command,
     run_mergekit,
     tuned,
     write_model,
 )
+from tests.oracle import assert_same_bits, naive_coefficients, naive_sq_norms
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

@@ -12,7 +12,7 @@ import torch
 from mergekit_metagpt import scan
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.opening import open_checkpoint
-from tests.support import llama_state, tuned, write_model
+from tests.families import llama_state, tuned, write_model
 
 BASE = llama_state()
 TUNED = tuned(BASE, seed=1)

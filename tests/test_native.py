@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mergekit_metagpt.arithmetic import compiled, scaled_sums, squared_norms
-from tests.support import ORDER, assert_same_bits, assert_unchanged, bits
+from tests.oracle import ORDER, assert_same_bits, assert_unchanged, bits
 
 SOURCE = Path(compiled.__file__).with_name("loops.c")
 COMPILER = shutil.which("cc")

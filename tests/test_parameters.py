@@ -13,19 +13,21 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import (
+from tests.families import (
     State,
-    assert_merged_exactly,
-    assert_same_bits,
     llama_state,
     merge_config,
+    run_mergekit,
+    tuned,
+    write_model,
+)
+from tests.oracle import (
+    assert_merged_exactly,
+    assert_same_bits,
     naive_coefficients,
     naive_lambdas,
     naive_pool,
     naive_sq_norms,
-    run_mergekit,
-    tuned,
-    write_model,
 )
 
 GRANULARITIES = ["model", "layer", "tensor"]

@@ -20,7 +20,7 @@ from mergekit.merge_methods.api import merge_state_dicts
 from mergekit_metagpt.arithmetic.closed_form import coefficients
 from mergekit_metagpt.arithmetic.scaled_sums import scaled_sum
 from mergekit_metagpt.arithmetic.squared_norms import gram_matrix, sq_norms
-from tests.support import ORDER, assert_same_bits, assert_unchanged, coarser
+from tests.oracle import ORDER, assert_same_bits, assert_unchanged, coarser
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "_silent")
 

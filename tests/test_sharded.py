@@ -21,17 +21,15 @@ from mergekit_metagpt import scan
 from mergekit_metagpt.arithmetic import scaled_sums
 from mergekit_metagpt.scanning import once, threads
 from tests.conftest import Family, make_family
-from tests.support import (
+from tests.families import (
     State,
-    assert_same_bits,
     merge_config,
-    naive_coefficients,
-    naive_sq_norms,
     read_model,
     run_mergekit,
     said,
     write_model,
 )
+from tests.oracle import assert_same_bits, naive_coefficients, naive_sq_norms
 
 DEVICES = 4
 LAYERS = {"layer_range": [0, 3]}

@@ -1,4 +1,4 @@
-"""The seven rules of n_t in design section 2: one test for each sentence of a rule."""
+"""The seven rules of n_t of the method: one test for each sentence of a rule."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ import torch
 import mergekit_metagpt
 from mergekit_metagpt.arithmetic import squared_norms
 from mergekit_metagpt.scanning import one_pass
-from tests.support import (
+from tests.families import (
     State,
-    assert_same_bits,
-    assert_within_bound,
     cast,
     llama_config,
     llama_state,
     merge_config,
+    run_mergekit,
+    said,
+    tuned,
+    write_model,
+)
+from tests.oracle import (
+    assert_same_bits,
+    assert_within_bound,
     naive_coefficients,
     naive_merge,
     naive_sq_norm,
     naive_sq_norms,
-    run_mergekit,
-    said,
     solved_coefficients,
-    tuned,
-    write_model,
 )
 
 States = tuple[State, ...]

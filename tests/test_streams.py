@@ -18,7 +18,7 @@ from mergekit_metagpt.checkpoints.pairs import SharedTensor
 from mergekit_metagpt.checkpoints.stored import StoredTensor
 from mergekit_metagpt.scanning import pieces
 from mergekit_metagpt.scanning.pieces import Files, Streams, can_stream
-from tests.support import ORDER, assert_same_bits
+from tests.oracle import ORDER, assert_same_bits
 
 
 @pytest.fixture

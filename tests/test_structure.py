@@ -231,3 +231,8 @@ def test_tensors_are_made_on_a_named_device(module: str) -> None:
             if maker.removeprefix("torch.") in MAKERS and maker.startswith("torch."):
                 named = [keyword.arg for keyword in node.keywords]
                 assert "device" in named, ast.unparse(node)
+
+
+@pytest.mark.parametrize("file", sorted(Path(__file__).parent.glob("test_*.py")))
+def test_no_test_file_imports_from_another(file: Path) -> None:
+    assert "from tests.test" "_" not in file.read_text()

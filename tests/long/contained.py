@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from tests.families import merge_config
 from tests.long.forked import Ended, Forks, Job
-from tests.support import merge_config
 
 MEMORY = 4 << 30  # beyond what the process has mapped at its start
 LIMIT_S = 40.0

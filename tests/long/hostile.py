@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support import State, llama_config, llama_state, read_model, write_model
+from tests.families import State, llama_config, llama_state, read_model, write_model
 
 Json = dict[str, Any]
 Spoil = Callable[[Path], object]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from tests.families import State, merge_config, read_model, tuned
 from tests.long.contained import (
     FORBIDDEN,
     OPTIONS,
@@ -22,15 +23,7 @@ from tests.long.contained import (
     tree,
 )
 from tests.long.hostile import LAST, MUTATIONS, TENSOR, Mutation, good_state, write_good
-from tests.support import (
-    State,
-    assert_within_bound,
-    merge_config,
-    naive_coefficients,
-    naive_sq_norms,
-    read_model,
-    tuned,
-)
+from tests.oracle import assert_within_bound, naive_coefficients, naive_sq_norms
 
 BASE = good_state()
 TUNED = (tuned(BASE, seed=1), tuned(BASE, seed=2, size=2e-2))

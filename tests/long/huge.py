@@ -16,7 +16,7 @@ import torch
 from mergekit_metagpt import scan
 from mergekit_metagpt.arithmetic import in_parts, scaled_sums
 from mergekit_metagpt.scanning.one_pass import SEGMENT
-from tests.support import naive_coefficients
+from tests.oracle import naive_coefficients
 
 NAME = "w"
 SHIFT = 1.0  # what every marked element differs by

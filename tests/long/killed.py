@@ -21,8 +21,8 @@ import yaml
 
 from tests.broken import snapshot
 from tests.conftest import make_family
+from tests.families import merge_config
 from tests.long.forked import FULL, INTERRUPT, KILL, Ended, Forks, Job
-from tests.support import merge_config
 
 LONG_AGO = 1_600_000_000
 QUIET = ("--no-copy-tokenizer", "--quiet")
