@@ -278,14 +278,13 @@ def llama(**changes: Any) -> Spoil:
     return spoil
 
 
-def pickled(change: Callable[[bytes], bytes], *, nested: bool = False) -> Spoil:
-    """The second model as a pickle, its bytes changed; `nested` below `state_dict`."""
+def pickled(change: Callable[[bytes], bytes]) -> Spoil:
+    """The second model as a pickle, its bytes changed."""
 
     def spoil(folder: Path, config: Config) -> None:
         home = folder / "tuned1"
-        state = read_model(home)
         file = home / "pytorch_model.bin"
-        torch.save({"state_dict": state} if nested else state, file)
+        torch.save(read_model(home), file)
         (home / "model.safetensors").unlink()
         file.write_bytes(change(file.read_bytes()))
 

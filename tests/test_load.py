@@ -200,6 +200,15 @@ def test_two_hundred_models_in_a_report(crowd: Family, tmp_path: Path) -> None:
     assert [len(row) for row in found.cosines] == [MODELS] * MODELS
 
 
+def test_few_results_are_kept(crowd: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PAIRS", "REQUESTS"):
+        monkeypatch.setattr(once, f"_{name}", {})
+        monkeypatch.setattr(once, f"_MOST_{name}", 2)
+    for model in crowd.models[:3]:
+        mergekit_metagpt.scan(crowd.base, [model])
+    assert len(once._PAIRS) == len(once._REQUESTS) == 2
+
+
 TENSORS = 10_000
 
 
