@@ -88,11 +88,7 @@ class Checkpoint:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of everything that a scan depends on, in hexadecimal.
-
-        Raises:
-            OSError: a file cannot be read.
-        """
+        """SHA-256 of everything that a scan depends on, in hexadecimal."""
         files = []
         for file in self.identity:
             content = fingerprint(file)
