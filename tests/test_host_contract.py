@@ -287,7 +287,7 @@ def validations(monkeypatch: pytest.MonkeyPatch) -> Names:
 def test_the_planner_validates_slices_by_name_before_any_tensor(
     family: Family, tmp_path: Path, validations: Names
 ) -> None:
-    """`method` and `planning` tell a slice from a tensor by this name and order."""
+    """`metagpt` and `plan_watch` tell a slice from a tensor by this name and order."""
     layers = [{"model": str(m), "layer_range": [0, 3]} for m in family.models]
     layers.append({"model": str(family.base), "layer_range": [0, 3]})
     sources = [[{**s, "layer_range": r} for s in layers] for r in ([0, 2], [2, 3])]
@@ -300,7 +300,7 @@ def test_the_planner_validates_slices_by_name_before_any_tensor(
     )
     assert [name for name, _, _ in validations[:2]] == slices
     assert {open_ for _, _, open_ in validations} == {4}, (
-        "loaders are no longer open when slices are validated; sources.check_headers "
+        "loaders are no longer open when slices are validated; inputs.check_headers "
         "looks at those"
     )
     tensors = {name for name, _, _ in validations[2:]}
@@ -467,7 +467,7 @@ def test_an_architecture_lists_its_weights(family: Family) -> None:
     assert_has(
         WeightInfo.model_fields,
         {"name", "aliases", "tied_names", "optional", "vocabulary_axis"},
-        "WeightInfo, which checkpoints reads and model_config makes",
+        "WeightInfo, which checkpoint reads and architecture makes",
     )
     config = llama_config()
     architecture = arch_info_for_config(config)
@@ -482,7 +482,7 @@ def test_an_architecture_lists_its_weights(family: Family) -> None:
     module, key = part.architecture, part.architecture.num_layers_config_key()
     assert part.weight_prefix is None
     assert (key, module.num_layers(config)) == ("num_hidden_layers", 3), (
-        "layers are no longer counted so; model_config compares them with the files"
+        "layers are no longer counted so; architecture compares them with the files"
     )
     last = {weight.name for weight in module.layer_weights(2, config) or ()}
     assert last == {name for name in weights if name.startswith("model.layers.2.")}

@@ -1,6 +1,6 @@
 /* The loops over elements, compiled: addresses in, sums or a merged tensor out.
  *
- * `native.py` is the only caller. Knows nothing of tensors, threads or files, and
+ * `compiled.py` is the only caller. Knows nothing of tensors, threads or files, and
  * releases the interpreter's lock while it runs. Each operation is rounded by itself, in
  * an order that this file fixes: the bits do not depend on the processor. Loops are
  * written without branches, so that compilers turn them into vector instructions.
@@ -308,7 +308,7 @@ static PyMethodDef METHODS[] = {
 };
 
 static struct PyModuleDef MODULE = {
-    PyModuleDef_HEAD_INIT, "_mergekit_metagpt", "See native.py.", 0, METHODS,
+    PyModuleDef_HEAD_INIT, "_mergekit_metagpt", "See compiled.py.", 0, METHODS,
     NULL, NULL, NULL, NULL,
 };
 

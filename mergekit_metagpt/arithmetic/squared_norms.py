@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
 
 import torch
 
@@ -16,7 +15,6 @@ from mergekit_metagpt.arithmetic.in_parts import (
     scratch,
 )
 
-T = TypeVar("T")
 ROW = 1 << 10
 
 
@@ -94,11 +92,6 @@ def _task_vectors(
                 else:
                     step.sub_(subtracted)
                 yield k, step
-
-
-def _sum_of_squares(values: torch.Tensor) -> torch.Tensor:
-    """Square a vector in place and sum it."""
-    return _sum(values.square_())
 
 
 def _sum(values: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,7 @@ class Checkpoint:
     @functools.cached_property
     def names(self) -> frozenset[str]:
         """Every name by which the model may mean one of its tensors."""
-        return frozenset(self.renamed) | self.tied_names.keys()
+        return frozenset(self.renamed).union(self.tied_names)
 
     @functools.cached_property
     def stored_layers(self) -> Mapping[str, tuple[StoredTensor, ...]]:

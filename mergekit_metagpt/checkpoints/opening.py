@@ -108,8 +108,7 @@ def open_checkpoint(
         the checkpoint's header.
 
     Raises:
-        ValueError: no model there, a bare LoRA adapter, a quantised model; billions of
-            layers.
+        ValueError: no model there, a bare LoRA adapter, or a quantised model.
         OSError: a file of it is missing, truncated or corrupt.
     """
     from mergekit.common import ModelReference

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from mergekit_metagpt.commands.demo_text import text
-from mergekit_metagpt.report.figures import (
-    BLUE,
-)
+from mergekit_metagpt.report.figures import BLUE
 
 if TYPE_CHECKING:
     import torch

@@ -7,8 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import mergekit.merge_methods  # noqa: F401
-
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.opening import hand_to_mergekit, open_checkpoints
 from mergekit_metagpt.checkpoints.pairs import check_pair

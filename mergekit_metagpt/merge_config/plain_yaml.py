@@ -20,9 +20,7 @@ from mergekit_metagpt.checkpoints.stored import layer_key
 from mergekit_metagpt.merge_config import merge_yaml
 from mergekit_metagpt.merge_config.checks import Job
 from mergekit_metagpt.merge_config.plan import Coefficients, coefficients
-from mergekit_metagpt.method.parameters import (
-    own_parameters,
-)
+from mergekit_metagpt.method.parameters import own_parameters
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference

@@ -200,12 +200,10 @@ def _shares(
     if not group.non_base or not all(t.is_floating_point() for t in tensors.values()):
         return {}
     models = [entry.id for entry in group.non_base]
-    weights = [(model, task.input_parameters[model]["weight"]) for model in models]
+    weights = [task.input_parameters[model]["weight"] for model in models]
     settings = Settings.of(task.parameters)
     measured = group_norms.of_group(group, settings)
-    weight = torch.tensor(
-        [weight for _, weight in weights], dtype=torch.float64, device="cpu"
-    )
+    weight = torch.tensor(weights, dtype=torch.float64, device="cpu")
     shares = settings.shares(measured.sq_norms if measured else None, weight)
     return dict(zip(models, shares.tolist(), strict=True))
 

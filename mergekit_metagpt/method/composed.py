@@ -13,9 +13,7 @@ from mergekit.merge_methods.base import (
 )
 
 from mergekit_metagpt.method.metagpt import REFERENCE_URL, MetaGPTMerge
-from mergekit_metagpt.method.parameters import (
-    own_parameters,
-)
+from mergekit_metagpt.method.parameters import own_parameters
 
 # mergekit's task-arithmetic family, each registered again as metagpt_NAME.
 COMPOSED = (

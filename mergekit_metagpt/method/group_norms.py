@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,7 @@ from mergekit.merge_methods.base import TensorGroup
 
 from mergekit_metagpt.arithmetic import squared_norms
 from mergekit_metagpt.method.inputs import base_of, require_finite
-from mergekit_metagpt.method.parameters import (
-    require_named,
-)
+from mergekit_metagpt.method.parameters import require_named
 
 if TYPE_CHECKING:
     from mergekit_metagpt.method.settings import Settings
@@ -101,11 +100,7 @@ def _of_checkpoints(group: TensorGroup, settings: Settings) -> Measured | None:
             "or use granularity: tensor"
         )
     checkpoints = {model: at for model, at in opened.items() if at is not None}
-    if settings.exclude:
-        require_named(
-            settings.exclude,
-            (name for checkpoint in checkpoints.values() for name in checkpoint.names),
-        )
+    _check_exclude(settings.exclude, tuple(at.names for at in checkpoints.values()))
     base = checkpoints.pop(base_of(group).id)
     result = once.measure(base, list(checkpoints.values()))
     if settings.granularity == "model":
@@ -130,6 +125,13 @@ def _of_checkpoints(group: TensorGroup, settings: Settings) -> Measured | None:
         for at, key in enumerate(keys)
     ]
     return Measured(torch.tensor(values, dtype=torch.float64, device="cpu"))
+
+
+# Called for every tensor: the names are those of the last few merges.
+@functools.lru_cache(maxsize=16)
+def _check_exclude(exclude: tuple[str, ...], names: tuple[frozenset[str], ...]) -> None:
+    if exclude:
+        require_named(exclude, frozenset().union(*names))
 
 
 def forget_failures() -> None:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from mergekit.merge_methods.base import TensorEntry, TensorGroup
 
 from mergekit_metagpt.checkpoints.stored import layer_key
-
-if TYPE_CHECKING:
-    pass
 
 # Elements compared to tell a layer from another one.
 PROBE = 1000

@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from mergekit_metagpt.method.announcing import Announcer
-from mergekit_metagpt.method.parameters import (
-    only_base,
-)
+from mergekit_metagpt.method.parameters import only_base
 
 
 @dataclass

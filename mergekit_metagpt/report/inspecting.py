@@ -14,9 +14,7 @@ from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.pairs import check_pair
 from mergekit_metagpt.merge_config.families import Family
 from mergekit_metagpt.method import advice
-from mergekit_metagpt.method.parameters import (
-    require_named,
-)
+from mergekit_metagpt.method.parameters import require_named
 from mergekit_metagpt.report import schema
 from mergekit_metagpt.report.inventory import describe, unshared
 from mergekit_metagpt.report.parts import PARTS, natural, part_of

@@ -53,11 +53,10 @@ def _family(family: schema.Family) -> Iterator[str | Table]:
         yield f"{family.reading}\n"
     yield "Share of each part in ||tau||^2"
     yield _parts(family)
-    if family.settings.granularity != "model":
+    if family.settings.granularity != "model" and not wide:
         of_what = family.settings.granularity
         yield f"lambda by {of_what}, and in brackets ||tau|| / ||theta_0||"
-        if not wide:
-            yield _pools(family)
+        yield _pools(family)
     if wide:
         yield f"{len(models)} models are too many for a table: use --json or --csv\n"
     yield from _left_out(family)

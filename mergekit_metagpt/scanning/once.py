@@ -48,17 +48,19 @@ def measure(
         workers: threads; the CPUs at hand if None.
 
     Returns:
-        the result, with the models in their order.
+        the result, with the models in their order; named as when it was measured.
 
     Raises:
         ValueError: base and model do not fit, or a weight is NaN or infinite.
         OSError: a file cannot be read or has changed since it was opened.
     """
     request = (base.identity, *(model.identity for model in models))
-    result = _REQUESTS.get(request)
-    if result is not None and (result.gram is not None or gram is False):
-        return result.named(base.label, [model.label for model in models])
+    if (earlier := _remembered(request, gram)) is not None:
+        return earlier
     with _LOCK:
+        # Another thread may have scanned for us while we waited.
+        if (earlier := _remembered(request, gram)) is not None:
+            return earlier
         if request in _FAILURES:
             raise _FAILURES[request]
         try:
@@ -73,7 +75,12 @@ def measure(
         for kept, most in ((_PAIRS, _MOST_PAIRS), (_REQUESTS, _MOST_REQUESTS)):
             while len(kept) > most:
                 del kept[next(iter(kept))]
-    return result.named(base.label, [model.label for model in models])
+    return result
+
+
+def _remembered(request: _Identities, gram: bool | None) -> ScanResult | None:
+    result = _REQUESTS.get(request)
+    return result if result and (gram is False or result.gram is not None) else None
 
 
 def _measured(
@@ -161,4 +168,9 @@ def scan(
     )
     forget_failures()
     result = measure(opened, tuned, gram=gram, workers=workers)
-    return result if gram else replace(result, gram=None)
+    return replace(
+        result,
+        base=opened.label,
+        models=tuple(model.label for model in tuned),
+        gram=result.gram if gram else None,
+    )

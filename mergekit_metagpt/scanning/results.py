@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -79,20 +79,6 @@ class ScanResult:
     _pools: dict[tuple[str, tuple[str, ...]], Pooled] = field(
         default_factory=dict, init=False, repr=False
     )
-
-    def named(self, base: str, models: Sequence[str]) -> ScanResult:
-        """Return the result under other names: the same files may be spelled anew.
-
-        Args:
-            base: name of the base.
-            models: names of the K models.
-
-        Returns:
-            this result if the names are its own.
-        """
-        if (base, tuple(models)) == (self.base, self.models):
-            return self
-        return replace(self, base=base, models=tuple(models))
 
     def select(self, rows: Sequence[int]) -> ScanResult:
         """Return what was measured of some of the models.

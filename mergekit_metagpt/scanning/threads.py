@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from mergekit_metagpt.arithmetic.in_parts import (
-    use_one_torch_thread,
-)
+from mergekit_metagpt.arithmetic.in_parts import use_one_torch_thread
 
 T = TypeVar("T")
 R = TypeVar("R")
