@@ -117,12 +117,12 @@ def slices(
     return spoil
 
 
-def both(first: Spoil, second: Spoil) -> Spoil:
+def each(*spoils: Spoil) -> Spoil:
     """One after the other."""
 
     def spoil(folder: Path, config: Config) -> str | bytes | None:
-        found = first(folder, config)
-        return second(folder, config) or found
+        contents = [spoil(folder, config) for spoil in spoils]
+        return next((content for content in contents if content), None)
 
     return spoil
 
@@ -164,6 +164,21 @@ def to_int8(state: State) -> None:
 
 def lose_tensor(state: State) -> None:
     del state[TENSOR]
+
+
+def with_names(change: Callable[[str], str]) -> Callable[[State], None]:
+    """All tensors under other names."""
+
+    def rename(state: State) -> None:
+        for name in list(state):
+            state[change(name)] = state.pop(name)
+
+    return rename
+
+
+def without_norms(state: State) -> None:
+    """Norms without elements, as sharded training may save them."""
+    state.update({n: torch.empty(0) for n in state if "norm" in n})
 
 
 def in_file(name: str, change: Callable[[bytes], bytes], shards: int = 1) -> Spoil:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from tests.families import State, run_mergekit
+from tests.families import State, merge_config, run_mergekit
 from tests.oracle import Oracle, assert_lambdas, assert_merged
+
+
+def write_merge(
+    file: Path, base: Path | str, models: Sequence[Path | str], **settings: Any
+) -> Path:
+    """Write a merge YAML; return its path."""
+    file.write_text(yaml.safe_dump(merge_config(base, models, **settings)))
+    return file
 
 
 def with_granularity(config: Mapping[str, Any], granularity: str) -> dict[str, Any]:

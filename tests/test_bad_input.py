@@ -53,7 +53,6 @@ class Row:
         error: type of that exception.
         ours_after: what may have happened before ours answers.
         mergekit_after: the same for mergekit.
-        options: command-line options of both.
     """
 
     name: str
@@ -63,11 +62,12 @@ class Row:
     error: type[Exception] = ValueError
     ours_after: Events = HEADERS
     mergekit_after: Events = HEADERS
-    options: tuple[str, ...] = ()
 
 
+QUIET = ("--no-copy-tokenizer", "--quiet")
 TWO = ("tuned0", "tuned1")
 THREE = ("base", *TWO)
+FOUR_LAYERS = {"num_hidden_layers": 4}
 # Where pydantic wraps what a validator of mergekit says.
 WRAPPED = "1 validation error for ExecuteMergeMethodTask\n  Value error, {ours} […"
 NO_BASE = "metagpt measures … against a base, and none is given for {}. Add `base_m…"
@@ -98,7 +98,7 @@ def poisoned_row(
     found = f"{TENSOR} of {{dir}}/{model} holds NaN or infinity"
     return Row(
         f"{value}-in-{model}-{name}",
-        broken.both(broken.poisoned(model, float(value)), broken.settings(**given)),
+        broken.each(broken.poisoned(model, float(value)), broken.settings(**given)),
         ours=f"{found} (in {{dir}}/{model}/model.safetensors); … Repair or replace it",
         mergekit="{ours}" if scanned else f"{found}; … Repair or replace this model",
         ours_after=frozenset({SCAN}),
@@ -295,15 +295,6 @@ CONFIGS = [
         architectures=[],
     ),
     config("width-as-a-word", "cannot be used: …hidden_size…", hidden_size="32"),
-    *(
-        config(
-            f"{count}-layers",
-            f"has num_hidden_layers {count}, but layer {said} ('model.layers.…'); …",
-            mergekit="{ours}",
-            num_hidden_layers=count,
-        )
-        for count, said in ((4, "3 is not stored"), (0, "0 is stored"))
-    ),
 ]
 
 MOVED = (
@@ -365,7 +356,7 @@ PARAMETERS = [
     ),
     Row(
         "layers-moved",
-        broken.both(
+        broken.each(
             broken.slices(THREE, (0, 1), (2, 3)),
             broken.parameters(
                 granularity=[{"filter": "mlp", "value": "layer"}, {"value": "model"}]
@@ -433,7 +424,7 @@ YAML = [
     ),
     Row(
         "other-method",
-        broken.both(
+        broken.each(
             broken.settings(merge_method="task_arithmetic"), broken.weights(1, 1)
         ),
         ours="merge_method is 'task_arithmetic'; this command takes metagpt…. Use …",
@@ -473,7 +464,6 @@ MERGEKIT_FIRST = [
         ours="…tuned0…",
         mergekit="Duplicate merge inputs for default.slices[0]",
         ours_after=LATE,
-        options=("--quiet",),
     ),
     Row(
         "fewer-layers",
@@ -483,26 +473,90 @@ MERGEKIT_FIRST = [
         mergekit="All inputs to a slice must contain the same number of layers",
         error=RuntimeError,
     ),
+    Row(
+        "fewer-layers-than-config-json-says",
+        broken.each(
+            *(
+                broken.in_file(f"{name}/config.json", broken.with_json(**FOUR_LAYERS))
+                for name in THREE
+            )
+        ),
+        ours="{dir}/… stores nothing of model.layers.3, which its config.json counts …",
+        mergekit="Tensor model.layers.3.… required but not present in …",
+        error=RuntimeError,
+        mergekit_after=LATE,
+    ),
     *(
         Row(
             f"tensor-missing-in-{model}",
             broken.rewritten(model, broken.lose_tensor),
-            ours=f"…{TENSOR}…{{dir}}/{model}…",
+            ours=f"{{dir}}/{model} does not store {TENSOR}, which mergekit needs …",
             mergekit=f"Tensor {TENSOR} required but not present in … {{dir}}/{model}",
             error=RuntimeError,
-            ours_after=LATE,
             mergekit_after=LATE,
-            options=("--quiet",),
         )
         for model in ("base", "tuned1")
+    ),
+    *(
+        Row(
+            f"names-begin-with-{prefix[:-1]}",
+            broken.rewritten(
+                "tuned1", broken.with_names(lambda name, p=prefix: p + name)
+            ),
+            ours=f"{{dir}}/tuned1 stores {prefix}model.layers.…, where mergekit's "
+            f"definition … expects model.layers.… All names begin with '{prefix}': …",
+        )
+        for prefix in ("module.", "_orig_mod.", "base_model.model.")
+    ),
+    Row(
+        "adapter-not-merged",
+        broken.rewritten(
+            "tuned1",
+            broken.with_names(lambda n: n.replace("v_proj.", "v_proj.base_layer.")),
+        ),
+        ours="…v_proj.weight (stored is ….base_layer.weight), … merge it into … first",
+        mergekit="Tensor ….v_proj.weight required but not present in …",
+        error=RuntimeError,
+        mergekit_after=LATE,
+    ),
+    Row(
+        "norms-without-elements",
+        broken.rewritten("tuned1", broken.without_norms),
+        ours="…norm.weight is [0] in {dir}/tuned1, in the base [32]. …save it whole",
+        mergekit="Tensor size mismatch for …norm.weight…",
+        mergekit_after=LATE,
+    ),
+    *(
+        Row(
+            f"{key}-{value}",
+            broken.settings(**{key: value}),
+            ours=f"{key} is '{value}'; expected float32, bfloat16, float16 or float64",
+            mergekit=f'Unimplemented dtype "{value}"',
+            error=RuntimeError,
+            mergekit_after=LATE,
+        )
+        for key, value in (("dtype", "bfloat"), ("out_dtype", "int8"))
+    ),
+    Row(
+        "no-tokenizer-to-be-had",
+        broken.settings(tokenizer_source="base"),
+        ours="mergekit cannot make the tokenizer of this merge: … tokenizer_source, …",
+        mergekit="…",
+        error=Exception,
+        mergekit_after=LATE,
+    ),
+    Row(
+        "no-such-chat-template",
+        broken.settings(chat_template="qwen2.5"),
+        ours="mergekit cannot make the tokenizer …: … qwen2.5. … chat_template …",
+        mergekit=None,
     ),
     Row(
         "vocabulary-resized",
         broken.llama(vocab_size=100),
-        ours="Tensor size mismatch for ….weight: […]. Align vocabulary axes …",
-        ours_after=LATE,
+        ours="….weight is [100, 32] in …, in the base [96, 32]. …tokenizer_source: …",
+        mergekit="Tensor size mismatch for ….weight: […]. Align vocabulary axes …",
         mergekit_after=LATE,
-        options=("--quiet",),
     ),
 ]
 
@@ -555,7 +609,7 @@ class Job:
         from mergekit.io.tasks import LoaderCache
 
         LoaderCache.loaders.clear()
-        arguments = ["merge", str(self.config_file), str(self.out), *options]
+        arguments = ["merge", str(self.config_file), str(self.out), *QUIET, *options]
         with pytest.raises(SystemExit) as ended:
             main.main(arguments, prog_name="mergekit-metagpt")
         assert isinstance(ended.value.code, int)
@@ -650,7 +704,7 @@ def test_our_command_answers_in_one_line_and_creates_nothing(
     capsys.readouterr()
     job.happened.clear()
 
-    status = job.merge(*row.options)
+    status = job.merge()
 
     said = capsys.readouterr()
     assert_refused(status, said.out, said.err, job.fill(row.ours))
@@ -670,14 +724,14 @@ def test_mergekit_yaml_raises_and_leaves_at_most_an_empty_folder(
     job.prepare(row.spoil)
     before = snapshot(job.folder.parent)
     job.happened.clear()
-    arguments = [str(job.config_file), str(job.out), "--quiet", "--no-copy-tokenizer"]
+    arguments = [str(job.config_file), str(job.out), *QUIET]
 
     if row.mergekit is None:
-        mergekit_yaml.main([*arguments, *row.options], standalone_mode=False)
+        mergekit_yaml.main(arguments, standalone_mode=False)
         assert read_model(job.out)
         return
     with pytest.raises(row.error) as raised:
-        mergekit_yaml.main([*arguments, *row.options], standalone_mode=False)
+        mergekit_yaml.main(arguments, standalone_mode=False)
 
     assert_says(str(raised.value), job.fill(row.mergekit, ours=job.fill(row.ours)))
     assert job.happened <= row.mergekit_after, job.happened
@@ -774,7 +828,7 @@ def test_merge_takes_adapters_as_mergekit_yaml_does(job: Job) -> None:
     assert all(t.dtype == torch.bfloat16 for t in read_model(*cache.iterdir()).values())
 
     cache = job.folder.parent / "our-cache"
-    status = job.merge("--no-copy-tokenizer", "--quiet", *options, str(cache))
+    status = job.merge(*options, str(cache))
 
     assert status == 0
     for name, tensor in read_model(theirs).items():
@@ -824,7 +878,7 @@ def test_output_that_cannot_be_replaced_is_refused(
     job.happened.clear()
     job.out = job.folder / out
 
-    status = job.merge("--quiet", *options)
+    status = job.merge(*options)
 
     said = capsys.readouterr()
     assert status == 2 and said.out == ""
@@ -837,7 +891,7 @@ def test_parameters_of_other_methods_are_said_to_be_ignored(
     job: Job, caplog: pytest.LogCaptureFixture
 ) -> None:
     spoil = broken.parameters(normalize=True, int8_mask=True)
-    job.prepare(broken.both(spoil, broken.settings(unheard="of")))
+    job.prepare(broken.each(spoil, broken.settings(unheard="of")))
     assert job.merge() == 0
     assert "ignored, as metagpt has none: int8_mask, normalize" in caplog.text
 
@@ -875,7 +929,7 @@ def test_relative_paths_of_one_slash_make_mergekit_ask_the_hub(job: Job) -> None
     from mergekit.scripts.run_yaml import main as mergekit_yaml
 
     job.prepare(one_slash)
-    arguments = [str(job.config_file), str(job.out), "--quiet", "--no-copy-tokenizer"]
+    arguments = [str(job.config_file), str(job.out), *QUIET]
     with pytest.raises(OSError) as raised:
         mergekit_yaml.main(arguments, standalone_mode=False)
     assert_says(
@@ -932,7 +986,7 @@ def test_console_scripts_answer_the_same(
     ours = job.fill(row.ours)
     words = ["merge"] * (command == "mergekit-metagpt")
     done = run_process(
-        [script(command), *words, job.config_file, job.out],
+        [script(command), *words, job.config_file, job.out, *QUIET],
         environment(TMPDIR=str(tmp_path)),
     )
     if words:

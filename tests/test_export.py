@@ -772,7 +772,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "no YAML": (broken.text("a: [b"), "merge.yml"),
     "no text": (broken.text(b"\xff\xfe\x00"), "merge.yml"),
     "layers that move, by layer": (
-        broken.both(
+        broken.each(
             broken.slices(["base", "tuned0"], (1, 3)),
             broken.parameters(granularity="layer"),
         ),

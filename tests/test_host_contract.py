@@ -317,8 +317,28 @@ def test_the_task_of_a_tensor_holds_what_the_planner_resolved() -> None:
             *("method_name", "gather_tensors", "model_order", "base_model"),
             *("output_weight", "parameters", "input_parameters"),
         },
-        "ExecuteMergeMethodTask, which outputs reads",
+        "ExecuteMergeMethodTask, which plan and checks read",
     )
+
+
+@uses("mergekit.io.tasks.GatherTensors")
+def test_only_vocabularies_are_matched_before_they_are_merged(family: Family) -> None:
+    """`checks` lets their sizes differ, and no others."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import GatherTensors
+    from mergekit.options import MergeOptions
+
+    from mergekit_metagpt.merge_config.plan import plan_merge
+
+    for source, expected in (("base", [0, 0]), (None, [])):
+        data = merge_config(family.base, family.models, tokenizer_source=source)
+        config = MergeConfiguration.model_validate(data)
+        tasks = [tensor.task for tensor in plan_merge(config, MergeOptions())]
+        assert [
+            task.output_weight.vocabulary_axis
+            for task in tasks
+            if not isinstance(task.gather_tensors, GatherTensors)
+        ] == expected
 
 
 # ---- plan and graph
@@ -669,6 +689,31 @@ def test_the_configuration_of_the_result_can_be_had_beforehand() -> None:
     from mergekit.merge import _model_out_config
 
     assert_takes(_model_out_config, "outputs", None, None, trust_remote_code=False)
+
+
+@uses("mergekit.merge._set_chat_template")
+@uses("mergekit.merge._get_donor_model")
+@uses("mergekit.tokenizer.PermutedVocabulary")
+def test_the_tokenizer_of_the_result_can_be_tried_beforehand(family: Family) -> None:
+    from types import SimpleNamespace
+
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import _get_donor_model, _set_chat_template
+    from mergekit.options import MergeOptions
+    from mergekit.tokenizer import PermutedVocabulary
+
+    data = merge_config(family.base, family.models, chat_template="chatml")
+    config = MergeConfiguration.model_validate(data)
+    tokenizer = SimpleNamespace(chat_template=None)
+    _set_chat_template(tokenizer, config)
+    assert "{" in tokenizer.chat_template
+    donor, folder = _get_donor_model(config, MergeOptions())
+    assert (str(donor), folder) == (str(family.base), str(family.base))
+    assert_has(
+        fields_of(PermutedVocabulary),
+        {"gather_tensors", "tokenizer_task", "tokens", "vocabulary_axis"},
+        "PermutedVocabulary, which checks executes",
+    )
 
 
 # ---- that nothing is forgotten

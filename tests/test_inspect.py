@@ -215,7 +215,7 @@ def test_every_figure_of_a_mixed_family(trio: Trio, inspect: Inspect) -> None:
     report = inspect("--base", *trio.folders)
     family, naive = only(report), trio.naive
     names = naive.names()
-    assert (report["schema_version"], report["method"]) == (2, "metagpt")
+    assert (report["schema_version"], report["method"]) == (3, "metagpt")
     settings = family["settings"]
     assert (settings["granularity"], settings["power"], settings["exclude"]) == (
         "model",
@@ -930,10 +930,9 @@ def test_a_model_that_cannot_be_merged_is_warned_of(
     """What `merge` would refuse can still be measured."""
     folder = trio.folders[1]
     (folder / "config.json").write_text("{")
-    warnings = only(inspect("--base", *trio.folders))["warnings"]
-    (warning,) = (text for text in warnings if "can be measured" in text)
-    assert warning.startswith(f"{folder} can be measured, but not merged: ")
-    assert "config.json" in warning
+    report = inspect("--base", *trio.folders)
+    assert report["families"][0]["models"][0]["sq_norm"] > 0
+    assert report["refused"].startswith(f"{folder}/config.json of {folder} ")
 
 
 # --- the cost -------------------------------------------------------------------------
@@ -979,7 +978,7 @@ def test_one_pass_over_the_files_and_no_model(
 BAD: dict[str, tuple[Any, str]] = {
     "no base": (broken.without("base_model"), "base_model"),
     "no base, another method": (
-        broken.both(broken.without("base_model"), broken.settings(merge_method="ties")),
+        broken.each(broken.without("base_model"), broken.settings(merge_method="ties")),
         "base_model",
     ),
     "only the base": (broken.models("base"), "only the base"),

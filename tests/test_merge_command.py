@@ -257,6 +257,38 @@ def test_a_step_that_fails_leaves_nothing(
     assert snapshot(work) == before
 
 
+def test_what_fails_when_all_weights_are_written_loses_none(
+    work: Path,
+    states: dict[str, State],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("mergekit.merge.generate_card", fail)
+    for number in ("", "-2"):
+        capsys.readouterr()
+        assert run_command("merge", "merge.yml", "out", *QUIET) == 2
+        kept = work / f"out.unfinished{number}"
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert (
+            f"the disk is full. All merged weights are written and kept in {kept}, "
+            in (message)
+        )
+        assert "without tokenizer_config.json" in message
+        assert read_model(kept).keys() == states["base"].keys()
+        assert {path.name for path in kept.iterdir()} > BESIDE
+        assert not (work / "out").exists()
+
+
+def test_a_base_without_tokenizer_is_refused_before_the_merge(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = snapshot(work)
+    assert run_command("merge", "merge.yml", "out") == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "no tokenizer" in message and "--no-copy-tokenizer" in message
+    assert snapshot(work) == before
+
+
 @pytest.mark.parametrize(
     "step",
     [

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +27,12 @@ class Architecture:
 
     Attributes:
         weights: by mergekit's definition; where it has none, transformers' ties.
-        defined: whether mergekit has a definition.
         layers: how many there are, by the name of the module, where it has.
         refused: why mergekit could not plan a merge of this model, or None. Its files
             can be measured all the same.
     """
 
     weights: tuple[WeightInfo, ...] = ()
-    defined: bool = False
     layers: Mapping[str, int] = field(default_factory=dict)
     refused: str | None = None
 
@@ -91,9 +90,11 @@ def architecture_of(
     # Whatever transformers, mergekit and the modules of an architecture raise.
     except Exception as error:
         odd = f"cannot be used: {type(error).__name__}: {error}"
-    if odd is None:
-        return found
-    return replace(found, refused=f"{file} of {label} {odd}. {REPAIR}")
+    if odd is not None:
+        return replace(found, refused=f"{file} of {label} {odd}. {REPAIR}")
+    if found.refused is not None:
+        return replace(found, refused=f"{label} {found.refused}")
+    return found
 
 
 def _odd(given: Any) -> str | None:
@@ -143,17 +144,17 @@ def _config(
 def _found(
     config: PretrainedConfig, stored: Mapping[str, StoredTensor]
 ) -> tuple[Architecture, str | None]:
-    """The architecture, and what is wrong with its number of layers."""
+    """The architecture, and what is wrong with the names of what is stored."""
     from mergekit.architecture import arch_info_for_config
 
     known = arch_info_for_config(config)
     if known is None:
         return Architecture(_ties(config, stored)), None
-    odd = _odd_layers(known, config, stored)
     parts = known.modules.items()
     layers = {name: part.architecture.num_layers(config) for name, part in parts}
+    refused = _other_names(known, config, stored)
     # The names and ties of what there is hold all the same.
-    return Architecture(tuple(known.all_weights(config)), True, layers), odd
+    return Architecture(tuple(known.all_weights(config)), layers, refused), None
 
 
 def _ties(
@@ -173,37 +174,62 @@ def _ties(
     )
 
 
-def _odd_layers(
+def _other_names(
     known: ModelArchitecture,
     config: PretrainedConfig,
     stored: Mapping[str, StoredTensor],
 ) -> str | None:
-    """Whether the last layer of each module is not stored; without any, the first."""
+    """Say so where no layer of a module is stored under a name of the definition."""
     from mergekit.architecture.conversion import can_convert_checkpoint_keys
-
-    def made(name: str) -> bool:
-        return can_convert_checkpoint_keys(config.model_type, set(stored), name)
 
     for part in known.modules.values():
         module, prefix = part.architecture, part.weight_prefix or ""
-        key = module.num_layers_config_key()
-        if key is None:
-            continue  # a fixed number of them
-        count = module.num_layers(config)
-        at = max(count - 1, 0)
-        weights = module.layer_weights(at, config) or []
-        names = [
+        expected = [
             f"{prefix}{name}"
-            for weight in weights
+            for at in range(module.num_layers(config))
+            for weight in module.layer_weights(at, config) or ()
+            if not weight.optional
             for name in (weight.name, *(weight.aliases or ()))
         ]
-        if all(weight.optional for weight in weights):
+        if not expected or not stored or any(name in stored for name in expected):
             continue
-        there = any(name in stored for name in names) or any(map(made, names))
-        if count < 0 or there == (count == 0):
-            return (
-                f"has {key} {_shown(count)}, but layer {_shown(at)} is "
-                f"{'' if there else 'not '}stored ({_shown(names[0])}); expected the "
-                "number of layers of the model"
+        if can_convert_checkpoint_keys(config.model_type, set(stored), expected[0]):
+            continue
+        close = max(stored, key=lambda name: (_common_end(name, expected[0]), name))
+        extra = prefix_of(stored, expected)
+        return (
+            f"stores {close}, where mergekit's definition of "
+            f"{config.architectures[0]} expects {expected[0]}. "
+            + (
+                f"All names begin with {extra!r}: store the tensors without it"
+                if extra
+                else "Merge copies that store the expected names"
             )
+        )
     return None
+
+
+def prefix_of(names: Collection[str], expected: Collection[str]) -> str | None:
+    """Return what stands before the expected names in all names, if anything does.
+
+    Args:
+        names: as a wrapper of a model may have stored them.
+        expected: names of the model itself; not all of them need be there.
+
+    Returns:
+        such as `module.` or `base_model.model.`.
+    """
+    expected = set(expected)
+    for name in names:
+        parts = name.split(".")
+        for at in range(1, len(parts)):
+            if ".".join(parts[at:]) in expected:
+                prefix = ".".join(parts[:at]) + "."
+                return prefix if all(n.startswith(prefix) for n in names) else None
+    return None
+
+
+def _common_end(one: str, other: str) -> int:
+    """Count the last components that two names have in common."""
+    pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))

@@ -37,8 +37,8 @@ class Checkpoint:
             not stored, by the architecture.
         identity: of every file, when it was opened.
         model_type: by its configuration, or None.
-        written: output names by mergekit's definition of the architecture, or None
-            where it has none and writes what the inputs store.
+        folder: where its config.json lies, or None for a bare file.
+        others: names of stored tensors that are not of floating point.
         layers: how many there are by the configuration, by the name of the module,
             where mergekit has a definition.
         refused: why mergekit could not plan a merge of it, though it can be measured.
@@ -49,7 +49,8 @@ class Checkpoint:
     tied_names: Mapping[str, tuple[str, ...]]
     identity: tuple[FileIdentity, ...]
     model_type: str | None = None
-    written: frozenset[str] | None = None
+    folder: Path | None = None
+    others: frozenset[str] = frozenset()
     layers: Mapping[str, int] = field(default_factory=dict)
     refused: str | None = None
 
@@ -208,7 +209,8 @@ def read_checkpoint(
         tied_names={w.name: tuple(w.tied_names) for w in known.weights if w.tied_names},
         identity=tuple(FileIdentity.of(file) for file in files),
         model_type=model_type if isinstance(model_type, str) else None,
-        written=frozenset(w.name for w in known.weights) if known.defined else None,
+        folder=None if bare else folder,
+        others=frozenset(places).difference(stored),
         layers=known.layers,
         refused=known.refused,
     )

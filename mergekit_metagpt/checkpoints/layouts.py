@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -12,24 +13,57 @@ from mergekit_metagpt.checkpoints.stored import ConvertedTensor, StoredTensor, l
 Stored = StoredTensor | ConvertedTensor
 
 
-def _stand_in(checkpoint: Checkpoint, like: StoredTensor, name: str) -> Stored | None:
+def stored_as(checkpoint: Checkpoint, name: str) -> Stored | None:
+    """Find what mergekit loads as a tensor of this name, from headers.
+
+    Args:
+        checkpoint: an input of a merge.
+        name: of a tensor that mergekit plans to read.
+
+    Returns:
+        the tensor of that name, one that it is tied to, or one that transformers'
+        conversion rules make; None if there is nothing of the kind.
+    """
+    for own in (name, *checkpoint.tied_names.get(name, ())):
+        if own in checkpoint.tensors:
+            return checkpoint.tensors[own]
+    return _stand_in(checkpoint, name)
+
+
+def sources(stored: Stored) -> tuple[StoredTensor, ...]:
+    """Return the tensors in files of which one is made."""
+    return stored.sources if isinstance(stored, ConvertedTensor) else (stored,)
+
+
+def _stand_in(checkpoint: Checkpoint, name: str) -> Stored | None:
     """A tensor of that name made from what a checkpoint stores in another layout."""
     if name in checkpoint.renamed:
         return checkpoint.tensors[checkpoint.renamed[name]]
     layer = checkpoint.stored_layers.get(layer_key(name))
     if layer is None or checkpoint.model_type is None:
         return None
-    from mergekit.architecture.conversion import can_convert_checkpoint_keys
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from mergekit.architecture.conversion import convert_checkpoint_tensors
 
-    rules = get_checkpoint_conversion_mapping(checkpoint.model_type) or ()
-    if any(rule.rename_source_key(name)[1] is not None for rule in rules):
-        return None  # a name of the layout that rules start from: nothing makes it
-    stored = {tensor.name for tensor in layer}
-    if not can_convert_checkpoint_keys(checkpoint.model_type, stored, name):
+    used: dict[StoredTensor, None] = {}
+
+    def header(tensor: StoredTensor) -> torch.Tensor:
+        used[tensor] = None
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    try:
+        made = convert_checkpoint_tensors(
+            checkpoint.model_type,
+            {tensor.name: functools.partial(header, tensor) for tensor in layer},
+            name,
+        )
+    except Exception:  # whatever a rule raises about tensors that do not fit it
         return None
-    coarsest = max((t.dtype for t in layer), key=lambda dtype: torch.finfo(dtype).eps)
-    return ConvertedTensor(name, checkpoint.model_type, layer, coarsest, like.shape)
+    if made is None:
+        return None
+    coarsest = max((t.dtype for t in used), key=lambda dtype: torch.finfo(dtype).eps)
+    return ConvertedTensor(
+        name, checkpoint.model_type, tuple(used), coarsest, tuple(made.shape)
+    )
 
 
 def counterparts(
@@ -60,8 +94,8 @@ def _counterparts(
         ours: Stored | None = first
         theirs: Stored | None = second
         if first is None and second is not None:
-            ours = _stand_in(base, second, name)
+            ours = _stand_in(base, name)
         elif second is None and first is not None:
-            theirs = _stand_in(model, first, name)
+            theirs = _stand_in(model, name)
         if ours is not None and theirs is not None:
             yield name, (ours, theirs)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mergekit_metagpt.checkpoints.architecture import prefix_of
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.files import Readers
 from mergekit_metagpt.checkpoints.layouts import (
@@ -107,10 +108,16 @@ def check_pair(base: Checkpoint, model: Checkpoint) -> None:
         for name in other.tensors
         if name not in shared
     ]
+    advice = "Give the base that it was trained from"
+    for one, other in ((base, model), (model, base)):
+        if prefix := prefix_of(one.tensors, other.tensors):
+            advice = (
+                f"All names of {one.label} begin with {prefix!r}: store its tensors "
+                "without it"
+            )
     raise ValueError(
         f"{model.label} is no fine-tune of {base.label}: {share:.1%} of the parameters "
-        f"match; first differences: {'; '.join([*differing, *absent][:3])}. Give the "
-        "base that it was trained from"
+        f"match; first differences: {'; '.join([*differing, *absent][:3])}. {advice}"
     )
 
 

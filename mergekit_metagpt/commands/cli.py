@@ -166,7 +166,6 @@ def inspect(
         "power": power,
         "exclude": exclude,
     }
-    method = "metagpt"
     if base is None:
         if Path(models[0]).is_dir():
             raise ValueError(
@@ -174,15 +173,25 @@ def inspect(
                 "the models"
             )
         config = _config(models[0])
-        method = config.merge_method
         checks.check_method(config)
-        if method in checks.METHODS:
+        if config.merge_method in checks.METHODS:
             checks.check_names(config)
-        merged = families.of_config(config, **wishes)
     else:
-        merged = families.of_models(base, models, **wishes)
+        config = families.config_of(base, models)
+    merged = families.of_config(config, **wishes)
     opened = families.open_models(merged, options)
-    report = inspecting.inspect(merged, opened, method=method)
+    planned = refused = None
+    try:
+        planned = checks.check_plan(config, opened, options)
+    except ValueError as error:
+        refused = str(error)
+    report = inspecting.inspect(
+        merged,
+        opened,
+        method=config.merge_method,
+        planned=planned,
+        refused=refused,
+    )
     if json_file is not None:
         with click.open_file(json_file, "w", encoding="utf-8") as stream:
             stream.write(report.model_dump_json(indent=2) + "\n")

@@ -57,10 +57,15 @@ def merge(
     _check_place(out, config_file, config, force=force)
     options.apply_global_options()
     job = checks.check(config, options)
+    checks.check_copied_tokenizer(config, options)
     merged = families.of_config(config)
     # Without inner products, unless an earlier `inspect` left them in the cache.
     report = inspecting.inspect(
-        merged, job.opened, method=config.merge_method, gram=None
+        merged,
+        job.opened,
+        method=config.merge_method,
+        planned=job.planned,
+        gram=None,
     )
     exported = plain_yaml.export(job)
     # Parameters that vary by tensor may need warnings that the report does not have.
@@ -83,15 +88,59 @@ def merge(
         )
         # mergekit makes the folder's name the title of the model card.
         made = parent / "made" / out.name
-        plan.run(config, str(made), options, source=text, warned=warned)
+        late = None
+        try:
+            plan.run(config, str(made), options, source=text, warned=warned)
+        except (ValueError, OSError) as error:
+            if _unwritten(made, job):
+                raise
+            late = error
         for checkpoint in job.opened.values():
             checkpoint.verify_unchanged()
         for path in beside.iterdir():
             path.rename(made / path.name)
+        if late is not None:
+            raise ValueError(_keep(made, out, late)) from late
+        if names := _unwritten(made, job):
+            raise ValueError(
+                f"mergekit did not write {', '.join(names[:3])} ({len(names)} tensors "
+                "in all), as it had planned: a defect of mergekit or of this package"
+            )
         if options.write_model_card:
             with (made / "README.md").open("a", encoding="utf-8") as stream:
                 stream.write(f"\n{about}")
         _put(made, out, aside=parent / ASIDE)
+
+
+def _unwritten(made: Path, job: checks.Job) -> list[str]:
+    """Planned tensors that the files of a merged model do not hold."""
+    from mergekit.io import ShardedTensorIndex
+
+    try:
+        written = ShardedTensorIndex.from_disk(str(made)).tensor_paths.keys()
+    except (OSError, RuntimeError, ValueError):  # not even an index
+        written = set()
+    return [name for name in job.expected if name not in written]
+
+
+def _keep(made: Path, out: Path, late: Exception) -> str:
+    """Keep weights that took hours where only what belongs to them failed."""
+    kept = out.with_name(f"{out.name}.unfinished")
+    number = 1
+    while kept.exists():
+        number += 1
+        kept = out.with_name(f"{out.name}.unfinished-{number}")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(made, kept)
+    files = {path.name for path in kept.iterdir()}
+    missing = [
+        name for name in ("config.json", "tokenizer_config.json") if name not in files
+    ]
+    return (
+        f"{late}. All merged weights are written and kept in {kept}"
+        + (f", without {' and '.join(missing)}" if missing else "")
+        + ". Copy the files that are missing from the base, and rename the folder"
+    )
 
 
 @contextmanager

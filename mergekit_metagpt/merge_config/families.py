@@ -183,28 +183,18 @@ def of_config(
     return every
 
 
-def of_models(
-    base: str,
-    models: Sequence[str],
-    *,
-    granularity: str | None = None,
-    power: float | None = None,
-    exclude: str | None = None,
-) -> list[Family]:
-    """Return the family of a base and models that are named without a YAML.
+def config_of(base: str, models: Sequence[str]) -> MergeConfiguration:
+    """Return the merge of a base and models that are named without a YAML.
 
     Args:
         base: theta_0: a folder or hub repository.
         models: the fine-tunes.
-        granularity: `model` if None.
-        power: 2 if None.
-        exclude: nothing if None.
 
     Returns:
-        one family.
+        mergekit's configuration, with every parameter at its default.
 
     Raises:
-        ValueError: a model is given twice or is the base, or an illegal parameter.
+        ValueError: a model is given twice.
     """
     from mergekit.config import MergeConfiguration
 
@@ -215,12 +205,7 @@ def of_models(
         "base_model": base,
         "models": [{"model": model} for model in models],
     }
-    return of_config(
-        MergeConfiguration.model_validate(data),
-        granularity=granularity,
-        power=power,
-        exclude=exclude,
-    )
+    return MergeConfiguration.model_validate(data)
 
 
 def open_models(

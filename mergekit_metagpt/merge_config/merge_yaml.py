@@ -82,9 +82,13 @@ def read(text: str) -> MergeConfiguration:
         if meant := closest(key, known):
             raise ValueError(f"{key} is no key of a merge; did you mean {meant}?")
     try:
-        return MergeConfiguration.model_validate(_local(data))
+        config = MergeConfiguration.model_validate(_local(data))
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"no merge configuration: {_one_line(error)}") from error
+    for key in ("dtype", "out_dtype"):
+        if name := getattr(config, key):
+            setattr(config, key, name.removeprefix("torch."))
+    return config
 
 
 def closest(name: str, known: Collection[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
     from mergekit.common import ModelReference
     from mergekit.config import ConfigReader, MergeConfiguration, OutputModuleDefinition
     from mergekit.options import MergeOptions
+
+# Wings that run within a merge.
+_OURS = tuple(
+    f"mergekit_metagpt.{wing}."
+    for wing in ("method", "scanning", "checkpoints", "arithmetic")
+)
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,19 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> list[Planne
     return planner.found
 
 
+def names_in(planned: Sequence[Planned], model: ModelReference) -> set[str]:
+    """Return the names under which a merge reads a model.
+
+    Args:
+        planned: every output tensor.
+        model: an input.
+
+    Returns:
+        names of its tensors, as mergekit asks for them.
+    """
+    return {t.input_names[model] for t in planned if model in t.input_names}
+
+
 def coefficients(planned: Sequence[Planned]) -> list[Coefficients]:
     """Find the coefficients that a merge by MetaGPT will use, without merging.
 
@@ -210,7 +230,9 @@ def _shares(
 
 @contextmanager
 def mergekits_errors() -> Iterator[None]:
-    """Turn what mergekit and torch raise as RuntimeError into an error of the merge.
+    """Turn errors of mergekit and torch, of whatever type, into errors of the merge.
+
+    Defects of this package are raised as they are.
 
     Yields:
         while they run.
@@ -222,6 +244,14 @@ def mergekits_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise ValueError(f"mergekit: {error}") from error
+    except (ValueError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        modules = {frame.f_globals.get("__name__", "") for frame, _ in frames}
+        if any(name.startswith(_OURS) for name in modules):
+            raise
+        raise ValueError(f"mergekit: {type(error).__name__}: {error}") from error
 
 
 def run(

@@ -89,6 +89,29 @@ def embeddings(model: Hashable, share: float) -> str | None:
     )
 
 
+def lost(base: Hashable, names: Sequence[str], count: int, share: float) -> str | None:
+    """Say that mergekit does not write weights that the merged model needs.
+
+    Args:
+        base: the model whose tensors are meant.
+        names: of those that are not written.
+        count: of all tensors that the model stores.
+        share: of the parameters that are not written.
+
+    Returns:
+        the sentence, or None if all are written.
+    """
+    if not names:
+        return None
+    return (
+        f"mergekit would not write {len(names)} of {count} tensors of {base} "
+        f"({share:.1%} of its parameters), such as {', '.join(sorted(names)[:3])}: it "
+        "does not read them in this layout, and the merged model would have freshly "
+        "initialised weights instead. Save copies of base and models by transformers "
+        "with save_pretrained(..., save_original_format=False), and merge those"
+    )
+
+
 def far(base: Hashable, model: Hashable, relative_norm: float) -> str | None:
     """Say that a model is so far from the base that it may stem from another one."""
     if relative_norm <= FAR:

@@ -28,7 +28,7 @@ class Announcer:
     """
 
     def __init__(self, *, warned: bool = False) -> None:
-        self._warned = warned
+        self.warned = warned
         self._lock = threading.Lock()
         self._logged: set[Hashable] = set()
 
@@ -45,7 +45,7 @@ class Announcer:
             kind: what the message is about.
             message: of `advice`; None says nothing.
         """
-        if message and not self._warned and self._first("warning", kind):
+        if message and not self.warned and self._first("warning", kind):
             log(logging.WARNING, "%s", message)
 
     def coefficients(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import torch
 from mergekit.merge_methods.base import TensorEntry, TensorGroup
 
 from mergekit_metagpt.checkpoints.stored import layer_key
+from mergekit_metagpt.method import advice
 
 # Elements compared to tell a layer from another one.
 PROBE = 1000
@@ -54,6 +55,30 @@ def check_headers(ids: Sequence[Hashable], base: Hashable) -> None:
         if model is not None:
             model.verify_unchanged()
             pairs.check_pair(reference, model)
+
+
+def lost_weights(base: Hashable, names: Collection[str]) -> str | None:
+    """Say which weights of an open base a merge does not write.
+
+    Args:
+        base: the base of the merge.
+        names: of all tensors that mergekit writes.
+
+    Returns:
+        the sentence, or None if all are written.
+    """
+    from mergekit.io.tasks import LoaderCache
+
+    from mergekit_metagpt.checkpoints.opening import already_open
+    from mergekit_metagpt.checkpoints.unwritten import lost, share_of
+
+    checkpoint = already_open(base)
+    if checkpoint is None:
+        return None
+    trust = LoaderCache().trust_remote_code
+    left = lost(checkpoint, names, trust_remote_code=trust)
+    count = len(checkpoint.tensors)
+    return advice.lost(base, list(left), count, share_of(checkpoint, left))
 
 
 def require_finite(group: TensorGroup) -> None:

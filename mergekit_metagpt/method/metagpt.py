@@ -100,7 +100,7 @@ class MetaGPTMerge(GroupMergeMethod):
         if not self.from_files or not inputs.are_references(input_ids):
             return
         if group_name is not None and not _SLICE.fullmatch(group_name):
-            self.watch.saw_tensor(base_id)
+            self.watch.saw_tensor(group_name, base_id)
             return
         self.watch.saw_slice(group_name, input_ids, base_id)
         group_norms.forget_failures()
@@ -129,6 +129,7 @@ class MetaGPTMerge(GroupMergeMethod):
         self._require_weights(groups, weights)
         for group in groups if self.from_files else ():
             inputs.require_unchanged(group)
+            self._warn_of_losses(inputs.base_of(group).id)
         measured = self._sq_norms(groups, settings)
         lambdas = [
             self._coefficients(*arguments)
@@ -165,6 +166,13 @@ class MetaGPTMerge(GroupMergeMethod):
                 inputs.base_of(group).id
             ):
                 raise ValueError(all_zero())
+
+    def _warn_of_losses(self, base: Hashable) -> None:
+        """Warn, when a merge begins, of weights that mergekit will not write."""
+        plan = self.watch.of(base)
+        names = plan.take_names() if plan and not plan.announcer.warned else None
+        if plan and names:
+            plan.announcer.warn("lost", inputs.lost_weights(base, names))
 
     def _sq_norms(
         self, groups: Sequence[TensorGroup], settings: Sequence[Settings]

@@ -20,6 +20,7 @@ class Plan:
         has_models: whether any slice has a model beside its base.
         reading_slices: whether tensors are still to come.
         largest_weight: of all models on all tensors.
+        names: of all output tensors, until somebody takes them.
         announcer: says each kind of message once for this merge.
     """
 
@@ -27,7 +28,14 @@ class Plan:
     has_models: bool = False
     reading_slices: bool = True
     largest_weight: float = 0.0
+    names: set[str] | None = field(default_factory=set)
     announcer: Announcer = field(default_factory=Announcer)
+
+    def take_names(self) -> set[str]:
+        """Return the names of all output tensors, once; none if layers may be moved."""
+        names, self.names = self.names, None
+        moved = any(not str(name).endswith("[0]") for name in self.slices)
+        return set() if names is None or moved else names
 
 
 class PlanWatch:
@@ -80,16 +88,19 @@ class PlanWatch:
         if plan is not None:
             plan.largest_weight = max(plan.largest_weight, value)
 
-    def saw_tensor(self, base: Hashable) -> None:
+    def saw_tensor(self, name: str, base: Hashable) -> None:
         """Note that a tensor's task is built, its parameters being resolved.
 
         Args:
+            name: of the tensor in the output.
             base: of the tensor's inputs.
 
         Raises:
             ValueError: no slice has a model beside its base.
         """
         plan = getattr(self._here, "plan", None)
+        if plan is not None and plan.names is not None:
+            plan.names.add(name)
         if plan is not None and plan.reading_slices:
             plan.reading_slices = False
             if not plan.has_models:

@@ -13,6 +13,7 @@ import torch
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.pairs import check_pair
 from mergekit_metagpt.merge_config.families import Family
+from mergekit_metagpt.merge_config.plan import Planned, names_in
 from mergekit_metagpt.method import advice
 from mergekit_metagpt.method.parameters import require_named
 from mergekit_metagpt.report import schema
@@ -32,6 +33,8 @@ def inspect(
     opened: Mapping[ModelReference, Checkpoint],
     *,
     method: str = "metagpt",
+    planned: Sequence[Planned] | None = None,
+    refused: str | None = None,
     gram: bool | None = True,
 ) -> schema.Report:
     """Scan the checkpoints of all families, one pass for each base, and report.
@@ -40,6 +43,8 @@ def inspect(
         families: who is merged with whom.
         opened: every base and model of the families.
         method: merge_method of the YAML.
+        planned: every tensor that mergekit would write, where it can plan the merge.
+        refused: why the merge cannot be made as it is, or None.
         gram: whether inner products are needed; None takes them from the cache, and
             reports no cosines where it has none.
 
@@ -66,10 +71,12 @@ def inspect(
     return schema.Report(
         versions={package: version(package) for package in packages},
         method=method,
+        refused=refused,
         families=tuple(
             _family(
                 family,
                 opened,
+                planned,
                 scans[family.base].select(
                     [of_base[family.base].index(model) for model in family.models]
                 ),
@@ -88,7 +95,10 @@ class _Pool:
 
 
 def _family(
-    family: Family, opened: Mapping[ModelReference, Checkpoint], result: ScanResult
+    family: Family,
+    opened: Mapping[ModelReference, Checkpoint],
+    planned: Sequence[Planned] | None,
+    result: ScanResult,
 ) -> schema.Family:
     base, settings = opened[family.base], family.settings
     whole = result.pool("model", settings.exclude)
@@ -97,6 +107,10 @@ def _family(
     cosines = None if angles is None else angles.tolist()
     weights = torch.tensor(family.weights, dtype=torch.float64, device="cpu")
     alone = settings.shares(None, weights).tolist()  # where `exclude` leaves no pool
+    written = {
+        model: None if planned is None else names_in(planned, model)
+        for model in (family.base, *family.models)
+    }
     models = []
     for k, reference in enumerate(family.models):
         model = opened[reference]
@@ -107,7 +121,7 @@ def _family(
         sq_norms = dict(zip(result.names, result.sq_norms[:, k].tolist(), strict=True))
         models.append(
             schema.Model(
-                **describe(model, base, sq_norms).model_dump(),
+                **describe(model, written[reference], sq_norms).model_dump(),
                 sq_norm=sq_norm,
                 norm=math.sqrt(sq_norm),
                 relative_norm=_ratio(sq_norm, float(whole.base_sq_norms[k])),
@@ -128,7 +142,8 @@ def _family(
         places=family.places,
         settings=schema.Settings(**settings.model_dump(), varying=family.varying),
         base=schema.Base(
-            **describe(base, base, {}).model_dump(), norm=math.sqrt(sum(base_sq_norm))
+            **describe(base, written[family.base], {}).model_dump(),
+            norm=math.sqrt(sum(base_sq_norm)),
         ),
         models=tuple(models),
         cosines=None
@@ -137,7 +152,7 @@ def _family(
         reading=advice.cosine_reading(family.models, cosines),
         pools=tuple(pool.reported for pool in pools),
         layers=tuple(pool.reported for pool in _pools(family, result, "layer")),
-        warnings=tuple(_warnings(family, opened, whole, models, pools)),
+        warnings=tuple(_warnings(family, whole, models, pools)),
     )
 
 
@@ -198,17 +213,12 @@ def _parts(sq_norms: Mapping[str, float], names: Sequence[str]) -> dict[str, flo
 
 def _warnings(
     family: Family,
-    opened: Mapping[ModelReference, Checkpoint],
     whole: Pooled,
     models: Sequence[schema.Model],
     pools: Sequence[_Pool],
 ) -> list[str]:
     base, settings = family.base, family.settings
-    warnings: list[str | None] = [
-        f"{opened[model].label} can be measured, but not merged: {reason}"
-        for model in dict.fromkeys((base, *family.models))
-        if (reason := opened[model].refused)
-    ]
+    warnings: list[str | None] = []
     if family.varying:
         warnings.append(
             f"the YAML sets {', '.join(family.varying)} tensor by tensor; shown here "

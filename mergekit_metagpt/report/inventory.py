@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.identity import digest_of, fingerprint, hub_revision
-from mergekit_metagpt.checkpoints.layouts import counterparts
-from mergekit_metagpt.checkpoints.stored import ConvertedTensor, StoredTensor, layer_key
+from mergekit_metagpt.checkpoints.layouts import counterparts, sources
+from mergekit_metagpt.checkpoints.stored import StoredTensor
+from mergekit_metagpt.checkpoints.unwritten import left_out
 from mergekit_metagpt.report import schema
 from mergekit_metagpt.report.parts import natural
 
 
 def describe(
-    model: Checkpoint, base: Checkpoint, sq_norms: Mapping[str, float]
+    model: Checkpoint, written: Collection[str] | None, sq_norms: Mapping[str, float]
 ) -> schema.Stored:
     """Describe a checkpoint as it lies on disk.
 
     Args:
         model: the checkpoint.
-        base: the base of the merge, whose architecture says what is written.
+        written: names under which mergekit reads it in this merge, if it plans one.
         sq_norms: of its task vector by tensor; empty for the base itself.
 
     Returns:
@@ -40,7 +41,7 @@ def describe(
         parameters=sum(tensor.numel for tensor in tensors),
         bytes=sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors),
         precisions=dict(sorted(precisions.items(), key=lambda found: -found[1])),
-        not_written=_not_written(model, base.written, sq_norms),
+        not_written=_not_written(model, written, sq_norms),
     )
 
 
@@ -75,23 +76,11 @@ def _some(
 
 
 def _not_written(
-    model: Checkpoint, written: frozenset[str] | None, sq_norms: Mapping[str, float]
+    model: Checkpoint, written: Collection[str] | None, sq_norms: Mapping[str, float]
 ) -> schema.Tensors | None:
-    """Tensors that mergekit's definition of the architecture does not write."""
     if written is None:
         return None
-    # Where the definition has names that are not stored, what lies in their layer in
-    # another layout (single experts) may make them.
-    made = {layer_key(name) for name in written if name not in model.tensors}
-    aliases: dict[str, set[str]] = {}
-    for alias, own in model.renamed.items():
-        aliases.setdefault(own, set()).add(alias)
-    left = {
-        name: tensor
-        for name, tensor in model.tensors.items()
-        if not aliases.get(name, {name}) & written
-        and not any(layer_key(alias) in made for alias in aliases.get(name, {name}))
-    }
+    left = left_out(model, written)
     total = sum(sq_norms.values())
     share = sum(sq_norms.get(name, 0.0) for name in left) / total if total else None
     return _some(left, share)
@@ -112,6 +101,5 @@ def unshared(
     """
     used = {tensor.name for n, tensor in checkpoint.tensors.items() if n in counted_as}
     for mine, _ in counterparts(checkpoint, other).values():
-        sources = mine.sources if isinstance(mine, ConvertedTensor) else (mine,)
-        used.update(source.name for source in sources)
+        used.update(source.name for source in sources(mine))
     return _some({n: t for n, t in checkpoint.tensors.items() if t.name not in used})

@@ -51,8 +51,8 @@ class Stored(_Schema):
     bytes: int
     precisions: dict[str, int] = Field(description="elements by stored dtype")
     not_written: Tensors | None = Field(
-        description="floating-point tensors that mergekit's definition of the "
-        "architecture leaves out; null where mergekit has no definition"
+        description="floating-point tensors that the merge leaves out; null where "
+        "mergekit cannot plan one"
     )
 
 
@@ -124,7 +124,10 @@ class Family(_Schema):
 class Report(_Schema):
     """What `mergekit-metagpt inspect` found."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     versions: dict[str, str] = Field(description="of this package and its host")
     method: str = Field(description="merge_method of the YAML, or metagpt")
+    refused: str | None = Field(
+        description="why this can be measured, but not merged; else null"
+    )
     families: tuple[Family, ...]

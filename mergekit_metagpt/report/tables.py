@@ -31,6 +31,8 @@ def lay_out(found: schema.Report) -> Iterator[str | Table]:
     Yields:
         tables, and lines of text to be printed without wrapping.
     """
+    if found.refused:
+        yield f"Can be measured, but not merged as it is: {found.refused}\n"
     for family in found.families:
         if len(found.families) > 1:
             yield f"Merged with each other: {', '.join(family.places)}"
@@ -182,11 +184,6 @@ def _pools(family: schema.Family) -> Table:
 def _left_out(family: schema.Family) -> Iterator[str]:
     """Lines on tensors that a merge leaves out without a word."""
     base = family.base
-    if base.not_written is None:
-        yield (
-            "mergekit has no definition of this architecture: it merges the tensors "
-            "that all inputs have."
-        )
     for stored in (base, *family.models):
         if stored.not_written is not None and stored.not_written.count:
             yield f"{stored.name}: {_tensors(stored.not_written)} mergekit leaves out"

@@ -96,7 +96,8 @@ def judge(family: Family, out: Path, coefficients: Sequence[float]) -> Ran:
     except Exception as error:
         return Ran("does not load", line=in_short(str(error)))
     found |= {name: stored[name] for name in family.ignored & stored.keys()}
-    lost = tuple(name for name in base if name not in found)
+    unread = family.ignored - stored.keys()
+    lost = tuple(name for name in base if name not in found and name not in unread)
     if lost:
         had = floating(read_model(family.folders[0]))
         gone = len(had.keys() - stored.keys())
@@ -104,6 +105,8 @@ def judge(family: Family, out: Path, coefficients: Sequence[float]) -> Ran:
         return Ran(f"loses {len(lost)} of {len(base)} tensors", line=line, names=lost)
     wrong = []
     for name, tensor in base.items():
+        if name in unread:
+            continue
         expected = tensor.float()
         for factor, state in zip(coefficients, models, strict=True):
             expected = expected + factor * (state[name].float() - tensor.float())
@@ -112,7 +115,7 @@ def judge(family: Family, out: Path, coefficients: Sequence[float]) -> Ran:
     if wrong:
         verdict = f"gets {len(wrong)} of {len(base)} tensors wrong"
         return Ran(verdict, names=tuple(wrong))
-    return Ran(WHOLE)
+    return Ran(WHOLE + (f", but for {len(unread)} tensors" if unread else ""))
 
 
 def ours(*arguments: str | Path) -> Ran | None:
@@ -129,10 +132,14 @@ def ours(*arguments: str | Path) -> Ran | None:
 
 def inspect(config: Path, folder: Path) -> Ran:
     """What `mergekit-metagpt inspect` says of a merge."""
-    report = folder / "inspect.json"
-    if bad := ours("inspect", config, "--json", report):
+    file = folder / "inspect.json"
+    if bad := ours("inspect", config, "--json", file):
         return bad
-    (found,) = json.loads(report.read_text())["families"]
+    report = json.loads(file.read_text())
+    (found,) = report["families"]
+    if report["refused"]:
+        line = in_short(report["refused"])
+        return Ran(f"warns: {up_to(60, line)}", line=line)
     line = in_short(" ".join(found["warnings"]))
     left_out = found["base"]["not_written"]
     if left_out and left_out["count"]:
@@ -181,7 +188,16 @@ class Row:
     @property
     def defective(self) -> bool:
         """Whether `merge` wrote something else than the whole result."""
-        return not self.merge.status and self.merge.verdict != WHOLE
+        return not self.merge.status and not self.merge.verdict.startswith(WHOLE)
+
+    def cell(self) -> str:
+        """The row in the table of the page."""
+        if self.theirs.status and self.merge.status:
+            return "refused by both"
+        if self.theirs.verdict == self.merge.verdict:
+            return self.merge.verdict.removeprefix("merged ")
+        merge = "refused" if self.merge.status else self.merge.verdict
+        return f"{merge}; `mergekit-yaml` {self.theirs.verdict}"
 
     def markdown(self) -> str:
         """The line."""
@@ -223,8 +239,29 @@ def rows(name: str) -> Iterator[Row]:
             )
 
 
+LAYOUTS = {
+    "saved": "as `save_pretrained` writes",
+    "loaded": "with `save_original_format=False`",
+    "hub": "as on the hub",
+}
+
+
+def summary(found: Sequence[Row]) -> Iterator[str]:
+    """The table of the page: a line for each architecture, a column for each layout."""
+    yield f"| architecture | definition in mergekit | {' | '.join(LAYOUTS.values())} |"
+    yield "|---" * (2 + len(LAYOUTS)) + "|"
+    for name in dict.fromkeys(row.name for row in found):
+        of_layout = {row.layout: row for row in found if row.name == name}
+        defined = "yes" if any(row.defined for row in of_layout.values()) else "no"
+        cells = [
+            of_layout[layout].cell() if layout in of_layout else ""
+            for layout in LAYOUTS
+        ]
+        yield f"| {' | '.join([name, defined, *cells])} |"
+
+
 def main(names: Sequence[str]) -> int:
-    """Print the table and the details, and return the exit status."""
+    """Print the tables and the details, and return the exit status."""
     if unknown := sorted({*names} - ANIMALS.keys()):
         print(f"no {', '.join(unknown)}; expected some of {', '.join(ANIMALS)}")
         return 2
@@ -239,6 +276,7 @@ def main(names: Sequence[str]) -> int:
             print(row.markdown(), flush=True)
             found.append(row)
     print("", *(line for row in found for line in row.details()), "", sep="\n")
+    print(*summary(found), "", sep="\n")
     bad = sum(row.defective for row in found)
     seconds = time.monotonic() - started
     print(f"{len(found)} rows in {seconds:.0f} s; `merge` lost weights in {bad}")
