@@ -75,6 +75,15 @@ def parameters(**values: Any) -> Spoil:
     return settings(parameters=values)
 
 
+def beside_a_model(**keys: Any) -> Spoil:
+    """Keys beside `model:` in the first entry."""
+
+    def spoil(folder: Path, config: Config) -> None:
+        config["models"][0].update(keys)
+
+    return spoil
+
+
 def weights(first: Any, second: Any) -> Spoil:
     """The `weight:` of either model."""
 

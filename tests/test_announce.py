@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ from tests.processes import (
     mergekit_yaml,
 )
 
-LINE = "WARNING:mergekit_metagpt:lambda of "
+LINE = "WARNING:mergekit_metagpt:coefficients of "
 BAR = "measuring task vectors"
 
 
@@ -74,14 +75,14 @@ def assert_names_lambda(line: str, family: Family) -> None:
 
 def assert_row_of_its_own(shown: str, family: Family) -> None:
     """Check that what is seen on the line's row is the line, and nothing else."""
-    (line,) = [row for row in screen(shown) if "lambda" in row]
+    (line,) = [row for row in screen(shown) if "coefficients" in row]
     assert line.startswith(LINE)
     assert line.endswith(f"(base {family.base})")
 
 
 def assert_nothing_from_us(text: str) -> None:
-    """Check that neither lambda nor a bar nor our name is in what was printed."""
-    assert not re.search(rf"lambda|{BAR}|metagpt", text), text
+    """Check that neither coefficients nor a bar nor our name is in what was printed."""
+    assert not re.search(rf"coefficients|{BAR}|metagpt", text), text
 
 
 # ---- through the real `mergekit-yaml`
@@ -102,7 +103,7 @@ def test_one_line_with_lambda(
     in_a_file: subprocess.CompletedProcess[str], family: Family
 ) -> None:
     assert_nothing_from_us(in_a_file.stdout)
-    (line,) = [line for line in screen(in_a_file.stderr) if "lambda" in line]
+    (line,) = [line for line in screen(in_a_file.stderr) if "coefficients" in line]
     assert_names_lambda(line, family)
     assert in_a_file.stderr.count("mergekit_metagpt:") == 1
 
@@ -202,7 +203,7 @@ def test_progress_on_a_terminal(in_a_terminal: tuple[str, str], family: Family) 
     assert f"0.00/{size / 1000:.0f}k [00:00<" in bars[0]
     assert "B/s]" in bars[0]
     assert not [row for row in screen(shown) if BAR in row], "the bar is left behind"
-    (line,) = [row for row in screen(shown) if "lambda" in row]
+    (line,) = [row for row in screen(shown) if "coefficients" in row]
     assert_names_lambda(line, family)
 
 
@@ -270,7 +271,7 @@ def test_lambda_once_a_merge(
     config = merge_config(family.base, family.models, parameters=parameters)
     for count in (1, 2):
         run_mergekit(config, tmp_path / f"out{count}", fresh=fresh)
-        assert len(said(caplog, "lambda of ")) == count
+        assert len(said(caplog, "coefficients of ")) == count
 
 
 @pytest.mark.parametrize(
@@ -303,7 +304,9 @@ def test_ordinary_merge_warns_of_nothing(
     family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_mergekit(merge_config(family.base, family.models), tmp_path / "out")
-    assert said(caplog, "") == said(caplog, "lambda of the whole model: ")
+    assert said(caplog, "") == said(
+        caplog, "coefficients of the whole model (power 2): "
+    )
     assert_names_lambda(said(caplog, "")[0], family)
 
 
@@ -313,7 +316,7 @@ def test_other_merge_with_the_same_base_has_its_own_line(
     for models in (family.models[:2], family.models[1:], family.models[:2]):
         caplog.clear()
         run_mergekit(merge_config(family.base, models), tmp_path / "out", fresh=False)
-        (line,) = said(caplog, "lambda of ")
+        (line,) = said(caplog, "coefficients of ")
         assert [str(model) in line for model in family.models] == [
             model in models for model in family.models
         ]
@@ -360,7 +363,7 @@ def test_in_memory_merge_shows_no_line(
     states["b"] = tuned(family.base_state, 7, size=1.0)
     for count in (1, 2):
         merge_state_dicts(states, "metagpt", base="base")
-        assert not said(caplog, "lambda of ")
+        assert not said(caplog, "coefficients of ")
         assert len(said(caplog, "of the merge")) == count
 
 
@@ -376,7 +379,8 @@ def test_a_model_without_weight_is_no_degenerate_result(
 @pytest.mark.parametrize(
     "parameters, wanted",
     [
-        ({"lambda": 0.5}, "; all times lambda: 0.5 (base"),
+        ({"lambda": 0.5}, ", their sum scaled by lambda 0.5 (base"),
+        ({"power": 1.0, "exclude": "mlp"}, " (power 1, without mlp): "),
         ({"granularity": "layer"}, "; -v lists all pools)"),
         ({"granularity": "tensor"}, "; -v lists all pools)"),
     ],
@@ -390,8 +394,35 @@ def test_the_line_tells_what_it_leaves_out(
 ) -> None:
     config = merge_config(family.base, family.models, parameters=parameters)
     run_mergekit(config, tmp_path / "out")
-    (line,) = (m for m in caplog.messages if m.startswith("lambda of"))
+    (line,) = (m for m in caplog.messages if m.startswith("coefficients of"))
     assert wanted in line
+
+
+@pytest.mark.parametrize("weight", [[1.0, 2.0], [{"filter": "mlp", "value": 2.0}]])
+def test_the_line_says_that_it_holds_for_its_tensor_only(
+    weight: Any, tmp_path: Path, family: Family, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = merge_config(family.base, family.models)
+    config["models"][0]["parameters"] = {"weight": weight}
+    run_mergekit(config, tmp_path / "out")
+    (line,) = said(caplog, "coefficients of")
+    assert "others elsewhere" in line and "mergekit-metagpt inspect" in line
+
+
+def test_slices_of_different_models_set_nothing_by_tensor(
+    tmp_path: Path, family: Family, caplog: pytest.LogCaptureFixture
+) -> None:
+    slices = [
+        {
+            "sources": [
+                {"model": str(model), "layer_range": layers}
+                for model in (family.base, *models)
+            ]
+        }
+        for layers, models in (([0, 2], family.models), ([2, 3], family.models[:2]))
+    ]
+    run_mergekit(merge_config(family.base, [], slices=slices), tmp_path / "out")
+    assert said(caplog, "coefficients of") and not said(caplog, "others elsewhere")
 
 
 def test_degenerate_warning_says_which_way_a_weight_must_go(
@@ -415,7 +446,7 @@ def test_weights_of_the_yaml_are_said(
     config = merge_config(family.base, family.models)
     config["models"][0]["parameters"] = {"weight": 1e-3}
     run_mergekit(config, tmp_path / "out")
-    (line,) = said(caplog, "lambda of")
+    (line,) = said(caplog, "coefficients of")
     assert f"{family.models[0]} (weight 0.001), " in line
     assert line.count("weight") == 1
     (warning,) = said(caplog, "of the merge")
@@ -424,7 +455,7 @@ def test_weights_of_the_yaml_are_said(
     for model in config["models"]:
         model["parameters"] = {"weight": 2}
     run_mergekit(config, tmp_path / "alike")
-    assert said(caplog, "lambda of")[0].count("(weight 2)") == len(family.models)
+    assert said(caplog, "coefficients of")[0].count("(weight 2)") == len(family.models)
     assert "left over" not in caplog.text
 
 
@@ -450,6 +481,6 @@ def test_no_warning_is_repeated_that_was_logged_before_the_merge(
     )
     with method.watch.already_warned():
         run_mergekit(config, tmp_path / "out")
-    assert not said(caplog, " takes ") and said(caplog, "lambda of")
+    assert not said(caplog, " takes ") and said(caplog, "coefficients of")
     run_mergekit(config, tmp_path / "again")
     assert said(caplog, " takes ")

@@ -369,6 +369,64 @@ PARAMETERS = [
 ]
 
 
+AT_THE_END = "mergekit ignores it. Move it to `parameters:` at the end of the YAML"
+# mergekit ignores all of these.
+KEYS = [
+    *(
+        Row(
+            f"{name}-at-the-top",
+            broken.settings(**{name: value}),
+            ours=f"{{dir}}/merge.yml: {name} stands in the YAML, where {AT_THE_END}",
+            mergekit=None,
+        )
+        for name, value in {
+            "power": 1.0,
+            "granularity": "layer",
+            "lambda": 0.5,
+            "exclude": "mlp",
+            "normalize": False,
+            "density": 0.5,
+        }.items()
+    ),
+    Row(
+        "weight-beside-a-model",
+        broken.beside_a_model(weight=2.0),
+        ours="{dir}/merge.yml: weight stands in models[0], where … `parameters:` there",
+        mergekit=None,
+    ),
+    Row(
+        "power-beside-a-model",
+        broken.beside_a_model(power=2.0),
+        ours=f"{{dir}}/merge.yml: power stands in models[0], where {AT_THE_END}",
+        mergekit=None,
+    ),
+    Row(
+        "parameters-misspelt",
+        broken.beside_a_model(paramters={"weight": 2.0}),
+        ours="{dir}/merge.yml: paramters is no key … models[0]; … mean parameters?",
+        mergekit=None,
+    ),
+    Row(
+        "filter-misspelt",
+        broken.weights([{"fliter": "mlp", "value": 2}, {"value": 1}], 1.0),
+        ours="{dir}/merge.yml: fliter is no key … models[0].parameters.…; … filter?",
+        mergekit=None,
+    ),
+    Row(
+        "a-key-that-means-nothing",
+        broken.settings(unheard="of"),
+        ours="{dir}/merge.yml: unheard is no key of a merge in the YAML; … Remove it",
+        mergekit=None,
+    ),
+    Row(
+        "weight-empty",
+        broken.weights(None, 1.0),
+        ours="{dir}/merge.yml: weight in models[0].parameters is empty; give …",
+        mergekit="…validation error… for MergeConfiguration…",
+    ),
+]
+
+
 def text(name: str, content: str | bytes, ours: str, mergekit: str, **more: Any) -> Row:
     """Something that is no merge YAML."""
     return Row(
@@ -390,6 +448,20 @@ YAML = [
         ": not readable as YAML: while parsing a flow sequence…line 1, column 9…",
         "while parsing a flow sequence\n…line 1, column 9…",
         error=yaml.YAMLError,
+    ),
+    text(
+        "two-documents",
+        "merge_method: metagpt\n---\nmerge_method: ties\n",
+        ": holds several YAML documents; … mergekit-multi",
+        "expected a single document in the stream\n…",
+        error=yaml.YAMLError,
+    ),
+    text(
+        "key-given-twice",
+        "merge_method: metagpt\nbase_model: a\nbase_model: b\n",
+        ": not readable as YAML: base_model is given twice in one place (line 2)",
+        f"…{ONE_OF}",
+        error=RuntimeError,
     ),
     text(
         "list",
@@ -566,6 +638,7 @@ ROWS = [
     *KINDS_OF_MODEL,
     *FILES,
     *CONFIGS,
+    *KEYS,
     *PARAMETERS,
     *YAML,
     *PATHS,
@@ -890,8 +963,7 @@ def test_output_that_cannot_be_replaced_is_refused(
 def test_parameters_of_other_methods_are_said_to_be_ignored(
     job: Job, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spoil = broken.parameters(normalize=True, int8_mask=True)
-    job.prepare(broken.each(spoil, broken.settings(unheard="of")))
+    job.prepare(broken.parameters(normalize=True, int8_mask=True))
     assert job.merge() == 0
     assert "ignored, as metagpt has none: int8_mask, normalize" in caplog.text
 

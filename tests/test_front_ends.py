@@ -494,7 +494,7 @@ def test_quiet(
             caplog.clear()
             merged = run_mergekit(config, tmp_path / option, option)
             assert_same_states(merged, plain)
-            assert len(said(caplog, "lambda of the whole model")) == 1
+            assert len(said(caplog, "coefficients of the whole model")) == 1
 
 
 @covers("`--no-safe-serialization`")

@@ -571,6 +571,34 @@ def test_precisions_have_torch_names() -> None:
         assert dtype_from_name(name) == getattr(torch, name)
 
 
+@uses("mergekit.config.ConditionalParameter")
+@uses("mergekit.config.InputSliceDefinition")
+@uses("mergekit.config.OutputSliceDefinition")
+def test_keys_that_a_configuration_does_not_have_can_be_forbidden() -> None:
+    """mergekit ignores them; merge_yaml says where they belong."""
+    from mergekit.config import (
+        ConditionalParameter,
+        InputSliceDefinition,
+        MergeConfiguration,
+        OutputSliceDefinition,
+    )
+    from pydantic import ValidationError
+
+    for part, keys in (
+        (InputSliceDefinition, {"model", "layer_range", "parameters"}),
+        (OutputSliceDefinition, {"sources", "base_model", "parameters"}),
+        (ConditionalParameter, {"filter", "value"}),
+    ):
+        assert_has(part.model_fields, keys, f"{part.__name__}, which merge_yaml reads")
+    model = {"model": "a", "wieght": 2}
+    data = {"merge_method": "metagpt", "models": [model]}
+    MergeConfiguration.model_validate(data)
+    with pytest.raises(ValidationError) as raised:
+        MergeConfiguration.model_validate(data, extra="forbid")
+    (error,) = raised.value.errors()
+    assert (error["type"], error["loc"]) == ("extra_forbidden", ("models", 0, "wieght"))
+
+
 @uses("mergekit.config.MergeConfiguration")
 @uses("mergekit.config.ConfigYamlDumper")
 def test_a_configuration_is_read_and_written(family: Family) -> None:

@@ -549,11 +549,28 @@ def test_settings_of_a_metagpt_yaml_and_options_above_them(
         naive = Naive(trio.states[0], trio.states[1:], exclude)
         sq_norms = torch.tensor(naive.sq_norms(naive.names()), dtype=F64)
         power = 2.0 if options else 1.0
-        lambdas = naive_coefficients(sq_norms, [3.0, 1.0, 1.0], power, 0.5)
+        lambdas = naive_coefficients(sq_norms, [3.0, 1.0, 1.0], power)
         found = [model["coefficient"] for model in family["models"]]
         assert found == near(lambdas.tolist())
         assert [model["weight"] for model in family["models"]] == [3, 1, 1]
         assert family["settings"]["scale"] == 0.5
+
+
+def test_what_varies_by_tensor_is_shown_by_its_range(
+    trio: Trio, inspect: Inspect, tmp_path: Path
+) -> None:
+    config = trio.config(merge_method="metagpt")
+    config["models"][0]["parameters"] = {"weight": [1.0, 2.0]}
+    file = tmp_path / "gradient.yml"
+    file.write_text(yaml.safe_dump(config))
+    family = only(inspect(file))
+    naive = Naive(trio.states[0], trio.states[1:])
+    sq_norms = torch.tensor(naive.sq_norms(naive.names()), dtype=F64)
+    ends = [naive_coefficients(sq_norms, [w, 1.0, 1.0]).tolist() for w in (1.0, 2.0)]
+    for model, values in zip(family["models"], zip(*ends, strict=True), strict=True):
+        assert model["coefficient"] is None
+        assert model["coefficient_range"] == near(sorted(values))
+    assert "weight tensor by tensor" in family["warnings"][0]
 
 
 def test_slices_of_other_models_are_families_of_their_own(
@@ -692,7 +709,7 @@ def test_a_scale_of_0_is_not_degenerate(
 ) -> None:
     file = trio.write(tmp_path / "zero.yml", parameters={"lambda": 0})
     family = only(inspect(file))
-    assert [model["coefficient"] for model in family["models"]] == [0, 0, 0]
+    assert sum(model["coefficient"] for model in family["models"]) == near(1)
     assert not [line for line in family["warnings"] if "gets only" in line]
 
 
@@ -723,7 +740,7 @@ Base ./base: 34,016 parameters, float32, ||theta_0|| 207.9
 
 Task vectors (granularity layer, power 2)
 {0}
- #   model   parameters   stored     ||tau||   / ||theta_0||             lambda
+ #   model   parameters   stored     ||tau||   / ||theta_0||        coefficient
  {1}
  1   ./a         34,016   float32          8          0.0385   0.0000 to 1.0000
  2   ./b         34,016   bfloat16        16          0.0770   0.0000 to 1.0000
@@ -745,7 +762,7 @@ Share of each part in ||tau||^2
  1         0.0%      100.0%
  2       100.0%        0.0%
 
-lambda by layer, and in brackets ||tau|| / ||theta_0||
+Coefficients by layer, and in brackets ||tau|| / ||theta_0||
 
  layer                                    #1                #2
  ─────────────────────────────────────────────────────────────
@@ -994,7 +1011,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "misspelt key": (
         broken.settings(dtyp="bfloat16"),
-        "dtyp is no key of a merge; did you mean dtype?",
+        "dtyp is no key of a merge in the YAML; did you mean dtype?",
     ),
     "NaN": (broken.poisoned("tuned1", float("nan")), broken.TENSOR),
     "infinity in the base": (broken.poisoned("base", float("inf")), broken.TENSOR),

@@ -128,7 +128,7 @@ def test_what_lies_beside_the_model(
         ({}, r"$$\lambda_t = \frac{N_t^{2}}{\sum_k N_k^{2}}$$"),
         (
             {"power": 1.0, "lambda": 0.5},
-            r"$$\lambda_t = 0.5\,\frac{N_t^{1}}{\sum_k N_k^{1}}$$",
+            r"$$\lambda_t = \frac{N_t^{1}}{\sum_k N_k^{1}}$$",
         ),
     ],
 )
@@ -145,8 +145,9 @@ def test_the_section_of_the_card(
         formula = formula.replace(f"N{word}", norm)
     assert formula in section.splitlines()
     sq_norms = naive_sq_norms(states["base"], [states["a"], states["b"]])
-    power, scale = settings.get("power", 2.0), settings.get("lambda", 1.0)
-    lambdas = naive_coefficients(sq_norms, power=power, scale=scale).tolist()
+    power = settings.get("power", 2.0)
+    lambdas = naive_coefficients(sq_norms, power=power).tolist()
+    assert ("scaled by `lambda: 0.5`" in section) == ("lambda" in settings)
     rows = [line.split("|")[1:-1] for line in section.splitlines() if "| `" in line]
     assert [row[0].strip() for row in rows] == ["`./m/a`", "`./m/b`"]
     for row, value, sq_norm in zip(rows, lambdas, sq_norms.tolist(), strict=True):
@@ -372,7 +373,7 @@ def test_all_warnings_of_the_report_are_said_once_before_the_merge(
     report = json.loads(Path("out/metagpt.json").read_text())
     (family,) = report["families"]
     ours = [r.getMessage() for r in caplog.records if r.name == "mergekit_metagpt"]
-    warnings = [text for text in ours if not text.startswith("lambda of ")]
+    warnings = [text for text in ours if not text.startswith("coefficients of ")]
     assert warnings == family["warnings"] and len(warnings) >= 2
     assert len(ours) == len(warnings) + 1
     assert any("Is it a fine-tune" in text for text in warnings)

@@ -461,7 +461,7 @@ def test_script(tmp_path: Path, stand_ins: Shelf) -> None:
     command = [script("mergekit-yaml"), file, out, "--no-copy-tokenizer"]
     done = run_process([*command, *stage.options])
     assert_succeeded(done)
-    assert done.stderr.count("lambda of the whole model") == 1
+    assert done.stderr.count("coefficients of the whole model") == 1
     (document,) = documents_of(name)
     assert_merged(read_model(out), expectation(document, stage.states))
 

@@ -152,7 +152,7 @@ def inspect(
     _check_target(json_file)
     _check_target(csv_file)
 
-    from mergekit_metagpt.merge_config import checks, families
+    from mergekit_metagpt.merge_config import checks, families, plan
     from mergekit_metagpt.report import figures, inspecting, tables
 
     _check_target(plot, figures.FORMATS)
@@ -192,6 +192,10 @@ def inspect(
         planned=planned,
         refused=refused,
     )
+    changed = any(value is not None for value in wishes.values())
+    if planned and not changed and any(family.varying for family in merged):
+        found = plan.coefficients(planned)
+        report = inspecting.with_ranges(report, merged, found)
     if json_file is not None:
         with click.open_file(json_file, "w", encoding="utf-8") as stream:
             stream.write(report.model_dump_json(indent=2) + "\n")
@@ -240,7 +244,7 @@ def demo(folder: Path) -> None:
     """Train a tiny base and three specialists in DIR, merge and compare them.
 
     Needs no network. Takes one to two minutes on two cores. Prints squared norms,
-    lambda, cosines and held-out losses; leaves models, YAML files and a figure in DIR.
+    coefficients, cosines and held-out losses; leaves models, YAML files and a figure.
     """
     from rich.console import Console
 

@@ -30,7 +30,7 @@ def task_vectors(result: DemoResult) -> Table:
     names = list(result.family.specialists)
     table = Table(title="Task vectors, and the coefficients that follow from them")
     table.add_column("specialist")
-    for heading in ("||tau||^2", "lambda", *(f"cos {name}" for name in names)):
+    for heading in ("||tau||^2", "coefficient", *(f"cos {name}" for name in names)):
         table.add_column(heading, justify="right")
     for row, name in enumerate(names):
         cosines = [f"{value:+.3f}" for value in result.cosines[row].tolist()]
@@ -89,7 +89,7 @@ def draw(result: DemoResult, file: Path) -> None:
     left.set_xlim(0, 1)
     left.invert_yaxis()
     left.set_title("MetaGPT's coefficients")
-    left.set_xlabel("lambda")
+    left.set_xlabel("coefficient")
 
     shown = ["base", *result.merges]
     width = 0.8 / len(shown)

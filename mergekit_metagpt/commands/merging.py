@@ -67,7 +67,9 @@ def merge(
         planned=job.planned,
         gram=None,
     )
-    exported = plain_yaml.export(job)
+    found = plan.coefficients(job.planned)
+    report = inspecting.with_ranges(report, merged, found)
+    exported = plain_yaml.export(job, found)
     # Parameters that vary by tensor may need warnings that the report does not have.
     warned = not any(family.settings.varying for family in report.families)
     if warned:

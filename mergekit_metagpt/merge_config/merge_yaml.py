@@ -12,6 +12,11 @@ from typing import TYPE_CHECKING, Any
 # them half imported if one of them were the first to import mergekit's methods.
 import mergekit.merge_methods  # noqa: F401
 import yaml
+from mergekit.merge_methods import registry
+from mergekit.merge_methods.base import ParameterScope
+from pydantic import ValidationError
+
+from mergekit_metagpt.method.parameters import own_parameters
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -68,27 +73,84 @@ def read(text: str) -> MergeConfiguration:
     from mergekit.config import MergeConfiguration
 
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:
+        if "expected a single document" in str(error):
+            raise ValueError(
+                "holds several YAML documents; expected one merge. Merge them one by "
+                "one, or with mergekit-multi"
+            ) from error
         raise ValueError(f"not readable as YAML: {_one_line(error)}") from error
     if not isinstance(data, dict):
         holds = "is empty" if data is None else f"holds {type(data).__name__}"
         raise ValueError(
             f"{holds}; expected a mapping with merge_method, base_model and models"
         )
-    # mergekit ignores keys that it does not know.
-    known = MergeConfiguration.model_fields
-    for key in sorted(map(str, data.keys() - known.keys())):
-        if meant := closest(key, known):
-            raise ValueError(f"{key} is no key of a merge; did you mean {meant}?")
     try:
-        config = MergeConfiguration.model_validate(_local(data))
+        # mergekit itself ignores keys that it does not know.
+        config = MergeConfiguration.model_validate(_local(data), extra="forbid")
+    except ValidationError as error:
+        raise ValueError(_in_words(error)) from error
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"no merge configuration: {_one_line(error)}") from error
     for key in ("dtype", "out_dtype"):
         if name := getattr(config, key):
             setattr(config, key, name.removeprefix("torch."))
     return config
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value]
+        for key, (at, _) in zip(keys, node.value, strict=True):
+            if keys.count(key) > 1:
+                raise ValueError(
+                    f"{key} is given twice in one place (line {at.start_mark.line + 1})"
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _in_words(error: ValidationError) -> str:
+    """Say what is wrong with a configuration, and where: the first error counts."""
+    from mergekit.config import (
+        ConditionalParameter,
+        InputSliceDefinition,
+        MergeConfiguration,
+        OutputSliceDefinition,
+    )
+
+    errors = error.errors()
+    unknown = [found for found in errors if found["type"] == "extra_forbidden"]
+    found = (unknown or errors)[0]
+    *above, key = found["loc"]
+    if "parameters" in above:  # whose values are of one of many types
+        at = above.index("parameters") + 1
+        above, key = above[: at + bool(unknown)], key if unknown else above[at]
+    place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in above)
+    where = place.removeprefix(".") or "the YAML"
+    if not unknown:
+        if found["input"] is None and "parameters" in above:
+            return f"{key} in {where} is empty; give a value, or remove it"
+        return f"no merge configuration: {key} in {where}: {found['msg']}"
+    scopes = {
+        parameter.name: parameter.scope
+        for method in registry.registered_methods()
+        for parameter in (*own_parameters(), *method.spec.parameters)
+    }
+    if key in scopes and "parameters" not in above:
+        of_all = scopes[key] == ParameterScope.SHARED
+        home = "at the end of the YAML" if of_all or not above else "there"
+        return (
+            f"{key} stands in {where}, where mergekit ignores it. Move it to "
+            f"`parameters:` {home}"
+        )
+    inner = (OutputSliceDefinition, InputSliceDefinition, ConditionalParameter)
+    known = inner if above else (MergeConfiguration,)
+    meant = closest(str(key), {name for part in known for name in part.model_fields})
+    hint = f"did you mean {meant}?" if meant else "mergekit would ignore it. Remove it"
+    return f"{key} is no key of a merge in {where}; {hint}"
 
 
 def closest(name: str, known: Collection[str]) -> str | None:

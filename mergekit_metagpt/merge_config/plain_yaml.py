@@ -38,7 +38,7 @@ class Exported:
     changes: tuple[str, ...]
 
 
-def export(job: Job) -> Exported:
+def export(job: Job, found: Sequence[Coefficients] | None = None) -> Exported:
     """Write a merge by one of our methods with explicit weights, for mergekit alone.
 
     `metagpt` becomes `task_arithmetic` in float32 (float64 where weights are), which
@@ -47,6 +47,7 @@ def export(job: Job) -> Exported:
 
     Args:
         job: the merge, checked.
+        found: its coefficients; measured if None.
 
     Returns:
         the YAML and its differences.
@@ -56,7 +57,8 @@ def export(job: Job) -> Exported:
         OSError: as the merge itself.
     """
     config = job.config
-    found = coefficients(job.planned)
+    if found is None:
+        found = coefficients(job.planned)
     weights: dict[_Place, float] = {}
     for tensor in found:
         at = tensor.planned

@@ -6,6 +6,10 @@ import logging
 import os
 import threading
 from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mergekit_metagpt.method.settings import Settings
 
 LOG = logging.getLogger("mergekit_metagpt")
 QUIET = "MERGEKIT_METAGPT_QUIET"
@@ -56,12 +60,12 @@ class Announcer:
         sq_norms: Sequence[float] | None,
         where: str,
         *,
+        settings: Settings,
         weight: Sequence[float],
-        scale: float,
-        one_of_many: bool,
+        varying: bool,
         visible: bool,
     ) -> None:
-        """Say lambda: one visible line per set of models, a table at INFO.
+        """Log the coefficients: a visible line per set of models, a table at INFO.
 
         Args:
             base: id of the base.
@@ -69,29 +73,37 @@ class Announcer:
             shares: their coefficients before `lambda` scales them, summing to 1.
             sq_norms: their squared norms, or None where none were measured.
             where: the pool of tensors, for the reader.
+            settings: of the closed form.
             weight: of each model, by the configuration; said where it is not 1.
-            scale: `lambda`, by which the merged task vector is scaled.
-            one_of_many: whether other pools have other coefficients.
+            varying: whether the configuration sets parameters tensor by tensor.
             visible: whether to show the line at WARNING (merges from files).
         """
-        if visible and self._first("lambda", base, tuple(models)):
+        if visible and self._first("coefficients", base, tuple(models)):
             line = ", ".join(
                 f"{share:.4g} {model}" + (f" (weight {w:g})" if w != 1 else "")
                 for share, model, w in zip(shares, models, weight, strict=True)
             )
-            if scale != 1:
-                line += f"; all times lambda: {scale:g}"
-            more = "; -v lists all pools" if one_of_many else ""
+            if settings.scale != 1:
+                line += f", their sum scaled by lambda {settings.scale:g}"
+            how = f"power {settings.power:g}"
+            if settings.exclude:
+                how += f", without {', '.join(settings.exclude)}"
+            more = "; -v lists all pools" if settings.granularity != "model" else ""
+            if varying:
+                more += (
+                    "; others elsewhere, as the YAML sets parameters tensor by tensor: "
+                    "see their range by mergekit-metagpt inspect"
+                )
             if os.environ.get(QUIET, "0") in ("", "0"):
-                text = f"lambda of {where}: {line} (base {base}{more})"
+                text = f"coefficients of {where} ({how}): {line} (base {base}{more})"
                 log(logging.WARNING, "%s", text)
         if LOG.isEnabledFor(logging.INFO) and self._first(
             "table", base, where, tuple(models), tuple(shares)
         ):
             norms = sq_norms or [float("nan")] * len(shares)
             rows = [
-                f"  {share:>10.6f} {norm**0.5:>12.6g}  {model}"
+                f"  {share:>11.6f} {norm**0.5:>12.6g}  {model}"
                 for share, norm, model in zip(shares, norms, models, strict=True)
             ]
-            table = "\n".join([f"  {'lambda':>10} {'||tau||':>12}  model", *rows])
+            table = "\n".join([f"  {'coefficient':>11} {'||tau||':>12}  model", *rows])
             log(logging.INFO, "task vectors of %s against %s:\n%s", where, base, table)

@@ -41,7 +41,7 @@ class ComposedMerge(MetaGPTMerge):
     def _spec(self) -> MergeMethodSpec:
         theirs = [p for p in self.inner.spec.parameters if p.name != "weight"]
         taken = {parameter.name for parameter in theirs}
-        ours = own_parameters(self.watch.saw_weight)
+        ours = own_parameters(self.watch.saw_value)
         inner = self.inner.spec
         return MergeMethodSpec(
             name=f"metagpt_{inner.name}",

@@ -55,7 +55,7 @@ class MetaGPTMerge(GroupMergeMethod):
             name="metagpt",
             pretty_name="MetaGPT",
             reference_url=REFERENCE_URL,
-            parameters=own_parameters(self.watch.saw_weight),
+            parameters=own_parameters(self.watch.saw_value),
             contract=InputContract(base=BasePolicy.REQUIRED),
         )
 
@@ -218,9 +218,9 @@ class MetaGPTMerge(GroupMergeMethod):
             shares.detach().tolist(),
             None if sq_norms is None else sq_norms.detach().tolist(),
             where,
+            settings=settings,
             weight=weight.tolist(),
-            scale=settings.scale,
-            one_of_many=settings.granularity != "model",
+            varying=self.watch.parameters_vary(base),
             visible=self.from_files,
         )
         rows = (weight > 0).nonzero().flatten().tolist()

@@ -15,11 +15,11 @@ from pydantic import ValidationError
 class CheckedParameter(ParameterSpec):
     """A parameter whose error names it and its legal values (pydantic's names neither).
 
-    `seen` is told every legal value.
+    `saw` is told the name and every legal value.
     """
 
     legal: str = ""
-    seen: Callable[[Any], None] = lambda value: None
+    saw: Callable[[str, Any], None] = lambda name, value: None
 
     def validate(self, value: Any) -> Any:
         """Return the value in its type.
@@ -43,14 +43,14 @@ class CheckedParameter(ParameterSpec):
             raise ValueError(
                 f"{self.name} is {value!r}; expected {self.legal}"
             ) from error
-        self.seen(checked)
+        self.saw(self.name, checked)
         return checked
 
 
 def own_parameters(
-    saw_weight: Callable[[float], None] = lambda value: None,
+    saw: Callable[[str, Any], None] = lambda name, value: None,
 ) -> tuple[CheckedParameter, ...]:
-    """Return the parameters of `metagpt`; every weight read is told to `saw_weight`."""
+    """Return the parameters of `metagpt`; `saw` is told name and value of all read."""
     shared = ParameterScope.SHARED
     return (
         CheckedParameter(
@@ -60,6 +60,7 @@ def own_parameters(
             default="model",
             description="tensors over which squared norms are pooled",
             legal="'model', 'layer' or 'tensor'",
+            saw=saw,
         ),
         CheckedParameter(
             "weight",
@@ -68,7 +69,7 @@ def own_parameters(
             default=1.0,
             description="importance of a model, before norms are taken into account",
             legal="a finite number >= 0",
-            seen=saw_weight,
+            saw=saw,
         ),
         CheckedParameter(
             "power",
@@ -77,6 +78,7 @@ def own_parameters(
             default=2.0,
             description="exponent of the norms: 2 is MetaGPT, 0 the plain average",
             legal="a finite number",
+            saw=saw,
         ),
         CheckedParameter(
             "lambda",
@@ -85,6 +87,7 @@ def own_parameters(
             default=1.0,
             description="scale of the merged task vector",
             legal="a finite number",
+            saw=saw,
         ),
         CheckedParameter(
             "exclude",
@@ -93,6 +96,7 @@ def own_parameters(
             default="",
             description="comma-separated parts of tensor names that do not count",
             legal="a string of comma-separated parts of tensor names",
+            saw=saw,
         ),
     )
 

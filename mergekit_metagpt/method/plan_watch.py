@@ -6,6 +6,7 @@ import threading
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from mergekit_metagpt.method.announcing import Announcer
 from mergekit_metagpt.method.parameters import only_base
@@ -21,6 +22,8 @@ class Plan:
         reading_slices: whether tensors are still to come.
         largest_weight: of all models on all tensors.
         names: of all output tensors, until somebody takes them.
+        values: of the parameters of the tensor to come.
+        of_tensors: the different sets of values that tensors have.
         announcer: says each kind of message once for this merge.
     """
 
@@ -29,6 +32,8 @@ class Plan:
     reading_slices: bool = True
     largest_weight: float = 0.0
     names: set[str] | None = field(default_factory=set)
+    values: list[tuple[str, Any]] = field(default_factory=list)
+    of_tensors: set[tuple[tuple[str, Any], ...]] = field(default_factory=set)
     announcer: Announcer = field(default_factory=Announcer)
 
     def take_names(self) -> set[str]:
@@ -82,10 +87,13 @@ class PlanWatch:
         plan.has_models |= any(model != base for model in models)
         self._by_base[base] = plan
 
-    def saw_weight(self, value: float) -> None:
-        """Note a weight from the configuration, whichever tensor it is for."""
+    def saw_value(self, name: str, value: Any) -> None:
+        """Note a parameter's value from the configuration, for the tensor to come."""
         plan = getattr(self._here, "plan", None)
-        if plan is not None:
+        if plan is None:
+            return
+        plan.values.append((name, value))
+        if name == "weight":
             plan.largest_weight = max(plan.largest_weight, value)
 
     def saw_tensor(self, name: str, base: Hashable) -> None:
@@ -101,10 +109,23 @@ class PlanWatch:
         plan = getattr(self._here, "plan", None)
         if plan is not None and plan.names is not None:
             plan.names.add(name)
+            if plan.values:  # none where the same tensor is validated again
+                plan.of_tensors.add(tuple(plan.values))
+                plan.values.clear()
         if plan is not None and plan.reading_slices:
             plan.reading_slices = False
             if not plan.has_models:
                 raise ValueError(only_base(base))
+
+    def parameters_vary(self, base: Hashable) -> bool:
+        """Whether the plan with this base has parameters that differ by tensor."""
+        plan = self.of(base)
+        if plan is None:
+            return False
+        # Slices may have different numbers of models.
+        counts = {len(values) for values in plan.of_tensors}
+        sets = {frozenset(values) for values in plan.of_tensors}
+        return len(sets) > 1 or len(counts) < len(plan.of_tensors)
 
     def every_weight_is_zero(self, base: Hashable) -> bool:
         """Whether all weights of the plan with this base are 0."""

@@ -34,7 +34,7 @@ def section(
         lines += _family(family)
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     lines += [
-        f"![lambda, cosines and layers]({figure})",
+        f"![coefficients, cosines and layers]({figure})",
         "",
         f"Made with {versions}. All figures are in `metagpt.json`. `{plain}` is the "
         "same merge with explicit weights, for mergekit without the plugin"
@@ -51,9 +51,8 @@ def _formula(report: schema.Report) -> str:
     term = rf"{norm}^{{{power}}}"
     weighted = any(m.weight != 1 for family in report.families for m in family.models)
     one = rf"w_t\,{term}" if weighted else term
-    scale = f"{settings.scale:g}\\," if settings.scale != 1 else ""
     other = one.replace("_t", "_k")
-    return rf"$$\lambda_t = {scale}\frac{{{one}}}{{\sum_k {other}}}$$"
+    return rf"$$\lambda_t = \frac{{{one}}}{{\sum_k {other}}}$$"
 
 
 def _family(family: schema.Family) -> list[str]:
@@ -63,10 +62,12 @@ def _family(family: schema.Family) -> list[str]:
         chosen.append(f"not counting `{', '.join(settings.exclude)}`")
     if settings.varying:
         chosen.append(f"{', '.join(settings.varying)} set tensor by tensor")
+    if settings.scale != 1:
+        chosen.append(f"the merged task vector scaled by `lambda: {settings.scale:g}`")
     lines = [
         f"Base: `{family.base.name}` ({_version(family.base)}). {', '.join(chosen)}.",
         "",
-        "| model | lambda | weight | norm | relative norm | content |",
+        "| model | coefficient | weight | norm | relative norm | content |",
         "|---|---|---|---|---|---|",
     ]
     for model in family.models:

@@ -20,10 +20,10 @@ MOST_NUMBERS = 16
 
 
 def report_figure(found: schema.Report, file: Path) -> None:
-    """Draw lambda of every model, the cosines, and how far each layer moved.
+    """Draw the coefficient of every model, the cosines, and how far each layer moved.
 
     Readable at 1,200 pixels of width and without colour. Under other granularities
-    than `model` the layers show lambda instead.
+    than `model` the layers show coefficients instead.
 
     Args:
         found: the report of `inspect`.

@@ -13,7 +13,7 @@ import torch
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.pairs import check_pair
 from mergekit_metagpt.merge_config.families import Family
-from mergekit_metagpt.merge_config.plan import Planned, names_in
+from mergekit_metagpt.merge_config.plan import Coefficients, Planned, names_in
 from mergekit_metagpt.method import advice
 from mergekit_metagpt.method.parameters import require_named
 from mergekit_metagpt.report import schema
@@ -86,6 +86,40 @@ def inspect(
     )
 
 
+def with_ranges(
+    report: schema.Report,
+    families: Sequence[Family],
+    coefficients: Sequence[Coefficients],
+) -> schema.Report:
+    """Replace coefficients for defaults where the YAML sets parameters by tensor.
+
+    Args:
+        report: of the families.
+        families: who is merged with whom.
+        coefficients: of every output tensor.
+
+    Returns:
+        the report, with the smallest and largest coefficient of any tensor.
+    """
+    reported = []
+    for family, old in zip(families, report.families, strict=True):
+        of_family = [
+            tensor.shares
+            for tensor in coefficients
+            if tensor.planned.task.base_model == family.base
+            and {*tensor.planned.task.model_order} == {family.base, *family.models}
+        ]
+        models = []
+        for model, entry in zip(family.models, old.models, strict=True):
+            values = [shares[model] for shares in of_family if model in shares]
+            if family.varying and values:
+                span = min(values), max(values)
+                entry = entry.model_copy(update={"coefficient_range": span})
+            models.append(entry)
+        reported.append(old.model_copy(update={"models": tuple(models)}))
+    return report.model_copy(update={"families": tuple(reported)})
+
+
 @dataclass(frozen=True)
 class _Pool:
     """A pool as reported, and the shares of the models that are merged in it."""
@@ -114,9 +148,7 @@ def _family(
     models = []
     for k, reference in enumerate(family.models):
         model = opened[reference]
-        coefficients = [pool.reported.coefficients[k] for pool in pools] or [
-            settings.scale * alone[k]
-        ]
+        coefficients = [pool.reported.coefficients[k] for pool in pools] or [alone[k]]
         sq_norm = float(whole.sq_norms[k])
         sq_norms = dict(zip(result.names, result.sq_norms[:, k].tolist(), strict=True))
         models.append(
@@ -126,7 +158,7 @@ def _family(
                 norm=math.sqrt(sq_norm),
                 relative_norm=_ratio(sq_norm, float(whole.base_sq_norms[k])),
                 coefficient=coefficients[0]
-                if settings.granularity == "model"
+                if settings.granularity == "model" and not family.varying
                 else None,
                 coefficient_range=(min(coefficients), max(coefficients)),
                 weight=family.weights[k],
@@ -179,7 +211,7 @@ def _pools(family: Family, result: ScanResult, granularity: str) -> list[_Pool]:
             key=key,
             sq_norms=tuple(sq_norms[row]),
             relative_norms=tuple(map(_ratio, sq_norms[row], base_sq_norms[row])),
-            coefficients=tuple(settings.scale * share for share in shares),
+            coefficients=tuple(shares),
         )
         taking_part = {
             model: share
@@ -221,8 +253,9 @@ def _warnings(
     warnings: list[str | None] = []
     if family.varying:
         warnings.append(
-            f"the YAML sets {', '.join(family.varying)} tensor by tensor; shown here "
-            "for defaults. `export` writes each tensor's coefficients"
+            f"the YAML sets {', '.join(family.varying)} tensor by tensor: of the "
+            "coefficients this shows the smallest and the largest, of pools the "
+            "figures for defaults. `export` writes each tensor's coefficients"
         )
     moved = [k for k, model in enumerate(models) if model.sq_norm > 0]
     if not moved:

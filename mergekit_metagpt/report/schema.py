@@ -71,10 +71,11 @@ class Model(Stored):
         description="||tau_t|| / ||theta_0|| over the tensors of n_t"
     )
     coefficient: float | None = Field(
-        description="lambda_t; null unless granularity is model"
+        description="its share of the merge, before `lambda` scales the sum; null "
+        "where it differs by tensor"
     )
     coefficient_range: tuple[float, float] = Field(
-        description="smallest and largest lambda_t of any pool"
+        description="the smallest and the largest of any pool or tensor"
     )
     weight: float = Field(description="importance w_t")
     weight_by_hand: str | None = Field(
@@ -92,7 +93,9 @@ class Pool(_Schema):
     key: str
     sq_norms: tuple[float, ...] = Field(description="n_t on this pool, per model")
     relative_norms: tuple[float | None, ...]
-    coefficients: tuple[float, ...] = Field(description="lambda_t on this pool")
+    coefficients: tuple[float, ...] = Field(
+        description="share of each model on this pool"
+    )
 
 
 class Settings(settings.Settings):
@@ -128,6 +131,7 @@ class Report(_Schema):
     versions: dict[str, str] = Field(description="of this package and its host")
     method: str = Field(description="merge_method of the YAML, or metagpt")
     refused: str | None = Field(
+        default=None,
         description="why this can be measured, but not merged; else null"
     )
     families: tuple[Family, ...]

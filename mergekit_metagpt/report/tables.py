@@ -57,7 +57,7 @@ def _family(family: schema.Family) -> Iterator[str | Table]:
     yield _parts(family)
     if family.settings.granularity != "model" and not wide:
         of_what = family.settings.granularity
-        yield f"lambda by {of_what}, and in brackets ||tau|| / ||theta_0||"
+        yield f"Coefficients by {of_what}, and in brackets ||tau|| / ||theta_0||"
         yield _pools(family)
     if wide:
         yield f"{len(models)} models are too many for a table: use --json or --csv\n"
@@ -73,7 +73,7 @@ def _precisions(stored: schema.Stored) -> str:
     return ", ".join(f"{n} {c / total:.1%}" for n, c in stored.precisions.items())
 
 
-def _lambda(model: schema.Model) -> str:
+def _coefficient(model: schema.Model) -> str:
     if model.coefficient is not None:
         return _four(model.coefficient)
     return " to ".join(map(_four, model.coefficient_range))
@@ -89,7 +89,7 @@ def _settings(settings: schema.Settings) -> str:
     if settings.exclude:
         chosen.append(f"without {', '.join(settings.exclude)}")
     if settings.scale != 1:
-        chosen.append(f"times lambda {settings.scale:g}")
+        chosen.append(f"the sum scaled by lambda {settings.scale:g}")
     return ", ".join(chosen)
 
 
@@ -124,7 +124,7 @@ def _task_vectors(family: schema.Family) -> Table:
     weighted = any(model.weight != 1 for model in models)
     by_hand = any(model.weight_by_hand for model in models)
     headings = ["#", "model", "parameters", "stored"]
-    headings += ["||tau||", "/ ||theta_0||", "lambda"]
+    headings += ["||tau||", "/ ||theta_0||", "coefficient"]
     headings += ["weight"] * weighted + ["weight in YAML"] * by_hand
     table = _table(headings, names=("model", "stored", "weight in YAML"))
     for number, model in zip(_numbers(family), models, strict=True):
@@ -136,7 +136,7 @@ def _task_vectors(family: schema.Family) -> Table:
             _precisions(model),
             f"{model.norm:.4g}",
             "-" if relative is None else _four(relative),
-            _lambda(model),
+            _coefficient(model),
         ]
         row += [f"{model.weight:g}"] * weighted
         row += [model.weight_by_hand or "-"] * by_hand
