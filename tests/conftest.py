@@ -29,7 +29,7 @@ def make_family(
     count: int = 3,
     dtype: torch.dtype = torch.bfloat16,
     shards: int = 1,
-    sizes: tuple[float, ...] = (1e-2, 2e-2, 3e-2),
+    sizes: tuple[float, ...] = (2e-3, 4e-3, 6e-3),
 ) -> Family:
     """Write a random base and `count` fine-tunes of different distances."""
     whole = llama_state()

@@ -142,14 +142,6 @@ KINDS_OF_MODEL = [
         for kind, change in (("F8_E4M3", broken.to_fp8), ("I8", broken.to_int8))
     ),
     Row(
-        "quantization-config",
-        broken.in_file(
-            "tuned1/config.json",
-            broken.with_json(quantization_config={"quant_method": "gptq", "bits": 4}),
-        ),
-        ours=QUANTISED.format("{dir}/tuned1/config.json has a quantization_config"),
-    ),
-    Row(
         "bare-adapter",
         broken.adapter(),
         ours=BARE_ADAPTER,

@@ -369,7 +369,11 @@ def test_all_warnings_of_the_report_are_said_once_before_the_merge(
     """Also those that need more than a merge measures; the merge repeats none."""
     stranger = cast(tuned(states["base"], 5, size=1.0), torch.bfloat16)
     write_model(work / "m" / "b", stranger, llama_config(**SIZES))
-    assert run_command("merge", "merge.yml", "out", *QUIET) == 0
+    before = snapshot(work)
+    assert run_command("merge", "merge.yml", "out", *QUIET) == 2
+    assert snapshot(work) == before, "a merge with the wrong base was made"
+    caplog.clear()
+    assert run_command("merge", "merge.yml", "out", *QUIET, "--allow-crimes") == 0
     report = json.loads(Path("out/metagpt.json").read_text())
     (family,) = report["families"]
     ours = [r.getMessage() for r in caplog.records if r.name == "mergekit_metagpt"]

@@ -53,10 +53,18 @@ def test_degenerate(shares: list[float], begins: str | None) -> None:
     ("share", "says"), [(0.0, False), (0.5, False), (0.51, True), (1.0, True)]
 )
 def test_embeddings(share: float, says: bool) -> None:
-    said = advice.embeddings("m", share)
+    said = advice.embeddings("m", share, "wte")
     assert (said is not None) == says
     if said is not None:
-        assert f"{share:.0%}" in said and "exclude: embed_tokens,lm_head" in said
+        assert f"{share:.0%}" in said and "exclude: wte" in said
+
+
+@pytest.mark.parametrize(("share", "says"), [(0.0, False), (0.01, False), (0.02, True)])
+def test_unwritten(share: float, says: bool) -> None:
+    said = advice.counts_unwritten("m", share, "mtp.")
+    assert (said is not None) == says
+    if said is not None:
+        assert f"{share:.0%}" in said and "exclude: mtp." in said
 
 
 @pytest.mark.parametrize(
@@ -66,7 +74,7 @@ def test_far(distance: float, says: bool) -> None:
     said = advice.far("b", "m", distance)
     assert (said is not None) == says
     if said is not None:
-        assert said.startswith(f"m is {distance:.2f} ||theta_0|| away from b")
+        assert f"tensors of m are typically {distance:.2f} of" in said
 
 
 @pytest.mark.parametrize(

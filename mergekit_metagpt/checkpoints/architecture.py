@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_metagpt.checkpoints.stored import StoredTensor
+from mergekit_metagpt.checkpoints.stored import StoredTensor, layer_key
 
 if TYPE_CHECKING:
     from mergekit.architecture import ModelArchitecture, WeightInfo
@@ -28,12 +28,14 @@ class Architecture:
     Attributes:
         weights: by mergekit's definition; where it has none, transformers' ties.
         layers: how many there are, by the name of the module, where it has.
+        vocabulary: names of the tensors with an entry for each token.
         refused: why mergekit could not plan a merge of this model, or None. Its files
             can be measured all the same.
     """
 
     weights: tuple[WeightInfo, ...] = ()
     layers: Mapping[str, int] = field(default_factory=dict)
+    vocabulary: frozenset[str] = frozenset()
     refused: str | None = None
 
 
@@ -149,12 +151,32 @@ def _found(
 
     known = arch_info_for_config(config)
     if known is None:
-        return Architecture(_ties(config, stored)), None
+        return Architecture(
+            weights=_ties(config, stored), vocabulary=_vocabulary(config, stored)
+        ), None
     parts = known.modules.items()
     layers = {name: part.architecture.num_layers(config) for name, part in parts}
     refused = _other_names(known, config, stored)
+    weights = tuple(known.all_weights(config))
     # The names and ties of what there is hold all the same.
-    return Architecture(tuple(known.all_weights(config)), layers, refused), None
+    return Architecture(
+        weights=weights,
+        layers=layers,
+        vocabulary=frozenset(w.name for w in weights if w.vocabulary_axis is not None),
+        refused=refused,
+    ), None
+
+
+def _vocabulary(
+    config: PretrainedConfig, stored: Mapping[str, StoredTensor]
+) -> frozenset[str]:
+    """Tensors outside the layers with an entry for each token, where no list says."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return frozenset(
+        name
+        for name, tensor in stored.items()
+        if layer_key(name) == name and len(tensor.shape) > 1 and size in tensor.shape
+    )
 
 
 def _ties(

@@ -18,7 +18,7 @@ import torch
 from mergekit_metagpt.checkpoints import architecture
 from mergekit_metagpt.checkpoints.files import Readers, read_header
 from mergekit_metagpt.checkpoints.identity import FileIdentity, fingerprint
-from mergekit_metagpt.checkpoints.stored import StoredTensor, layer_key, quantised
+from mergekit_metagpt.checkpoints.stored import StoredTensor, layer_key
 
 if TYPE_CHECKING:
     from mergekit.io import ShardedTensorIndex
@@ -39,8 +39,10 @@ class Checkpoint:
         model_type: by its configuration, or None.
         folder: where its config.json lies, or None for a bare file.
         others: names of stored tensors that are not of floating point.
+        vocabulary: output names of tensors with an entry for each token.
         layers: how many there are by the configuration, by the name of the module,
             where mergekit has a definition.
+        warning: what will be wrong with a model that takes its configuration, or None.
         refused: why mergekit could not plan a merge of it, though it can be measured.
     """
 
@@ -51,7 +53,9 @@ class Checkpoint:
     model_type: str | None = None
     folder: Path | None = None
     others: frozenset[str] = frozenset()
+    vocabulary: frozenset[str] = frozenset()
     layers: Mapping[str, int] = field(default_factory=dict)
+    warning: str | None = None
     refused: str | None = None
 
     @functools.cached_property
@@ -140,6 +144,16 @@ def _shard_path(folder: Path, label: str, entry: str) -> Path:
     return path
 
 
+def _left_over(label: str, file: Path, config: Mapping[str, Any]) -> str | None:
+    """Say so where a model says that it is quantised, and is not (any more)."""
+    if not config.get("quantization_config"):
+        return None
+    return (
+        f"{label} stores plain weights, but {file} has a quantization_config, which "
+        "the merged model takes over and would be loaded by. Remove that entry"
+    )
+
+
 def read_checkpoint(
     label: str,
     index: ShardedTensorIndex,
@@ -151,9 +165,6 @@ def read_checkpoint(
     """Read headers; of a `bare` file, nothing that may lie beside it."""
     folder = Path(index.base_path)
     config = architecture.content(folder)
-    if config.get("quantization_config"):
-        file = folder / architecture.FILE
-        raise quantised(label, f"{file} has a quantization_config")
     if not isinstance(index.tensor_paths, dict):
         raise OSError(
             f"the index of {label} holds a {type(index.tensor_paths).__name__}; "
@@ -211,6 +222,8 @@ def read_checkpoint(
         model_type=model_type if isinstance(model_type, str) else None,
         folder=None if bare else folder,
         others=frozenset(places).difference(stored),
+        vocabulary=known.vocabulary,
         layers=known.layers,
+        warning=_left_over(label, folder / architecture.FILE, config),
         refused=known.refused,
     )

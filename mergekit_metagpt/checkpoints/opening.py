@@ -10,10 +10,8 @@ from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_metagpt.checkpoints.checkpoint import (
-    Checkpoint,
-    read_checkpoint,
-)
+from mergekit_metagpt.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from mergekit_metagpt.checkpoints.lora import merged_copy, require_current
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -78,6 +76,8 @@ def already_open(model: Hashable) -> Checkpoint | None:
         return None
     with _BY_LOADER_LOCK:
         if loader not in _BY_LOADER:
+            if model.lora and not bare:
+                require_current(model, Path(loader.index.base_path))
             _BY_LOADER[loader] = read_checkpoint(
                 str(model),
                 loader.index,
@@ -133,27 +133,31 @@ def open_checkpoint(
         raise ValueError(f"{label} does not exist; expected a model's folder")
     if model.lora and not lora_merge_cache:
         raise ValueError(f"{label} has a LoRA adapter; give --lora-merge-cache FOLDER")
-    try:
-        merged = model.merged(
-            cache_dir=lora_merge_cache,
+    if model.lora:
+        folder = merged_copy(
+            model,
+            str(lora_merge_cache),
             trust_remote_code=trust_remote_code,
-            lora_merge_dtype=LoaderCache().lora_merge_dtype,
+            dtype=LoaderCache().lora_merge_dtype,
         )
-    except RuntimeError as error:  # of peft and torch
-        raise ValueError(f"the adapter of {label} cannot be merged: {error}") from error
-    try:
-        folder = Path(merged.local_path(transformers_cache))
-    except Exception as error:
-        raise ValueError(
-            f"{label} is neither a local folder (then write ./{label}) nor available "
-            f"on the hub: {error}"
-        ) from error
+    else:
+        folder = _downloaded(model, transformers_cache)
     return read_checkpoint(
         label,
         _index(label, folder),
         override=model.override_architecture,
         trust_remote_code=trust_remote_code,
     )
+
+
+def _downloaded(model: ModelReference, cache: str | None) -> Path:
+    try:
+        return Path(model.local_path(cache))
+    except Exception as error:
+        raise ValueError(
+            f"{model} is neither a local folder (then write ./{model}) nor available "
+            f"on the hub: {error}"
+        ) from error
 
 
 def open_checkpoints(

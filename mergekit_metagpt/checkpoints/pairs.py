@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,32 @@ def _overlap(base: tuple[int, ...], model: tuple[int, ...]) -> tuple[int, ...] |
     if len(base) != len(model) or differing > 1:
         return None
     return tuple(min(b, m) for b, m in zip(base, model, strict=True))
+
+
+def check_distinct(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
+    """Check that no model is given twice under different spellings.
+
+    Args:
+        base: the base.
+        models: those merged with each other.
+
+    Raises:
+        ValueError: two of them are the same files.
+    """
+    owners: dict[frozenset[tuple[int, ...]], Checkpoint] = {}
+    for checkpoint in (base, *models):
+        files = frozenset((f.inode, f.size, f.modified_ns) for f in checkpoint.identity)
+        other = owners.setdefault(files, checkpoint)
+        if other is base and checkpoint is not base:
+            raise ValueError(
+                f"{checkpoint.label} is the base {base.label} under another name. Name "
+                "it as the base is named, or leave it out"
+            )
+        if other is not checkpoint:
+            raise ValueError(
+                f"{checkpoint.label} and {other.label} are the same files, and would "
+                "count twice. List one of them"
+            )
 
 
 def check_pair(base: Checkpoint, model: Checkpoint) -> None:

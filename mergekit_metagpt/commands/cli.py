@@ -50,6 +50,7 @@ def _loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
         transformers_cache: str | None,
         trust_remote_code: bool,
         lazy_unpickle: bool,
+        allow_crimes: bool,
         **others: Any,
     ) -> Any:
         import logging
@@ -62,10 +63,16 @@ def _loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
             transformers_cache=transformers_cache,
             trust_remote_code=trust_remote_code,
             lazy_unpickle=lazy_unpickle,
+            allow_crimes=allow_crimes,
         )
         return command(options=options, **others)
 
     for option in (
+        click.option(
+            "--allow-crimes/--no-allow-crimes",
+            default=False,
+            help="Mix architectures, as in mergekit, and models far from their base.",
+        ),
         click.option(
             "--lazy-unpickle/--no-lazy-unpickle",
             default=False,
@@ -227,10 +234,15 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     if out != "-" and Path(out).exists() and not force:
         raise ValueError(f"{out} exists; choose another name, or --force")
 
-    from mergekit_metagpt.merge_config import checks, plain_yaml
+    from mergekit_metagpt.merge_config import checks, families, plain_yaml
+    from mergekit_metagpt.report import inspecting
 
     read = _config(config)
-    exported = plain_yaml.export(checks.check(read, options))
+    job = checks.check(read, options)
+    report = inspecting.inspect(families.of_config(read), job.opened, gram=None)
+    if not options.allow_crimes:
+        inspecting.require_near(report)
+    exported = plain_yaml.export(job)
     with click.open_file(out, "w", encoding="utf-8", atomic=True) as stream:
         stream.write(exported.text)
     for change in exported.changes:

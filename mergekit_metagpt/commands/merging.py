@@ -40,7 +40,7 @@ def merge(
     Args:
         config_file: the merge YAML.
         out: folder for the merged model.
-        options: mergekit's own.
+        options: mergekit's own; with `allow_crimes`, models may be far from their base.
         force: replace `out` if it exists.
 
     Raises:
@@ -67,6 +67,8 @@ def merge(
         planned=job.planned,
         gram=None,
     )
+    if not options.allow_crimes:
+        inspecting.require_near(report)
     found = plan.coefficients(job.planned)
     report = inspecting.with_ranges(report, merged, found)
     exported = plain_yaml.export(job, found)

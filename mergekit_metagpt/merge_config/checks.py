@@ -18,7 +18,7 @@ from mergekit.tokenizer import PermutedVocabulary
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.layouts import stored_as
 from mergekit_metagpt.checkpoints.opening import hand_to_mergekit, open_checkpoints
-from mergekit_metagpt.checkpoints.pairs import check_pair
+from mergekit_metagpt.checkpoints.pairs import check_distinct, check_pair
 from mergekit_metagpt.checkpoints.stored import FLOATS, layer_key
 from mergekit_metagpt.checkpoints.unwritten import lost, share_of
 from mergekit_metagpt.merge_config import merge_yaml
@@ -93,14 +93,11 @@ def check(config: MergeConfiguration, options: MergeOptions) -> Job:
         if checkpoint.refused:
             raise ValueError(checkpoint.refused)
     for part in slices:
-        models = [opened[model] for model in part.models]
-        for model, checkpoint in zip(part.models, models, strict=True):
-            if part.base is not None and model != part.base:
+        if part.base is not None:
+            tuned = [opened[model] for model in part.models if model != part.base]
+            check_distinct(opened[part.base], tuned)
+            for checkpoint in tuned:
                 check_pair(opened[part.base], checkpoint)
-        if part.ranges is None and part.base is not None:
-            _check_depth(part, opened[part.base], models)
-        for checkpoint, layers in zip(models, part.ranges or (), strict=False):
-            _check_range(part, checkpoint, layers)
     planned = check_plan(config, opened, options)
     _check_tokenizer(planned, config, opened)
     return Job(config, opened, planned)
@@ -128,6 +125,12 @@ def check_plan(
     for checkpoint in opened.values():
         if checkpoint.refused:
             raise ValueError(checkpoint.refused)
+    for part in slices_of(config):
+        models = [opened[model] for model in part.models]
+        if part.ranges is None and part.base is not None:
+            _check_depth(part, opened[part.base], models)
+        for checkpoint, layers in zip(models, part.ranges or (), strict=False):
+            _check_range(part, checkpoint, layers)
     for key in ("dtype", "out_dtype"):
         _check_precision(key, getattr(config, key))
     hand_to_mergekit(opened, options)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from mergekit_metagpt.scanning.pools import exclude_for
+
+if TYPE_CHECKING:
+    from mergekit_metagpt.scanning.results import ScanResult
 
 DOMINANT = 0.9
 STARVED = 0.1
 MOST = 0.5
+UNWRITTEN = 0.01
 # Models that were trained apart are sqrt(2) apart; a fine-tune moves a few per cent.
 FAR = 0.5
+# An unrelated model is at least as far away as the base's own norm.
+APART = 1.0
 SIBLINGS = 0.5
 ORTHOGONAL = 0.1
 
@@ -79,13 +90,94 @@ def left_out(
     )
 
 
-def embeddings(model: Hashable, share: float) -> str | None:
+def whole_model(
+    base: Hashable,
+    models: Sequence[Hashable],
+    result: ScanResult,
+    exclude: Sequence[str],
+    left: Collection[str] = (),
+) -> Iterator[str]:
+    """Say what is unusual about the task vectors of whole models.
+
+    Args:
+        base: the base.
+        models: the K models.
+        result: what was measured of them.
+        exclude: parts of the names of tensors that do not count.
+        left: names of tensors that the merge does not write.
+
+    Yields:
+        sentences.
+    """
+    pooled = result.pool("model", exclude)
+    counted = set(pooled.members["model"])
+    groups = (
+        (result.vocabulary & counted, embeddings),
+        (counted & {*left}, counts_unwritten),
+    )
+    for k, model in enumerate(models):
+        sq_norm = float(pooled.sq_norms[k])
+        if not sq_norm:
+            continue
+        for names, sentence in groups:
+            rows = [row for row, name in enumerate(result.names) if name in names]
+            share = float(result.sq_norms[rows, k].sum()) / sq_norm
+            out = exclude_for(names, counted - names)
+            if text := sentence(model, share, out):
+                yield text
+        if text := far(base, model, distance(result, k, counted)):
+            yield text
+    for k, model in enumerate(models):
+        for other in range(k):
+            ours, theirs = result.sq_norms[:, k], result.sq_norms[:, other]
+            if torch.equal(ours, theirs) and bool(ours.any()):
+                yield (
+                    f"{models[other]} and {model} are identical (their task vectors "
+                    "have the same norm on every tensor): what they learned counts "
+                    "twice. Leave one of them out"
+                )
+
+
+def distance(result: ScanResult, model: int, counted: Collection[str]) -> float:
+    """Return how far a model's tensors are from the base's, in norms of those.
+
+    The median over tensors: of small models, norms that all have in common may hold
+    most of ||theta_0||; of others, changed embeddings most of ||tau||.
+
+    Args:
+        result: what was measured.
+        model: row of the model.
+        counted: names of the tensors that count.
+
+    Returns:
+        median of ||tau|| / ||theta_0||; 0 without tensors.
+    """
+    rows = [row for row, name in enumerate(result.names) if name in counted]
+    sq_norms = result.sq_norms[rows, model]
+    base_sq_norms = result.base_sq_norms[rows, model]
+    known = base_sq_norms > 0
+    if not bool(known.any()):
+        return 0.0
+    return float((sq_norms[known] / base_sq_norms[known]).median().sqrt())
+
+
+def embeddings(model: Hashable, share: float, exclude: str) -> str | None:
     """Say that embeddings hold most of a squared norm."""
     if share <= MOST:
         return None
     return (
         f"embeddings hold {share:.0%} of ||tau||^2 of {model}: if its vocabulary was "
-        "resized or reordered, keep them out with exclude: embed_tokens,lm_head"
+        f"resized or reordered, keep them out with exclude: {exclude}"
+    )
+
+
+def counts_unwritten(model: Hashable, share: float, exclude: str) -> str | None:
+    """Say that tensors count which the merge leaves out."""
+    if share <= UNWRITTEN:
+        return None
+    return (
+        f"tensors that mergekit does not write hold {share:.0%} of ||tau||^2 of "
+        f"{model}, and count in its coefficient. Keep them out with exclude: {exclude}"
     )
 
 
@@ -117,9 +209,9 @@ def far(base: Hashable, model: Hashable, relative_norm: float) -> str | None:
     if relative_norm <= FAR:
         return None
     return (
-        f"{model} is {relative_norm:.2f} ||theta_0|| away from {base}; fine-tunes move "
-        "a few hundredths (models trained apart are about 1.4 away). Is it a fine-tune "
-        "of this base?"
+        f"the tensors of {model} are typically {relative_norm:.2f} of their norm away "
+        f"from those of {base}; fine-tunes move a few hundredths (models trained apart "
+        "are about 1.4 away). Is it a fine-tune of this base?"
     )
 
 

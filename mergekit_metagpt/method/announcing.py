@@ -36,7 +36,7 @@ class Announcer:
         self._lock = threading.Lock()
         self._logged: set[Hashable] = set()
 
-    def _first(self, *kind: Hashable) -> bool:
+    def first_of(self, *kind: Hashable) -> bool:
         with self._lock:
             new = kind not in self._logged
             self._logged.add(kind)
@@ -49,7 +49,7 @@ class Announcer:
             kind: what the message is about.
             message: of `advice`; None says nothing.
         """
-        if message and not self.warned and self._first("warning", kind):
+        if message and not self.warned and self.first_of("warning", kind):
             log(logging.WARNING, "%s", message)
 
     def coefficients(
@@ -78,7 +78,7 @@ class Announcer:
             varying: whether the configuration sets parameters tensor by tensor.
             visible: whether to show the line at WARNING (merges from files).
         """
-        if visible and self._first("coefficients", base, tuple(models)):
+        if visible and self.first_of("coefficients", base, tuple(models)):
             line = ", ".join(
                 f"{share:.4g} {model}" + (f" (weight {w:g})" if w != 1 else "")
                 for share, model, w in zip(shares, models, weight, strict=True)
@@ -97,7 +97,7 @@ class Announcer:
             if os.environ.get(QUIET, "0") in ("", "0"):
                 text = f"coefficients of {where} ({how}): {line} (base {base}{more})"
                 log(logging.WARNING, "%s", text)
-        if LOG.isEnabledFor(logging.INFO) and self._first(
+        if LOG.isEnabledFor(logging.INFO) and self.first_of(
             "table", base, where, tuple(models), tuple(shares)
         ):
             norms = sq_norms or [float("nan")] * len(shares)

@@ -53,7 +53,7 @@ class ComposedMerge(MetaGPTMerge):
             uses_accelerator=inner.uses_accelerator,
         )
 
-    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+    def _merged(self, group: TensorGroup, parameters: dict[str, Any]) -> torch.Tensor:
         """Call the inner method with the coefficients as its weights."""
         lambdas = parameters["coefficients"].tolist()
         ids = [entry.id for entry in group.non_base]

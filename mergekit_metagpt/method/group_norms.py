@@ -10,11 +10,12 @@ import torch
 from mergekit.merge_methods.base import TensorGroup
 
 from mergekit_metagpt.arithmetic import squared_norms
-from mergekit_metagpt.method.inputs import base_of, require_finite
+from mergekit_metagpt.method.inputs import base_of, is_unchanged, require_finite
 from mergekit_metagpt.method.parameters import require_named
 
 if TYPE_CHECKING:
     from mergekit_metagpt.method.settings import Settings
+    from mergekit_metagpt.scanning.results import ScanResult
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,11 @@ class Measured:
 
     Attributes:
         sq_norms: n_t, shape `(K,)`, float64, on the CPU.
-        embeddings: the share of each n_t that token embeddings and heads hold, where
-            the pool is a whole stored model; else empty.
+        whole: what was measured of whole stored models, where they are the pool.
     """
 
     sq_norms: torch.Tensor
-    embeddings: tuple[float, ...] = ()
+    whole: ScanResult | None = None
 
 
 def of_group(group: TensorGroup, settings: Settings) -> Measured | None:
@@ -82,6 +82,8 @@ def of_tensors(group: TensorGroup) -> torch.Tensor:
     tuned = [entry.tensor for entry in group.non_base]
     norms = squared_norms.sq_norms(base_of(group).tensor, tuned)
     if not bool(torch.isfinite(norms).all()):
+        if is_unchanged(group):
+            return torch.zeros_like(norms)
         require_finite(group)
         raise ValueError(squared_norms.too_far(group.metadata.name or "a tensor"))
     return norms
@@ -107,8 +109,7 @@ def _of_checkpoints(group: TensorGroup, settings: Settings) -> Measured | None:
         pooled = result.pool("model", settings.exclude)
         if not pooled.members["model"]:
             return None
-        shares = pooled.embeddings / pooled.sq_norms.clamp(min=1e-300)
-        return Measured(pooled.sq_norms, tuple(shares.tolist()))
+        return Measured(pooled.sq_norms, result)
     name = group.metadata.name or ""
     keys = [result.layer_of(name, at) for at in range(len(checkpoints))]
     stored = result.pool("layer")

@@ -51,37 +51,57 @@ def check_headers(ids: Sequence[Hashable], base: Hashable) -> None:
     if reference is None:
         return
     reference.verify_unchanged()
-    for model in opened.values():
-        if model is not None:
-            model.verify_unchanged()
-            pairs.check_pair(reference, model)
+    models = [model for model in opened.values() if model is not None]
+    pairs.check_distinct(reference, models)
+    for model in models:
+        model.verify_unchanged()
+        pairs.check_pair(reference, model)
 
 
-def lost_weights(base: Hashable, names: Collection[str]) -> str | None:
-    """Say which weights of an open base a merge does not write.
+def not_written(
+    base: Hashable, names: Collection[str]
+) -> tuple[Collection[str], list[str]]:
+    """Find the weights of an open base that a merge does not write.
 
     Args:
         base: the base of the merge.
         names: of all tensors that mergekit writes.
 
     Returns:
-        the sentence, or None if all are written.
+        their names, and what to say when a merge begins.
     """
     from mergekit.io.tasks import LoaderCache
 
     from mergekit_metagpt.checkpoints.opening import already_open
-    from mergekit_metagpt.checkpoints.unwritten import lost, share_of
+    from mergekit_metagpt.checkpoints.unwritten import left_out, lost, share_of
 
     checkpoint = already_open(base)
     if checkpoint is None:
-        return None
+        return (), []
     trust = LoaderCache().trust_remote_code
-    left = lost(checkpoint, names, trust_remote_code=trust)
-    count = len(checkpoint.tensors)
-    return advice.lost(base, list(left), count, share_of(checkpoint, left))
+    needed = lost(checkpoint, names, trust_remote_code=trust)
+    count, share = len(checkpoint.tensors), share_of(checkpoint, needed)
+    messages = advice.lost(base, list(needed), count, share), checkpoint.warning
+    return left_out(checkpoint, names).keys(), [text for text in messages if text]
+
+
+def is_unchanged(group: TensorGroup) -> bool:
+    """Whether every model of a group equals the base, infinities included."""
+    base = base_of(group).tensor
+    return all(torch.equal(entry.tensor, base) for entry in group.non_base)
 
 
 def require_finite(group: TensorGroup) -> None:
+    """Refuse NaN and infinity, but for infinities that all inputs share.
+
+    Args:
+        group: the inputs that make one output tensor.
+
+    Raises:
+        ValueError: a model would spread them in a merge.
+    """
+    if is_unchanged(group):
+        return
     for entry in group.entries:
         if not bool(torch.isfinite(entry.tensor).all()):
             raise ValueError(

@@ -151,8 +151,21 @@ class MetaGPTMerge(GroupMergeMethod):
         base = inputs.base_of(group).tensor
         if not group.non_base:
             return base
+        merged = self._merged(group, parameters)
+        if not merged.numel() or all(map(torch.isfinite, merged.detach().aminmax())):
+            return merged
+        if inputs.is_unchanged(group):
+            return base.clone()
+        inputs.require_finite(group)
+        raise ValueError(
+            f"{group.metadata.name or 'a tensor'} overflows {merged.dtype} in "
+            f"{self.spec.name}, though all inputs are finite. Write dtype: float32 in "
+            "the YAML"
+        )
+
+    def _merged(self, group: TensorGroup, parameters: dict[str, Any]) -> torch.Tensor:
         return scaled_sums.scaled_sum(
-            base,
+            inputs.base_of(group).tensor,
             [entry.tensor for entry in group.non_base],
             parameters["coefficients"] * parameters["lambda"],
         )
@@ -172,7 +185,9 @@ class MetaGPTMerge(GroupMergeMethod):
         plan = self.watch.of(base)
         names = plan.take_names() if plan and not plan.announcer.warned else None
         if plan and names:
-            plan.announcer.warn("lost", inputs.lost_weights(base, names))
+            plan.unwritten, messages = inputs.not_written(base, names)
+            for text in messages:
+                plan.announcer.warn(text, text)
 
     def _sq_norms(
         self, groups: Sequence[TensorGroup], settings: Sequence[Settings]
@@ -208,10 +223,12 @@ class MetaGPTMerge(GroupMergeMethod):
             unmoved = [models[k] for k in rows]
             warning = advice.left_out(base, unmoved, settings.power, where)
             announcer.warn("left out", warning)
-        for model, share in zip(
-            models, measured.embeddings if measured else (), strict=False
-        ):
-            announcer.warn(("embeddings", model), advice.embeddings(model, share))
+        if measured and measured.whole and announcer.first_of("whole", tuple(models)):
+            left = plan.unwritten if (plan := self.watch.of(base)) else ()
+            for text in advice.whole_model(
+                base, models, measured.whole, settings.exclude, left
+            ):
+                announcer.warn(text, text)
         announcer.coefficients(
             base,
             models,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ class Plan:
         reading_slices: whether tensors are still to come.
         largest_weight: of all models on all tensors.
         names: of all output tensors, until somebody takes them.
+        unwritten: names of stored tensors of the base that are not written.
         values: of the parameters of the tensor to come.
         of_tensors: the different sets of values that tensors have.
         announcer: says each kind of message once for this merge.
@@ -32,6 +33,7 @@ class Plan:
     reading_slices: bool = True
     largest_weight: float = 0.0
     names: set[str] | None = field(default_factory=set)
+    unwritten: Collection[str] = ()
     values: list[tuple[str, Any]] = field(default_factory=list)
     of_tensors: set[tuple[tuple[str, Any], ...]] = field(default_factory=set)
     announcer: Announcer = field(default_factory=Announcer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
-from mergekit_metagpt.checkpoints.pairs import check_pair
+from mergekit_metagpt.checkpoints.pairs import check_distinct, check_pair
+from mergekit_metagpt.checkpoints.unwritten import left_out
 from mergekit_metagpt.merge_config.families import Family
 from mergekit_metagpt.merge_config.plan import Coefficients, Planned, names_in
 from mergekit_metagpt.method import advice
@@ -20,7 +21,7 @@ from mergekit_metagpt.report import schema
 from mergekit_metagpt.report.inventory import describe, unshared
 from mergekit_metagpt.report.parts import PARTS, natural, part_of
 from mergekit_metagpt.scanning.once import measure
-from mergekit_metagpt.scanning.results import Pooled, ScanResult
+from mergekit_metagpt.scanning.results import ScanResult
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -59,6 +60,7 @@ def inspect(
     for family in families:
         models = of_base.setdefault(family.base, [])
         models += [model for model in family.models if model not in models]
+        check_distinct(opened[family.base], [opened[m] for m in family.models])
         for model in family.models:
             check_pair(opened[family.base], opened[model])
         names = [n for m in (family.base, *family.models) for n in opened[m].names]
@@ -84,6 +86,25 @@ def inspect(
             for family in families
         ),
     )
+
+
+def require_near(report: schema.Report) -> None:
+    """Refuse models that are as far from their base as models trained apart.
+
+    Args:
+        report: of the families.
+
+    Raises:
+        ValueError: a model is no fine-tune of its base by what was measured.
+    """
+    for family in report.families:
+        for model in family.models:
+            if model.distance >= advice.APART:
+                text = advice.far(family.base.name, model.name, model.distance)
+                raise ValueError(
+                    f"{text} Name the base that it was trained from, or give "
+                    "--allow-crimes to merge it all the same"
+                )
 
 
 def with_ranges(
@@ -156,6 +177,7 @@ def _family(
                 **describe(model, written[reference], sq_norms).model_dump(),
                 sq_norm=sq_norm,
                 norm=math.sqrt(sq_norm),
+                distance=advice.distance(result, k, whole.members["model"]),
                 relative_norm=_ratio(sq_norm, float(whole.base_sq_norms[k])),
                 coefficient=coefficients[0]
                 if settings.granularity == "model" and not family.varying
@@ -168,6 +190,8 @@ def _family(
                 only_in_base=unshared(base, model, result.counted_as[k]),
             )
         )
+    of_base = written[family.base]
+    left = () if of_base is None else left_out(base, of_base)
     own = [result.names.index(name) for name in whole.members["model"]]
     base_sq_norm = result.base_sq_norms[own].amax(dim=1).tolist() if own else []
     return schema.Family(
@@ -184,7 +208,7 @@ def _family(
         reading=advice.cosine_reading(family.models, cosines),
         pools=tuple(pool.reported for pool in pools),
         layers=tuple(pool.reported for pool in _pools(family, result, "layer")),
-        warnings=tuple(_warnings(family, whole, models, pools)),
+        warnings=tuple(_warnings(family, result, models, pools, left, base.warning)),
     )
 
 
@@ -245,12 +269,15 @@ def _parts(sq_norms: Mapping[str, float], names: Sequence[str]) -> dict[str, flo
 
 def _warnings(
     family: Family,
-    whole: Pooled,
+    result: ScanResult,
     models: Sequence[schema.Model],
     pools: Sequence[_Pool],
+    left: Collection[str],
+    base_warning: str | None,
 ) -> list[str]:
     base, settings = family.base, family.settings
-    warnings: list[str | None] = []
+    whole = result.pool("model", settings.exclude)
+    warnings: list[str | None] = [base_warning]
     if family.varying:
         warnings.append(
             f"the YAML sets {', '.join(family.varying)} tensor by tensor: of the "
@@ -270,11 +297,7 @@ def _warnings(
         warnings.append(advice.left_out(base, unmoved, settings.power, WHOLE))
     weighted = len({w for w in family.weights if w > 0}) > 1
     warnings.append(_degenerate(base, pools, weighted=weighted))
-    for k in moved:
-        model = models[k]
-        of_embeddings = float(whole.embeddings[k]) / model.sq_norm
-        warnings.append(advice.embeddings(model.name, of_embeddings))
-        warnings.append(advice.far(base, model.name, model.relative_norm or 0.0))
+    warnings += advice.whole_model(base, family.models, result, settings.exclude, left)
     angles = whole.cosines
     if angles is not None:
         between = [float(angles[i, j]) for i in moved for j in moved if j < i]

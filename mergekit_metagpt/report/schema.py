@@ -70,6 +70,7 @@ class Model(Stored):
     relative_norm: float | None = Field(
         description="||tau_t|| / ||theta_0|| over the tensors of n_t"
     )
+    distance: float = Field(description="median over tensors of ||tau|| / ||theta_0||")
     coefficient: float | None = Field(
         description="its share of the merge, before `lambda` scales the sum; null "
         "where it differs by tensor"
@@ -131,7 +132,6 @@ class Report(_Schema):
     versions: dict[str, str] = Field(description="of this package and its host")
     method: str = Field(description="merge_method of the YAML, or metagpt")
     refused: str | None = Field(
-        default=None,
-        description="why this can be measured, but not merged; else null"
+        default=None, description="why this can be measured, but not merged; else null"
     )
     families: tuple[Family, ...]

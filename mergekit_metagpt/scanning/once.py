@@ -64,7 +64,8 @@ def measure(
         if request in _FAILURES:
             raise _FAILURES[request]
         try:
-            result = _measured(base, models, gram, workers)
+            measured = _measured(base, models, gram, workers)
+            result = replace(measured, vocabulary=base.vocabulary)
         except Exception as error:
             _FAILURES[request] = error
             raise

@@ -206,7 +206,11 @@ def _scan(
     for group in groups:
         parts = [next(results) for _ in group.segments]
         sums = sum(parts[1:], parts[0])
-        _check_finite(sums.sq_norms, group, base, models, files.readers)
+        if not bool(torch.isfinite(sums.sq_norms).all()):
+            _require_equal(sums.sq_norms, group, base, models, files.readers)
+            sums = _Sums(
+                torch.zeros_like(sums.sq_norms), torch.zeros_like(sums.base), None
+            )
         members = torch.tensor(group.members, device="cpu")
         norms[0, row[group.name], members] = sums.sq_norms
         norms[1, row[group.name], members] = sums.base
@@ -229,20 +233,27 @@ def _scan(
     )
 
 
-def _check_finite(
+def _require_equal(
     values: torch.Tensor,
     group: _Group,
     base: Checkpoint,
     models: Sequence[Checkpoint],
     readers: Readers,
 ) -> None:
-    """Explain a squared norm that is not finite: name the tensor and the model."""
+    """Explain squared norms that are not finite: name the tensor and the model.
+
+    Infinities that base and models share, as in masks, are no learning.
+    """
     for k, pair, finite in zip(
         group.members, group.pairs, torch.isfinite(values).tolist(), strict=True
     ):
         if finite:
             continue
-        for owner, stored in ((base, pair.base), (models[k], pair.model)):
+        owners = ((base, pair.base), (models[k], pair.model))
+        first, second = (pair.cut(readers.read(stored)) for _, stored in owners)
+        if torch.equal(first, second):
+            continue
+        for owner, stored in owners:
             if not bool(torch.isfinite(pair.cut(readers.read(stored))).all()):
                 raise ValueError(
                     f"{stored.name} of {owner.label} holds NaN or infinity (in "

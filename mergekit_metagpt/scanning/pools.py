@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from mergekit_metagpt.checkpoints.stored import layer_key
 
@@ -52,18 +52,29 @@ def is_excluded(name: str, exclude: Sequence[str]) -> bool:
     return any(part in name for part in exclude)
 
 
-def is_embedding(name: str) -> bool:
-    """Whether a tensor is a token embedding or an output head, by its usual names.
+def exclude_for(names: Collection[str], others: Collection[str]) -> str:
+    """Write an `exclude` that names some tensors and none of the others.
 
     Args:
-        name: of a tensor.
+        names: of tensors that are not to count.
+        others: of tensors that are to count.
 
     Returns:
-        True for names that the usual architectures give to these weights.
+        comma-separated parts of names, as short as they can be told apart.
 
     Example:
-        >>> is_embedding("model.embed_tokens.weight"), is_embedding("model.norm.weight")
-        (True, False)
+        >>> exclude_for(["h.2.a", "h.2.b", "wte.weight"], ["h.1.a", "h.1.b"])
+        'h.2.,wte'
     """
-    usual = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_out")
-    return is_excluded(name, usual)
+    parts = []
+    for name in sorted(names):
+        layer = layer_key(name)
+        within = name.removeprefix(f"{layer}.")
+        short = [f"{layer}.", within] if layer != name else [_module(name)]
+        apart = (part for part in short if not any(part in other for other in others))
+        parts.append(next(apart, name))
+    return ",".join(sorted({*parts}))
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]

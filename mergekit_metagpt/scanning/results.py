@@ -10,7 +10,7 @@ import torch
 
 from mergekit_metagpt.arithmetic.closed_form import cosines
 from mergekit_metagpt.checkpoints.stored import layer_key
-from mergekit_metagpt.scanning.pools import is_embedding, is_excluded, pool_key
+from mergekit_metagpt.scanning.pools import is_excluded, pool_key
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class ScanResult:
         layers: for each model, for the layers of renamed tensors, the layer under
             which they count.
         gram: <tau_s, tau_t> per tensor, shape `(N, K, K)`, float64, or None.
+        vocabulary: names of the base's tensors with an entry for each token.
     """
 
     base: str
@@ -76,6 +77,7 @@ class ScanResult:
     counted_as: tuple[Mapping[str, str], ...]
     layers: tuple[Mapping[str, str], ...]
     gram: torch.Tensor | None = None
+    vocabulary: frozenset[str] = frozenset()
     _pools: dict[tuple[str, tuple[str, ...]], Pooled] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -103,6 +105,7 @@ class ScanResult:
             counted_as=tuple(self.counted_as[k] for k in rows),
             layers=tuple(self.layers[k] for k in rows),
             gram=None if gram is None else gram[tensors][:, models][:, :, models],
+            vocabulary=self.vocabulary,
         )
 
     @staticmethod
@@ -170,7 +173,7 @@ class ScanResult:
             key = pool_key(name, granularity)
             if not is_excluded(name, exclude):
                 pools.setdefault(key, []).append(row)
-        heads = torch.tensor([is_embedding(n) for n in self.names], device="cpu")
+        heads = torch.tensor([n in self.vocabulary for n in self.names], device="cpu")
 
         def summed(values: torch.Tensor) -> torch.Tensor:
             sums = values.new_zeros(len(pools), *values.shape[1:])

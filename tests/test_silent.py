@@ -1,0 +1,300 @@
+"""Faults of people's own files that would go unseen: said, refused, or put right."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.adapters import PEFT_WARNS, write_adapters
+from tests.families import (
+    State,
+    llama_config,
+    llama_state,
+    merge_config,
+    read_model,
+    run_command,
+    run_mergekit,
+    said,
+    tuned,
+    write_model,
+)
+from tests.merges import write_merge
+from tests.oracle import assert_same_bits
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+QUIET = ("--no-copy-tokenizer", "--quiet")
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with `base`, `a` and `b`."""
+    base = llama_state()
+    for name, state in (("base", base), ("a", tuned(base, 1)), ("b", tuned(base, 2))):
+        write_model(tmp_path / name, state)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command says that ends with exit status 2."""
+    capsys.readouterr()
+    assert run_command(*arguments) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def report_of(*arguments: str) -> Any:
+    assert run_command("inspect", *arguments, "--json", "report.json") == 0
+    return json.loads(Path("report.json").read_text())
+
+
+# ---- one model under two names
+
+
+@pytest.mark.parametrize("spelling", ["./a/", "{work}/a", "./link", "./hard"])
+@pytest.mark.parametrize("of", ["a", "base"])
+def test_one_model_under_two_names(
+    spelling: str, of: str, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (work / "link").symlink_to(work / of)
+    shutil.copytree(work / of, work / "hard", copy_function=os.link)
+    other = spelling.format(work=work).replace("/a", f"/{of}")
+    write_merge(work / "c.yml", "./base", ["./a", "./b", other])
+    for command in (["inspect", "c.yml"], ["export", "c.yml", "-"]):
+        assert other in refused(*command, capsys=capsys)
+    message = refused("merge", "c.yml", "out", *QUIET, capsys=capsys)
+    assert ("the base" if of == "base" else "the same files") in message
+    with pytest.raises(ValueError, match=r"another name|the same files"):
+        run_mergekit(merge_config("./base", ["./a", "./b", other]), work / "theirs")
+
+
+def test_copies_are_called_identical(
+    work: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(work / "a", work / "copy")
+    write_merge(work / "c.yml", "./base", ["./a", "./b", "./copy"])
+    warnings = report_of("c.yml")["families"][0]["warnings"]
+    assert any("./a and ./copy are identical" in text for text in warnings)
+    run_mergekit(merge_config("./base", ["./a", "./b", "./copy"]), work / "out")
+    assert len(said(caplog, "./a and ./copy are identical")) == 1
+    assert not said(caplog, "./b and")
+
+
+# ---- a wrong base
+
+
+def test_a_base_that_was_trained_apart(
+    work: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_model(work / "stranger", llama_state(seed=7))
+    config = write_merge(work / "c.yml", "./stranger", ["./a", "./b"])
+    for command in (["merge", "c.yml", "out", *QUIET], ["export", "c.yml", "e.yml"]):
+        message = refused(*command, capsys=capsys)
+        assert "./stranger" in message and "--allow-crimes" in message
+        assert not Path(command[2]).exists()
+        assert run_command(*command, "--allow-crimes") == 0
+    caplog.clear()
+    run_mergekit(merge_config("./stranger", ["./a", "./b"]), work / "theirs")
+    assert (
+        len(said(caplog, "of ./a are typically 1."))
+        == len(said(caplog, "of ./b are"))
+        == 1
+    )
+    assert config.exists()
+
+
+# ---- what counts without being written
+
+
+def test_layers_that_are_not_written_and_count(
+    work: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = llama_state() | {"model.layers.3.proj.weight": torch.ones(64, 64)}
+    for name, size in (("base", 0.0), ("a", 0.01), ("b", 0.01)):
+        state = tuned(base, len(name), size)
+        if name == "a":
+            state["model.layers.3.proj.weight"] += 0.1
+        write_model(work / name, state)
+    write_merge(work / "c.yml", "./base", ["./a", "./b"])
+    warnings = report_of("c.yml")["families"][0]["warnings"]
+    (text,) = (text for text in warnings if "does not write" in text and "./a" in text)
+    exclude = text.rpartition("exclude: ")[2]
+    assert exclude == "model.layers.3."
+    run_mergekit(merge_config("./base", ["./a", "./b"]), work / "out")
+    assert said(caplog, "./a, and count") == [text]
+    assert not any(
+        "does not write" in text
+        for text in report_of("c.yml", "--exclude", exclude)["families"][0]["warnings"]
+    )
+
+
+# ---- embeddings, whatever they are called
+
+
+def test_embeddings_are_known_by_the_architecture(work: Path) -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        architectures=["GPTNeoXForCausalLM"],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = {
+            name: tensor.detach().clone()
+            for name, tensor in GPTNeoXForCausalLM(config).state_dict().items()
+        }
+    moved = tuned(base, 1, 1e-4)
+    moved["gpt_neox.embed_in.weight"] = base["gpt_neox.embed_in.weight"].flip(0)
+    states: dict[str, State] = {"base": base, "a": moved, "b": tuned(base, 2, 1e-4)}
+    for name, state in states.items():
+        write_model(work / name, state, config)
+    warnings = report_of("--base", "./base", "./a", "./b")["families"][0]["warnings"]
+    (text,) = (text for text in warnings if "embeddings hold" in text)
+    assert text.endswith("exclude: embed_in")
+
+
+# ---- infinities and NaN
+
+
+def test_infinities_that_base_and_models_share(work: Path) -> None:
+    """GPT-NeoX's masks of -1e9 are infinite in float16; nothing is learned there."""
+    base = llama_state()
+    mask = {"model.layers.0.self_attn.masked_bias": torch.tensor(-torch.inf)}
+    expected = report_of("--base", "./base", "./a", "./b")["families"][0]["models"]
+    for name, seed in (("base", 0), ("a", 1), ("b", 2)):
+        state = tuned(base, seed) if seed else base
+        write_model(work / name, {**state, **mask})
+    for options in ((), ("--exclude", "masked_bias")):
+        report = report_of("--base", "./base", "./a", "./b", *options)
+        found = report["families"][0]["models"]
+        assert [m["sq_norm"] for m in found] == [m["sq_norm"] for m in expected]
+
+
+@pytest.mark.parametrize("granularity", ["model", "tensor"])
+def test_infinities_are_kept_where_mergekit_writes_them(
+    granularity: str, work: Path
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    states = {"base": llama_state()}
+    states |= {"a": tuned(states["base"], 1), "b": tuned(states["base"], 2)}
+    for model, state in states.items():
+        state[name] = torch.full_like(state[name], -torch.inf)
+        write_model(work / model, state)
+    settings = {"granularity": granularity}
+    write_merge(work / "c.yml", "./base", ["./a", "./b"], parameters=settings)
+    assert run_command("merge", "c.yml", "out", *QUIET) == 0
+    assert_same_bits(read_model(work / "out")[name], states["base"][name])
+
+
+def test_an_overflow_is_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`rescale` divides by what is left: float16 ends at 65504."""
+    base = {n: t.to(torch.float16) for n, t in llama_state().items()}
+    for name, seed in (("base", 0), ("a", 1), ("b", 2)):
+        state = tuned(base, seed, 0.01)
+        if seed:
+            state["lm_head.weight"] += 30000.0
+        write_model(work / name, state)
+    settings = {"lambda": 3.0}
+    for method in ("metagpt", "metagpt_ties"):
+        write_merge(
+            work / "c.yml",
+            "./base",
+            ["./a", "./b"],
+            merge_method=method,
+            parameters=settings,
+        )
+        command = ("merge", "c.yml", "out", *QUIET, "--allow-crimes")
+        message = refused(*command, capsys=capsys)
+        assert "lm_head.weight" in message and "dtype: float32" in message
+        assert not Path("out").exists()
+
+
+# ---- adapters
+
+
+@PEFT_WARNS
+def test_a_retrained_adapter_and_one_that_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapted = write_adapters(tmp_path)
+    first, second = (f"{adapted.base}+{adapter}" for adapter in adapted.adapters)
+    cache = ("--lora-merge-cache", "cache")
+    command = ("inspect", "--base", str(adapted.base), first, second, *cache)
+    assert run_command(*command) == 0
+    assert run_command(*command) == 0
+    weights = adapted.adapters[0] / "adapter_model.safetensors"
+    other = adapted.adapters[1] / "adapter_model.safetensors"
+    times = weights.stat().st_atime_ns, weights.stat().st_mtime_ns
+    shutil.copy(other, tmp_path / "new")
+    os.utime(tmp_path / "new", ns=times)
+    (tmp_path / "new").replace(weights)  # as rsync does
+    message = refused(*command, capsys=capsys)
+    assert first in message and "Remove that folder" in message
+    (stale,) = (p for p in Path("cache").iterdir() if str(p) in message)
+    shutil.rmtree(stale)
+    assert run_command(*command) == 0
+
+    weights.write_bytes(b"damaged")
+    shutil.rmtree(stale)
+    for _ in range(2):
+        assert first in refused(*command, capsys=capsys)
+        assert not stale.exists()
+
+
+@PEFT_WARNS
+def test_a_copy_that_mergekit_made_of_an_older_adapter(tmp_path: Path) -> None:
+    adapted = write_adapters(tmp_path)
+    models = [f"{adapted.base}+{adapter}" for adapter in adapted.adapters]
+    config = merge_config(str(adapted.base), models)
+    options = ("--lora-merge-cache", str(tmp_path / "cache"))
+    run_mergekit(config, tmp_path / "out", *options)
+    os.utime(adapted.adapters[1] / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="as it was earlier"):
+        run_mergekit(config, tmp_path / "again", *options)
+
+
+# ---- a model that was quantised once
+
+
+def test_a_dequantised_model_is_merged_and_its_configuration_warned_of(
+    work: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = llama_config(quantization_config={"quant_method": "gptq", "bits": 4})
+    write_model(work / "base", llama_state(), config)
+    write_merge(work / "c.yml", "./base", ["./a", "./b"])
+    assert run_command("merge", "c.yml", "out", *QUIET) == 0
+    assert len(said(caplog, "quantization_config")) == 1
+    caplog.clear()
+    run_mergekit(merge_config("./base", ["./a", "./b"]), work / "theirs")
+    assert len(said(caplog, "quantization_config")) == 1
+    assert not any(t.isnan().any() for t in read_model(work / "theirs").values())
+
+
+# ---- layers that are not there
+
+
+@pytest.mark.parametrize("layers", [[0, -1], [0, 40], [2, 1]])
+def test_layers_that_are_not_there(
+    layers: list[int], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("./base", "./a", "./b")
+    sources = [{"model": name, "layer_range": layers} for name in names]
+    write_merge(work / "c.yml", "./base", [], slices=[{"sources": sources}])
+    message = refused("merge", "c.yml", "out", *QUIET, capsys=capsys)
+    assert f"is {layers}; expected two numbers from 0 to 3" in message
+    assert report_of("c.yml")["refused"] in message
