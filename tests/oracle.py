@@ -94,6 +94,12 @@ def exact_sq_norm(base: torch.Tensor, model: torch.Tensor) -> Fraction:
     return sum(((m - b) ** 2 for b, m in zip(*ends, strict=True)), Fraction(0))
 
 
+def exact_shares(sq_norms: Sequence[Fraction]) -> list[Fraction]:
+    """lambda of eq. 15 in rational numbers; 0 where no model moved."""
+    total = sum(sq_norms, Fraction(0))
+    return [norm / total if total else Fraction(0) for norm in sq_norms]
+
+
 def naive_merge(
     base: torch.Tensor, models: Sequence[torch.Tensor], lambdas: torch.Tensor
 ) -> torch.Tensor:
