@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mergekit import multigpu_executor
+from mergekit.graph import Executor
+from mergekit.multigpu_executor import MultiGPUExecutor
 
 from tests.families import State, run_mergekit
 from tests.oracle import Oracle, assert_lambdas, assert_merged
@@ -61,3 +65,39 @@ def assert_task_arithmetic_fails(
     """Check that mergekit's own method fails on these inputs, with that message."""
     with pytest.raises(Exception, match=re.escape(message)):
         run_mergekit(task_arithmetic(config), folder / "theirs", *options)
+
+
+def pretend_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Make mergekit see so many devices, each of which computes on the CPU.
+
+    All start together, so that each has a thread of its own. The device under which a
+    worker runs is `meta`: a tensor that we make without naming its device has no data.
+    """
+    together = threading.Barrier(count, timeout=30)
+    cpu = torch.device("cpu")
+
+    def device_worker(
+        self: MultiGPUExecutor,
+        task_list: list[Any],
+        cached_values: dict[Any, Any],
+        device: torch.device,
+        quiet: bool,
+    ) -> None:
+        together.wait()
+        with torch.device("meta"):
+            executor = Executor(
+                targets=task_list,
+                math_device=cpu,
+                storage_device=cpu,
+                cached_values=cached_values,
+            )
+            for handle, result in executor._run(quiet=quiet):
+                wanted = handle in self.targets or handle in self.trailing_dependencies
+                self.task_completion_queue.put(
+                    (handle._index, result if wanted else None)
+                )
+
+    names = ("get_torch_accelerator_type", "get_torch_accelerator_count")
+    for name, value in zip(names, ("cuda", count), strict=True):
+        monkeypatch.setattr(multigpu_executor, name, lambda value=value: value)
+    monkeypatch.setattr(MultiGPUExecutor, "_device_worker", device_worker)

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from mergekit import multigpu_executor
-from mergekit.graph import Executor
 from mergekit.multigpu_executor import MultiGPUExecutor
 
 from mergekit_metagpt import scan
@@ -29,6 +28,7 @@ from tests.families import (
     said,
     write_model,
 )
+from tests.merges import pretend_devices
 from tests.oracle import assert_same_bits, naive_coefficients, naive_sq_norms
 
 DEVICES = 4
@@ -39,39 +39,7 @@ Scans = list[tuple[str, tuple[str, ...]]]
 
 @pytest.fixture
 def four_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make mergekit see four devices, each of which computes on the CPU.
-
-    All start together, so that each has a thread of its own. The device under which a
-    worker runs is `meta`: a tensor that we make without naming its device has no data.
-    """
-    together = threading.Barrier(DEVICES, timeout=30)
-    cpu = torch.device("cpu")
-
-    def device_worker(
-        self: MultiGPUExecutor,
-        task_list: list[Any],
-        cached_values: dict[Any, Any],
-        device: torch.device,
-        quiet: bool,
-    ) -> None:
-        together.wait()
-        with torch.device("meta"):
-            executor = Executor(
-                targets=task_list,
-                math_device=cpu,
-                storage_device=cpu,
-                cached_values=cached_values,
-            )
-            for handle, result in executor._run(quiet=quiet):
-                wanted = handle in self.targets or handle in self.trailing_dependencies
-                self.task_completion_queue.put(
-                    (handle._index, result if wanted else None)
-                )
-
-    count = "get_torch_accelerator_count"
-    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_type", lambda: "cuda")
-    monkeypatch.setattr(multigpu_executor, count, lambda: DEVICES)
-    monkeypatch.setattr(MultiGPUExecutor, "_device_worker", device_worker)
+    pretend_devices(monkeypatch, DEVICES)
 
 
 @pytest.fixture
