@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import importlib
 import itertools
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -350,31 +352,21 @@ def test_threads(row: Row, tmp_path: Path, trio: Family) -> None:
 def page_code(heading: str) -> str:
     """The first block of Python under a heading of the page."""
     section = PAGE.read_text().split(f"\n## {heading}\n")[1]
-    found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert found is not None
-    return found.group(1)
+    return section.split("```python\n")[1].split("```")[0]
 
 
 @pytest.fixture
 def evolution(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[], Any]]:
+) -> Callable[[], ModuleType]:
     """Import the page's snippet as a module, as its user and ray's workers do."""
     from mergekit.evo import genome
 
     monkeypatch.setattr(genome, "METHOD_PARAM_MAPS", dict(genome.METHOD_PARAM_MAPS))
-
-    def load() -> Any:
-        file = tmp_path / "evolve_metagpt.py"
-        file.write_text(page_code("mergekit-evolve"))
-        spec = importlib.util.spec_from_file_location("evolve_metagpt", file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, "evolve_metagpt", module)
-        spec.loader.exec_module(module)
-        return module
-
-    yield load
+    (tmp_path / "evolve_metagpt.py").write_text(page_code("mergekit-evolve"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "evolve_metagpt", raising=False)
+    return functools.partial(importlib.import_module, "evolve_metagpt")
 
 
 @covers("`mergekit-evolve`")
@@ -411,33 +403,28 @@ def test_evolution(
 
 
 def test_every_method_is_in_the_snippet(evolution: Callable[[], Any]) -> None:
-    from mergekit.evo.genome import METHOD_PARAM_MAPS
+    from mergekit.evo import genome
 
     ours = {
         method.spec.name: {parameter.name for parameter in method.spec.parameters}
         for method in merge_methods.registered_methods()
         if method.spec.name.startswith("metagpt")
     }
+    theirs = set(genome.METHOD_PARAM_MAPS)
     evolution()
-    from mergekit.evo import genome
-
-    table = genome.METHOD_PARAM_MAPS
-    assert table.keys() - METHOD_PARAM_MAPS.keys() <= ours.keys()
-    assert ours.keys() <= table.keys()
+    assert genome.METHOD_PARAM_MAPS.keys() - theirs == ours.keys()
     for method, known in ours.items():
-        assert table[method][0] == "weight"
-        assert set(table[method]) <= known
+        first, *others = genome.METHOD_PARAM_MAPS[method]
+        assert first == "weight"
+        assert {first, *others} <= known
 
 
 SAME_BITS: dict[str, tuple[str, ...]] = {
     "`--low-cpu-memory`": ("--low-cpu-memory",),
     "`--clone-tensors`": ("--clone-tensors",),
     "`--async-write` and `--write-threads`": (
-        "--async-write",
-        "--write-threads",
-        "3",
-        "--out-shard-size",
-        "20K",
+        *("--async-write", "--write-threads", "3"),
+        *("--out-shard-size", "20K"),
     ),
     "`--out-shard-size`": ("--out-shard-size", "20K"),
     "`--random-seed`": ("--random-seed", "4"),
