@@ -331,23 +331,8 @@ def test_with_a_broken_module_of_ours(
 
 
 def test_a_foreign_metagpt_is_left_alone() -> None:
-    body = """
-    from mergekit.merge_methods.generalized_task_arithmetic import (
-        GeneralizedTaskArithmeticMerge as Method,
-    )
-    registry.register(
-        Method(
-            consensus_method=None,
-            sparsification_method=None,
-            default_normalize=False,
-            default_rescale=False,
-            method_name="metagpt",
-            method_pretty_name="Foreign",
-            method_reference_url=None,
-        )
-    )
-    """
-    code = FIRST_HOOK.format(body=body.strip()) + textwrap.dedent("""
+    body = "registry._METHODS['metagpt'] = registry.get('linear')"
+    code = FIRST_HOOK.format(body=body) + textwrap.dedent("""
         from mergekit.merge_methods import get
         import mergekit_metagpt
 
@@ -356,10 +341,10 @@ def test_a_foreign_metagpt_is_left_alone() -> None:
         except ValueError as error:
             said = str(error)
         failure = mergekit_metagpt.autoload.failure
-        answer([get("metagpt").spec.pretty_name, said, failure])
+        answer([get("metagpt").spec.name, said, failure])
         """)
     name, said, failure = ask_python(code)
-    assert name == "Foreign"
+    assert name == "linear"
     assert "'metagpt' is already registered" in said
     assert said in failure
 

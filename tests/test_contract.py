@@ -1,4 +1,8 @@
-"""What mergekit asks of any merge method, for every method that we register."""
+"""What mergekit asks of any merge method, for every method that we register.
+
+What each computes is compared with the oracle in test_in_memory.py, test_composed.py
+and the tests of files.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +52,8 @@ from tests.oracle import (
     assert_same_bits,
     assert_same_states,
     assert_unchanged,
-    assert_within_bound,
-    naive_coefficients,
     naive_lambdas,
     naive_sq_norms,
-    solved_coefficients,
 )
 
 F64, F32, F16, BF16 = ORDER
@@ -69,12 +70,6 @@ def our_methods() -> list[str]:
 
 
 METHODS = our_methods()
-# Those that, without sparsification, sum scaled task vectors: lambda can be read off.
-LINEAR = [
-    method
-    for method in METHODS
-    if method == "metagpt" or method.endswith(("linear", "breadcrumbs"))
-]
 every_method = pytest.mark.parametrize("method", METHODS)
 every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
 
@@ -139,12 +134,6 @@ def mixed() -> list[State]:
     )
 
 
-def shares(models: Sequence[State], **formula: Any) -> torch.Tensor:
-    """The oracle's lambda over all floating-point tensors of a base and fine-tunes."""
-    base = {n: t for n, t in models[0].items() if t.is_floating_point()}
-    return naive_coefficients(naive_sq_norms(base, models[1:]), **formula)
-
-
 def all_tensors(models: Sequence[State]) -> list[torch.Tensor]:
     return [tensor for state in models for tensor in state.values()]
 
@@ -201,21 +190,6 @@ def exact_family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return make_family(tmp_path_factory.mktemp("exact"), dtype=F64, shards=2)
 
 
-def assert_merged(
-    method: str, merged: State, models: Sequence[State], lambdas: torch.Tensor
-) -> None:
-    """Compare with the bound, or with mergekit's own method given lambda."""
-    floats = [{n: t for n, t in m.items() if t.is_floating_point()} for m in models]
-    weight = {"weight": lambdas.tolist()}
-    expected = merge_state_dicts(floats, counterpart(method), base=0, parameters=weight)
-    for name, wanted in expected.items():
-        base, *tuned = (state[name] for state in models)
-        if method == "metagpt":
-            assert_within_bound(merged[name], base, tuned, lambdas)
-        else:
-            torch.testing.assert_close(merged[name], wanted)
-
-
 # --- the registry --------------------------------------------------------------------
 
 
@@ -249,47 +223,6 @@ def test_a_spec_asks_for_a_base_and_nothing_else(method: str) -> None:
         assert scopes[name] == ParameterScope.SHARED
     for parameter in spec.parameters:
         assert parameter.validate(parameter.default) == parameter.default
-
-
-# --- what is computed ----------------------------------------------------------------
-
-
-@every_method
-@pytest.mark.parametrize("dtype", ORDER)
-@pytest.mark.parametrize("count", [1, 3])
-def test_the_closed_form_gives_the_weights(
-    method: str, dtype: torch.dtype, count: int
-) -> None:
-    models = relatives(count, dtype)
-    assert_merged(method, in_memory(method, models), models, shares(models))
-
-
-@every_method
-def test_weight_and_power_shape_the_weights_and_lambda_scales(method: str) -> None:
-    models = relatives()
-    parameters = {"weight": [2.0, 0.0, 1.0], "power": 1.0}
-    lambdas = shares(models, weight=[2.0, 0.0, 1.0], power=1.0)
-    merged = in_memory(method, models, parameters=parameters)
-    assert_merged(method, merged, models, lambdas)
-    scaled = in_memory(method, models, parameters={**parameters, "lambda": 0.25})
-    for name, base in models[0].items():
-        expected = base + 0.25 * (merged[name] - base)
-        torch.testing.assert_close(scaled[name], expected)
-
-
-@every_method
-def test_random_numbers_are_those_of_mergekits_method(method: str) -> None:
-    models = sparsifiable(relatives(dtype=F32))
-    sparse = accepted(method, density=0.5, gamma=0.05)
-    merged, after = [], []
-    weight = {"weight": shares(models).tolist()}
-    for name, own in ((method, {}), (counterpart(method), weight)):
-        torch.manual_seed(5)
-        merged.append(in_memory(name, models, parameters={**sparse, **own}))
-        after.append(torch.get_rng_state())
-    assert torch.equal(*after)
-    for name, tensor in merged[0].items():
-        torch.testing.assert_close(tensor, merged[1][name])
 
 
 @every_method
@@ -795,51 +728,6 @@ def test_a_second_call_gives_the_same_bits(method: str) -> None:
     assert_same_states(in_memory(method, models), expected)
 
 
-# --- state dicts against files -------------------------------------------------------
-
-
-@every_method
-@every_granularity
-def test_files_and_memory_use_the_same_lambda(
-    method: str, granularity: str, exact_family: Family, tmp_path: Path
-) -> None:
-    states = [exact_family.base_state, *exact_family.states]
-    parameters = accepted(method, granularity=granularity, normalize=False)
-    config = merge_config(exact_family.base, exact_family.models, merge_method=method)
-    stored = run_mergekit({**config, "parameters": parameters}, tmp_path / "out")
-    here = in_memory(method, states, parameters=parameters)
-    assert stored.keys() == here.keys()
-    for name, tensor in stored.items():
-        assert tensor.dtype == F64
-        torch.testing.assert_close(tensor, here[name], rtol=1e-11, atol=1e-13)
-    if method in LINEAR:
-        base, *tuned = states
-        lambdas = naive_lambdas(NAME, base, tuned, granularity=granularity)
-        for merged in (stored, here):
-            found = solved_coefficients(merged, base, tuned, [NAME])
-            torch.testing.assert_close(found, lambdas, rtol=1e-8, atol=0)
-
-
-@every_method
-def test_mixed_precisions_from_files_and_in_memory_use_the_same_lambda(
-    method: str, tmp_path: Path
-) -> None:
-    models = relatives(dtype=F64)
-    for state, dtype in zip(models, (F32, BF16, F16, F64), strict=True):
-        state.update({name: tensor.to(dtype) for name, tensor in state.items()})
-    parameters = accepted(method, normalize=False)
-    paths = raw_files(models, tmp_path)
-    stored = from_files(method, paths, tmp_path / "out", parameters=parameters)
-    here = in_memory(method, models, parameters=parameters)
-    wide = [{n: t.double() for n, t in state.items()} for state in models]
-    assert {tensor.dtype for tensor in (*stored.values(), *here.values())} == {F64}
-    for name, tensor in stored.items():
-        torch.testing.assert_close(tensor, here[name], rtol=1e-11, atol=1e-13)
-    if method in LINEAR:
-        found = solved_coefficients(stored, wide[0], wide[1:])
-        torch.testing.assert_close(found, shares(models), rtol=1e-8, atol=0)
-
-
 @every_method
 def test_a_weight_of_zero_by_filter_keeps_the_bases_tensors(
     method: str, exact_family: Family, tmp_path: Path
@@ -883,16 +771,3 @@ def test_a_plan_that_failed_leaves_nothing_behind(
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(merges).result()
-
-
-@every_method
-def test_merges_one_after_another_say_lambda_once_each(
-    method: str, family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = merge_config(family.base, family.models, merge_method=method)
-    results = []
-    for fresh in (True, False):
-        caplog.clear()
-        results.append(run_mergekit(config, tmp_path / str(fresh), fresh=fresh))
-        assert len(said(caplog, "lambda of")) == 1
-    assert_same_states(*results)

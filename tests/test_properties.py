@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import random
@@ -19,7 +18,7 @@ from mergekit.merge_methods.api import merge_state_dicts
 
 from mergekit_metagpt.arithmetic.closed_form import coefficients
 from mergekit_metagpt.arithmetic.scaled_sums import scaled_sum
-from mergekit_metagpt.arithmetic.squared_norms import gram_matrix, sq_norms
+from mergekit_metagpt.arithmetic.squared_norms import sq_norms
 from tests.oracle import (
     ORDER,
     assert_same_bits,
@@ -247,38 +246,6 @@ def test_coefficients_are_shares_of_the_squared_norms(drawn: Relatives) -> None:
         assert abs(Fraction(got) - wanted) <= Fraction(1e-7) * max(wanted, smallest)
 
 
-@given(relatives(most=8), st.randoms(use_true_random=False))
-@cases(300)
-def test_the_order_of_models_only_orders_the_coefficients(
-    drawn: Relatives, rng: random.Random
-) -> None:
-    order = list(range(len(drawn.tuned)))
-    rng.shuffle(order)
-    norms = sq_norms(drawn.base, drawn.tuned)
-    moved = sq_norms(drawn.base, [drawn.tuned[at] for at in order])
-    assert_same_bits(moved, norms[order])
-    assume(bool(norms.any()))
-    torch.testing.assert_close(
-        coefficients(moved), coefficients(norms)[order], rtol=1e-14, atol=0
-    )
-
-
-@given(relatives(), st.lists(st.integers(0, 24), max_size=4))
-@cases(400)
-def test_tensors_may_be_split_anywhere(drawn: Relatives, cuts: list[int]) -> None:
-    flat = [tensor.flatten() for tensor in (drawn.base, *drawn.tuned)]
-    ends = sorted({0, len(flat[0]), *(min(cut, len(flat[0])) for cut in cuts)})
-    parts = [slice(*pair) for pair in itertools.pairwise(ends)]
-    whole = sq_norms(drawn.base, drawn.tuned)
-    pieces = [sq_norms(flat[0][part], [t[part] for t in flat[1:]]) for part in parts]
-    summed = sum(pieces, torch.zeros(len(drawn.tuned), dtype=F64))
-    torch.testing.assert_close(summed, whole, rtol=1e-13, atol=0)
-    assume(bool(whole.any()))
-    torch.testing.assert_close(
-        coefficients(summed), coefficients(whole), rtol=1e-12, atol=0
-    )
-
-
 def scaled(tensor: torch.Tensor, exponent: int) -> torch.Tensor:
     """The tensor times a power of 2, exactly."""
     return tensor * math.ldexp(1, exponent)
@@ -289,24 +256,6 @@ MIDDLE = {F64: (-200, 200), F32: (-60, 60), F16: (-3, 3), BF16: (-60, 60)}
 REACH = {F64: 200, F32: 30, F16: 5, BF16: 30}
 # Without task vectors that reach to the ends.
 INNER = ["free", "near", "base", "equal"]
-
-
-@given(relatives(ends=MIDDLE, kinds=INNER), st.data())
-@cases(400)
-def test_a_common_factor_changes_no_coefficient(
-    drawn: Relatives, data: st.DataObject
-) -> None:
-    reach = REACH[drawn.base.dtype]
-    exponent = data.draw(st.integers(-reach, reach))
-    norms = sq_norms(drawn.base, drawn.tuned)
-    moved = sq_norms(
-        scaled(drawn.base, exponent), [scaled(t, exponent) for t in drawn.tuned]
-    )
-    assert_same_bits(moved, scaled(norms, 2 * exponent))
-    assume(bool(norms.any()))
-    torch.testing.assert_close(
-        coefficients(moved), coefficients(norms), rtol=1e-13, atol=0
-    )
 
 
 @given(relatives(ends=MIDDLE, kinds=INNER), st.data())
@@ -327,17 +276,6 @@ def test_a_common_power_of_two_changes_no_bit_of_the_merge(
     zero = torch.stack([drawn.base, *drawn.tuned]).abs().amax(dim=0) == 0
     normal = (merged.abs() >= 2 * info.tiny / info.eps) | zero
     assert_same_bits(moved[normal], scaled(merged, exponent)[normal])
-
-
-@given(relatives(ends={**SQUARES, F64: (-400, 400)}))
-@cases(300)
-def test_inner_products_are_symmetric_and_bounded(drawn: Relatives) -> None:
-    gram = gram_matrix(drawn.base, drawn.tuned)
-    norms = sq_norms(drawn.base, drawn.tuned)
-    assert_same_bits(gram.diagonal(), norms)
-    assert_same_bits(gram, gram.T.contiguous())
-    largest = norms.sqrt()[:, None] * norms.sqrt()[None, :]
-    assert bool((gram.abs() <= (1 + 1e-12) * largest).all())
 
 
 # ---- the scaled sum

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from mergekit.merge_methods import merge_tensors
 
 import mergekit_metagpt
 from mergekit_metagpt.arithmetic import squared_norms
@@ -305,18 +306,6 @@ def test_2_stored_once_twice_or_in_one_checkpoint_only_the_same_lambda(
 # 3. Measured at the coarser of the two stored precisions.
 
 
-@pytest.mark.parametrize("of_model", ORDER, ids=str)
-@pytest.mark.parametrize("of_base", ORDER, ids=str)
-def test_3_measured_at_the_coarser_of_the_two_stored_precisions(
-    tmp_path: Path, base: State, of_base: torch.dtype, of_model: torch.dtype
-) -> None:
-    # Numbers that float32 rounds, and fine-tunes down to what it cannot see.
-    fine = tuned(cast(base, torch.float64), 7, 1e-4)
-    others = [tuned(fine, k, size) for k, size in enumerate((1e-2, 1e-4, 1e-9))]
-    first, others = cast(fine, of_base), [cast(model, of_model) for model in others]
-    assert_close(scanned(tmp_path, first, *others), naive_sq_norms(first, others), 1e-9)
-
-
 @every_pair
 def test_3_an_untouched_weight_contributes_exactly_zero(
     tmp_path: Path, base: State, of_base: torch.dtype, of_model: torch.dtype
@@ -332,41 +321,14 @@ def test_3_an_untouched_weight_contributes_exactly_zero(
     assert_close(found, [naive_sq_norm(first[UP][3, 4], touched[UP][3, 4])])
 
 
-def test_3_numbers_beyond_the_coarser_precisions_range_are_measured_as_they_are(
-    tmp_path: Path, base: State
-) -> None:
-    first = base | {UP: base[UP].clone()}
-    first[UP][0, 0] = 1e5
-    model = cast(base, torch.float16)
-    model[UP][0, 0] = 65504
-    expected = naive_sq_norm(base[UP].half(), model[UP]) + (1e5 - 65504.0) ** 2
-    expected -= naive_sq_norm(base[UP].half()[0, 0], model[UP][0, 0])
-    assert_close(scanned(tmp_path, first, model), [expected])
-
-
 @every_pair
-def test_3_in_memory_and_under_tensor_too(
-    tmp_path: Path,
-    base: State,
-    models: States,
-    of_base: torch.dtype,
-    of_model: torch.dtype,
+def test_3_in_memory_too(
+    base: State, models: States, of_base: torch.dtype, of_model: torch.dtype
 ) -> None:
-    from mergekit.merge_methods import merge_tensors
-
     first = base[UP].to(of_base)
-    untouched, other = first.to(of_model), models[0][UP].to(of_model)
-    tensors = [first, untouched, other]
+    tensors = [first, first.to(of_model), models[0][UP].to(of_model)]
     merged = merge_tensors(tensors, "metagpt", base_index=0, dtype=torch.float64)
-    assert_same_bits(merged, other.double())
-
-    if {of_base, of_model} == {torch.float32, torch.bfloat16}:
-        first, *others = written(tmp_path, *({**base, UP: t} for t in tensors))
-        config = merge_config(first, others, parameters={"granularity": "tensor"})
-        merged = run_mergekit(config, tmp_path / "out")[UP]
-        first, *others = (tensor.float() for tensor in tensors)
-        lambdas = torch.tensor([0.0, 1.0], dtype=torch.float64)
-        assert_within_bound(merged, first, others, lambdas)
+    assert_same_bits(merged, tensors[2].double())
 
 
 # 4. Resized vocabularies.
@@ -608,18 +570,6 @@ def test_5_the_same_bits_whatever_torchs_threads(large: list[Path]) -> None:
 # 6. n_t = 0.
 
 
-def test_6_for_positive_power_that_lambda_is_zero(
-    tmp_path: Path, base: State, models: States
-) -> None:
-    paths = written(tmp_path, base, base, *models[:2])
-    lambdas = naive_coefficients(naive_sq_norms(base, [base, *models[:2]]))
-    assert lambdas[0] == 0
-    merged = run_mergekit(merge_config(paths[0], paths[1:]), tmp_path / "out")
-    for name, tensor in merged.items():
-        tensors = [state[name] for state in (base, *models[:2])]
-        assert_within_bound(tensor, base[name], tensors, lambdas)
-
-
 @every_granularity
 @pytest.mark.parametrize("power", [2.0, 0.5, -1.0])
 def test_6_if_all_are_zero_the_base_is_returned_with_a_warning(
@@ -646,8 +596,8 @@ def test_6_power_zero_looks_at_no_norm_and_scans_nothing(
     assert_lambda(merged, base, models[:2], third)
 
 
-@pytest.mark.parametrize("power", [-1.0, -2.0])
-def test_6_negative_power_leaves_out_a_model_with_zero_and_says_so(
+@pytest.mark.parametrize("power", [2.0, -1.0, -2.0])
+def test_6_a_model_with_zero_gets_nothing_and_negative_power_says_so(
     tmp_path: Path, base: State, models: States, power: float, caplog: Log
 ) -> None:
     first, *others = written(tmp_path, base, models[0], base, models[1])
@@ -655,8 +605,9 @@ def test_6_negative_power_leaves_out_a_model_with_zero_and_says_so(
     merged = run_mergekit(config, tmp_path / "out")
     expected = naive_coefficients(naive_sq_norms(base, models[:2]), power=power)
     assert_lambda(merged, base, models[:2], expected)
-    (warning,) = said(caplog, "left out")
-    assert [str(other) in warning for other in others] == [False, True, False]
+    warnings = said(caplog, "left out")
+    named = [[str(other) in warning for other in others] for warning in warnings]
+    assert named == [[False, True, False]] * (power < 0)
 
 
 @pytest.mark.parametrize("power", [2.0, -1.0])
