@@ -192,7 +192,7 @@ def assert_same_bits(first: torch.Tensor, second: torch.Tensor) -> None:
 
 def assert_same_states(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
     """Check that two models agree in names (not their order) and every bit."""
-    assert first.keys() == second.keys()
+    assert first and first.keys() == second.keys()
     for name, tensor in first.items():
         assert_same_bits(tensor, second[name])
 

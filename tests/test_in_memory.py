@@ -67,7 +67,7 @@ def tuned_of(models: Models) -> list[State]:
     return [state for model, state in models.items() if model != "base"]
 
 
-OPTIONS = {"base", "dtype", "out_dtype", "strict", "batch_options"}
+OPTIONS = {"base", "dtype", "out_dtype"}
 
 
 def merge(models: Models, **options: Any) -> State:
@@ -605,15 +605,6 @@ def test_the_base_alone_is_returned(family: Family) -> None:
         assert_same_states(merged, state)
     merged = merge({"base": state}, out_dtype=BF16)
     assert_same_states(merged, cast(state, BF16))
-
-
-def test_tensors_that_not_all_models_have_are_dropped_if_not_strict() -> None:
-    models = relatives()
-    models["base"]["extra"] = torch.ones(2, dtype=F64)
-    models["tuned0"]["other"] = torch.ones(2, dtype=F64)
-    with pytest.raises(ValueError, match="different tensor keys"):
-        merge(models)
-    assert_same_states(merge(models, strict=False), merge(relatives()))
 
 
 # --- errors --------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -68,6 +68,16 @@ def noise(shape: Sequence[int], seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
+def stored(
+    base: torch.Tensor,
+    tuned: Iterable[torch.Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Specimen:
+    moved = tuple(tensor.to(device, dtype) for tensor in tuned)
+    return Specimen(base.to(device, dtype), moved)
+
+
 def usual(
     shape: Sequence[int],
     dtype: torch.dtype,
@@ -81,9 +91,7 @@ def usual(
     base = size * noise(shape, 0)
     taus = [size * step * (k + 1) * noise(shape, k + 1) for k in range(count)]
     taus[2] = torch.zeros_like(base)
-    return Specimen(
-        base.to(device, dtype), tuple((base + tau).to(device, dtype) for tau in taus)
-    )
+    return stored(base, (base + tau for tau in taus), dtype, device)
 
 
 def relaid(
@@ -93,87 +101,73 @@ def relaid(
 ) -> Specimen:
     """Views that are not contiguous; the base and every other fine-tune."""
     base, tuned = usual(shape, F32, device)
-    views = tuple(
-        layout(tensor) if k % 2 else layout(tensor).contiguous()
-        for k, tensor in enumerate(tuned)
-    )
-    return Specimen(layout(base), views)
+    views = [layout(tensor) for tensor in tuned]
+    views[::2] = [view.contiguous() for view in views[::2]]
+    return Specimen(layout(base), tuple(views))
 
 
 def constants(dtype: torch.dtype, device: torch.device) -> Specimen:
     """Every element of a tensor is the same number."""
-    values = [1 + torch.finfo(dtype).eps * 2**k for k in range(MOST)]
-    return Specimen(
-        torch.ones(777, dtype=dtype, device=device),
-        tuple(torch.full((777,), v, dtype=dtype, device=device) for v in values),
-    )
+    base, eps = torch.ones(777, dtype=F64), torch.finfo(dtype).eps
+    return stored(base, (base + eps * 2**k for k in range(MOST)), dtype, device)
 
 
 def subnormal(dtype: torch.dtype, device: torch.device) -> Specimen:
     """Numbers below the smallest normal one, down to the smallest there is."""
     smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-    base = torch.tensor([0, 1, -1, 3, 60, -60, 7, 0], dtype=F64)
-    steps = torch.tensor([1, 1, -1, 2, 0, 5, -7, 0], dtype=F64)
-    return Specimen(
-        (smallest * base).to(device, dtype),
-        tuple(
-            (smallest * (base + steps * (k % 4))).to(device, dtype) for k in range(MOST)
-        ),
-    )
+    base = smallest * torch.tensor([0, 1, -1, 3, 60, -60, 7, 0], dtype=F64)
+    steps = smallest * torch.tensor([1, 1, -1, 2, 0, 5, -7, 0], dtype=F64)
+    return stored(base, (base + steps * (k % 4) for k in range(MOST)), dtype, device)
 
 
 def enormous(dtype: torch.dtype, device: torch.device) -> Specimen:
     """Differences beyond the dtype (and float32), with merges that are finite."""
-    largest = torch.finfo(dtype).max
-    if dtype == F64:
-        # Even the differences stay finite here: nothing is wider than float64.
-        largest /= 4
-    base = largest * torch.tensor([-1, -0.9, 1, 0.5, 1e-3, 0], dtype=F64)
-    tuned = [
-        largest * torch.tensor(row, dtype=F64)
-        for row in ([1, 0.9, -1, 0.5, -1, 1], [-1, -0.8, 1, 0.7, 1, 0], [1] * 6)
-    ]
-    return Specimen(
-        base.to(device, dtype),
-        tuple(tuned[k % 3].to(device, dtype) for k in range(MOST)),
-    )
+    # Even the differences stay finite in float64: nothing is wider.
+    largest = torch.finfo(dtype).max / (4 if dtype == F64 else 1)
+    base = [-1, -0.9, 1, 0.5, 1e-3, 0]
+    tuned = [1, 0.9, -1, 0.5, -1, 1], [-1, -0.8, 1, 0.7, 1, 0], [1] * 6
+    rows = largest * torch.tensor([base, *tuned], dtype=F64)
+    return stored(rows[0], [*rows[1:]] * (MOST // 3), dtype, device)
 
 
 def signed_zeros(device: torch.device) -> Specimen:
-    base = torch.tensor([-0.0, 0.0, -0.0, 0.0, 1.0], device=device)
-    tuned = torch.tensor([-0.0, 0.0, 0.0, -0.0, 1.0], device=device)
-    return Specimen(base, tuple(base if k % 2 else tuned for k in range(MOST)))
+    base = torch.tensor([-0.0, 0.0, -0.0, 0.0, 1.0])
+    tuned = torch.tensor([-0.0, 0.0, 0.0, -0.0, 1.0])
+    return stored(base, [tuned, base] * (MOST // 2), F32, device)
 
 
 def uneven(device: torch.device) -> Specimen:
     """Magnitudes from 1e-20 to 1e20 side by side, steps far below and far above."""
     base = 10 ** torch.linspace(-20, 20, 500, dtype=F64) * noise((500,), 5).sign()
-    steps = [1e-7, 1.0, 1e7, 0.0]
-    return Specimen(
-        base.to(device, F32),
-        tuple(
-            (base * (1 + steps[k % 4] * noise((500,), k))).to(device, F32)
-            for k in range(MOST)
-        ),
-    )
+    steps = [1e-7, 1.0, 1e7, 0.0] * (MOST // 4)
+    tuned = (base * (1 + s * noise((500,), k)) for k, s in enumerate(steps))
+    return stored(base, tuned, F32, device)
 
 
 MENAGERIE: dict[str, Maker] = {
-    "ordinary": functools.partial(usual, (30, 40), F32),
-    "scalar": functools.partial(usual, (), F32),
-    "one element": functools.partial(usual, (1,), BF16),
-    "empty": functools.partial(usual, (0,), F32),
-    "empty matrix": functools.partial(usual, (3, 0), BF16),
-    "four axes": functools.partial(usual, (2, 3, 4, 5), F16),
+    **{
+        name: functools.partial(usual, shape, dtype)
+        for name, shape, dtype in [
+            ("ordinary", (30, 40), F32),
+            ("scalar", (), F32),
+            ("one element", (1,), BF16),
+            ("empty", (0,), F32),
+            ("empty matrix", (3, 0), BF16),
+            ("four axes", (2, 3, 4, 5), F16),
+        ]
+    },
     "far from zero": functools.partial(usual, (1000,), F32, size=1e6, step=1e-6),
-    "transposed": functools.partial(relaid, torch.t, (20, 31)),
-    "every other column": functools.partial(relaid, lambda t: t[:, ::2], (20, 31)),
-    "expanded": functools.partial(relaid, lambda t: t.expand(50, 31), (1, 31)),
-    "expanded scalar": functools.partial(relaid, lambda t: t.expand(4, 5), ()),
-    "channels last": functools.partial(
-        relaid, lambda t: t.permute(0, 3, 1, 2), (2, 3, 4, 5)
-    ),
-    "a slice at an offset": functools.partial(relaid, lambda t: t[7:19, 3:], (20, 31)),
+    **{
+        name: functools.partial(relaid, layout, shape)
+        for name, layout, shape in [
+            ("transposed", torch.t, (20, 31)),
+            ("every other column", lambda t: t[:, ::2], (20, 31)),
+            ("expanded", lambda t: t.expand(50, 31), (1, 31)),
+            ("expanded scalar", lambda t: t.expand(4, 5), ()),
+            ("channels last", lambda t: t.permute(0, 3, 1, 2), (2, 3, 4, 5)),
+            ("a slice at an offset", lambda t: t[7:19, 3:], (20, 31)),
+        ]
+    },
     "signed zeros": signed_zeros,
     "uneven": uneven,
     **{
@@ -584,19 +578,12 @@ def test_no_graph_is_recorded_without_need(device: torch.device) -> None:
     base, tuned = usual((5,), F32, device)
     lambdas = shares(2)
     leaves = [tensor.clone().requires_grad_() for tensor in (base, *tuned[:2])]
-    results = [
-        sq_norms(base, tuned[:2]),
-        scaled_sum(base, tuned[:2], lambdas),
-        gram_matrix(*leaves[:1], leaves[1:]),
-    ]
+    found = [*results(base, tuned[:2]), gram_matrix(leaves[0], leaves[1:])]
     for guard in (torch.no_grad, torch.inference_mode):
         with guard():
-            results += [
-                sq_norms(leaves[0], leaves[1:]),
-                scaled_sum(leaves[0], leaves[1:], lambdas),
-            ]
-            assert_same_bits(results[-1], scaled_sum(base, tuned[:2], lambdas))
-    for result in results:
+            found += results(leaves[0], leaves[1:])
+            assert_same_bits(found[-3], scaled_sum(base, tuned[:2], lambdas))
+    for result in found:
         assert not result.requires_grad
         assert result.grad_fn is None
 

@@ -21,7 +21,6 @@ from mergekit_metagpt.arithmetic import scaled_sums
 from mergekit_metagpt.scanning import once, threads
 from tests.conftest import Family, make_family
 from tests.families import (
-    State,
     merge_config,
     read_model,
     run_mergekit,
@@ -29,7 +28,12 @@ from tests.families import (
     write_model,
 )
 from tests.merges import pretend_devices
-from tests.oracle import assert_same_bits, naive_coefficients, naive_sq_norms
+from tests.oracle import (
+    assert_same_bits,
+    assert_same_states,
+    naive_coefficients,
+    naive_sq_norms,
+)
 
 DEVICES = 4
 LAYERS = {"layer_range": [0, 3]}
@@ -72,14 +76,6 @@ def _no_thread_is_left() -> Iterator[None]:
         if "tqdm" not in type(thread).__module__:
             thread.join(timeout=5)
             assert not thread.is_alive(), thread
-
-
-def assert_same_merge(first: State, second: State) -> None:
-    """Check that two merged models agree in every bit."""
-    assert first.keys() == second.keys()
-    assert first
-    for name, tensor in first.items():
-        assert_same_bits(tensor, second[name])
 
 
 def scanned_pairs(scans: Scans) -> Counter[tuple[str, str]]:
@@ -178,7 +174,7 @@ def test_sharded_merge_has_the_bits_of_the_single_one(
     once = list(scans)
     single = run_mergekit(config, tmp_path / "single")
 
-    assert_same_merge(sharded, single)
+    assert_same_states(sharded, single)
     assert len(in_threads) == len(fresh_family.base_state)
     assert len({thread for thread, _ in in_threads}) == DEVICES
     assert {thread for thread, _ in sums} == {threading.get_ident()}
@@ -231,7 +227,7 @@ def test_error_of_the_scan_is_raised_once(
     write_model(ill, fresh_family.states[1], shards=2)
     merged = run_mergekit(config, tmp_path / "out", "--multi-gpu")
     well = merge_config(fresh_family.base, fresh_family.models[:2])
-    assert_same_merge(merged, run_mergekit(well, tmp_path / "well"))
+    assert_same_states(merged, run_mergekit(well, tmp_path / "well"))
 
 
 @pytest.mark.timeout(60)
@@ -293,7 +289,7 @@ def test_two_merges_at_once(fresh_family: Family, tmp_path: Path, scans: Scans) 
     }
     for n, config in enumerate(configs):
         single = run_mergekit(config, tmp_path / f"single{n}")
-        assert_same_merge(threaded[n], single)
+        assert_same_states(threaded[n], single)
 
 
 @pytest.mark.timeout(60)

@@ -155,20 +155,6 @@ def test_1_a_property_of_the_pair_not_of_the_other_models(
         assert_same_bits(together[k : k + 1], alone)
 
 
-@pytest.mark.parametrize("granularity", ["model", "layer"])
-def test_1_under_model_and_layer_whatever_slices(
-    tmp_path: Path, base: State, models: States, granularity: str
-) -> None:
-    paths = written(tmp_path, base, *models)
-    config = merge_config(paths[0], [], slices=[sources(paths, 0, 2)])
-    config["parameters"] = {"granularity": granularity}
-    merged = run_mergekit({**config, "dtype": "float64"}, tmp_path / "out")
-    assert not any(LAYERS[2] in name for name in merged)
-    for name in names_with(merged, "proj"):
-        expected = naive_lambdas(name, base, models, granularity=granularity)
-        assert_lambda(merged, base, models, expected, [name])
-
-
 @every_granularity
 def test_1_measured_as_stored_or_under_tensor_as_handed_over(
     tmp_path: Path, base: State, granularity: str
@@ -341,15 +327,6 @@ def resized(state: State, rows: int) -> State:
         more = torch.full((max(0, rows - len(state[name])), 32), 5.0)
         new[name] = torch.cat([state[name][:rows], more.to(state[name].dtype)])
     return {**state, **new}
-
-
-@pytest.mark.parametrize("rows", [101, 90])
-def test_4_the_rows_that_both_have_are_measured(
-    tmp_path: Path, base: State, models: States, rows: int
-) -> None:
-    found = scanned(tmp_path, base, resized(models[0], rows))
-    cut = [resized(state, min(rows, 96)) for state in (base, models[0])]
-    assert_close(found, naive_sq_norms(cut[0], cut[1:]))
 
 
 @pytest.mark.parametrize("kind", ["absent", "copy"])
@@ -653,16 +630,9 @@ DEGENERATE = "Usual causes"
 @pytest.mark.parametrize(
     ("wanted", "culprits"),
     [
-        # Above nine tenths.
-        ((0.93, 0.07), [0]),
-        ((0.04, 0.92, 0.04), [1]),
-        ((0.91, 0.05, 0.04), [0]),
-        # Below a tenth of the average.
-        ((0.85, 0.12, 0.03), [2]),
-        ((0.5, 0.02, 0.23, 0.25), [1]),
-        # Neither.
+        ((0.04, 0.92, 0.04), [1]),  # above nine tenths
+        ((0.85, 0.12, 0.03), [2]),  # below a tenth of the average
         ((0.89, 0.11), []),
-        ((0.5, 0.46, 0.04), []),
         ((0.7, 0.03, 0.13, 0.14), []),
         ((1.0,), []),
     ],
