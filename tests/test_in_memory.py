@@ -506,11 +506,8 @@ def test_dtype_casts_the_inputs_of_the_sum_and_out_dtype_its_result(
 @pytest.mark.parametrize(
     "parameters",
     [
-        {},
-        {"granularity": "layer"},
-        {"granularity": "tensor"},
-        {"power": 0.0},
-        {"power": -1.0},
+        *({"granularity": granularity} for granularity in GRANULARITIES),
+        *({"power": power} for power in (0.0, -1.0)),
         {"exclude": "layers.0"},
         {"weight": [1.0, 0.0, 1.0]},
     ],
