@@ -531,13 +531,8 @@ def test_architectures_that_differ_in_name(
 ) -> None:
     from transformers import MistralConfig
 
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    sizes += ("num_attention_heads", "num_key_value_heads")
-    llama = llama_config()
-    mistral = MistralConfig(
-        **{size: getattr(llama, size) for size in sizes},
-        architectures=["MistralForCausalLM"],
-    )
+    named = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    mistral = MistralConfig.from_dict({**llama_config().to_dict(), **named})
     other = write_model(tmp_path / "mistral", trio.states[1], mistral)
     config = merge_config(trio.base, [trio.models[0], other, trio.models[2]])
     with pytest.raises(RuntimeError, match="Must specify --allow-crimes"):

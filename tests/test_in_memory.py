@@ -238,11 +238,7 @@ def per_group(models: Models, values: Mapping[str, Any]) -> PerGroupValues[Any]:
         ("power", [2.0, 0.0, -1.5], None),
         ("lambda", [1.0, 0.25, -2.0], None),
         ("granularity", ["model", "tensor", "layer"], None),
-        (
-            "exclude",
-            ["layers.0", "embed", "mlp"],
-            [["layers.0"], ["embed"], ["mlp"]],
-        ),
+        ("exclude", ["layers.0", "embed", "mlp"], [["layers.0"], ["embed"], ["mlp"]]),
     ],
 )
 def test_parameters_may_differ_between_groups(
@@ -403,19 +399,16 @@ def test_unnamed_groups(granularity: str) -> None:
     assert_merged(named, models, granularity=pool)
 
 
-def group_of(name: str, **states: State) -> TensorGroup:
-    """One tensor of some models; the base comes first."""
+def group_of(name: str, base: int = 0, **states: State) -> TensorGroup:
+    tensors = [state[name] for state in states.values()]
     return TensorGroup.from_tensors(
-        [state[name] for state in states.values()],
-        ids=list(states),
-        base_index=0,
-        name=name,
+        tensors, ids=list(states), base_index=base, name=name
     )
 
 
 def test_groups_may_have_different_models_and_bases() -> None:
     a, b, c, d = families.relatives(3, shapes={"x": (4,), "y": (5,)})
-    groups = [group_of("x", a=a, b=b, c=c), group_of("y", a=a, b=b, d=d)]
+    groups = [group_of("x", a=a, b=b, c=c), group_of("y", 2, b=b, d=d, a=a)]
     first, second = merge_methods.get("metagpt")(groups)
     # b counts in both tensors, c and d in one each; the ratio is the group's own.
     n_b = naive_sq_norm(a["x"], b["x"]) + naive_sq_norm(a["y"], b["y"])

@@ -175,9 +175,9 @@ def test_1_every_floating_point_tensor_that_base_and_model_share(
     tmp_path: Path, base: State, models: States
 ) -> None:
     ids, ones = torch.arange(64), torch.ones(9)
-    wide = {**base, "model.position_ids": ids, "model.only_in_base.weight": ones}
+    wide = {**base, "model.position_ids": ids, f"{LAYERS[1]}.only_in_base": ones}
     wider = [{**model, "model.position_ids": ids + 1000} for model in models]
-    wider[0]["model.only_in_model.weight"] = ones
+    wider[0][f"{LAYERS[1]}.only_in_model"] = ones
     assert_close(scanned(tmp_path, wide, *wider), naive_sq_norms(base, models))
 
 
