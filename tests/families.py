@@ -213,3 +213,8 @@ def said(caplog: pytest.LogCaptureFixture, part: str) -> list[str]:
         and record.levelno >= logging.WARNING
         and part in record.getMessage()
     ]
+
+
+def assert_nothing_left(out: Path) -> None:
+    """Check that a failed merge left at most an empty folder."""
+    assert not out.exists() or not list(out.iterdir())

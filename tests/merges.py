@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from mergekit import multigpu_executor
 from mergekit.graph import Executor
 from mergekit.multigpu_executor import MultiGPUExecutor
 
-from tests.families import State, run_mergekit
+from tests.families import State, merge_config, read_model, run_mergekit
 from tests.oracle import Oracle, assert_lambdas, assert_merged
 
 
@@ -65,6 +66,20 @@ def assert_task_arithmetic_fails(
     """Check that mergekit's own method fails on these inputs, with that message."""
     with pytest.raises(Exception, match=re.escape(message)):
         run_mergekit(task_arithmetic(config), folder / "theirs", *options)
+
+
+def merge_files(
+    files: Sequence[Path], out: Path, *options: str, granularity: str, **settings: Any
+) -> State:
+    """Merge bare files through the code of `mergekit-pytorch`; the base comes first."""
+    from mergekit.scripts.merge_raw_pytorch import main
+
+    config = merge_config(files[0], files[1:], **settings)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    file = out.with_name(f"{out.name}.yml")
+    file.write_text(yaml.safe_dump(with_granularity(config, granularity)))
+    main.main([str(file), str(out), "--quiet", *options], standalone_mode=False)
+    return read_model(out)
 
 
 def pretend_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:

@@ -745,7 +745,7 @@ def test_a_plan_that_failed_leaves_nothing_behind(
         with pytest.raises(ValueError, match="stranger"):
             run_mergekit(bad, tmp_path / "bad")
         run_mergekit(good, tmp_path / "again")
-        assert len(said(caplog, "lambda of")) == 1
+        assert len(said(caplog, "of the whole model")) == 1
         with pytest.raises(ValueError, match="stranger"):
             run_mergekit(bad, tmp_path / "bad")
         with pytest.raises(ValueError, match="only the base"):

@@ -42,6 +42,7 @@ from tests.matrix import Row, covers, covers_at_once
 from tests.merges import (
     assert_merges,
     assert_merges_exactly,
+    merge_files,
     pretend_devices,
     with_granularity,
 )
@@ -92,7 +93,7 @@ def test_two_processes(rows: dict[str, Row], tmp_path: Path) -> None:
         oracle = Oracle(family.base_state, states)
         assert_merged(read_model(out), oracle)
         first, second = oracle.lambdas("model.norm.weight").tolist()
-        assert len(re.findall("lambda of", done.stderr)) == 1
+        assert len(re.findall("of the whole model", done.stderr)) == 1
         assert f"{first:.4g} {family.models[0]}, " in done.stderr
         assert f"{second:.4g} {family.models[1]} " in done.stderr
         return first
@@ -172,20 +173,6 @@ def test_chain(row: Row, tmp_path: Path, trio: Family) -> None:
             (read_model(tmp_path / "out"), second, (states[2], first)),
         ):
             assert_merged(merged, Oracle(base, models))
-
-
-def merge_files(
-    files: Sequence[Path], out: Path, *options: str, granularity: str, **settings: Any
-) -> State:
-    """Merge bare files through the code of `mergekit-pytorch`; the base comes first."""
-    from mergekit.scripts.merge_raw_pytorch import main
-
-    config = merge_config(files[0], files[1:], **settings)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    file = out.with_name(f"{out.name}.yml")
-    file.write_text(yaml.safe_dump(with_granularity(config, granularity)))
-    main.main([str(file), str(out), "--quiet", *options], standalone_mode=False)
-    return read_model(out)
 
 
 @covers(

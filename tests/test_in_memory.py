@@ -840,7 +840,7 @@ def test_merges_in_memory_leave_merges_from_files_alone(
         return expected, run_mergekit(config, tmp_path / "after")
 
     assert_same_states(*afresh(merges))
-    assert len(said(caplog, "lambda of")) == 1
+    assert len(said(caplog, "of the whole model")) == 1
 
 
 @pytest.mark.parametrize("what", ["only the base", "weight is 0 for every model"])

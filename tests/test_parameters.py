@@ -13,6 +13,7 @@ import torch
 
 from tests.families import (
     State,
+    assert_nothing_left,
     llama_state,
     merge_config,
     run_mergekit,
@@ -72,11 +73,6 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Trio:
     folder = tmp_path_factory.mktemp("trio")
     paths = [write_model(folder / f"m{k}", s) for k, s in enumerate((base, *states))]
     return Trio(base, states, tuple(paths))
-
-
-def assert_nothing_left(out: Path) -> None:
-    """Check that a failed merge left at most an empty folder."""
-    assert not out.exists() or not list(out.iterdir())
 
 
 def weights(values: Sequence[Any]) -> list[dict[str, Any]]:

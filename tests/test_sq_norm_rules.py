@@ -569,7 +569,7 @@ def test_7_one_warning_names_a_model_that_takes_nearly_all_or_nothing(
 ) -> None:
     first, *others = written(tmp_path, base, *shares(base, wanted))
     run_mergekit(merge_config(first, others), tmp_path / "out")
-    assert said(caplog, "lambda of")
+    assert said(caplog, "of the whole model")
     warnings = said(caplog, DEGENERATE)
     assert len(warnings) == len(culprits)
     for warning in warnings:
