@@ -14,9 +14,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from mergekit.common import ModelReference
 from safetensors.torch import load_file, save_file
 
 State = dict[str, torch.Tensor]
+
+# A model that is merged in memory.
+SHAPES: dict[str, tuple[int, ...]] = {
+    "model.embed_tokens.weight": (9, 4),
+    "model.layers.0.mlp.weight": (4, 4),
+    "model.layers.0.norm.weight": (4,),
+    "model.layers.1.mlp.weight": (4, 4),
+    "model.layers.1.scale": (),
+    "lm_head.weight": (9, 4),
+}
 
 
 def llama_config(**changes: Any) -> Any:
@@ -57,6 +68,29 @@ def tuned(state: Mapping[str, torch.Tensor], seed: int, size: float = 1e-2) -> S
         + size * torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
         for name, tensor in state.items()
     }
+
+
+def relatives(
+    count: int = 3,
+    dtype: torch.dtype = torch.float64,
+    shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+) -> list[State]:
+    """A base and its fine-tunes, each tensor of each at its own distance."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> State:
+        return {
+            name: torch.randn(shape, generator=generator, dtype=torch.float64)
+            for name, shape in shapes.items()
+        }
+
+    base = draw()
+    states = [base]
+    for k in range(count):
+        sizes = (0.1 + 0.1 * ((k + at) % 3) for at in range(len(shapes)))
+        pairs = zip(draw().items(), sizes, strict=True)
+        states.append({name: base[name] + size * t for (name, t), size in pairs})
+    return [cast(state, dtype) for state in states]
 
 
 def cast(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> State:
@@ -106,6 +140,19 @@ def merge_config(
     if not {"slices", "modules"} & settings.keys():
         config["models"] = [{"model": str(model)} for model in models]
     return {**config, **settings}
+
+
+def opened(*paths: Path) -> list[ModelReference]:
+    """Open checkpoints as a merge does, and return the references that stand for them.
+
+    The base comes first.
+    """
+    from mergekit.io.tasks import LoaderCache
+
+    found = [ModelReference.parse(str(path)) for path in paths]
+    for reference in found:
+        LoaderCache().get(reference)
+    return found
 
 
 def run_command(*arguments: str | Path) -> int:
@@ -166,3 +213,8 @@ def said(caplog: pytest.LogCaptureFixture, part: str) -> list[str]:
         and record.levelno >= logging.WARNING
         and part in record.getMessage()
     ]
+
+
+def assert_nothing_left(out: Path) -> None:
+    """Check that a failed merge left at most an empty folder."""
+    assert not out.exists() or not list(out.iterdir())

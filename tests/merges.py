@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from mergekit import multigpu_executor
+from mergekit.graph import Executor
+from mergekit.multigpu_executor import MultiGPUExecutor
 
-from tests.families import State, merge_config, run_mergekit
+from tests.families import State, merge_config, read_model, run_mergekit
 from tests.oracle import Oracle, assert_lambdas, assert_merged
 
 
@@ -70,3 +74,53 @@ def assert_task_arithmetic_fails(
     """Check that mergekit's own method fails on these inputs, with that message."""
     with pytest.raises(Exception, match=re.escape(message)):
         run_mergekit(task_arithmetic(config), folder / "theirs", *options)
+
+
+def merge_files(
+    files: Sequence[Path], out: Path, *options: str, granularity: str, **settings: Any
+) -> State:
+    """Merge bare files through the code of `mergekit-pytorch`; the base comes first."""
+    from mergekit.scripts.merge_raw_pytorch import main
+
+    config = merge_config(files[0], files[1:], **settings)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    file = out.with_name(f"{out.name}.yml")
+    file.write_text(yaml.safe_dump(with_granularity(config, granularity)))
+    main.main([str(file), str(out), "--quiet", *options], standalone_mode=False)
+    return read_model(out)
+
+
+def pretend_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Make mergekit see so many devices, each of which computes on the CPU.
+
+    All start together, so that each has a thread of its own. The device under which a
+    worker runs is `meta`: a tensor that we make without naming its device has no data.
+    """
+    together = threading.Barrier(count, timeout=30)
+    cpu = torch.device("cpu")
+
+    def device_worker(
+        self: MultiGPUExecutor,
+        task_list: list[Any],
+        cached_values: dict[Any, Any],
+        device: torch.device,
+        quiet: bool,
+    ) -> None:
+        together.wait()
+        with torch.device("meta"):
+            executor = Executor(
+                targets=task_list,
+                math_device=cpu,
+                storage_device=cpu,
+                cached_values=cached_values,
+            )
+            for handle, result in executor._run(quiet=quiet):
+                wanted = handle in self.targets or handle in self.trailing_dependencies
+                self.task_completion_queue.put(
+                    (handle._index, result if wanted else None)
+                )
+
+    names = ("get_torch_accelerator_type", "get_torch_accelerator_count")
+    for name, value in zip(names, ("cuda", count), strict=True):
+        monkeypatch.setattr(multigpu_executor, name, lambda value=value: value)
+    monkeypatch.setattr(MultiGPUExecutor, "_device_worker", device_worker)

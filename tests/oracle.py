@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, localcontext
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,48 @@ def naive_coefficients(
     return scale * raw / raw.sum()
 
 
+def exact_coefficients(
+    sq_norms: Sequence[float],
+    weight: Sequence[float],
+    power: float = 2.0,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """The same in 60 digits and unlimited exponents; n_t > 0 and weights > 0 only."""
+    with localcontext(Context(prec=60, Emax=MAX_EMAX, Emin=MIN_EMIN)):
+        logs = [
+            Decimal(w).ln() + Decimal(power) / 2 * Decimal(n).ln()
+            for w, n in zip(weight, sq_norms, strict=True)
+        ]
+        terms = [(log - max(logs)).exp() for log in logs]
+        exact = [float(Decimal(scale) * term / sum(terms)) for term in terms]
+    return torch.tensor(exact, dtype=torch.float64)
+
+
+def exactly(tensor: torch.Tensor) -> list[Fraction]:
+    return [Fraction(value) for value in tensor.double().flatten().tolist()]
+
+
+def exact_sq_norm(base: torch.Tensor, model: torch.Tensor) -> Fraction:
+    """`naive_sq_norm` in rational numbers, of numbers of any size."""
+    grid = [coarser(base.dtype, model.dtype)] if base.dtype != model.dtype else []
+    if {base.dtype, model.dtype} == {torch.float16, torch.bfloat16}:
+        grid = [torch.float16, torch.bfloat16]
+    ends = []
+    for values in (base, model):
+        for dtype in grid:
+            narrow = values.to(dtype)
+            kept = torch.isfinite(narrow)
+            values = torch.where(kept, narrow.double(), values.double())
+        ends.append(exactly(values))
+    return sum(((m - b) ** 2 for b, m in zip(*ends, strict=True)), Fraction(0))
+
+
+def exact_shares(sq_norms: Sequence[Fraction]) -> list[Fraction]:
+    """lambda of eq. 15 in rational numbers; 0 where no model moved."""
+    total = sum(sq_norms, Fraction(0))
+    return [norm / total if total else Fraction(0) for norm in sq_norms]
+
+
 def naive_merge(
     base: torch.Tensor, models: Sequence[torch.Tensor], lambdas: torch.Tensor
 ) -> torch.Tensor:
@@ -91,6 +136,46 @@ def assert_within_bound(
     assert excess <= 0, f"an element is {float(excess):g} beyond the bound"
 
 
+def assert_within_bound_exactly(
+    merged: torch.Tensor,
+    base: torch.Tensor,
+    models: Sequence[torch.Tensor],
+    lambdas: Sequence[Fraction],
+    *,
+    underflow: bool = True,
+) -> None:
+    """Check the bound in rational numbers, element by element.
+
+    `underflow` allows half of the smallest number of the arithmetic for each product.
+    A result beyond the largest number of the precision may be infinite.
+    """
+    assert (merged.dtype, merged.shape) == (base.dtype, base.shape)
+    info, count = torch.finfo(merged.dtype), len(models)
+    smallest = Fraction(info.tiny) * Fraction(info.eps)
+    lost = Fraction(underflow, 2 ** (1075 if merged.dtype == torch.float64 else 150))
+    columns = [exactly(tensor) for tensor in (base, *models)]
+    for at, (got, start, *ends) in enumerate(
+        zip(merged.flatten().tolist(), *columns, strict=True)
+    ):
+        steps = [x * (end - start) for x, end in zip(lambdas, ends, strict=True)]
+        exact, size = start + sum(steps), abs(start) + sum(map(abs, steps))
+        ulp = smallest
+        if exact:
+            power = abs(exact.numerator).bit_length() - exact.denominator.bit_length()
+            power -= abs(exact) < Fraction(2) ** power
+            ulp = max(Fraction(2) ** power * Fraction(info.eps), smallest)
+        bound = ulp / 2 + (count + 3) * Fraction(1, 2**24) * size + count * lost
+        if math.isinf(got) and abs(exact) + bound >= Fraction(info.max):
+            assert (got > 0) == (exact > 0)
+            continue
+        assert math.isfinite(got), f"element {at} is {got}, exactly {float(exact):g}"
+        error = abs(Fraction(got) - exact)
+        assert error <= bound, (
+            f"element {at} is {got!r}, exactly {float(exact)!r}: off by "
+            f"{float(error / ulp):g} ulp, {float(error / bound):g} of the bound"
+        )
+
+
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor's elements, on the CPU: tells -0.0 from 0.0, keeps NaN."""
     copy = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -103,6 +188,13 @@ def assert_same_bits(first: torch.Tensor, second: torch.Tensor) -> None:
     assert first.shape == second.shape, (first.shape, second.shape)
     differing = (bits(first) != bits(second)).sum()
     assert not differing, f"{int(differing)} bytes differ"
+
+
+def assert_same_states(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    """Check that two models agree in names (not their order) and every bit."""
+    assert first and first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert_same_bits(tensor, second[name])
 
 
 @contextmanager

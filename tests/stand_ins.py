@@ -226,18 +226,18 @@ def make_stand_in(folder: Path, original: Original, position: int) -> StandIn:
         for name, parameter in model.named_parameters():
             parameter[: len(state[name])] = state[name]
     model.to(dtype).save_pretrained(folder)
-    write_tokenizer(folder, original.added)
+    write_tokenizer(folder, VOCABULARY, original.added)
     if original.kind == "Qwen2.5-VL":
         # mergekit's definition has the names that are stored.
         return StandIn(folder, read_model(folder))
     return StandIn(folder, {n: p.detach() for n, p in model.named_parameters()})
 
 
-def write_tokenizer(folder: Path, added: Sequence[str]) -> None:
+def write_tokenizer(folder: Path, words: Sequence[str], added: Sequence[str]) -> None:
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    numbers = {word: number for number, word in enumerate(VOCABULARY)}
+    numbers = {word: number for number, word in enumerate(words)}
     model = tokenizers.models.BPE(numbers, [], unk_token="<unk>")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(model), unk_token="<unk>"

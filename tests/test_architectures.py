@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from tests.families import (
     State,
@@ -26,6 +25,7 @@ from tests.merges import (
     assert_merges,
     assert_merges_exactly,
     assert_task_arithmetic_fails,
+    merge_files,
     task_arithmetic,
     with_granularity,
 )
@@ -168,19 +168,14 @@ def test_architectures_that_mergekit_cannot_merge(
 def test_bare_files_of_a_model(
     row: Row, tmp_path: Path, trios: Callable[[str], Trio]
 ) -> None:
-    from mergekit.scripts.merge_raw_pytorch import main
-
     trio = trios("BERT encoder")
     files = [folder / "model.safetensors" for folder in trio.paths(SAME)]
-    config_file = tmp_path / "raw.yml"
     oracle = Oracle(trio.states[0], trio.states[1:])
     with row.expect():
         for granularity in GRANULARITIES:
-            config = with_granularity(merge_config(files[0], files[1:]), granularity)
-            config_file.write_text(yaml.safe_dump(config))
             out = tmp_path / granularity
-            main.main([str(config_file), str(out), "--quiet"], standalone_mode=False)
-            assert_merged(read_model(out), oracle, granularity)
+            merged = merge_files(files, out, granularity=granularity)
+            assert_merged(merged, oracle, granularity)
 
 
 @covers("LLaVA, as `save_pretrained` writes it")

@@ -23,14 +23,14 @@ from mergekit.merge_methods import registry
 import mergekit_metagpt
 from mergekit_metagpt import autoload
 from tests.conftest import Family
-from tests.families import merge_config, read_model, run_mergekit
-from tests.oracle import assert_same_bits
+from tests.families import merge_config, read_model
+from tests.oracle import assert_same_states
 from tests.processes import (
     PACKAGE,
     ask_python,
     assert_succeeded,
     environment,
-    mergekit_yaml,
+    merge_command,
     run_process,
     script,
     shadow_package,
@@ -155,21 +155,13 @@ thread.join()
         "import mergekit.config",
         "import transformers; transformers.LlamaForCausalLM",
         IN_A_THREAD,
-    ],
-)
-def test_every_order_of_imports_registers(statements: str) -> None:
-    assert_registered(said_after(statements))
-
-
-@pytest.mark.parametrize(
-    "statements",
-    [
+        # Our own API first.
         "from mergekit_metagpt import coefficients, scan",
         "from mergekit_metagpt import register",
         "import mergekit_metagpt; mergekit_metagpt.register()",
     ],
 )
-def test_our_own_api_first_registers(statements: str) -> None:
+def test_every_order_of_imports_registers(statements: str) -> None:
     assert_registered(said_after(statements))
 
 
@@ -211,16 +203,6 @@ def test_console_script_shows_its_help() -> None:
     assert done.stderr == ""
 
 
-def test_console_script_merges(family: Family, tmp_path: Path) -> None:
-    config = merge_config(family.base, family.models)
-    assert_succeeded(mergekit_yaml(config, tmp_path / "out"))
-    here = run_mergekit(config, tmp_path / "here")
-    there = read_model(tmp_path / "out")
-    assert there.keys() == here.keys() == family.base_state.keys()
-    for name, tensor in here.items():
-        assert_same_bits(there[name], tensor)
-
-
 # ---- ways out
 
 TWICE = """
@@ -248,18 +230,14 @@ answer([said, failure])
     "switch", ["MERGEKIT_METAGPT_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"]
 )
 def test_off_switch(switch: str, family: Family, tmp_path: Path) -> None:
-    import yaml
-
     config = merge_config(family.base, family.models[:1])
-    file, out = tmp_path / "config.yml", tmp_path / "out"
-    file.write_text(yaml.safe_dump(config))
-    code = f"import sys\nsys.argv[1:] = {[str(file), str(out), '--quiet']}\n{TWICE}"
-    code = code.replace("'--quiet'", "'--quiet', '--no-copy-tokenizer'")
+    out = tmp_path / "out"
+    arguments = [str(part) for part in merge_command(config, out, "--quiet")[1:]]
+    code = f"import sys\nsys.argv[1:] = {arguments}\n{TWICE}"
     said, failure = ask_python(code, **{switch: "0"})
-    assert said == "Unimplemented merge method metagpt"
+    assert "Unimplemented merge method metagpt" in said
     assert f"{switch}=0" in failure
-    for name, tensor in read_model(out).items():
-        assert_same_bits(tensor, family.states[0][name])
+    assert_same_states(read_model(out), family.states[0])
 
 
 def test_off_switch_is_off() -> None:
@@ -270,9 +248,7 @@ def test_off_switch_is_off() -> None:
 
 
 def test_without_mergekit() -> None:
-    said = ask_python(
-        BLOCK.format(name="mergekit")
-        + textwrap.dedent("""
+    code = """
         import torch
         import mergekit_metagpt
 
@@ -281,47 +257,41 @@ def test_without_mergekit() -> None:
             mergekit_metagpt.register()
         except ImportError as error:
             answer([str(error), mergekit_metagpt.coefficients(four).tolist()])
-        """)
-    )
+        """
+    said = ask_python(BLOCK.format(name="mergekit") + textwrap.dedent(code))
     assert said == ["No module named 'mergekit'", [0.25, 0.75]]
 
 
-def test_without_wrapt() -> None:
-    code = BLOCK.format(name="wrapt") + "import torch"
-    assert_mergekit_alone(said_after(code), "No module named 'wrapt'")
+LACKING_BASE = """import sys, types, mergekit.merge_methods.batching
+    name = "mergekit.merge_methods.base"
+    base = types.ModuleType(name)
+    vars(base).update(vars(sys.modules[name]))
+    del base.MergeMethodSpec
+    sys.modules[name] = base"""
+
+
+@pytest.mark.parametrize(
+    ("code", "because"),
+    [
+        (BLOCK.format(name="wrapt") + "import torch", "No module named 'wrapt'"),
+        (FIRST_HOOK.format(body=LACKING_BASE), "import name 'MergeMethodSpec'"),
+    ],
+    ids=["without wrapt", "with a mergekit whose base lacks what we need"],
+)
+def test_in_other_surroundings(code: str, because: str) -> None:
+    assert_mergekit_alone(said_after(code), because)
 
 
 def test_without_wrapt_registering_works() -> None:
-    said = ask_python(
-        BLOCK.format(name="wrapt")
-        + textwrap.dedent("""
-        import mergekit_metagpt
-        mergekit_metagpt.register()
-        from mergekit.merge_methods import get
-        answer(get("metagpt").spec.name)
-        """)
-    )
-    assert said == "metagpt"
+    code = "import mergekit_metagpt\nmergekit_metagpt.register()"
+    said = said_after(BLOCK.format(name="wrapt") + code)
+    assert "metagpt" in said["names"]
 
 
 def test_with_another_wrapt(tmp_path: Path) -> None:
     (tmp_path / "wrapt.py").write_text("")
     said = said_after("import torch", path=[tmp_path])
     assert_mergekit_alone(said, "register_post_import_hook")
-
-
-def test_with_a_mergekit_whose_base_lacks_what_we_need() -> None:
-    body = """
-    import sys, types, mergekit.merge_methods.batching
-    name = "mergekit.merge_methods.base"
-    base = types.ModuleType(name)
-    vars(base).update(vars(sys.modules[name]))
-    del base.MergeMethodSpec
-    sys.modules[name] = base
-    """
-    body = body.strip()
-    said = said_after(FIRST_HOOK.format(body=body))
-    assert_mergekit_alone(said, "cannot import name 'MergeMethodSpec'")
 
 
 def test_with_a_mergekit_whose_base_is_broken() -> None:
@@ -349,11 +319,7 @@ def test_with_a_mergekit_whose_base_is_broken() -> None:
     ("module", "line", "because"),
     [
         ("method/metagpt", "def broken(:", "SyntaxError"),
-        (
-            "arithmetic/in_parts",
-            "raise RuntimeError('worn out')",
-            "RuntimeError: worn out",
-        ),
+        ("arithmetic/in_parts", "raise RuntimeError('worn out')", "worn out"),
     ],
 )
 def test_with_a_broken_module_of_ours(
@@ -365,23 +331,8 @@ def test_with_a_broken_module_of_ours(
 
 
 def test_a_foreign_metagpt_is_left_alone() -> None:
-    body = """
-    from mergekit.merge_methods.generalized_task_arithmetic import (
-        GeneralizedTaskArithmeticMerge as Method,
-    )
-    registry.register(
-        Method(
-            consensus_method=None,
-            sparsification_method=None,
-            default_normalize=False,
-            default_rescale=False,
-            method_name="metagpt",
-            method_pretty_name="Foreign",
-            method_reference_url=None,
-        )
-    )
-    """
-    code = FIRST_HOOK.format(body=body.strip()) + textwrap.dedent("""
+    body = "registry._METHODS['metagpt'] = registry.get('linear')"
+    code = FIRST_HOOK.format(body=body) + textwrap.dedent("""
         from mergekit.merge_methods import get
         import mergekit_metagpt
 
@@ -390,10 +341,10 @@ def test_a_foreign_metagpt_is_left_alone() -> None:
         except ValueError as error:
             said = str(error)
         failure = mergekit_metagpt.autoload.failure
-        answer([get("metagpt").spec.pretty_name, said, failure])
+        answer([get("metagpt").spec.name, said, failure])
         """)
     name, said, failure = ask_python(code)
-    assert name == "Foreign"
+    assert name == "linear"
     assert "'metagpt' is already registered" in said
     assert said in failure
 
@@ -425,31 +376,28 @@ def assert_light(statement: str, ours: set[str], **options: Any) -> None:
     assert added >= AT_TORCH, "autoload did not happen"
 
 
-def test_import_torch_stays_light() -> None:
-    assert_light("import torch", AT_TORCH)
+LIGHT = {"import torch": AT_TORCH, "import mergekit.merge_methods": AT_REGISTRY}
 
 
-def test_import_merge_methods_stays_light() -> None:
-    assert_light("import mergekit.merge_methods", AT_REGISTRY)
+@pytest.mark.parametrize("statement", LIGHT)
+def test_imports_stay_light(statement: str) -> None:
+    assert_light(statement, LIGHT[statement])
 
 
 @pytest.mark.parametrize(
-    ("module", "line"),
+    ("statement", "module", "line"),
     [
-        ("method/metagpt", "import mergekit.common"),
-        ("method/announcing", "import rich"),
+        ("import torch", "__init__", "import yaml"),
+        ("import mergekit.merge_methods", "method/metagpt", "import mergekit.common"),
+        ("import mergekit.merge_methods", "method/announcing", "import rich"),
     ],
 )
-def test_hygiene_of_the_hook_is_noticed(module: str, line: str, tmp_path: Path) -> None:
+def test_a_heavy_import_is_noticed(
+    statement: str, module: str, line: str, tmp_path: Path
+) -> None:
     shadow = shadow_package(tmp_path, **{module: line})
     with pytest.raises(AssertionError, match=rf"loads .*{line.split()[1]}"):
-        assert_light("import mergekit.merge_methods", AT_REGISTRY, path=[shadow])
-
-
-def test_hygiene_of_import_torch_is_noticed(tmp_path: Path) -> None:
-    shadow = shadow_package(tmp_path, __init__="import yaml")
-    with pytest.raises(AssertionError, match=r"loads .*'yaml'"):
-        assert_light("import torch", AT_TORCH, path=[shadow])
+        assert_light(statement, LIGHT[statement], path=[shadow])
 
 
 # ---- register()
@@ -498,16 +446,11 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the distribution is built from: building leaves files behind."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "setup.py"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, folder)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "setup.py"):
+        shutil.copy(ROOT / name, folder)
     for name in ("mergekit_metagpt", "recipes"):
-        if (ROOT / name).exists():
-            shutil.copytree(
-                ROOT / name,
-                folder / name,
-                ignore=shutil.ignore_patterns("__pycache__"),
-            )
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     return folder
 
 
@@ -540,15 +483,11 @@ def leave_in_place(project: Path, folder: Path) -> list[str | Path]:
 @pytest.mark.parametrize("build", [build_wheel, build_sdist, leave_in_place])
 def test_installed(build: Any, project: Path, heavy: Path, tmp_path: Path) -> None:
     """In an environment that has everything but us, each kind of install autoloads."""
-    venv.create(tmp_path / "venv", symlinks=os.name != "nt")
+    home = tmp_path / "venv"
+    venv.create(home, symlinks=os.name != "nt")
+    places = {"base": home, "platbase": home}
     bin_, site = (
-        Path(
-            sysconfig.get_path(
-                place,
-                "venv",
-                vars={"base": tmp_path / "venv", "platbase": tmp_path / "venv"},
-            )
-        )
+        Path(sysconfig.get_path(place, "venv", vars=places))
         for place in ("scripts", "purelib")
     )
     (site / "heavy.pth").write_text(f"{heavy}\n")

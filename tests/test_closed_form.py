@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, localcontext
+from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import mergekit_metagpt
 from mergekit_metagpt.arithmetic.closed_form import coefficients, contributes, cosines
-from tests.oracle import assert_same_bits, assert_unchanged, naive_coefficients
+from tests.oracle import assert_same_bits, assert_unchanged, exact_coefficients
 
 F64 = torch.float64
 TINIEST = 5e-324
@@ -27,24 +27,10 @@ def f64(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=F64)
 
 
-def exact_coefficients(
-    sq_norms: Sequence[float], weight: Sequence[float], power: float, scale: float
-) -> list[float]:
-    """The formula in 50 digits and unlimited exponents; n_t > 0 only."""
-    with localcontext(Context(prec=50, Emax=MAX_EMAX, Emin=MIN_EMIN)):
-        logs = [Decimal(n).ln() * Decimal(power) / 2 for n in sq_norms]
-        terms = [
-            Decimal(w) * (log - max(logs)).exp()
-            for w, log in zip(weight, logs, strict=True)
-        ]
-        return [float(Decimal(scale) * term / sum(terms)) for term in terms]
-
-
-def assert_coefficients(found: torch.Tensor, expected: Sequence[float]) -> None:
+def assert_coefficients(found: torch.Tensor, *formula: Any) -> None:
     """Check them to 1e-10 of their size (or 1e-300, where doubles end)."""
-    assert found.dtype == F64
-    assert found.shape == (len(expected),)
-    torch.testing.assert_close(found, f64(*expected), rtol=1e-10, atol=1e-300)
+    expected = exact_coefficients(*formula)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-300)
 
 
 # --- the formula ---------------------------------------------------------------------
@@ -52,7 +38,7 @@ def assert_coefficients(found: torch.Tensor, expected: Sequence[float]) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 12])
 @pytest.mark.parametrize("power", POWERS)
-@pytest.mark.parametrize("scale", [1.0, 0.3, 2.5])
+@pytest.mark.parametrize("scale", [1.0, 0.3, -2.5])
 def test_coefficients_follow_the_formula(
     count: int, power: float, scale: float
 ) -> None:
@@ -60,35 +46,16 @@ def test_coefficients_follow_the_formula(
     sq_norms = 10 ** (4 * torch.rand(count, generator=generator, dtype=F64) - 2)
     weight = torch.rand(count, generator=generator, dtype=F64) + 0.1
     found = coefficients(sq_norms, weight, power, scale)
-    expected = naive_coefficients(sq_norms, weight.tolist(), power, scale)
-    torch.testing.assert_close(found, expected.to(F64), rtol=1e-6, atol=0)
-    assert_coefficients(
-        found, exact_coefficients(sq_norms.tolist(), weight.tolist(), power, scale)
-    )
+    assert_coefficients(found, sq_norms.tolist(), weight.tolist(), power, scale)
 
 
 def test_the_defaults_are_the_papers_shares_of_the_squared_norms() -> None:
     assert coefficients(f64(1, 3)).tolist() == [0.25, 0.75]
-    sq_norms = f64(0.2, 5.0, 17.0, 1e-3)
-    assert_coefficients(coefficients(sq_norms), (sq_norms / sq_norms.sum()).tolist())
+    assert coefficients(f64(1, 3), scale=0.0).tolist() == [0.0, 0.0]
 
 
 def test_the_package_exports_this_function() -> None:
     assert mergekit_metagpt.coefficients is coefficients
-
-
-def test_weight_multiplies_and_scale_multiplies_all() -> None:
-    sq_norms, weight = f64(1, 3), f64(3, 1)
-    assert_coefficients(coefficients(sq_norms, weight), [0.5, 0.5])
-    assert_coefficients(coefficients(sq_norms, weight, scale=-2.0), [-1.0, -1.0])
-    assert coefficients(sq_norms, scale=0.0).tolist() == [0.0, 0.0]
-
-
-def test_power_one_weighs_norms_and_power_minus_one_their_inverses() -> None:
-    sq_norms = f64(1, 9)
-    assert_coefficients(coefficients(sq_norms, power=1.0), [0.25, 0.75])
-    assert_coefficients(coefficients(sq_norms, power=-1.0), [0.75, 0.25])
-    assert_coefficients(coefficients(sq_norms, power=-2.0), [0.9, 0.1])
 
 
 @pytest.mark.parametrize("power", POWERS)
@@ -106,7 +73,7 @@ def test_equal_norms_share_equally(count: int, power: float) -> None:
 )
 def test_any_number_type_gives_float64(dtype: torch.dtype) -> None:
     found = coefficients(torch.tensor([1, 3], dtype=dtype), torch.tensor([1, 1]))
-    assert_coefficients(found, [0.25, 0.75])
+    assert_coefficients(found, [1, 3], [1, 1])
 
 
 def test_strided_inputs_are_read_and_left_alone() -> None:
@@ -154,11 +121,8 @@ def test_ambient_default_device_and_dtype_do_not_matter() -> None:
 def test_a_model_that_equals_the_base(power: float, expected: list[float]) -> None:
     found = coefficients(f64(0, 1, 3), power=power)
     torch.testing.assert_close(found, f64(*expected), rtol=1e-8, atol=0)
-    assert contributes(f64(0, 1, 3), f64(1, 1, 1), power).tolist() == [
-        power == 0,
-        True,
-        True,
-    ]
+    marks = contributes(f64(0, 1, 3), f64(1, 1, 1), power)
+    assert marks.tolist() == [power == 0, True, True]
 
 
 @pytest.mark.parametrize("power", POWERS)
@@ -167,11 +131,8 @@ def test_a_weight_of_zero_takes_a_model_out(power: float) -> None:
     rest = coefficients(f64(1, 3), power=power)
     assert found[0] == 0
     assert_same_bits(found[1:].clone(), rest)
-    assert contributes(f64(2, 1, 3), f64(0, 1, 1), power).tolist() == [
-        False,
-        True,
-        True,
-    ]
+    marks = contributes(f64(2, 1, 3), f64(0, 1, 1), power)
+    assert marks.tolist() == [False, True, True]
 
 
 def test_a_lone_model_has_the_whole_scale_whatever_its_norm() -> None:
@@ -184,37 +145,27 @@ def test_a_lone_model_has_the_whole_scale_whatever_its_norm() -> None:
 # --- errors: the subject, what was got -----------------------------------------------
 
 
+TWO = f64(1, 2)
+
+
 @pytest.mark.parametrize("bad", [-1.0, -TINIEST, math.nan, math.inf, -math.inf])
-def test_bad_entries_are_named(bad: float) -> None:
+def test_bad_numbers_are_named(bad: float) -> None:
     with pytest.raises(ValueError, match=rf"^sq_norms .*>= 0.*{bad}"):
         coefficients(f64(1, bad))
     with pytest.raises(ValueError, match=rf"^weight .*>= 0.*{bad}"):
-        coefficients(f64(1, 1), f64(1, bad))
+        coefficients(TWO, f64(1, bad))
+    for name in ("power", "scale") if not math.isfinite(bad) else ():
+        with pytest.raises(ValueError, match=rf"^{name} .*finite.*{bad}"):
+            coefficients(TWO, **{name: bad})
 
 
-@pytest.mark.parametrize(
-    ("sq_norms", "weight", "subject"),
-    [
-        (torch.ones((), dtype=F64), None, "sq_norms"),
-        (torch.ones(2, 2, dtype=F64), None, "sq_norms"),
-        (f64(1, 2), f64(1), "weight"),
-        (f64(1, 2), f64(1, 2, 3), "weight"),
-        (f64(1, 2), torch.ones(2, 1, dtype=F64), "weight"),
-        (f64(1, 2), torch.ones((), dtype=F64), "weight"),
-    ],
-)
-def test_wrong_shapes_are_named(
-    sq_norms: torch.Tensor, weight: torch.Tensor | None, subject: str
-) -> None:
-    with pytest.raises(ValueError, match=rf"^{subject} has shape .*expected"):
-        coefficients(sq_norms, weight)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["power", "scale"])
-def test_power_and_scale_must_be_finite(name: str, bad: float) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} .*finite.*{bad}"):
-        coefficients(f64(1, 2), **{name: bad})
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1), (2, 2)])
+def test_wrong_shapes_are_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^weight has shape .*expected"):
+        coefficients(TWO, torch.ones(shape, dtype=F64))
+    if len(shape) != 1:
+        with pytest.raises(ValueError, match=r"^sq_norms has shape .*expected"):
+            coefficients(torch.ones(shape, dtype=F64))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +209,7 @@ def test_no_power_overflows_or_underflows(power: float, sq_norms: list[float]) -
     assert found.sum() == pytest.approx(1, rel=1e-12)
     ones = [1.0] * len(sq_norms)
     if abs(power) <= 1e4 and 1.0 + 2**-52 not in sq_norms:
-        assert_coefficients(found, exact_coefficients(sq_norms, ones, power, 1.0))
+        assert_coefficients(found, sq_norms, ones, power)
     if abs(power) >= 1e4 and 1.0 + 2**-52 not in sq_norms:
         wanted = max(sq_norms) if power > 0 else min(sq_norms)
         assert (found > 0.3).tolist() == [n == wanted for n in sq_norms]
@@ -268,14 +219,13 @@ def test_no_power_overflows_or_underflows(power: float, sq_norms: list[float]) -
 def test_extreme_weights_do_not_overflow_either(power: float) -> None:
     for weight in ([HUGEST, HUGEST, 1.0], [TINIEST, TINIEST, TINIEST], [1e-300, 1, 1]):
         found = coefficients(f64(1, 2, 4), f64(*weight), power)
-        assert_coefficients(found, exact_coefficients([1, 2, 4], weight, power, 1.0))
+        assert_coefficients(found, [1, 2, 4], weight, power)
 
 
 def test_weight_and_norm_may_cancel_beyond_the_range_of_doubles() -> None:
-    found = coefficients(f64(1e-200, 1.0), f64(1e200, 1.0), power=2.0)
-    assert_coefficients(found, [0.5, 0.5])
-    found = coefficients(f64(1e-300, 1e300), f64(1e300, 1e-300), power=2.0)
-    assert_coefficients(found, [0.5, 0.5])
+    for size in (1e200, 1e300):
+        norms, weight = [1 / size, size], [size, 1 / size]
+        assert_coefficients(coefficients(f64(*norms), f64(*weight)), norms, weight)
 
 
 # --- autograd ------------------------------------------------------------------------
@@ -324,17 +274,9 @@ def test_cosines_follow_the_formula(count: int) -> None:
     gram = random_gram(count, 20, seed=count)
     with assert_unchanged([gram]):
         found = cosines(gram)
-    expected = [
-        [
-            float(gram[i, j]) / math.sqrt(float(gram[i, i]) * float(gram[j, j]))
-            for j in range(count)
-        ]
-        for i in range(count)
-    ]
-    assert found.dtype == F64
-    torch.testing.assert_close(
-        found, torch.tensor(expected, dtype=F64), rtol=1e-14, atol=1e-16
-    )
+    lengths = gram.diagonal().sqrt()
+    expected = gram / (lengths[:, None] * lengths)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-16)
 
 
 def test_the_diagonal_of_cosines_is_one_and_all_lie_within_bounds() -> None:
@@ -344,32 +286,18 @@ def test_the_diagonal_of_cosines_is_one_and_all_lie_within_bounds() -> None:
         assert found.abs().max() <= 1
 
 
-def test_parallel_and_opposite_task_vectors() -> None:
-    tau = torch.tensor([[1.0, 2.0], [3.0, 6.0], [-0.1, -0.2]], dtype=F64)
-    expected = torch.tensor([[1, 1, -1], [1, 1, -1], [-1, -1, 1]], dtype=F64)
-    torch.testing.assert_close(cosines(tau @ tau.T), expected, rtol=1e-14, atol=0)
-
-
 def test_a_zero_task_vector_has_no_angle() -> None:
     tau = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]], dtype=F64)
     found = cosines(tau @ tau.T)
-    assert torch.isnan(found).tolist() == [
-        [False, True, False],
-        [True, True, True],
-        [False, True, False],
-    ]
+    nowhere = [torch.isnan(row).tolist() for row in found]
+    assert nowhere == [[False, True, False], [True] * 3, [False, True, False]]
     assert found[0, 2] == pytest.approx(math.sqrt(0.5))
 
 
 @pytest.mark.parametrize("size", [1e-300, 1e-160, 1e160, 1e300])
 def test_cosines_of_extreme_norms(size: float) -> None:
-    gram = torch.tensor([[2.0, -1.0], [-1.0, 2.0]], dtype=F64) * size
-    torch.testing.assert_close(
-        cosines(gram),
-        torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=F64),
-        rtol=1e-14,
-        atol=0,
-    )
+    gram = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=F64)
+    torch.testing.assert_close(cosines(2 * size * gram), gram, rtol=1e-14, atol=0)
     apart = torch.tensor([[1 / size, 0.5], [0.5, size]], dtype=F64)
     assert cosines(apart)[0, 1] == pytest.approx(0.5)
 
@@ -393,33 +321,18 @@ powers = st.floats(-50, 50)
 
 @given(norms, powers, st.randoms(use_true_random=False))
 @same_every_run
-def test_permuting_models_permutes_coefficients(
-    values: list[float], power: float, random: object
+def test_coefficients_of_any_norms_and_weights(
+    values: list[float], power: float, random: Random
 ) -> None:
-    assume(any(values))
-    order = list(range(len(values)))
-    random.shuffle(order)  # type: ignore[attr-defined]
-    weight = [1.0 + at for at in order]
-    found = coefficients(f64(*values), f64(*sorted(weight)), power)
-    moved = coefficients(f64(*[values[at] for at in order]), f64(*weight), power)
-    torch.testing.assert_close(moved, found[order], rtol=1e-12, atol=1e-300)
-
-
-@given(norms, powers, st.integers(-200, 200))
-@same_every_run
-def test_only_ratios_of_norms_and_of_weights_matter(
-    values: list[float], power: float, exponent: int
-) -> None:
-    kept = [min(max(v, 1e-200), 1e200) if v else 0.0 for v in values]
-    assume(any(kept))
-    factor = 2.0**exponent
-    found = coefficients(f64(*kept), power=power)
-    scaled = coefficients(f64(*kept) * factor, power=power)
-    torch.testing.assert_close(scaled, found, rtol=1e-9, atol=1e-300)
-    weighted = coefficients(
-        f64(*kept), torch.full((len(kept),), factor, dtype=F64), power
+    assume(any(values) and power)
+    sq_norms = f64(*values)
+    weight = 10 ** f64(*(random.uniform(-100, 100) for _ in values))
+    found = coefficients(sq_norms, weight, power)
+    moved = sq_norms > 0
+    assert (found[~moved] == 0).all()
+    assert_coefficients(
+        found[moved], sq_norms[moved].tolist(), weight[moved].tolist(), power
     )
-    torch.testing.assert_close(weighted, found, rtol=1e-9, atol=1e-300)
 
 
 @given(norms, powers, st.floats(-1e6, 1e6))
@@ -433,39 +346,3 @@ def test_coefficients_sum_to_scale(
     found = coefficients(f64(*values), power=power, scale=scale)
     assert found.sum().item() == pytest.approx(scale, rel=1e-12, abs=1e-12)
     assert ((found * math.copysign(1, scale)) >= 0).all()
-
-
-@given(st.lists(positive, min_size=2, max_size=6), powers)
-@same_every_run
-def test_larger_norms_get_more_for_positive_powers_and_less_for_negative(
-    values: list[float], power: float
-) -> None:
-    found = coefficients(f64(*sorted(values)), power=power)
-    steps = found.diff() * math.copysign(1, power)
-    assert (steps >= 0).all()
-
-
-@given(
-    st.lists(positive.map(lambda n: min(max(n, 1e-100), 1e100)), min_size=1, max_size=6)
-)
-@same_every_run
-def test_squared_coefficients_are_coefficients_of_twice_the_power(
-    values: list[float],
-) -> None:
-    half = coefficients(f64(*values), power=1.0)
-    whole = coefficients(f64(*values), power=2.0)
-    squared = half.square() / half.square().sum()
-    torch.testing.assert_close(whole, squared, rtol=1e-10, atol=1e-290)
-
-
-@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 10**6))
-@same_every_run
-def test_cosines_are_symmetric_and_ignore_lengths(
-    count: int, length: int, seed: int
-) -> None:
-    gram = random_gram(count, length, seed)
-    found = cosines(gram)
-    torch.testing.assert_close(found, found.T, rtol=0, atol=1e-15)
-    stretch = 10.0 ** torch.arange(count, dtype=F64)
-    longer = cosines(gram * stretch[:, None] * stretch[None, :])
-    torch.testing.assert_close(longer, found, rtol=0, atol=1e-12)

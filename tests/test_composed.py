@@ -29,6 +29,7 @@ from tests.oracle import (
     GRANULARITIES,
     Oracle,
     assert_same_bits,
+    assert_same_states,
     assert_unchanged,
     naive_coefficients,
 )
@@ -106,12 +107,6 @@ def with_explicit_weights(
         models.append({**entry, "parameters": {"weight": by_tensor}})
     settings = {k: v for k, v in config["parameters"].items() if k != "granularity"}
     return {**config, "merge_method": method, "models": models, "parameters": settings}
-
-
-def assert_same_states(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert_same_bits(tensor, second[name])
 
 
 @covers(*NAMES)

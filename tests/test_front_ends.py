@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import importlib
+import itertools
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ from tests import matrix
 from tests.conftest import Family, make_family
 from tests.families import (
     State,
+    cast,
     console_script,
     llama_config,
     merge_config,
@@ -33,15 +37,22 @@ from tests.families import (
     tuned,
     write_model,
 )
+from tests.layouts import LOADED, save_trio
 from tests.matrix import Row, covers, covers_at_once
-from tests.merges import assert_merges, assert_merges_exactly, with_granularity
+from tests.merges import (
+    assert_merges,
+    assert_merges_exactly,
+    merge_files,
+    pretend_devices,
+    with_granularity,
+)
 from tests.oracle import (
     GRANULARITIES,
     Oracle,
     assert_lambdas,
     assert_merged,
     assert_same_bits,
-    naive_sq_norm,
+    assert_same_states,
 )
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -67,12 +78,6 @@ def oracle_of(family: Family) -> Oracle:
     return Oracle(family.base_state, family.states)
 
 
-def assert_same_states(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert_same_bits(tensor, second[name])
-
-
 @covers_at_once(
     "`mergekit-yaml`", "models overwritten between two processes", "`--num-threads`"
 )
@@ -88,7 +93,7 @@ def test_two_processes(rows: dict[str, Row], tmp_path: Path) -> None:
         oracle = Oracle(family.base_state, states)
         assert_merged(read_model(out), oracle)
         first, second = oracle.lambdas("model.norm.weight").tolist()
-        assert len(re.findall("lambda of", done.stderr)) == 1
+        assert len(re.findall("of the whole model", done.stderr)) == 1
         assert f"{first:.4g} {family.models[0]}, " in done.stderr
         assert f"{second:.4g} {family.models[1]} " in done.stderr
         return first
@@ -170,19 +175,6 @@ def test_chain(row: Row, tmp_path: Path, trio: Family) -> None:
             assert_merged(merged, Oracle(base, models))
 
 
-def merge_files(
-    config: Mapping[str, Any], out: Path, *options: str
-) -> dict[str, torch.Tensor]:
-    """Merge bare files through the code of `mergekit-pytorch`."""
-    from mergekit.scripts.merge_raw_pytorch import main
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    file = out.with_name(f"{out.name}.yml")
-    file.write_text(yaml.safe_dump(dict(config)))
-    main.main([str(file), str(out), "--quiet", *options], standalone_mode=False)
-    return read_model(out)
-
-
 @covers(
     "`mergekit-pytorch` on `.safetensors` files",
     "`mergekit-pytorch` on `.pt` files, with and without `--lazy-unpickle`",
@@ -194,68 +186,59 @@ def test_bare_files(row: Row, tmp_path: Path) -> None:
         torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Linear(8, 4)
     )
     base = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    count = base.pop("1.num_batches_tracked")
+    buffer = "1.num_batches_tracked"
+    count = base.pop(buffer)
     states = [base, *(tuned(base, k + 1, 0.1 * (k + 1)) for k in range(2))]
     pickles = ".pt" in row.name
     files = []
     for number, state in enumerate(states):
-        whole = {**state, "1.num_batches_tracked": count}
-        file = tmp_path / f"model{number}.{'pt' if pickles else 'safetensors'}"
-        if pickles:
-            torch.save(whole, file)
-        else:
-            save_file(whole, file)
-        files.append(file)
+        files.append(tmp_path / f"model{number}.{'pt' if pickles else 'safetensors'}")
+        (torch.save if pickles else save_file)({**state, buffer: count}, files[-1])
     oracle = Oracle(states[0], states[1:])
+    variants = ((), ("--lazy-unpickle",)) if pickles else ((),)
+    casts = ({}, {"dtype": "float64"}, {"out_dtype": "bfloat16"})
     with row.expect():
-        for options in ((), ("--lazy-unpickle",)) if pickles else ((),):
-            for granularity in GRANULARITIES:
-                config = merge_config(files[0], files[1:])
-                out = tmp_path / f"{granularity}{len(options)}"
-                merged = merge_files(
-                    with_granularity(config, granularity), out / "stored", *options
-                )
-                assert_same_bits(merged.pop("1.num_batches_tracked"), count)
-                assert_merged(merged, oracle, granularity)
-                config["dtype"] = "float64"
-                exact = merge_files(
-                    with_granularity(config, granularity), out / "exact", *options
-                )
-                del exact["1.num_batches_tracked"]
-                assert_lambdas(exact, oracle, granularity)
-                half = {**config, "dtype": None, "out_dtype": "bfloat16"}
-                rounded = merge_files(
-                    with_granularity(half, granularity), out / "rounded", *options
-                )
-                for name, tensor in merged.items():
-                    assert_same_bits(rounded[name], tensor.to(torch.bfloat16))
+        for options, granularity in itertools.product(variants, GRANULARITIES):
+            results = []
+            for number, settings in enumerate(casts):
+                out = tmp_path / f"{granularity}{len(options)}{number}"
+                given = {"granularity": granularity, **settings}
+                results.append(merge_files(files, out, *options, **given))
+                assert_same_bits(results[-1].pop(buffer), count)
+            stored, exact, rounded = results
+            assert_merged(stored, oracle, granularity)
+            assert_lambdas(exact, oracle, granularity)
+            assert_same_states(rounded, cast(stored, torch.bfloat16))
 
 
 @covers("`mergekit-pytorch` on the files of models that have a `config.json`")
 def test_bare_files_beside_a_config(row: Row, tmp_path: Path) -> None:
     """Stored names stay as they are, though mergekit's definition has others."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import AutoConfig
 
-    config = GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=2, n_head=4)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = GPT2LMHeadModel(config)
-    config.architectures = ["GPT2LMHeadModel"]
-    base = {
-        name.removeprefix("transformer."): tensor.detach().clone()
-        for name, tensor in model.named_parameters()
-    }
-    states = [base, *(tuned(base, k + 1, 0.01 * (k + 1)) for k in range(2))]
-    files = [
-        write_model(tmp_path / f"m{k}", state, config) / "model.safetensors"
-        for k, state in enumerate(states)
+    saved = save_trio(tmp_path / "saved", "GPT-2")
+    config = AutoConfig.from_pretrained(saved.folders[LOADED][0])
+    states = [
+        {name.removeprefix("transformer."): t for name, t in state.items()}
+        for state in saved.states
     ]
+    files = write_files(tmp_path, states, config)
     oracle = Oracle(states[0], states[1:])
     with row.expect():
         for granularity in GRANULARITIES:
-            given = with_granularity(merge_config(files[0], files[1:]), granularity)
-            merged = merge_files(given, tmp_path / granularity)
+            out = tmp_path / granularity
+            merged = merge_files(files, out, granularity=granularity)
             assert_merged(merged, oracle, granularity)
+
+
+def write_files(
+    folder: Path, states: Sequence[State], config: Any | None = None
+) -> list[Path]:
+    """Write checkpoints; return the files of their weights."""
+    return [
+        write_model(folder / f"m{k}", state, config) / "model.safetensors"
+        for k, state in enumerate(states)
+    ]
 
 
 @covers(
@@ -267,21 +250,17 @@ def test_bare_files_of_different_tensors(
 ) -> None:
     states = [dict(trio.base_state), *map(dict, trio.states)]
     del states[1]["model.norm.weight"], states[2]["lm_head.weight"]
-    files = [
-        write_model(tmp_path / f"m{k}", state) / "model.safetensors"
-        for k, state in enumerate(states)
-    ]
+    files = write_files(tmp_path, states)
     option = row.name.split("`")[3]
-    common = set.intersection(*(set(state) for state in states))
-    oracle = Oracle(states[0], states[1:])
-    given = oracle
+    oracle = given = Oracle(states[0], states[1:])
     if option == "--tensor-intersection":
+        common = set.intersection(*(set(state) for state in states))
         kept = [{name: state[name] for name in common} for state in states]
         given = Oracle(kept[0], kept[1:])
     with row.expect():
         for granularity in GRANULARITIES:
-            config = with_granularity(merge_config(files[0], files[1:]), granularity)
-            merged = merge_files(config, tmp_path / granularity, option)
+            out = tmp_path / granularity
+            merged = merge_files(files, out, option, granularity=granularity)
             assert_merged(merged, oracle, granularity, handed_over=given)
 
 
@@ -360,31 +339,21 @@ def test_threads(row: Row, tmp_path: Path, trio: Family) -> None:
 def page_code(heading: str) -> str:
     """The first block of Python under a heading of the page."""
     section = PAGE.read_text().split(f"\n## {heading}\n")[1]
-    found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert found is not None
-    return found.group(1)
+    return section.split("```python\n")[1].split("```")[0]
 
 
 @pytest.fixture
 def evolution(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[], Any]]:
+) -> Callable[[], ModuleType]:
     """Import the page's snippet as a module, as its user and ray's workers do."""
     from mergekit.evo import genome
 
     monkeypatch.setattr(genome, "METHOD_PARAM_MAPS", dict(genome.METHOD_PARAM_MAPS))
-
-    def load() -> Any:
-        file = tmp_path / "evolve_metagpt.py"
-        file.write_text(page_code("mergekit-evolve"))
-        spec = importlib.util.spec_from_file_location("evolve_metagpt", file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, "evolve_metagpt", module)
-        spec.loader.exec_module(module)
-        return module
-
-    yield load
+    (tmp_path / "evolve_metagpt.py").write_text(page_code("mergekit-evolve"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "evolve_metagpt", raising=False)
+    return functools.partial(importlib.import_module, "evolve_metagpt")
 
 
 @covers("`mergekit-evolve`")
@@ -421,33 +390,28 @@ def test_evolution(
 
 
 def test_every_method_is_in_the_snippet(evolution: Callable[[], Any]) -> None:
-    from mergekit.evo.genome import METHOD_PARAM_MAPS
+    from mergekit.evo import genome
 
     ours = {
         method.spec.name: {parameter.name for parameter in method.spec.parameters}
         for method in merge_methods.registered_methods()
         if method.spec.name.startswith("metagpt")
     }
+    theirs = set(genome.METHOD_PARAM_MAPS)
     evolution()
-    from mergekit.evo import genome
-
-    table = genome.METHOD_PARAM_MAPS
-    assert table.keys() - METHOD_PARAM_MAPS.keys() <= ours.keys()
-    assert ours.keys() <= table.keys()
+    assert genome.METHOD_PARAM_MAPS.keys() - theirs == ours.keys()
     for method, known in ours.items():
-        assert table[method][0] == "weight"
-        assert set(table[method]) <= known
+        first, *others = genome.METHOD_PARAM_MAPS[method]
+        assert first == "weight"
+        assert {first, *others} <= known
 
 
 SAME_BITS: dict[str, tuple[str, ...]] = {
     "`--low-cpu-memory`": ("--low-cpu-memory",),
     "`--clone-tensors`": ("--clone-tensors",),
     "`--async-write` and `--write-threads`": (
-        "--async-write",
-        "--write-threads",
-        "3",
-        "--out-shard-size",
-        "20K",
+        *("--async-write", "--write-threads", "3"),
+        *("--out-shard-size", "20K"),
     ),
     "`--out-shard-size`": ("--out-shard-size", "20K"),
     "`--random-seed`": ("--random-seed", "4"),
@@ -554,13 +518,8 @@ def test_architectures_that_differ_in_name(
 ) -> None:
     from transformers import MistralConfig
 
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    sizes += ("num_attention_heads", "num_key_value_heads")
-    llama = llama_config()
-    mistral = MistralConfig(
-        **{size: getattr(llama, size) for size in sizes},
-        architectures=["MistralForCausalLM"],
-    )
+    named = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    mistral = MistralConfig.from_dict({**llama_config().to_dict(), **named})
     other = write_model(tmp_path / "mistral", trio.states[1], mistral)
     config = merge_config(trio.base, [trio.models[0], other, trio.models[2]])
     with pytest.raises(RuntimeError, match="Must specify --allow-crimes"):
@@ -625,45 +584,13 @@ def test_parallel_engine(
     row: Row, tmp_path: Path, trio: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its threads have a default device that is not the CPU, as on GPUs."""
-    from mergekit import multigpu_executor
-    from mergekit.graph import Executor
-
-    devices = set()
-
-    def worker(
-        self: Any,
-        task_list: Sequence[Any],
-        cached_values: Mapping[Any, Any],
-        device: torch.device,
-        quiet: bool,
-    ) -> None:
-        devices.add(device)
-        with torch.device("meta"):
-            executor = Executor(
-                targets=task_list,
-                math_device=torch.device("cpu"),
-                storage_device=torch.device("cpu"),
-                cached_values=cached_values,
-            )
-            for handle, result in executor._run(quiet=quiet):
-                self.task_completion_queue.put((handle._index, result))
-
-    module = multigpu_executor
-    monkeypatch.setattr(module, "get_torch_accelerator_type", lambda: "cpu")
-    monkeypatch.setattr(module, "get_torch_accelerator_count", lambda: 2)
-    monkeypatch.setattr(module.MultiGPUExecutor, "_device_worker", worker)
-    config = merge_config(trio.base, trio.models)
+    pretend_devices(monkeypatch, 2)
+    config, oracle = merge_config(trio.base, trio.models), oracle_of(trio)
     with row.expect():
         for granularity in GRANULARITIES:
-            devices.clear()
             assert_merges(
-                config,
-                tmp_path,
-                oracle_of(trio),
-                "--multi-gpu",
-                granularity=granularity,
+                config, tmp_path, oracle, "--multi-gpu", granularity=granularity
             )
-            assert len(devices) == 2
 
 
 ON_CUDA: dict[str, tuple[str, ...]] = {
@@ -695,21 +622,3 @@ def test_cuda(row: Row, tmp_path: Path, trio: Family) -> None:
             )
             for name, tensor in cpu.items():
                 torch.testing.assert_close(gpu[name], tensor, rtol=1e-6, atol=1e-7)
-
-
-def test_what_a_bare_file_measures(tmp_path: Path, trio: Family) -> None:
-    """One shard alone is a file like any other: n_t is that of its tensors."""
-    names = sorted(trio.base_state)[:5]
-    states = [
-        {name: state[name] for name in names}
-        for state in (trio.base_state, *trio.states)
-    ]
-    files = []
-    for number, state in enumerate(states):
-        files.append(tmp_path / f"part{number}.safetensors")
-        save_file(state, files[-1])
-    merged = merge_files(merge_config(files[0], files[1:]), tmp_path / "out")
-    oracle = Oracle(states[0], states[1:])
-    assert_merged(merged, oracle)
-    expected = sum(naive_sq_norm(states[0][n], states[1][n]) for n in names)
-    assert oracle.sq_norms[0] == pytest.approx(expected, rel=1e-15)

@@ -13,6 +13,7 @@ import torch
 import mergekit_metagpt
 from tests.families import (
     State,
+    assert_nothing_left,
     cast,
     console_script,
     llama_state,
@@ -75,11 +76,6 @@ def sliced(paths: Sequence[Path], *ranges: tuple[int, int]) -> list[dict[str, An
         {"sources": [{"model": str(p), "layer_range": list(r)} for p in paths]}
         for r in ranges
     ]
-
-
-def assert_nothing_left(out: Path) -> None:
-    """Check that a failed merge left at most an empty folder."""
-    assert not out.exists() or not list(out.iterdir())
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -40,6 +40,7 @@ from tests.oracle import (
     assert_sq_norms,
     assert_within_bound,
 )
+from tests.stand_ins import write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -524,19 +525,6 @@ def test_adapters_that_mergekit_cannot_merge(row: Row, tmp_path: Path) -> None:
 
 
 WORDS = ("<unk>", *(f"word{k}" for k in range(1, 90)))
-
-
-def write_tokenizer(folder: Path, words: Sequence[str], added: Sequence[str]) -> None:
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: number for number, word in enumerate(words)}
-    model = tokenizers.models.BPE(vocabulary, [], unk_token="<unk>")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(model), unk_token="<unk>"
-    )
-    tokenizer.add_tokens(list(added))
-    tokenizer.save_pretrained(folder)
 
 
 @dataclass(frozen=True)

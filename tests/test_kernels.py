@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from tests.oracle import (
     assert_same_bits,
     assert_unchanged,
     assert_within_bound,
+    assert_within_bound_exactly,
     bits,
     coarser,
     naive_sq_norm,
@@ -33,9 +34,6 @@ F64, F32, F16, BF16 = ORDER
 COUNTS = [1, 2, 3, 12]
 MOST = max(COUNTS)
 SQ_NORM_RTOL = 1e-12
-# Dtypes in which each of the K products may lose half of the smallest number there is
-# by underflow: their sums are formed in a dtype that reaches no further down.
-UNDERFLOWS = {F64, F32}
 
 
 @pytest.fixture(params=["compiled", "by torch"], autouse=True)
@@ -50,17 +48,17 @@ def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 # --- the menagerie -------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Specimen:
+class Specimen(NamedTuple):
     """A base and its fine-tunes, `MOST` at most, of one dtype and shape."""
 
     base: torch.Tensor
     tuned: tuple[torch.Tensor, ...]
 
-    @property
-    def counts(self) -> list[int]:
+    def by_count(self) -> Iterator[tuple[torch.Tensor, ...]]:
         """Numbers of models to merge."""
-        return [count for count in COUNTS if count <= len(self.tuned)]
+        for count in COUNTS:
+            if count <= len(self.tuned):
+                yield self.tuned[:count]
 
 
 Maker = Callable[[torch.device], Specimen]
@@ -68,6 +66,16 @@ Maker = Callable[[torch.device], Specimen]
 
 def noise(shape: Sequence[int], seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def stored(
+    base: torch.Tensor,
+    tuned: Iterable[torch.Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Specimen:
+    moved = tuple(tensor.to(device, dtype) for tensor in tuned)
+    return Specimen(base.to(device, dtype), moved)
 
 
 def usual(
@@ -83,9 +91,7 @@ def usual(
     base = size * noise(shape, 0)
     taus = [size * step * (k + 1) * noise(shape, k + 1) for k in range(count)]
     taus[2] = torch.zeros_like(base)
-    return Specimen(
-        base.to(device, dtype), tuple((base + tau).to(device, dtype) for tau in taus)
-    )
+    return stored(base, (base + tau for tau in taus), dtype, device)
 
 
 def relaid(
@@ -94,88 +100,74 @@ def relaid(
     device: torch.device,
 ) -> Specimen:
     """Views that are not contiguous; the base and every other fine-tune."""
-    base, tuned = unpacked(usual(shape, F32, device))
-    views = tuple(
-        layout(tensor) if k % 2 else layout(tensor).contiguous()
-        for k, tensor in enumerate(tuned)
-    )
-    return Specimen(layout(base), views)
+    base, tuned = usual(shape, F32, device)
+    views = [layout(tensor) for tensor in tuned]
+    views[::2] = [view.contiguous() for view in views[::2]]
+    return Specimen(layout(base), tuple(views))
 
 
 def constants(dtype: torch.dtype, device: torch.device) -> Specimen:
     """Every element of a tensor is the same number."""
-    values = [1 + torch.finfo(dtype).eps * 2**k for k in range(MOST)]
-    return Specimen(
-        torch.ones(777, dtype=dtype, device=device),
-        tuple(torch.full((777,), v, dtype=dtype, device=device) for v in values),
-    )
+    base, eps = torch.ones(777, dtype=F64), torch.finfo(dtype).eps
+    return stored(base, (base + eps * 2**k for k in range(MOST)), dtype, device)
 
 
 def subnormal(dtype: torch.dtype, device: torch.device) -> Specimen:
     """Numbers below the smallest normal one, down to the smallest there is."""
     smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-    base = torch.tensor([0, 1, -1, 3, 60, -60, 7, 0], dtype=F64)
-    steps = torch.tensor([1, 1, -1, 2, 0, 5, -7, 0], dtype=F64)
-    return Specimen(
-        (smallest * base).to(device, dtype),
-        tuple(
-            (smallest * (base + steps * (k % 4))).to(device, dtype) for k in range(MOST)
-        ),
-    )
+    base = smallest * torch.tensor([0, 1, -1, 3, 60, -60, 7, 0], dtype=F64)
+    steps = smallest * torch.tensor([1, 1, -1, 2, 0, 5, -7, 0], dtype=F64)
+    return stored(base, (base + steps * (k % 4) for k in range(MOST)), dtype, device)
 
 
 def enormous(dtype: torch.dtype, device: torch.device) -> Specimen:
     """Differences beyond the dtype (and float32), with merges that are finite."""
-    largest = torch.finfo(dtype).max
-    if dtype == F64:
-        # Even the differences stay finite here: nothing is wider than float64.
-        largest /= 4
-    base = largest * torch.tensor([-1, -0.9, 1, 0.5, 1e-3, 0], dtype=F64)
-    tuned = [
-        largest * torch.tensor(row, dtype=F64)
-        for row in ([1, 0.9, -1, 0.5, -1, 1], [-1, -0.8, 1, 0.7, 1, 0], [1] * 6)
-    ]
-    return Specimen(
-        base.to(device, dtype),
-        tuple(tuned[k % 3].to(device, dtype) for k in range(MOST)),
-    )
+    # Even the differences stay finite in float64: nothing is wider.
+    largest = torch.finfo(dtype).max / (4 if dtype == F64 else 1)
+    base = [-1, -0.9, 1, 0.5, 1e-3, 0]
+    tuned = [1, 0.9, -1, 0.5, -1, 1], [-1, -0.8, 1, 0.7, 1, 0], [1] * 6
+    rows = largest * torch.tensor([base, *tuned], dtype=F64)
+    return stored(rows[0], [*rows[1:]] * (MOST // 3), dtype, device)
 
 
 def signed_zeros(device: torch.device) -> Specimen:
-    base = torch.tensor([-0.0, 0.0, -0.0, 0.0, 1.0], device=device)
-    tuned = torch.tensor([-0.0, 0.0, 0.0, -0.0, 1.0], device=device)
-    return Specimen(base, tuple(base if k % 2 else tuned for k in range(MOST)))
+    base = torch.tensor([-0.0, 0.0, -0.0, 0.0, 1.0])
+    tuned = torch.tensor([-0.0, 0.0, 0.0, -0.0, 1.0])
+    return stored(base, [tuned, base] * (MOST // 2), F32, device)
 
 
 def uneven(device: torch.device) -> Specimen:
     """Magnitudes from 1e-20 to 1e20 side by side, steps far below and far above."""
     base = 10 ** torch.linspace(-20, 20, 500, dtype=F64) * noise((500,), 5).sign()
-    steps = [1e-7, 1.0, 1e7, 0.0]
-    return Specimen(
-        base.to(device, F32),
-        tuple(
-            (base * (1 + steps[k % 4] * noise((500,), k))).to(device, F32)
-            for k in range(MOST)
-        ),
-    )
+    steps = [1e-7, 1.0, 1e7, 0.0] * (MOST // 4)
+    tuned = (base * (1 + s * noise((500,), k)) for k, s in enumerate(steps))
+    return stored(base, tuned, F32, device)
 
 
 MENAGERIE: dict[str, Maker] = {
-    "ordinary": functools.partial(usual, (30, 40), F32),
-    "scalar": functools.partial(usual, (), F32),
-    "one element": functools.partial(usual, (1,), BF16),
-    "empty": functools.partial(usual, (0,), F32),
-    "empty matrix": functools.partial(usual, (3, 0), BF16),
-    "four axes": functools.partial(usual, (2, 3, 4, 5), F16),
+    **{
+        name: functools.partial(usual, shape, dtype)
+        for name, shape, dtype in [
+            ("ordinary", (30, 40), F32),
+            ("scalar", (), F32),
+            ("one element", (1,), BF16),
+            ("empty", (0,), F32),
+            ("empty matrix", (3, 0), BF16),
+            ("four axes", (2, 3, 4, 5), F16),
+        ]
+    },
     "far from zero": functools.partial(usual, (1000,), F32, size=1e6, step=1e-6),
-    "transposed": functools.partial(relaid, torch.t, (20, 31)),
-    "every other column": functools.partial(relaid, lambda t: t[:, ::2], (20, 31)),
-    "expanded": functools.partial(relaid, lambda t: t.expand(50, 31), (1, 31)),
-    "expanded scalar": functools.partial(relaid, lambda t: t.expand(4, 5), ()),
-    "channels last": functools.partial(
-        relaid, lambda t: t.permute(0, 3, 1, 2), (2, 3, 4, 5)
-    ),
-    "a slice at an offset": functools.partial(relaid, lambda t: t[7:19, 3:], (20, 31)),
+    **{
+        name: functools.partial(relaid, layout, shape)
+        for name, layout, shape in [
+            ("transposed", torch.t, (20, 31)),
+            ("every other column", lambda t: t[:, ::2], (20, 31)),
+            ("expanded", lambda t: t.expand(50, 31), (1, 31)),
+            ("expanded scalar", lambda t: t.expand(4, 5), ()),
+            ("channels last", lambda t: t.permute(0, 3, 1, 2), (2, 3, 4, 5)),
+            ("a slice at an offset", lambda t: t[7:19, 3:], (20, 31)),
+        ]
+    },
     "signed zeros": signed_zeros,
     "uneven": uneven,
     **{
@@ -214,10 +206,6 @@ def specimen(request: pytest.FixtureRequest, device: torch.device) -> Specimen:
     return caught(request.param, device)
 
 
-def unpacked(specimen: Specimen) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    return specimen.base, specimen.tuned
-
-
 def is_subnormal(base: torch.Tensor) -> bool:
     largest = float(base.abs().max()) if base.numel() else 0.0
     return 0 < largest < torch.finfo(base.dtype).tiny
@@ -225,58 +213,52 @@ def is_subnormal(base: torch.Tensor) -> bool:
 
 def shares(count: int, *, seed: int = 0) -> torch.Tensor:
     """Coefficients that sum to 1."""
-    raw = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.rand(count, generator=generator, dtype=F64, device="cpu")
     return (raw + 0.05) / (raw + 0.05).sum()
 
 
-def naive_taus(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The task vectors as rows, each at the coarser of its two precisions."""
-    rows = [
-        (t.to(coarser(base.dtype, t.dtype)).double()).flatten()
-        - (base.to(coarser(base.dtype, t.dtype)).double()).flatten()
-        for t in tuned
-    ]
-    return torch.stack(rows).cpu()
-
-
-def assert_sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> None:
-    """Compare with the one-liner in float64; an overflow of float64 is one too."""
-    found = sq_norms(base, tuned)
+def assert_measured(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> None:
+    """Compare with the one-liners in float64; an overflow of float64 is one too."""
+    found, gram = sq_norms(base, tuned), gram_matrix(base, tuned)
     expected = torch.tensor([naive_sq_norm(base, t) for t in tuned], dtype=F64)
-    assert found.dtype == F64
-    assert found.device.type == "cpu"
+    assert found.dtype == gram.dtype == F64
+    assert found.device.type == gram.device.type == "cpu"
     torch.testing.assert_close(found, expected, rtol=SQ_NORM_RTOL, atol=0)
+    assert_same_bits(gram, gram.T.contiguous())
+    assert_same_bits(gram.diagonal(), found)
+    rows = []
+    for model in tuned:  # each at the coarser of its two precisions
+        dtype = coarser(base.dtype, model.dtype)
+        tau = model.to(dtype).double() - base.to(dtype).double()
+        rows.append(tau.flatten())
+    taus = torch.stack(rows).cpu()
+    if torch.isfinite(taus @ taus.T).all():
+        norms = taus.norm(dim=1)
+        error = (gram - taus @ taus.T).abs()
+        assert (error <= SQ_NORM_RTOL * norms[:, None] * norms[None, :]).all()
 
 
-def assert_within_bound_exactly(
+def assert_exact(
     merged: torch.Tensor,
     base: torch.Tensor,
     tuned: Sequence[torch.Tensor],
     lambdas: torch.Tensor,
 ) -> None:
-    """The bound of `scaled_sum` in rational numbers, for a few elements."""
-    info = torch.finfo(merged.dtype)
-    smallest = Fraction(info.tiny) * Fraction(info.eps)
-    factors = [Fraction(factor) for factor in lambdas.tolist()]
-    columns = [t.flatten().tolist() for t in (merged, base, *tuned)]
-    for at, (got, start, *ends) in enumerate(zip(*columns, strict=True)):
-        steps = [
-            factor * (Fraction(end) - Fraction(start))
-            for factor, end in zip(factors, ends, strict=True)
-        ]
-        exact = Fraction(start) + sum(steps)
-        size = abs(Fraction(start)) + sum(map(abs, steps))
-        _, exponent = math.frexp(exact)
-        ulp = max(Fraction(2) ** (exponent - 1) * Fraction(info.eps), smallest)
-        bound = ulp / 2 + (len(tuned) + 3) * Fraction(1, 2**24) * size
-        if merged.dtype in UNDERFLOWS:
-            bound += len(tuned) * smallest / 2
-        assert math.isfinite(got), f"element {at} is {got}, exactly {float(exact):g}"
-        error = abs(Fraction(got) - exact)
-        assert error <= bound, (
-            f"element {at} is {got:g}, exactly {float(exact):g}: off by "
-            f"{float(error / ulp):g} ulp"
-        )
+    """Check a few elements, all finite, in rational numbers.
+
+    Of 16 bits, sums are formed in a dtype that reaches further down than they.
+    """
+    assert torch.isfinite(merged).all()
+    shares = [Fraction(factor) for factor in lambdas.tolist()]
+    low = merged.dtype in (F64, F32)
+    assert_within_bound_exactly(merged, base, tuned, shares, underflow=low)
+
+
+def results(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What each loop makes of them."""
+    merged = scaled_sum(base, tuned, shares(len(tuned)))
+    return [merged, sq_norms(base, tuned), gram_matrix(base, tuned)]
 
 
 # --- coarser_dtype -------------------------------------------------------------------
@@ -297,42 +279,22 @@ def test_the_coarser_dtype_is_the_one_of_fewer_mantissa_bits(
 # --- squared norms and Gram matrices -------------------------------------------------
 
 
-def test_sq_norms_equal_the_naive_sum(specimen: Specimen) -> None:
-    base, tuned = unpacked(specimen)
-    for count in specimen.counts:
-        assert_sq_norms(base, tuned[:count])
-
-
-def test_gram_equals_the_naive_product(specimen: Specimen) -> None:
-    base, tuned = unpacked(specimen)
-    taus = naive_taus(base, tuned)
-    for count in specimen.counts:
-        found = gram_matrix(base, tuned[:count])
-        expected = taus[:count] @ taus[:count].T
-        assert found.dtype == F64
-        assert found.device.type == "cpu"
-        norms = taus[:count].norm(dim=1)
-        torch.testing.assert_close(
-            found.diagonal(), expected.diagonal(), rtol=SQ_NORM_RTOL, atol=0
-        )
-        if torch.isfinite(expected).all():
-            error = (found - expected).abs()
-            assert (error <= SQ_NORM_RTOL * norms[:, None] * norms[None, :]).all()
-        assert_same_bits(found, found.T.contiguous())
-        assert_same_bits(found.diagonal(), sq_norms(base, tuned[:count]))
+def test_norms_and_products_equal_the_naive_ones(specimen: Specimen) -> None:
+    for tuned in specimen.by_count():
+        assert_measured(specimen.base, tuned)
 
 
 def test_a_model_that_equals_the_base_has_norm_exactly_zero(
     specimen: Specimen,
 ) -> None:
-    base, tuned = unpacked(specimen)
+    base, tuned = specimen
     assert sq_norms(base, [base, base.clone()]).tolist() == [0.0, 0.0]
     gram = gram_matrix(base, [tuned[0], base.clone()])
     assert gram[1].tolist() == [0.0, 0.0]
 
 
 def test_each_norm_is_independent_of_the_other_models(specimen: Specimen) -> None:
-    base, tuned = unpacked(specimen)
+    base, tuned = specimen
     together = sq_norms(base, tuned)
     reverse = sq_norms(base, tuned[::-1])
     alone = torch.cat([sq_norms(base, [model]) for model in tuned])
@@ -361,13 +323,7 @@ def test_differences_are_taken_at_the_coarser_precision_of_each_pair(
     base = wide.base.to(stored)
     tuned = [wide.tuned[k].to(dtype) for k, dtype in enumerate(ORDER)]
     with assert_unchanged([base, *tuned]):
-        assert_sq_norms(base, tuned)
-        gram = gram_matrix(base, tuned)
-    taus = naive_taus(base, tuned)
-    norms = taus.norm(dim=1)
-    error = (gram - taus @ taus.T).abs()
-    assert (error <= SQ_NORM_RTOL * norms[:, None] * norms[None, :]).all()
-    assert_same_bits(gram.diagonal(), sq_norms(base, tuned))
+        assert_measured(base, tuned)
 
 
 @pytest.mark.parametrize("stored", ORDER)
@@ -392,10 +348,8 @@ def test_rounding_to_the_coarser_precision_never_makes_an_infinity(
     base = torch.tensor([1.0, 1e5, -3e38], device=device)
     half = torch.tensor([1.0, 5e4, 0.0], dtype=F16, device=device)
     found = sq_norms(base, [half, base])
-    assert found.tolist() == [
-        pytest.approx(5e4**2 + float(torch.tensor(3e38)) ** 2),
-        0,
-    ]
+    wanted = 5e4**2 + float(torch.tensor(3e38)) ** 2
+    assert found.tolist() == [pytest.approx(wanted), 0]
     # 3.4e38 is finite in float32 and rounds to infinity in bfloat16.
     wide = torch.full((3,), torch.finfo(F32).max, device=device)
     assert torch.isfinite(sq_norms(wide, [base.to(BF16)])).all()
@@ -410,10 +364,8 @@ def test_a_weight_that_is_not_finite_shows_in_its_own_norm_only(
     base = torch.ones(numel, device=device)
     tuned = [base * 2, base.clone().to(dtype), base * 3]
     tuned[1][-1] = bad
-    finite = torch.isfinite(sq_norms(base, tuned))
-    assert finite.tolist() == [True, False, True]
-    finite = torch.isfinite(gram_matrix(base, tuned).diagonal())
-    assert finite.tolist() == [True, False, True]
+    for norms in (sq_norms(base, tuned), gram_matrix(base, tuned).diagonal()):
+        assert torch.isfinite(norms).tolist() == [True, False, True]
     base[-1] = bad
     assert not torch.isfinite(sq_norms(base, tuned)).any()
     assert not torch.isfinite(sq_norms(base, [base])).any()
@@ -422,27 +374,43 @@ def test_a_weight_that_is_not_finite_shows_in_its_own_norm_only(
 # --- the scaled sum ------------------------------------------------------------------
 
 
-def test_every_element_of_a_merge_is_within_the_bound(specimen: Specimen) -> None:
-    base = specimen.base
-    for count in specimen.counts:
-        tuned, lambdas = specimen.tuned[:count], shares(count)
-        merged = scaled_sum(base, tuned, lambdas)
+recording = pytest.mark.parametrize("recording", [False, True])
+
+
+@recording
+def test_every_element_of_a_merge_is_within_the_bound(
+    specimen: Specimen, recording: bool
+) -> None:
+    base, leaf = specimen.base, specimen.base.detach().clone()
+    leaf.requires_grad_(recording)
+    for tuned in specimen.by_count():
+        lambdas = shares(len(tuned))
+        with assert_unchanged([leaf, base, *tuned, lambdas]):
+            merged, norms = scaled_sum(leaf, tuned, lambdas), sq_norms(leaf, tuned)
+        assert merged.requires_grad == norms.requires_grad == recording
         assert (merged.dtype, merged.shape) == (base.dtype, base.shape)
         assert merged.device == base.device
+        torch.testing.assert_close(
+            norms.detach(), sq_norms(base, tuned), rtol=SQ_NORM_RTOL, atol=0
+        )
         if not is_subnormal(base):  # for these see the exact test below
-            assert_within_bound(merged, base, tuned, lambdas)
+            assert_within_bound(merged.detach(), base, tuned, lambdas)
 
 
+@recording
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("name", SMALL)
 def test_the_bound_holds_exactly_at_the_ends_of_each_range(
-    name: str, count: int, device: torch.device
+    name: str, count: int, recording: bool, device: torch.device
 ) -> None:
-    base, tuned = unpacked(caught(name, device))
+    base, tuned = caught(name, device)
+    leaf = base.clone().requires_grad_(recording)
     for seed in range(8):
         lambdas = shares(count, seed=seed)
-        merged = scaled_sum(base, tuned[:count], lambdas)
-        assert_within_bound_exactly(merged, base, tuned[:count], lambdas)
+        merged = scaled_sum(leaf, tuned[:count], lambdas).detach()
+        assert_exact(merged, base, tuned[:count], lambdas)
+    merged = scaled_sum(leaf, [base] * count, shares(count)).detach()
+    assert_same_bits(merged, base)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.7, -0.5, 1e-8])
@@ -451,7 +419,7 @@ def test_the_bound_holds_for_coefficients_of_any_sum(
     name: str, scale: float, device: torch.device
 ) -> None:
     for full in (n for n in MENAGERIE if n.startswith(name)):
-        base, tuned = unpacked(caught(full, device))
+        base, tuned = caught(full, device)
         for count in COUNTS:
             lambdas = scale * shares(count)
             merged = scaled_sum(base, tuned[:count], lambdas)
@@ -459,15 +427,12 @@ def test_the_bound_holds_for_coefficients_of_any_sum(
 
 
 def test_an_element_that_no_model_changed_keeps_its_bits(specimen: Specimen) -> None:
-    base, tuned = unpacked(specimen)
-    for count in specimen.counts:
-        for scale in (1.0, -0.7):
-            lambdas = scale * shares(count)
-            assert_same_bits(scaled_sum(base, [base] * count, lambdas), base)
-            merged = scaled_sum(base, tuned[:count], lambdas)
-            same = functools.reduce(
-                torch.logical_and, [model == base for model in tuned[:count]]
-            )
+    base = specimen.base
+    for tuned in specimen.by_count():
+        for lambdas in (shares(len(tuned)), -0.7 * shares(len(tuned))):
+            assert_same_bits(scaled_sum(base, [base] * len(tuned), lambdas), base)
+            merged = scaled_sum(base, tuned, lambdas)
+            same = torch.stack([model == base for model in tuned]).all(dim=0)
             assert_same_bits(merged[same], base[same])
 
 
@@ -485,7 +450,7 @@ def test_every_number_of_16_bits_survives_an_idle_merge(
 def test_coefficients_of_zero_or_no_models_leave_the_base(
     specimen: Specimen,
 ) -> None:
-    base, tuned = unpacked(specimen)
+    base, tuned = specimen
     idle = torch.zeros(3, dtype=F64)
     for merged in (
         scaled_sum(base, [], idle[:0]),
@@ -496,24 +461,14 @@ def test_coefficients_of_zero_or_no_models_leave_the_base(
         assert merged.data_ptr() != base.data_ptr() or not base.numel()
 
 
-def test_one_model_with_the_whole_weight_comes_out_itself(
-    device: torch.device,
-) -> None:
-    whole = torch.ones(1, dtype=F64)
-    for name in ("ordinary", "random, torch.bfloat16", "random, torch.float16"):
-        base, tuned = unpacked(caught(name, device))
-        merged = scaled_sum(base, tuned[:1], whole)
-        torch.testing.assert_close(merged, tuned[0])
-
-
 def test_twelve_models_of_more_than_a_chunk(device: torch.device) -> None:
-    base, tuned = unpacked(usual((CHUNK + 1,), BF16, device))
+    base, tuned = usual((CHUNK + 1,), BF16, device)
     assert_within_bound(scaled_sum(base, tuned, shares(12)), base, tuned, shares(12))
-    assert_sq_norms(base, tuned)
+    assert_measured(base, tuned)
 
 
 def test_coefficients_may_be_strided(device: torch.device) -> None:
-    base, tuned = unpacked(caught("ordinary", device))
+    base, tuned = caught("ordinary", device)
     wide = torch.tensor([[0.25, 9.0], [0.75, 9.0]], dtype=F64)
     assert_same_bits(
         scaled_sum(base, tuned[:2], wide[:, 0]),
@@ -522,7 +477,7 @@ def test_coefficients_may_be_strided(device: torch.device) -> None:
 
 
 def test_one_bad_element_spoils_no_other(device: torch.device) -> None:
-    base, tuned = unpacked(usual((1000,), F32, device))
+    base, tuned = usual((1000,), F32, device)
     models = [tensor.clone() for tensor in tuned[:3]]
     models[1][10], models[2][20] = math.nan, math.inf
     merged = scaled_sum(base, models, shares(3))
@@ -537,72 +492,36 @@ def test_one_bad_element_spoils_no_other(device: torch.device) -> None:
 # --- memory, devices, threads --------------------------------------------------------
 
 
-def test_inputs_are_borrowed(specimen: Specimen) -> None:
-    base, tuned = unpacked(specimen)
-    lambdas = shares(len(tuned))
-    with assert_unchanged([base, *tuned, lambdas]):
-        sq_norms(base, tuned)
-        gram_matrix(base, tuned)
-        scaled_sum(base, tuned, lambdas)
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_results_have_memory_of_their_own(specimen: Specimen, count: int) -> None:
-    base, tuned = specimen.base, specimen.tuned[:count]
-    lambdas = shares(count)
-    results = [
-        scaled_sum(base, tuned, lambdas),
-        sq_norms(base, tuned),
-        gram_matrix(base, tuned),
-    ]
-    assert results[0].is_contiguous()
-    with assert_unchanged([base, *tuned, lambdas]):
-        for result in results:
-            result.fill_(3.0)
+def test_inputs_are_borrowed_and_results_have_memory_of_their_own(
+    specimen: Specimen,
+) -> None:
+    base = specimen.base
+    for tuned in (specimen.tuned, specimen.tuned[:1]):
+        with assert_unchanged([base, *tuned]):
+            found = results(base, tuned)
+            assert found[0].is_contiguous()
+            for result in found:
+                result.fill_(3.0)
 
 
 def test_the_ambient_default_device_does_not_matter(specimen: Specimen) -> None:
-    base, tuned = specimen.base, specimen.tuned[:3]
-    lambdas = shares(3)
-    expected = (
-        scaled_sum(base, tuned, lambdas),
-        sq_norms(base, tuned),
-        gram_matrix(base, tuned),
-        sq_norms(base, []),
-        gram_matrix(base, []),
-        scaled_sum(base, [], lambdas[:0]),
-    )
+    base, tuned = specimen
+    expected = results(base, tuned[:3]) + results(base, [])
     with torch.device("meta"):
-        found = (
-            scaled_sum(base, tuned, lambdas),
-            sq_norms(base, tuned),
-            gram_matrix(base, tuned),
-            sq_norms(base, []),
-            gram_matrix(base, []),
-            scaled_sum(base, [], lambdas[:0]),
-        )
+        found = results(base, tuned[:3]) + results(base, [])
     for mine, wanted in zip(found, expected, strict=True):
         assert mine.device == wanted.device
         assert_same_bits(mine, wanted)
 
 
 def test_ambient_dtype_and_autocast_do_not_matter(device: torch.device) -> None:
-    base, tuned = unpacked(caught("ordinary", device))
-    lambdas = shares(3)
-
-    def results() -> list[torch.Tensor]:
-        return [
-            scaled_sum(base, tuned[:3], lambdas),
-            sq_norms(base, tuned[:3]),
-            gram_matrix(base, tuned[:3]),
-        ]
-
-    expected = results()
+    base, tuned = caught("ordinary", device)
+    expected = results(base, tuned[:3])
     with torch.autocast(device.type, dtype=BF16):
-        found = results()
+        found = results(base, tuned[:3])
     torch.set_default_dtype(F16)
     try:
-        found += results()
+        found += results(base, tuned[:3])
     finally:
         torch.set_default_dtype(F32)
     for mine, wanted in zip(found, expected * 2, strict=True):
@@ -610,66 +529,22 @@ def test_ambient_dtype_and_autocast_do_not_matter(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("name", [*LARGE, "ordinary", "transposed"])
-@pytest.mark.parametrize("kernel", [sq_norms, gram_matrix, scaled_sum])
-def test_bits_do_not_depend_on_the_number_of_threads(
-    kernel: Callable[..., torch.Tensor], name: str
-) -> None:
-    base, tuned = unpacked(caught(name, torch.device("cpu")))
-    more = (shares(3),) if kernel is scaled_sum else ()
+def test_bits_do_not_depend_on_the_number_of_threads(name: str) -> None:
+    base, tuned = caught(name, torch.device("cpu"))
     before = torch.get_num_threads()
     found = []
     try:
-        for threads in (1, 2, 3, 8):
+        for threads in (1, 1, 2, 3, 8):
             torch.set_num_threads(threads)
-            found.append(kernel(base, tuned[:3], *more))
+            found.append(results(base, tuned[:3]))
     finally:
         torch.set_num_threads(before)
-    for result in found[1:]:
-        assert_same_bits(result, found[0])
-
-
-def test_two_runs_give_the_same_bits(specimen: Specimen) -> None:
-    base, tuned = specimen.base, specimen.tuned[:3]
-    for kernel in (sq_norms, gram_matrix):
-        assert_same_bits(kernel(base, tuned), kernel(base, tuned))
-    assert_same_bits(
-        scaled_sum(base, tuned, shares(3)), scaled_sum(base, tuned, shares(3))
-    )
+    for others in found[1:]:
+        for first, other in zip(found[0], others, strict=True):
+            assert_same_bits(other, first)
 
 
 # --- autograd ------------------------------------------------------------------------
-
-
-def test_results_that_record_gradients_keep_the_same_promises(
-    specimen: Specimen,
-) -> None:
-    base, leaf = specimen.base, specimen.base.detach().clone().requires_grad_()
-    for count in specimen.counts:
-        tuned, lambdas = specimen.tuned[:count], shares(count)
-        with assert_unchanged([leaf, base, *tuned, lambdas]):
-            norms = sq_norms(leaf, tuned)
-            merged = scaled_sum(leaf, tuned, lambdas)
-        assert norms.requires_grad
-        assert merged.requires_grad
-        assert (merged.dtype, merged.shape) == (base.dtype, base.shape)
-        torch.testing.assert_close(
-            norms.detach(), sq_norms(base, tuned), rtol=SQ_NORM_RTOL, atol=0
-        )
-        if not is_subnormal(base):
-            assert_within_bound(merged.detach(), base, tuned, lambdas)
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_the_bound_holds_with_gradients_at_the_ends_of_each_range(
-    name: str, device: torch.device
-) -> None:
-    base, tuned = unpacked(caught(name, device))
-    leaf = base.clone().requires_grad_()
-    for count in COUNTS:
-        merged = scaled_sum(leaf, tuned[:count], shares(count)).detach()
-        assert_within_bound_exactly(merged, base, tuned[:count], shares(count))
-        merged = scaled_sum(leaf, [base] * count, shares(count)).detach()
-        assert_same_bits(merged, base)
 
 
 def test_gradients_of_the_kernels_are_those_of_the_formula(
@@ -690,7 +565,7 @@ def test_gradients_of_the_kernels_are_those_of_the_formula(
 def test_gradients_have_the_dtype_and_shape_of_their_inputs(
     dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
 ) -> None:
-    base, tuned = unpacked(usual(shape, dtype, device))
+    base, tuned = usual(shape, dtype, device)
     leaves = [tensor.clone().requires_grad_() for tensor in (base, *tuned[:2])]
     lambdas = torch.tensor([0.25, 0.5], dtype=F64)
     scaled_sum(leaves[0], leaves[1:], lambdas).sum().backward()
@@ -700,22 +575,15 @@ def test_gradients_have_the_dtype_and_shape_of_their_inputs(
 
 
 def test_no_graph_is_recorded_without_need(device: torch.device) -> None:
-    base, tuned = unpacked(usual((5,), F32, device))
+    base, tuned = usual((5,), F32, device)
     lambdas = shares(2)
     leaves = [tensor.clone().requires_grad_() for tensor in (base, *tuned[:2])]
-    results = [
-        sq_norms(base, tuned[:2]),
-        scaled_sum(base, tuned[:2], lambdas),
-        gram_matrix(*leaves[:1], leaves[1:]),
-    ]
+    found = [*results(base, tuned[:2]), gram_matrix(leaves[0], leaves[1:])]
     for guard in (torch.no_grad, torch.inference_mode):
         with guard():
-            results += [
-                sq_norms(leaves[0], leaves[1:]),
-                scaled_sum(leaves[0], leaves[1:], lambdas),
-            ]
-            assert_same_bits(results[-1], scaled_sum(base, tuned[:2], lambdas))
-    for result in results:
+            found += results(leaves[0], leaves[1:])
+            assert_same_bits(found[-3], scaled_sum(base, tuned[:2], lambdas))
+    for result in found:
         assert not result.requires_grad
         assert result.grad_fn is None
 
@@ -723,10 +591,10 @@ def test_no_graph_is_recorded_without_need(device: torch.device) -> None:
 def test_the_menagerie_holds_what_it_says() -> None:
     cpu = torch.device("cpu")
     for dtype in ORDER:
-        base, tuned = unpacked(caught(f"subnormal, {dtype}", cpu))
+        base, tuned = caught(f"subnormal, {dtype}", cpu)
         assert is_subnormal(base)
         assert (bits(tuned[1]) != bits(base)).any()
-    base, tuned = unpacked(caught("enormous, torch.float32", cpu))
+    base, tuned = caught("enormous, torch.float32", cpu)
     assert not torch.isfinite(tuned[0] - base).all()
     for name in ("transposed", "every other column", "expanded", "channels last"):
         assert not caught(name, cpu).base.is_contiguous()

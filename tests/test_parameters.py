@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import decimal
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 
 from tests.families import (
     State,
+    assert_nothing_left,
     llama_state,
     merge_config,
     run_mergekit,
@@ -24,6 +23,7 @@ from tests.families import (
 from tests.oracle import (
     assert_merged_exactly,
     assert_same_bits,
+    exact_coefficients,
     naive_coefficients,
     naive_lambdas,
     naive_pool,
@@ -73,11 +73,6 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Trio:
     folder = tmp_path_factory.mktemp("trio")
     paths = [write_model(folder / f"m{k}", s) for k, s in enumerate((base, *states))]
     return Trio(base, states, tuple(paths))
-
-
-def assert_nothing_left(out: Path) -> None:
-    """Check that a failed merge left at most an empty folder."""
-    assert not out.exists() or not list(out.iterdir())
 
 
 def weights(values: Sequence[Any]) -> list[dict[str, Any]]:
@@ -283,22 +278,6 @@ def test_weight_zero_for_all_in_one_slice_keeps_the_bases(
 # power
 
 
-def exact_lambdas(
-    sq_norms: torch.Tensor, weight: Sequence[float], power: float
-) -> torch.Tensor:
-    """w n^(p/2) / sum w n^(p/2) in decimal arithmetic, for powers of any size."""
-    with decimal.localcontext() as context:
-        context.prec = 60
-        context.Emax, context.Emin = decimal.MAX_EMAX, decimal.MIN_EMIN
-        half = Decimal(power) / 2
-        logs = [
-            Decimal(w).ln() + half * Decimal(n).ln()
-            for w, n in zip(weight, sq_norms.tolist(), strict=True)
-        ]
-        raw = [(value - max(logs)).exp() for value in logs]
-        return torch.tensor([float(r / sum(raw)) for r in raw], dtype=torch.float64)
-
-
 POWERS = [0.0, 1.0, -1.0, 2.0, 0.5, 30.0, 1000.0, -1000.0, 1e308, -1e308]
 
 
@@ -317,7 +296,8 @@ def test_power_is_the_exponent_of_the_norms(
             for other, tensor in trio.base.items()
             if naive_pool(other, granularity) == naive_pool(name, granularity)
         }
-        return exact_lambdas(naive_sq_norms(pool, trio.states), (1, 3, 1), power)
+        sq_norms = naive_sq_norms(pool, trio.states).tolist()
+        return exact_coefficients(sq_norms, (1, 3, 1), power)
 
     trio.assert_merged(merged, lambdas)
 
@@ -325,7 +305,7 @@ def test_power_is_the_exponent_of_the_norms(
 def test_the_two_oracles_agree() -> None:
     sq_norms = torch.tensor([0.3, 0.7, 1e-3], dtype=torch.float64)
     for power in (2.0, 1.0, 0.0, -3.0):
-        first = exact_lambdas(sq_norms, (1, 2, 5), power)
+        first = exact_coefficients(sq_norms.tolist(), (1, 2, 5), power)
         second = naive_coefficients(sq_norms, (1, 2, 5), power)
         torch.testing.assert_close(first, second, rtol=1e-12, atol=0)
 

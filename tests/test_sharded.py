@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from mergekit import multigpu_executor
-from mergekit.graph import Executor
 from mergekit.multigpu_executor import MultiGPUExecutor
 
 from mergekit_metagpt import scan
@@ -22,14 +21,19 @@ from mergekit_metagpt.arithmetic import scaled_sums
 from mergekit_metagpt.scanning import once, threads
 from tests.conftest import Family, make_family
 from tests.families import (
-    State,
     merge_config,
     read_model,
     run_mergekit,
     said,
     write_model,
 )
-from tests.oracle import assert_same_bits, naive_coefficients, naive_sq_norms
+from tests.merges import pretend_devices
+from tests.oracle import (
+    assert_same_bits,
+    assert_same_states,
+    naive_coefficients,
+    naive_sq_norms,
+)
 
 DEVICES = 4
 LAYERS = {"layer_range": [0, 3]}
@@ -39,39 +43,7 @@ Scans = list[tuple[str, tuple[str, ...]]]
 
 @pytest.fixture
 def four_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make mergekit see four devices, each of which computes on the CPU.
-
-    All start together, so that each has a thread of its own. The device under which a
-    worker runs is `meta`: a tensor that we make without naming its device has no data.
-    """
-    together = threading.Barrier(DEVICES, timeout=30)
-    cpu = torch.device("cpu")
-
-    def device_worker(
-        self: MultiGPUExecutor,
-        task_list: list[Any],
-        cached_values: dict[Any, Any],
-        device: torch.device,
-        quiet: bool,
-    ) -> None:
-        together.wait()
-        with torch.device("meta"):
-            executor = Executor(
-                targets=task_list,
-                math_device=cpu,
-                storage_device=cpu,
-                cached_values=cached_values,
-            )
-            for handle, result in executor._run(quiet=quiet):
-                wanted = handle in self.targets or handle in self.trailing_dependencies
-                self.task_completion_queue.put(
-                    (handle._index, result if wanted else None)
-                )
-
-    count = "get_torch_accelerator_count"
-    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_type", lambda: "cuda")
-    monkeypatch.setattr(multigpu_executor, count, lambda: DEVICES)
-    monkeypatch.setattr(MultiGPUExecutor, "_device_worker", device_worker)
+    pretend_devices(monkeypatch, DEVICES)
 
 
 @pytest.fixture
@@ -104,14 +76,6 @@ def _no_thread_is_left() -> Iterator[None]:
         if "tqdm" not in type(thread).__module__:
             thread.join(timeout=5)
             assert not thread.is_alive(), thread
-
-
-def assert_same_merge(first: State, second: State) -> None:
-    """Check that two merged models agree in every bit."""
-    assert first.keys() == second.keys()
-    assert first
-    for name, tensor in first.items():
-        assert_same_bits(tensor, second[name])
 
 
 def scanned_pairs(scans: Scans) -> Counter[tuple[str, str]]:
@@ -210,7 +174,7 @@ def test_sharded_merge_has_the_bits_of_the_single_one(
     once = list(scans)
     single = run_mergekit(config, tmp_path / "single")
 
-    assert_same_merge(sharded, single)
+    assert_same_states(sharded, single)
     assert len(in_threads) == len(fresh_family.base_state)
     assert len({thread for thread, _ in in_threads}) == DEVICES
     assert {thread for thread, _ in sums} == {threading.get_ident()}
@@ -263,7 +227,7 @@ def test_error_of_the_scan_is_raised_once(
     write_model(ill, fresh_family.states[1], shards=2)
     merged = run_mergekit(config, tmp_path / "out", "--multi-gpu")
     well = merge_config(fresh_family.base, fresh_family.models[:2])
-    assert_same_merge(merged, run_mergekit(well, tmp_path / "well"))
+    assert_same_states(merged, run_mergekit(well, tmp_path / "well"))
 
 
 @pytest.mark.timeout(60)
@@ -325,7 +289,7 @@ def test_two_merges_at_once(fresh_family: Family, tmp_path: Path, scans: Scans) 
     }
     for n, config in enumerate(configs):
         single = run_mergekit(config, tmp_path / f"single{n}")
-        assert_same_merge(threaded[n], single)
+        assert_same_states(threaded[n], single)
 
 
 @pytest.mark.timeout(60)
