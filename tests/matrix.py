@@ -158,7 +158,8 @@ MODELS = (
     Row(
         "LLaVA, as `save_pretrained` writes it",
         HOST,
-        note="No error, but the result lacks the language model. n_t counts it.",
+        note="No error, but the result lacks the language model. The method warns; "
+        "`mergekit-metagpt merge` refuses it.",
     ),
     Row(
         "LLaVA, base and models in different layouts",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import matrix
+from tests.long.zoo_models import ANIMALS
 from tests.matrix import BY_NAME, COVERED, SECTIONS, Row
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
@@ -19,6 +20,10 @@ VERDICTS = {matrix.WORKS, matrix.REFUSED, matrix.HOST, matrix.CUDA}
 def assert_page_is_true(page: str) -> None:
     """Check that the tables of a page are those of the tests, line by line."""
     found = matrix.tables_of(page)
+    (layouts,) = (section for section in found if section.startswith("Layouts of"))
+    rows = found.pop(layouts)[2:]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [*ANIMALS]
+    assert layouts == f"Layouts of {len(ANIMALS)} architectures"
     wanted = {section: matrix.table(section) for section in SECTIONS}
     assert list(found) == list(wanted)
     for section, lines in wanted.items():

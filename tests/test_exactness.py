@@ -192,7 +192,7 @@ def test_merge_equals_the_oracle(
     config = merge_config(family.base, family.models)
     assert config.keys() == {"merge_method", "base_model", "models"}
     merged = run_mergekit(config, tmp_path / "out")
-    assert_said_lambda(said(caplog, "lambda of"), family.models, expected)
+    assert_said_lambda(said(caplog, "coefficients of"), family.models, expected)
     assert {tensor.dtype for tensor in merged.values()} == {dtype}
     assert_merged(merged, base, states, expected)
 
@@ -233,7 +233,7 @@ def test_console_script_needs_nothing_but_the_models(
         config["dtype"] = dtype
     done = console_script(config, tmp_path / "out", "--no-copy-tokenizer")
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stderr.splitlines() if "lambda of" in line]
+    lines = [line for line in done.stderr.splitlines() if "coefficients of" in line]
     assert_said_lambda(lines, family.models, expected)
 
     merged: State = {}

@@ -62,6 +62,7 @@ def family(
             **STORED,
             sq_norm=share,
             norm=share,
+            distance=0.1,
             relative_norm=share,
             coefficient=share if one else None,
             coefficient_range=(share, share) if one else (share / 7, share),

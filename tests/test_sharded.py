@@ -170,7 +170,7 @@ def test_sharded_merge_has_the_bits_of_the_single_one(
     config = merge_config(fresh_family.base, fresh_family.models, parameters=parameters)
     sharded = run_mergekit(config, tmp_path / "sharded", "--multi-gpu")
     in_threads, sums[:] = list(sums), []
-    found = said(caplog, "lambda of")
+    found = said(caplog, "coefficients of")
     once = list(scans)
     single = run_mergekit(config, tmp_path / "single")
 
