@@ -34,7 +34,7 @@ from mergekit.options import MergeOptions
 
 import mergekit_metagpt
 from mergekit_metagpt.commands import cli
-from mergekit_metagpt.merge_config import checks, merge_yaml
+from mergekit_metagpt.merge_config import checks, jobs, merge_yaml
 from mergekit_metagpt.method.composed import COMPOSED
 from tests.families import run_mergekit
 from tests.oracle import assert_within_bound, naive_lambdas
@@ -933,7 +933,7 @@ def test_messages_about_illegal_values(shelf: Shelf) -> None:
         document = {**WHOLE, "parameters": yaml.safe_load(setting.strip("`"))}
         config = merge_yaml.read(yaml.safe_dump(replaced(document, places)))
         with pytest.raises(ValueError) as refused:
-            checks.check(config, MergeOptions())
+            jobs.check(config, MergeOptions())
         assert str(refused.value) == message.strip("`")
 
 

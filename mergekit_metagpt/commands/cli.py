@@ -159,7 +159,7 @@ def inspect(
     _check_target(json_file)
     _check_target(csv_file)
 
-    from mergekit_metagpt.merge_config import checks, families, plan
+    from mergekit_metagpt.merge_config import checks, families, jobs, plan
     from mergekit_metagpt.report import figures, inspecting, tables
 
     _check_target(plot, figures.FORMATS)
@@ -189,7 +189,7 @@ def inspect(
     opened = families.open_models(merged, options)
     planned = refused = None
     try:
-        planned = checks.check_plan(config, opened, options)
+        planned = jobs.check_plan(config, opened, options)
     except ValueError as error:
         refused = str(error)
     report = inspecting.inspect(
@@ -234,11 +234,11 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     if out != "-" and Path(out).exists() and not force:
         raise ValueError(f"{out} exists; choose another name, or --force")
 
-    from mergekit_metagpt.merge_config import checks, families, plain_yaml
+    from mergekit_metagpt.merge_config import families, jobs, plain_yaml
     from mergekit_metagpt.report import inspecting
 
     read = _config(config)
-    job = checks.check(read, options)
+    job = jobs.check(read, options)
     report = inspecting.inspect(families.of_config(read), job.opened, gram=None)
     if not options.allow_crimes:
         inspecting.require_near(report)

@@ -10,7 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_metagpt.merge_config import checks, families, merge_yaml, plain_yaml, plan
+from mergekit_metagpt.merge_config import (
+    checks,
+    families,
+    jobs,
+    merge_yaml,
+    plain_yaml,
+    plan,
+)
 from mergekit_metagpt.report import card, inspecting
 from mergekit_metagpt.report.figures import report_figure
 
@@ -56,8 +63,8 @@ def merge(
     out = out.resolve()
     _check_place(out, config_file, config, force=force)
     options.apply_global_options()
-    job = checks.check(config, options)
-    checks.check_copied_tokenizer(config, options)
+    job = jobs.check(config, options)
+    jobs.check_copied_tokenizer(config, options)
     merged = families.of_config(config)
     # Without inner products, unless an earlier `inspect` left them in the cache.
     report = inspecting.inspect(
@@ -116,7 +123,7 @@ def merge(
         _put(made, out, aside=parent / ASIDE)
 
 
-def _unwritten(made: Path, job: checks.Job) -> list[str]:
+def _unwritten(made: Path, job: jobs.Job) -> list[str]:
     """Planned tensors that the files of a merged model do not hold."""
     from mergekit.io import ShardedTensorIndex
 

@@ -6,6 +6,7 @@ It never writes a weight.
 __all__ = [
     "checks",
     "families",
+    "jobs",
     "merge_yaml",
     "plain_yaml",
     "plan",

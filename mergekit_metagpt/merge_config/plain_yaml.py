@@ -18,7 +18,7 @@ from mergekit_metagpt.checkpoints.identity import digest_of
 from mergekit_metagpt.checkpoints.opening import already_open
 from mergekit_metagpt.checkpoints.stored import layer_key
 from mergekit_metagpt.merge_config import merge_yaml
-from mergekit_metagpt.merge_config.checks import Job
+from mergekit_metagpt.merge_config.jobs import Job
 from mergekit_metagpt.merge_config.plan import Coefficients, coefficients
 from mergekit_metagpt.method.parameters import own_parameters
 

@@ -34,7 +34,7 @@ KILL, TERMINATE, INTERRUPT, FULL = "kill", "terminate", "interrupt", "full"
 
 # The steps of our command, by the function that begins them.
 STEPS = {
-    "checks": "mergekit_metagpt.merge_config.checks:check",
+    "checks": "mergekit_metagpt.merge_config.jobs:check",
     "scan": "mergekit_metagpt.report.inspecting:inspect",
     "export": "mergekit_metagpt.merge_config.plain_yaml:export",
     "figure": "mergekit_metagpt.commands.merging:report_figure",
