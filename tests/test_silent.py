@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.adapters import PEFT_WARNS, write_adapters
+from tests.broken import snapshot
 from tests.families import (
     State,
     llama_config,
@@ -24,8 +25,10 @@ from tests.families import (
     tuned,
     write_model,
 )
+from tests.layouts import ORIGINAL, save_trio
 from tests.merges import write_merge
 from tests.oracle import assert_same_bits
+from tests.stand_ins import write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -221,6 +224,57 @@ def test_an_overflow_is_refused(work: Path, capsys: pytest.CaptureFixture[str]) 
         message = refused(*command, capsys=capsys)
         assert "lm_head.weight" in message and "dtype: float32" in message
         assert not Path("out").exists()
+
+
+# ---- tokenizers
+
+
+OF_A = {"kind": "model_token", "model": "./a"}
+
+
+@pytest.mark.parametrize(
+    ("token", "source", "said"),
+    [
+        ("3", "./c", "./c"),
+        ("3", {**OF_A, "token": "?"}, "?"),
+        ("3", {**OF_A, "token_id": 999}, "999"),
+        ("3", {**OF_A, "token_id": 5}, ""),
+        ("new", {**OF_A, "token_id": 5}, "KeyError"),
+    ],
+)
+def test_tokens_that_are_not_there(
+    token: str, source: Any, said: str, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A token that no model has is a defect of mergekit: it has no id in any."""
+    for name in ("base", "a", "b"):
+        write_tokenizer(work / name, ["<unk>", *map(str, range(95))], [])
+    tokens = {token: {"source": source, "force": True}}
+    tokenizer = {"source": "base", "tokens": tokens}
+    write_merge(work / "c.yml", "./base", ["./a", "./b"], tokenizer=tokenizer)
+    if not said:
+        assert run_command("merge", "c.yml", "out", "--quiet") == 0
+        return
+    before = snapshot(work)
+    message = refused("merge", "c.yml", "out", "--quiet", capsys=capsys)
+    assert "cannot make the tokenizer" in message and said in message
+    assert snapshot(work) == before
+
+
+# ---- errors of mergekit that are no RuntimeError
+
+
+def test_an_error_of_another_type_is_called_mergekits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """mergekit's definition of BertModel ends in a TypeError."""
+    base, *models = save_trio(tmp_path / "trio", "BERT encoder").folders[ORIGINAL]
+    file = write_merge(tmp_path / "c.yml", base, models)
+    out = tmp_path / "out"
+    message = refused("merge", str(file), str(out), *QUIET, capsys=capsys)
+    assert message.startswith("Error: mergekit: TypeError: ")
+    capsys.readouterr()
+    assert run_command("inspect", str(file)) == 0
+    assert "mergekit: TypeError: " in capsys.readouterr().out
 
 
 # ---- adapters

@@ -157,13 +157,15 @@ def _check_tokenizer(
         if vocabularies:
             first = vocabularies[0]
             built = first.tokenizer_task.execute()
-            if first.tokens:  # each may name a model or a token that is not there
-                first.execute(built, _narrow(first, opened))
+            first.execute(built, _narrow(first, opened))
         if config.chat_template != "auto":
             _set_chat_template(SimpleNamespace(), config)
     except Exception as error:  # whatever mergekit and the tokenizers' classes raise
+        said = str(error)
+        if not isinstance(error, RuntimeError | ValueError | AssertionError):
+            said = f"{type(error).__name__}: {said}"
         raise ValueError(
-            f"mergekit cannot make the tokenizer of this merge: {error}. Change "
+            f"mergekit cannot make the tokenizer of this merge: {said}. Change "
             "tokenizer_source, tokenizer or chat_template in the YAML"
         ) from error
 

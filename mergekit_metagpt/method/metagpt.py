@@ -38,9 +38,9 @@ _SLICE = re.compile(r".+\.slices\[\d+\]")
 class MetaGPTMerge(GroupMergeMethod):
     """MetaGPT as a mergekit method: merges from files, driven by mergekit's graph.
 
-    lambda_t = lambda * w_t n_t^(p/2) / sum_k w_k n_k^(p/2), with n_t measured on the
-    stored checkpoints (granularity `model`, `layer`) or on the tensors at hand
-    (`tensor`); theta = theta_0 + sum_t lambda_t tau_t (MetaGPT, eq. 2 and 15). Called
+    lambda_t = w_t n_t^(p/2) / sum_k w_k n_k^(p/2), with n_t measured on the stored
+    checkpoints (granularity `model`, `layer`) or on the tensors at hand (`tensor`);
+    theta = theta_0 + lambda sum_t lambda_t tau_t (MetaGPT, eq. 2 and 15). Called
     directly, it merges tensors in memory and pools over the groups of the call.
     """
 
