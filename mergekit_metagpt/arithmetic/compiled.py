@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -43,11 +43,31 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[float]:
     Returns:
         K numbers.
     """
+    return _summed(_loops.sq_norms, base, tuned)
+
+
+def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Gram matrix <tuned_k - base, tuned_l - base> of tensors that the loops serve.
+
+    Args:
+        base: shape `(n,)`.
+        tuned: K tensors, shape `(n,)`.
+
+    Returns:
+        shape `(K, K)`, float64, symmetric; its diagonal has the bits of `sq_norms`.
+    """
+    values = torch.tensor(
+        _summed(_loops.gram, base, tuned), dtype=torch.float64, device="cpu"
+    )
+    return values.view(len(tuned), len(tuned))
+
+
+def _summed(
+    loop: Callable[..., list[float]], base: torch.Tensor, tuned: Sequence[torch.Tensor]
+) -> list[float]:
     held = [_in_memory(tensor) for tensor in (base, *tuned)]
     reference, *addresses = (tensor.data_ptr() for tensor in held)
-    code, n = DTYPES.index(base.dtype), base.numel()
-    found: list[float] = _loops.sq_norms(code, reference, tuple(addresses), n)
-    return found
+    return loop(DTYPES.index(base.dtype), reference, tuple(addresses), base.numel())
 
 
 def scaled_sum(
