@@ -77,7 +77,7 @@ def scaled_sum(
     out: torch.Tensor,
     *,
     narrow: bool,
-) -> None:
+) -> bool:
     """Write base + sum_k factors_k (tuned_k - base) of flat tensors to `out`.
 
     Args:
@@ -86,10 +86,13 @@ def scaled_sum(
         factors: K numbers.
         out: shape `(n,)`, contiguous, no part of the others.
         narrow: in float32 (in float64 where that is not finite); else in float64.
+
+    Returns:
+        whether all of `out` is finite; in float64, which is not looked at, True.
     """
     held = [_in_memory(tensor) for tensor in tuned]
     reference = None if base is None else _in_memory(base)
-    _loops.scaled_sum(
+    finite: bool = _loops.scaled_sum(
         DTYPES.index(out.dtype),
         None if reference is None else reference.data_ptr(),
         tuple(tensor.data_ptr() for tensor in held),
@@ -98,6 +101,7 @@ def scaled_sum(
         narrow,
         out.data_ptr(),
     )
+    return finite
 
 
 def _in_memory(tensor: torch.Tensor) -> torch.Tensor:

@@ -204,10 +204,17 @@ DEFINE_GRAM(bfloat16, uint16_t)
 
 /* out = base - sum_k factors[k] (base - tuned[k]), or sum_k factors[k] tuned[k] where
  * base is NULL. In float32 if `narrow` (a block whose sum is not finite, in float64),
- * else in float64; rounded once. */
-typedef void scaled_sum_loop(const void *base, const void *const *tuned,
+ * else in float64; rounded once. Answers whether all of it is finite as it is stored;
+ * of float64 nobody looks. */
+typedef int scaled_sum_loop(const void *base, const void *const *tuned,
                              const double *factors, size_t count, size_t n, int narrow,
                              void *out);
+
+/* The bits of the smallest float that is rounded to infinity. */
+#define LIMIT_float64 0xffffffffu
+#define LIMIT_float32 0x7f800000u
+#define LIMIT_bfloat16 0x7f7f8000u
+#define LIMIT_float16 0x477ff000u
 
 /* One block of it, with numbers of type R; answers whether all of it is finite. */
 #define DEFINE_BLOCK(NAME, STORED, R)                                                  \
@@ -239,23 +246,25 @@ typedef void scaled_sum_loop(const void *base, const void *const *tuned,
             largest = magnitude > largest ? magnitude : largest;                       \
         }                                                                              \
         for (size_t i = 0; i < size; i++) out[i] = to_##NAME(total[i]);                \
-        return largest < 0x7f800000u;                                                  \
+        return largest < LIMIT_##NAME;                                                 \
     }
 
 #define DEFINE_SCALED_SUM(NAME, STORED, FIRST)                                         \
     FOR_EVERY_CPU                                                                      \
-    static void scaled_sum_##NAME(const void *base, const void *const *tuned,          \
-                                  const double *factors, size_t count, size_t n,       \
-                                  int narrow, void *out) {                             \
+    static int scaled_sum_##NAME(const void *base, const void *const *tuned,           \
+                                 const double *factors, size_t count, size_t n,        \
+                                 int narrow, void *out) {                              \
+        int finite = 1;                                                                \
         for (size_t at = 0; at < n; at += BLOCK) {                                     \
             size_t size = n - at < BLOCK ? n - at : BLOCK;                             \
             const STORED *reference = base ? (const STORED *)base + at : NULL;         \
             STORED *merged = (STORED *)out + at;                                       \
             if (narrow && FIRST(reference, tuned, factors, count, at, size, merged))   \
                 continue;                                                              \
-            sum_block_##NAME##_double(reference, tuned, factors, count, at, size,      \
-                                      merged);                                         \
+            finite &= sum_block_##NAME##_double(reference, tuned, factors, count, at,  \
+                                                size, merged);                         \
         }                                                                              \
+        return finite;                                                                 \
     }
 
 DEFINE_BLOCK(float32, float, float)
@@ -367,7 +376,7 @@ static PyObject *py_gram(PyObject *module, PyObject *arguments) {
 }
 
 static PyObject *py_scaled_sum(PyObject *module, PyObject *arguments) {
-    int dtype, narrow;
+    int dtype, narrow, finite = 0;
     PyObject *base, *addresses, *scales, *merged;
     Py_ssize_t n;
     const void **tuned;
@@ -385,13 +394,12 @@ static PyObject *py_scaled_sum(PyObject *module, PyObject *arguments) {
         factors[k] = PyFloat_AsDouble(PyTuple_GetItem(scales, k));
     if (!PyErr_Occurred()) {
         Py_BEGIN_ALLOW_THREADS;
-        LOOPS[dtype].scaled_sum(reference, tuned, factors, (size_t)count, (size_t)n,
-                                narrow, out);
+        finite = LOOPS[dtype].scaled_sum(reference, tuned, factors, (size_t)count,
+                                         (size_t)n, narrow, out);
         Py_END_ALLOW_THREADS;
     }
     PyMem_Free(tuned);
-    if (PyErr_Occurred()) return NULL;
-    Py_RETURN_NONE;
+    return PyErr_Occurred() ? NULL : PyBool_FromLong(finite);
 }
 
 static PyMethodDef METHODS[] = {
@@ -400,7 +408,7 @@ static PyMethodDef METHODS[] = {
     {"gram", py_gram, METH_VARARGS,
      "gram(dtype, base, tuned, n) -> list of <tuned[k] - base, tuned[l] - base>"},
     {"scaled_sum", py_scaled_sum, METH_VARARGS,
-     "scaled_sum(dtype, base or None, tuned, factors, n, narrow, out)"},
+     "scaled_sum(dtype, base or None, tuned, factors, n, narrow, out) -> all finite"},
     {NULL, NULL, 0, NULL},
 };
 
