@@ -66,6 +66,11 @@ HELP = {
         "",
         "  Train a tiny base and three specialists in DIR, merge and compare them.",
     ),
+    "convert": (
+        "Usage: mergekit-metagpt convert [OPTIONS] OLD.yml NEW.yml",
+        "",
+        "  Turn OLD.yml, a merge by another method, into a metagpt recipe.",
+    ),
     "export": (
         "Usage: mergekit-metagpt export [OPTIONS] CONFIG OUT.yml",
         "",
@@ -140,9 +145,11 @@ def test_help_of_merge_shows_the_options_of_mergekit_and_ours(
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
     said = capsys.readouterr()
-    loops = "" if compiled.built() else " (without compiled loops)"
+    loops = "yes" if compiled.built() else "no"
     version = mergekit_metagpt.__version__
-    assert said.out == f"mergekit-metagpt, version {version}{loops}\n"
+    assert said.out == (
+        f"mergekit-metagpt, version {version}, compiled loops: {loops}\n"
+    )
     assert said.err == ""
     installed = importlib.metadata.version("mergekit-metagpt")
     assert installed == mergekit_metagpt.__version__
