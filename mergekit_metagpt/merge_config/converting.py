@@ -135,10 +135,9 @@ def experience(method: str) -> str:
     found = MEASURED[method]
     mean = f" (mean difference {found.difference})" if found.difference else ""
     return (
-        "measured on small language models (docs/evaluation.md): "
-        f"{checks.recipe_for(method)}'s average loss difference was lower, so better, "
-        f"than that of {found.other} in {found.lower} of {COMPARISONS} comparisons"
-        f"{mean}"
+        "measured on small language models (docs/evaluation.md): the average loss "
+        f"difference of {checks.recipe_for(method)} was lower, so better, than that of "
+        f"{found.other} in {found.lower} of {COMPARISONS} comparisons{mean}"
     )
 
 
@@ -234,46 +233,44 @@ def _set_base(
             if key == "merge_method":
                 data["base_model"] = base
         yield f"added base_model {base}"
-    for place, cut in _cuts(data):
-        measured = str(cut.get("base_model") or data["base_model"])
-        reference = ModelReference.parse(merge_yaml.as_local(measured))
-        sources = cut["sources"]
-        if any(
-            ModelReference.parse(merge_yaml.as_local(str(source["model"]))) == reference
-            for source in sources
-        ):
+    given = None if base is None else ModelReference.parse(merge_yaml.as_local(base))
+    sliced = [part for part in parts if part.ranges is not None]
+    for part, cut in zip(sliced, _cuts(data), strict=True):
+        reference = part.base or given
+        if reference in part.models:
             continue
-        ranges = [source["layer_range"] for source in sources]
-        if any(layers != ranges[0] for layers in ranges):
+        if len(set(part.ranges or ())) > 1:
             raise ValueError(
-                f"the base {measured} is not among the sources of {place}, which take "
-                "different layers. Add it there with the layers to measure against"
+                f"the base {reference} is not among the sources of {part.place}, which "
+                "take different layers. Add it there with the layers to measure against"
             )
-        sources.append({"model": measured, "layer_range": list(ranges[0])})
-        yield f"added the base {measured} to the sources of {place}"
+        first = cut["sources"][0]["layer_range"]
+        added = {"model": str(reference), "layer_range": list(first)}
+        cut["sources"].append(added)
+        yield f"added the base {reference} to the sources of {part.place}"
 
 
-def _cuts(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every slice and its place."""
-    modules = data.get("modules") or {"": data}
-    for name, module in modules.items():
-        within = f"modules.{name}." if name else ""
-        for number, cut in enumerate(module.get("slices") or ()):
-            yield f"{within}slices[{number}]", cut
+def _cuts(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield every slice, in the order of `merge_yaml.slices_of`."""
+    for module in (data.get("modules") or {"": data}).values():
+        yield from module.get("slices") or ()
 
 
 def _entries(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], bool]]:
     """Yield what may have `parameters:`, its name, and whether it is a single model."""
-    modules = data.get("modules") or {}
-    for module in modules.values() or [data]:
-        for entry in module.get("models") or ():
-            yield str(entry["model"]), entry, True
-    for place, cut in _cuts(data):
-        for source in cut["sources"]:
-            yield f"{source['model']} in {place}", source, True
-        yield place, cut, False
+    modules = data.get("modules") or {"": data}
     for name, module in modules.items():
-        yield f"modules.{name}", module, False
+        within = f"modules.{name}" if name else ""
+        for entry in module.get("models") or ():
+            place = f"{entry['model']} in {within}" if name else str(entry["model"])
+            yield place, entry, True
+        for number, cut in enumerate(module.get("slices") or ()):
+            at = f"{within}.slices[{number}]".removeprefix(".")
+            for source in cut["sources"]:
+                yield f"{source['model']} in {at}", source, True
+            yield at, cut, False
+        if name:
+            yield within, module, False
     yield "all models", data, False
 
 
@@ -301,7 +298,9 @@ def _strip(
                 )
             yield f"dropped {shown}: {old} has no such parameter and ignored it"
         elif name == "weight":
-            if alone and value == 0 and entry["model"] != data.get("base_model"):
+            if alone and entry["model"] == data.get("base_model"):
+                yield f"dropped {shown}: a base has no coefficient"
+            elif alone and value == 0:
                 kept[name] = value
                 yield f"kept {shown}: it leaves the model out, as before"
             else:
@@ -352,7 +351,7 @@ def _comments(text: str) -> tuple[str, bool]:
     tokens = [token for token in yaml.scan(text) if isinstance(token, yaml.ScalarToken)]
     first = text.rfind("\n", 0, tokens[0].start_mark.index) + 1
     lines = text[:first].splitlines(keepends=True)
-    header = "".join(line for line in lines if line.startswith(("#", "\n")))
+    header = "".join(line for line in lines if line.strip()[:1] in ("", "#"))
     rest, at = "", first
     for token in tokens:
         rest += text[at : token.start_mark.index]
