@@ -15,6 +15,7 @@ import pytest
 import mergekit_metagpt
 from mergekit_metagpt.arithmetic import compiled
 from mergekit_metagpt.commands.cli import main
+from mergekit_metagpt.commands.errors import in_one_line
 from tests import documents
 from tests.processes import ask_python, assert_succeeded, run_process, script
 
@@ -207,6 +208,20 @@ def test_demo_chats_on_stderr_and_answers_errors_in_one_line(
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err == f"training the base\nError: {folder} is not to my taste\n"
+
+
+def test_paths_with_backslashes_stay_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    r"""Python's own message doubles them: `[Errno 2] ...: 'models\\\\merge.yml'`."""
+    monkeypatch.chdir(tmp_path)
+    name = r"C:\models\merge.yml"
+    for command in (["inspect", name], ["export", name, "-"], ["convert", name, "-"]):
+        assert run(*command) == 2
+        said = capsys.readouterr().err
+        assert said == f"Error: {name} does not exist; expected a merge YAML\n"
+    error = PermissionError(13, "Permission denied", name)
+    assert in_one_line(error) == f"{name}: Permission denied"
 
 
 # --- fresh processes ------------------------------------------------------------------

@@ -704,11 +704,13 @@ def test_exact_output(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = re.sub(r"(?m)(?<=mergekit-metagpt )\d\S*(?=\.$)", "VERSION", said.out)
     text = re.sub(r"samples: [0-9a-f]{16}\)", "samples: DIGEST)", text)
     assert text == EXACT
-    assert said.err == ""
+    size = f"({len(said.out.encode()):,} bytes). It needs no plugin: mergekit-yaml"
+    assert said.err == f"Wrote stdout {size} OUT.yml ./merged\n"
 
     assert run_command("export", "merge.yml", "plain.yml") == 0
     assert Path("plain.yml").read_text() == said.out
-    assert capsys.readouterr() == ("", "")
+    wrote = f"Wrote plain.yml {size} plain.yml ./merged\n"
+    assert capsys.readouterr() == ("", wrote)
 
 
 def test_nothing_is_merged_and_no_model_is_loaded(
@@ -753,12 +755,19 @@ def under_one_model(**given: Any) -> broken.Spoil:
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "another method": (broken.settings(merge_method="ties"), "'ties'"),
+    "another method": (
+        broken.settings(merge_method="ties"),
+        "merge.yml NEW.yml (gives metagpt_ties)",
+    ),
+    "a method that is not converted": (
+        broken.settings(merge_method="slerp"),
+        "Use mergekit-yaml for other methods",
+    ),
     "no base": (broken.without("base_model"), "base_model"),
     "only the base": (broken.models("base"), "only the base"),
     "unknown granularity": (broken.parameters(granularity="block"), "granularity"),
     "all weights 0": (broken.weights(0, 0), "weight is 0"),
-    "negative weight": (broken.weights(-1, 1), "weight is -1"),
+    "negative weight": (broken.weights(-1, 1), "tuned0 is -1"),
     "misspelt parameter": (broken.parameters(granularty="layer"), "granularity"),
     "shared parameter under a model": (under_one_model(power=1), "power stands under"),
     "NaN": (broken.poisoned("tuned1", float("nan")), broken.TENSOR),
