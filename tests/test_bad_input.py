@@ -493,7 +493,8 @@ YAML = [
             broken.settings(merge_method="task_arithmetic"), broken.weights(1, 1)
         ),
         ours="merge_method is 'task_arithmetic'; this command takes metagpt…. To "
-        "convert it: mergekit-metagpt convert {dir}/merge.yml NEW.yml (gives metagpt). To …",
+        "convert it: mergekit-metagpt convert {dir}/merge.yml NEW.yml (gives "
+        "metagpt). To …",
         mergekit=None,
     ),
 ]

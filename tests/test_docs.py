@@ -447,7 +447,7 @@ class Reader:
             return False
         if program == "mergekit-metagpt" and rest[0] in ("--version", "recipes"):
             return True
-        configs = [word for word in rest if re.fullmatch(r"[\w.-]+\.ya?ml", word)]
+        configs = [word for word in rest if re.fullmatch(r"[\w./-]+\.ya?ml", word)]
         return bool(configs) and (self.folder / configs[0]).is_file()
 
     def _run(self, program: str, rest: Sequence[str]) -> str:
