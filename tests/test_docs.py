@@ -1036,7 +1036,7 @@ def test_table_of_conversions() -> None:
         after = after * len(before) if len(after) == 1 else after
         for old, new in zip(before, after, strict=True):
             found[old] = new, {*kept} - {"--base"}
-    assert found.keys() == {*converting.MEASURED}
+    assert found.keys() == {*checks.CONVERTIBLE}
     for old, (new, kept) in found.items():
         theirs, ours = (
             {parameter.name for parameter in merge_methods.get(name).spec.parameters}

@@ -270,8 +270,9 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     exported = plain_yaml.export(job)
     for change in exported.changes:
         click.echo(f"Differs from {read.merge_method}: {change}.", err=True)
-    then = "It needs no plugin: mergekit-yaml " + ("OUT.yml" if out == "-" else out)
-    _write(out, exported.text, then=f"{then} ./merged")
+    name = "OUT.yml" if out == "-" else shlex.quote(out)
+    then = f"It needs no plugin: mergekit-yaml {name} ./merged"
+    _write(out, exported.text, then=then)
 
 
 @main.command()
@@ -297,7 +298,7 @@ def convert(config: str, out: str, base: str | None, force: bool) -> None:
         click.echo(printable(change), err=True)
     for note in converted.notes:
         click.echo(f"Note: {printable(note)}.", err=True)
-    name = "NEW.yml" if out == "-" else out
+    name = "NEW.yml" if out == "-" else shlex.quote(out)
     _write(out, converted.text, then=f"Look first: mergekit-metagpt inspect {name}")
 
 
@@ -414,18 +415,19 @@ def _merge_command() -> click.Command:
         starts. OUT appears only once it is complete. Needs no autoload.
         """
         merging.merge(Path(config), Path(out), merge_options, force=force)
-        size = sum(file.stat().st_size for file in Path(out).iterdir())
-        again = f"mergekit-metagpt inspect {Path(out) / 'mergekit_config.yml'}"
-        click.echo(
-            printable(
-                f"Wrote {out} ({size / 1e6:,.1f} MB). Its coefficients are in "
-                f"metagpt.json there. To see them again, from this folder: {again}"
-            ),
-            err=True,
-        )
         if autoload.failure:
             click.echo(
                 f"mergekit-yaml does not know metagpt: {autoload.failure}", err=True
             )
+        size = sum(file.stat().st_size for file in Path(out).iterdir())
+        copy = shlex.quote(str(Path(out) / "mergekit_config.yml"))
+        click.echo(
+            printable(
+                f"Wrote {out} ({size / 1e6:,.1f} MB). Its coefficients are in "
+                "metagpt.json there. To see them again, from this folder: "
+                f"mergekit-metagpt inspect {copy}"
+            ),
+            err=True,
+        )
 
     return command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("mergekit_metagpt")
 METHODS = ("metagpt", *(f"metagpt_{name}" for name in COMPOSED))
-# Methods of mergekit that `metagpt` itself can stand in for.
+# Methods of mergekit that convert to `metagpt` itself, and all that convert.
 _ALIKE = ("task_arithmetic", "linear", "model_stock", "sce")
+CONVERTIBLE = (*_ALIKE, *COMPOSED)
 
 
 def recipe_for(method: str) -> str | None:
@@ -112,8 +114,8 @@ def _other_method(method: str, file: str | Path) -> str:
     if new := recipe_for(method):
         return (
             f"merge_method is {method!r}; this command takes metagpt and metagpt_NAME. "
-            f"To convert it: mergekit-metagpt convert {file} NEW.yml (gives {new}). To "
-            "merge it as it is, use mergekit-yaml"
+            f"To convert it: mergekit-metagpt convert {shlex.quote(str(file))} NEW.yml "
+            f"(gives {new}). To merge it as it is, use mergekit-yaml"
         )
     return (
         f"merge_method is {method!r}; this command takes {', '.join(METHODS)}. "

@@ -120,14 +120,16 @@ def convert(text: str, base: str | None = None) -> Converted:
     checks.check_names(made)
     if old in LOST:
         notes.append(LOST[old])
-    return Converted(header + body, tuple(changes), (*notes, experience(old)))
+    if old in MEASURED:
+        notes.append(experience(old))
+    return Converted(header + body, tuple(changes), tuple(notes))
 
 
 def experience(method: str) -> str:
     """Say what the project's experiment measured of a recipe.
 
     Args:
-        method: the method to convert from.
+        method: the method to convert from, one of `MEASURED`.
 
     Returns:
         one sentence.
@@ -150,7 +152,7 @@ def _target(method: str) -> str:
     reason = REFUSED.get(method, "MetaGPT weights the task vectors of one base")
     raise ValueError(
         f"{method} cannot be converted: {reason}. Methods that can: "
-        f"{', '.join(MEASURED)}"
+        f"{', '.join(checks.CONVERTIBLE)}"
     )
 
 
@@ -245,8 +247,9 @@ def _set_base(
                 "take different layers. Add it there with the layers to measure against"
             )
         first = cut["sources"][0]["layer_range"]
-        added = {"model": str(reference), "layer_range": list(first)}
-        cut["sources"].append(added)
+        # Spelt as in the YAML: mergekit compares models by their spelling.
+        spelt = cut.get("base_model") or data["base_model"]
+        cut["sources"].append({"model": spelt, "layer_range": list(first)})
         yield f"added the base {reference} to the sources of {part.place}"
 
 
