@@ -6,7 +6,8 @@ import functools
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 # Table width when stdout is not a terminal, so that rows are not wrapped.
 PIPE_WIDTH = 240
 # `compiled.built()` would import torch.
-_LOOPS = "" if find_spec("_mergekit_metagpt") else " (without compiled loops)"
+_LOOPS = "yes" if find_spec("_mergekit_metagpt") else "no"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, message=f"%(prog)s, version %(version)s{_LOOPS}")
+@click.version_option(
+    __version__, message=f"%(prog)s, version %(version)s, compiled loops: {_LOOPS}"
+)
 def main() -> None:
     """MetaGPT merging for mergekit: no weights to guess, no data, no search."""
 
@@ -98,10 +101,33 @@ def _loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _config(file: str) -> Any:
     from mergekit_metagpt.merge_config import merge_yaml
 
+    with _named(file):
+        return merge_yaml.read(merge_yaml.text_of(Path(file)))
+
+
+@contextmanager
+def _named(file: str) -> Iterator[None]:
+    """Say which file it is that a ValueError is about."""
     try:
-        return merge_yaml.read(Path(file).read_text(encoding="utf-8"))
+        yield
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def _check_new(out: str, *, force: bool) -> None:
+    """Refuse an output file that is there already, or cannot be written."""
+    _check_target(out)
+    if out != "-" and Path(out).exists() and not force:
+        raise ValueError(f"{out} exists; choose another name, or --force")
+
+
+def _write(out: str, text: str, *, then: str) -> None:
+    """Write a YAML all or nothing; say on stderr what is where, and what to do next."""
+    with click.open_file(out, "w", encoding="utf-8", atomic=True) as stream:
+        stream.write(text)
+    place = "stdout" if out == "-" else out
+    size = len(text.encode("utf-8"))
+    click.echo(printable(f"Wrote {place} ({size:,} bytes). {then}"), err=True)
 
 
 def _check_target(file: str | None, endings: tuple[str, ...] = ()) -> None:
@@ -230,23 +256,50 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     Anyone can merge OUT.yml (- for stdout) with mergekit alone and gets the same model
     but for rounding in the last place. Scans, and does not merge.
     """
-    _check_target(out)
-    if out != "-" and Path(out).exists() and not force:
-        raise ValueError(f"{out} exists; choose another name, or --force")
+    _check_new(out, force=force)
 
-    from mergekit_metagpt.merge_config import families, jobs, plain_yaml
+    from mergekit_metagpt.merge_config import checks, families, jobs, plain_yaml
     from mergekit_metagpt.report import inspecting
 
     read = _config(config)
+    checks.check_yaml(read, config)
     job = jobs.check(read, options)
     report = inspecting.inspect(families.of_config(read), job.opened, gram=None)
     if not options.allow_crimes:
         inspecting.require_near(report)
     exported = plain_yaml.export(job)
-    with click.open_file(out, "w", encoding="utf-8", atomic=True) as stream:
-        stream.write(exported.text)
     for change in exported.changes:
         click.echo(f"Differs from {read.merge_method}: {change}.", err=True)
+    name = "OUT.yml" if out == "-" else shlex.quote(out)
+    then = f"It needs no plugin: mergekit-yaml {name} ./merged"
+    _write(out, exported.text, then=then)
+
+
+@main.command()
+@click.argument("config", metavar="OLD.yml")
+@click.argument("out", metavar="NEW.yml")
+@click.option("--base", help="The model that all were fine-tuned from.")
+@click.option("--force", is_flag=True, help="Replace NEW.yml if it exists.")
+@one_line_errors
+def convert(config: str, out: str, base: str | None, force: bool) -> None:
+    """Turn OLD.yml, a merge by another method, into a metagpt recipe.
+
+    Takes task_arithmetic, linear, model_stock, sce, ties, dare_*, della* and
+    breadcrumbs*. Drops the weights, says each change on stderr, and opens no model.
+    NEW.yml may be - for stdout.
+    """
+    _check_new(out, force=force)
+
+    from mergekit_metagpt.merge_config import converting, merge_yaml
+
+    with _named(config):
+        converted = converting.convert(merge_yaml.text_of(Path(config)), base)
+    for change in converted.changes:
+        click.echo(printable(change), err=True)
+    for note in converted.notes:
+        click.echo(f"Note: {printable(note)}.", err=True)
+    name = "NEW.yml" if out == "-" else shlex.quote(out)
+    _write(out, converted.text, then=f"Look first: mergekit-metagpt inspect {name}")
 
 
 @main.command()
@@ -366,5 +419,15 @@ def _merge_command() -> click.Command:
             click.echo(
                 f"mergekit-yaml does not know metagpt: {autoload.failure}", err=True
             )
+        size = sum(file.stat().st_size for file in Path(out).iterdir())
+        copy = shlex.quote(str(Path(out) / "mergekit_config.yml"))
+        click.echo(
+            printable(
+                f"Wrote {out} ({size / 1e6:,.1f} MB). Its coefficients are in "
+                "metagpt.json there. To see them again, from this folder: "
+                f"mergekit-metagpt inspect {copy}"
+            ),
+            err=True,
+        )
 
     return command

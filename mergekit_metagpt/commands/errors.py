@@ -56,7 +56,11 @@ def _expected_errors() -> tuple[type[Exception], ...]:
 
 def in_one_line(error: Exception) -> str:
     """Return an error's message in one line of readable length."""
-    line = " ".join(str(error).split())
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        # Python would add its number, and double the backslashes of a path.
+        said = f"{error.filename}: {error.strerror}"
+    line = " ".join(said.split())
     if isinstance(error, MemoryError):
         line = f"not enough memory. {line}".strip()
     if isinstance(error, ImportError):

@@ -55,11 +55,11 @@ def merge(
         OSError: a file cannot be read or written.
     """
     try:
-        text = config_file.read_text(encoding="utf-8")
+        text = merge_yaml.text_of(config_file)
         config = merge_yaml.read(text)
     except ValueError as error:
         raise ValueError(f"{config_file}: {error}") from error
-    checks.check_yaml(config)
+    checks.check_yaml(config, config_file)
     out = out.resolve()
     _check_place(out, config_file, config, force=force)
     options.apply_global_options()

@@ -5,6 +5,7 @@ It never writes a weight.
 
 __all__ = [
     "checks",
+    "converting",
     "families",
     "jobs",
     "merge_yaml",
