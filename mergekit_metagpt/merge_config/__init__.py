@@ -10,4 +10,5 @@ __all__ = [
     "merge_yaml",
     "plain_yaml",
     "plan",
+    "replaying",
 ]
