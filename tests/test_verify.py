@@ -215,6 +215,29 @@ def test_random_merges_are_replayed_with_their_seed(
     assert set(found["of"]["values"]["different"]) == set(differ)
 
 
+def test_sums_are_split_among_as_many_threads(tmp_path: Path, verify: Verify) -> None:
+    """DARE's sums over a whole tensor depend on them."""
+    base = llama_state(vocab_size=8192)
+    for seed, name in enumerate(("base", "a", "b")):
+        state = tuned(base, seed) if seed else base
+        write_model(tmp_path / name, state, llama_config(vocab_size=8192))
+    yml = write_merge(
+        tmp_path / "m.yml",
+        tmp_path / "base",
+        [tmp_path / "a", tmp_path / "b"],
+        merge_method="metagpt_dare_linear",
+        parameters={"density": 0.5, "rescale": True},
+    )
+    options = (*QUIET, "--random-seed", "5")
+    torch.set_num_threads(2)
+    assert run_command("merge", yml, tmp_path / "out", *options) == 0
+    torch.set_num_threads(1)
+    verify(tmp_path / "out")
+    assert torch.get_num_threads() == 1
+    with_record(tmp_path / "out", lambda of: of["options"].update(threads=1))
+    verify(tmp_path / "out", status=1)
+
+
 def test_a_random_merge_without_a_seed(
     family: Family, tmp_path: Path, verify: Verify
 ) -> None:
@@ -231,6 +254,49 @@ def test_a_random_merge_without_a_seed(
     assert "metagpt_dare_ties draws random numbers" in details
     assert "--random-seed" in details
     verify(tmp_path / "out", "--random-seed", "5")
+
+
+def test_slices_and_gradients(family: Family, tmp_path: Path, verify: Verify) -> None:
+    models = (family.base, *family.models[:2])
+    weights = {"weight": [0.5, 1.0, 2.0]}
+    slices = [
+        {
+            "sources": [
+                {"model": str(model), "layer_range": layers, "parameters": weights}
+                for model in models
+            ]
+        }
+        for layers in ([0, 2], [1, 3])
+    ]
+    yml = write_merge(tmp_path / "m.yml", family.base, [], slices=slices)
+    assert run_command("merge", yml, tmp_path / "out", *QUIET) == 0
+    found = verify(tmp_path / "out")
+    assert "39 of 39 tensors" in found["of"]["values"]["details"]
+    assert " to " in found["of"]["coefficients"]["details"]
+
+
+def test_pickles(family: Family, tmp_path: Path, verify: Verify) -> None:
+    config = merge_config(family.base, family.models)
+    out = tmp_path / "out"
+    run_mergekit(config, out, "--no-safe-serialization")
+    verify(out)
+    state = torch.load(out / "pytorch_model.bin", weights_only=True)
+    state[UP][0, 0] += 1
+    torch.save(state, out / "pytorch_model.bin")
+    assert verify(out, status=1)["of"]["values"]["different"] == [UP]
+
+
+def test_several_gpus_draw_in_no_order(
+    family: Family, tmp_path: Path, verify: Verify
+) -> None:
+    method = {"merge_method": "metagpt_della", "parameters": {"density": 0.5}}
+    yml = write_merge(tmp_path / "m.yml", family.base, family.models, **method)
+    out = tmp_path / "out"
+    assert run_command("merge", yml, out, *QUIET, "--random-seed", "5") == 0
+    with_record(out, lambda report: report["options"].update(multi_gpu=True))
+    found = verify(out, status=3)
+    assert "metagpt_della drew random numbers" in found["of"]["values"]["details"]
+    assert verdicts(found)["coefficients"] == "verified"
 
 
 def test_a_device_that_is_not_here(copy: Path, verify: Verify) -> None:
