@@ -408,8 +408,9 @@ def test_another_base_in_the_yaml(copy: Path, verify: Verify) -> None:
     assert found["of"]["inputs"]["different"] == [str(copy / "other")]
     # Without a record, the values alone tell.
     (copy / "out" / "metagpt.json").unlink()
-    found = verify(copy / "out", status=1)
-    assert verdicts(found)["values"] == "different"
+    values = verify(copy / "out", status=1)["of"]["values"]
+    assert values["verdict"] == "different"
+    assert "on the CPU by 1 thread is assumed" in values["details"]
 
 
 def with_record(out: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -322,7 +322,7 @@ def _values(
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Let torch use so many threads, by which the last bits of some sums depend."""
+    """Let torch use so many threads, on which the last bits of some sums depend."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -334,7 +334,11 @@ def _threads(count: int) -> Iterator[None]:
 def _hint(record: schema.Report | None) -> str:
     """What may explain other bits, beside other weights."""
     if record is None:
-        return f". Without {REPORT}, a merge on the CPU is assumed"
+        threads = torch.get_num_threads()
+        return (
+            f". {REPORT} is missing: a merge on the CPU by {_count(threads, 'thread')} "
+            "is assumed (OMP_NUM_THREADS sets another number)"
+        )
     current = inspecting.versions()
     changed = [
         f"{package} {of} (here {current.get(package)})"
