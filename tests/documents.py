@@ -37,6 +37,9 @@ def schema_tables() -> Iterator[str]:
         schema.Tensors,
         schema.Source,
         schema.File,
+        schema.Options,
+        schema.Verification,
+        schema.Check,
     )
     for kind in kinds:
         yield f"\n{kind.__name__}: {(kind.__doc__ or '').strip()}\n"

@@ -916,6 +916,9 @@ def test_merge_writes_what_mergekit_yaml_writes(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
 def test_merge_takes_adapters_as_mergekit_yaml_does(job: Job) -> None:
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.options import MergeOptions
+
     config = job.prepare(broken.adapter(spelling="{dir}/base+{dir}/adapter"))
     options = ["--lora-merge-dtype", "bfloat16", "--lora-merge-cache"]
     theirs = job.folder.parent / "plain" / "out"
@@ -923,6 +926,7 @@ def test_merge_takes_adapters_as_mergekit_yaml_does(job: Job) -> None:
     run_mergekit(config, theirs, *options, str(cache))
     assert all(t.dtype == torch.bfloat16 for t in read_model(*cache.iterdir()).values())
 
+    LoaderCache().setup(MergeOptions())  # as in a new process
     cache = job.folder.parent / "our-cache"
     status = job.merge(*options, str(cache))
 

@@ -114,6 +114,17 @@ def test_what_lies_beside_the_model(
     report = json.loads((out / "metagpt.json").read_text())
     assert "not measured" in report["families"][0].pop("reading")
     assert "orthogonal" in inspected["families"][0].pop("reading")
+    # By what options, says the report of a merge alone.
+    assert inspected.pop("options") is None
+    assert report.pop("options") == {
+        "device": "cpu",
+        "multi_gpu": False,
+        "threads": 1,
+        "random_seed": None,
+        "lora_merge_dtype": None,
+        "unsafe_truncate_embeddings": False,
+        "allow_crimes": False,
+    }
     assert inspected == report
     assert run_command("export", "merge.yml", "-") == 0
     assert capsys.readouterr().out == (out / "mergekit_config.plain.yml").read_text()

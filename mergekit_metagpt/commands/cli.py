@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_metagpt import __version__, autoload
-from mergekit_metagpt.commands.errors import one_line_errors
+from mergekit_metagpt.commands.errors import Differs, Unverified, one_line_errors
 from mergekit_metagpt.report.parts import printable
 
 if TYPE_CHECKING:
@@ -300,6 +300,54 @@ def convert(config: str, out: str, base: str | None, force: bool) -> None:
         click.echo(f"Note: {printable(note)}.", err=True)
     name = "NEW.yml" if out == "-" else shlex.quote(out)
     _write(out, converted.text, then=f"Look first: mergekit-metagpt inspect {name}")
+
+
+@main.command()
+@click.argument(
+    "out", metavar="OUT", type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+@click.option("--full", is_flag=True, help="Replay all tensors, not a sample.")
+@click.option("--seed", type=int, default=0, help="Of the sample; 0 by default.")
+@click.option(
+    "--random-seed", type=int, help="Of the merge, if mergekit-yaml was given one."
+)
+@click.option("--json", "json_file", metavar="FILE", help="Write all; - for stdout.")
+@one_line_errors
+@_loading_options
+def verify(
+    options: MergeOptions,
+    out: Path,
+    full: bool,
+    seed: int,
+    random_seed: int | None,
+    json_file: str | None,
+) -> None:
+    """Prove that the model in OUT is the merge that it says it is.
+
+    Compares OUT with mergekit's plan of OUT/mergekit_config.yml, its inputs with the
+    digests and coefficients in OUT/metagpt.json, and some 200 MB of its weights, bit by
+    bit, with tensors that mergekit merges again from the inputs. Ends with status 0 if
+    all agree, 1 if something differs, and 3 if something could not be checked.
+    """
+    _check_target(json_file)
+
+    from mergekit_metagpt.commands import verifying
+    from mergekit_metagpt.report import tables
+
+    options = options.model_copy(update={"random_seed": random_seed})
+    found = verifying.verify(out, options, full=full, seed=seed)
+    if json_file is not None:
+        with click.open_file(json_file, "w", encoding="utf-8") as stream:
+            stream.write(found.model_dump_json(indent=2) + "\n")
+    if json_file != "-":
+        for line in tables.verified(found):
+            click.echo(line)
+    failed = [check for check in found.checks if check.verdict == found.verdict]
+    if found.verdict == "different":
+        names = ", ".join(check.name for check in failed)
+        raise Differs(f"{out} is not the merge that it says it is: see {names}")
+    if found.verdict == "not checked":
+        raise Unverified(f"{out} could not be verified: {failed[0].details}")
 
 
 @main.command()

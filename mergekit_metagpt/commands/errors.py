@@ -29,6 +29,18 @@ class Refusal(click.ClickException):
         super().__init__(printable(message))
 
 
+class Differs(Refusal):
+    """A model is not the merge that it says it is."""
+
+    exit_code = 1
+
+
+class Unverified(Refusal):
+    """Whether it is could not be checked."""
+
+    exit_code = 3
+
+
 def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
     """Make a command answer bad input with one line and exit status 2."""
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from mergekit_metagpt.merge_config import (
     checks,
     families,
@@ -18,7 +20,7 @@ from mergekit_metagpt.merge_config import (
     plain_yaml,
     plan,
 )
-from mergekit_metagpt.report import card, inspecting
+from mergekit_metagpt.report import card, inspecting, schema
 from mergekit_metagpt.report.figures import report_figure
 
 if TYPE_CHECKING:
@@ -78,6 +80,7 @@ def merge(
         inspecting.require_near(report)
     found = plan.coefficients(job.planned)
     report = inspecting.with_ranges(report, merged, found)
+    report = report.model_copy(update={"options": _recorded(options)})
     exported = plain_yaml.export(job, found)
     # Parameters that vary by tensor may need warnings that the report does not have.
     warned = not any(family.settings.varying for family in report.families)
@@ -121,6 +124,19 @@ def merge(
             with (made / "README.md").open("a", encoding="utf-8") as stream:
                 stream.write(f"\n{about}")
         _put(made, out, aside=parent / ASIDE)
+
+
+def _recorded(options: MergeOptions) -> schema.Options:
+    """The options that `verify` needs to make the same bits again."""
+    return schema.Options(
+        device="cuda" if options.multi_gpu else str(options.device),
+        multi_gpu=options.multi_gpu,
+        threads=torch.get_num_threads(),
+        random_seed=options.random_seed,
+        lora_merge_dtype=options.lora_merge_dtype,
+        unsafe_truncate_embeddings=options.unsafe_truncate_embeddings,
+        allow_crimes=options.allow_crimes,
+    )
 
 
 def _unwritten(made: Path, job: jobs.Job) -> list[str]:

@@ -11,4 +11,5 @@ __all__ = [
     "merge_yaml",
     "plain_yaml",
     "plan",
+    "replaying",
 ]

@@ -21,7 +21,12 @@ from mergekit_metagpt.checkpoints.pairs import check_distinct, check_pair
 from mergekit_metagpt.checkpoints.stored import FLOATS, layer_key
 from mergekit_metagpt.checkpoints.unwritten import lost, share_of
 from mergekit_metagpt.merge_config import merge_yaml
-from mergekit_metagpt.merge_config.checks import METHODS, check_names, check_yaml
+from mergekit_metagpt.merge_config.checks import (
+    METHODS,
+    check_method,
+    check_names,
+    check_yaml,
+)
 from mergekit_metagpt.merge_config.merge_yaml import closest, slices_of
 from mergekit_metagpt.merge_config.plan import Planned, names_in, plan_merge
 from mergekit_metagpt.method import advice
@@ -91,6 +96,26 @@ def check(config: MergeConfiguration, options: MergeOptions) -> Job:
     planned = check_plan(config, opened, options)
     _check_tokenizer(planned, config, opened)
     return Job(config, opened, planned)
+
+
+def reopen(config: MergeConfiguration, options: MergeOptions) -> Job:
+    """Open and plan a merge that was made earlier, without judging it.
+
+    Args:
+        config: mergekit's configuration, of one of our methods.
+        options: mergekit's own.
+
+    Returns:
+        the models as they are now, and mergekit's plan.
+
+    Raises:
+        ValueError: a model is not there any more, or mergekit refuses the merge.
+        OSError: a file cannot be read.
+    """
+    check_method(config)
+    opened = open_checkpoints(merge_yaml.models(config), options)
+    hand_to_mergekit(opened, options)
+    return Job(config, opened, plan_merge(config, options))
 
 
 def check_plan(

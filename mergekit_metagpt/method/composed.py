@@ -26,6 +26,8 @@ COMPOSED = (
     "della",
     "della_linear",
 )
+# Those that drop elements at random, one tensor after the other.
+RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 
 
 class ComposedMerge(MetaGPTMerge):

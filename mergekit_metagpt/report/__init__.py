@@ -8,5 +8,6 @@ __all__ = [
     "figures",
     "inspecting",
     "parts",
+    "schema",
     "tables",
 ]

@@ -125,6 +125,18 @@ class Family(_Schema):
     warnings: tuple[str, ...]
 
 
+class Options(_Schema):
+    """mergekit's options by which the bits of a merge may differ."""
+
+    device: str = Field(description="on which tensors were merged")
+    multi_gpu: bool
+    threads: int = Field(description="torch's threads on the CPU")
+    random_seed: int | None
+    lora_merge_dtype: str | None
+    unsafe_truncate_embeddings: bool
+    allow_crimes: bool
+
+
 class Report(_Schema):
     """What `mergekit-metagpt inspect` found."""
 
@@ -134,4 +146,33 @@ class Report(_Schema):
     refused: str | None = Field(
         default=None, description="why this can be measured, but not merged; else null"
     )
+    options: Options | None = Field(
+        default=None, description="of the merge; null where nothing was merged"
+    )
     families: tuple[Family, ...]
+
+
+Verdict = Literal["verified", "different", "not recorded", "not checked"]
+
+
+class Check(_Schema):
+    """What one check of `verify` found."""
+
+    name: str
+    verdict: Verdict
+    details: str
+    different: tuple[str, ...] = Field(
+        default=(), description="all tensors or models that differ"
+    )
+    largest_difference: float | None = Field(
+        default=None, description="between stored and replayed elements"
+    )
+
+
+class Verification(_Schema):
+    """What `mergekit-metagpt verify` found."""
+
+    schema_version: Literal[1] = 1
+    verdict: Verdict
+    seed: int = Field(description="by which tensors were sampled")
+    checks: tuple[Check, ...]

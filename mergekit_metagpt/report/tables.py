@@ -268,3 +268,16 @@ def remembered(entries: Sequence[Remembered]) -> Table:
             ],
         )
     return table
+
+
+def verified(found: schema.Verification) -> Iterator[str]:
+    """Say what each check of a merged model found.
+
+    Args:
+        found: the checks.
+
+    Yields:
+        a line for each.
+    """
+    for check in found.checks:
+        yield f"{check.name:<15}{check.verdict:<15}{printable(check.details)}"
