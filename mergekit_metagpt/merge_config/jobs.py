@@ -21,7 +21,12 @@ from mergekit_metagpt.checkpoints.pairs import check_distinct, check_pair
 from mergekit_metagpt.checkpoints.stored import FLOATS, layer_key
 from mergekit_metagpt.checkpoints.unwritten import lost, share_of
 from mergekit_metagpt.merge_config import merge_yaml
-from mergekit_metagpt.merge_config.checks import METHODS, check_names, check_yaml
+from mergekit_metagpt.merge_config.checks import (
+    METHODS,
+    check_method,
+    check_names,
+    check_yaml,
+)
 from mergekit_metagpt.merge_config.merge_yaml import closest, slices_of
 from mergekit_metagpt.merge_config.plan import Planned, names_in, plan_merge
 from mergekit_metagpt.method import advice
@@ -91,6 +96,33 @@ def check(config: MergeConfiguration, options: MergeOptions) -> Job:
     planned = check_plan(config, opened, options)
     _check_tokenizer(planned, config, opened)
     return Job(config, opened, planned)
+
+
+def check_any(
+    config: MergeConfiguration, options: MergeOptions
+) -> Mapping[ModelReference, Checkpoint]:
+    """Check that a merge by any method can be done, with the tokenizer it is to have.
+
+    Args:
+        config: mergekit's configuration.
+        options: mergekit's own.
+
+    Returns:
+        the models as they were when they were checked.
+
+    Raises:
+        ValueError: the configuration or a model is refused.
+        OSError: a file cannot be read.
+    """
+    check_method(config)
+    if config.merge_method in METHODS:
+        opened = check(config, options).opened
+    else:
+        check_names(config)
+        opened = open_checkpoints(merge_yaml.models(config), options)
+        _check_tokenizer(check_plan(config, opened, options), config, opened)
+    check_copied_tokenizer(config, options)
+    return opened
 
 
 def check_plan(
