@@ -44,7 +44,11 @@ class Candidate:
         if self.config.merge_method in METHODS and "parameters" in data:
             defaults = {known.name: known.default for known in own_parameters()}
             given = data.pop("parameters")
-            left = {n: v for n, v in given.items() if v != defaults.get(n)}
+            left = {
+                name: float(value) if type(value) is int else value
+                for name, value in given.items()
+                if value != defaults.get(name)
+            }
             data |= {"parameters": left} if left else {}
         return json.dumps(data, sort_keys=True)
 

@@ -206,8 +206,7 @@ def _verdict(ranked: Sequence[Row], unit: str) -> str:
     second = others[0]
     gap = _with_error(second.above_best or 0.0, second.above_best_error or 0.0)
     by = (
-        f"Best on these texts: {best.name}, {gap} nats per {unit} below "
-        f"{second.name}: "
+        f"Best on these texts: {best.name}, {gap} nats per {unit} below {second.name}: "
     )
     if not near:
         return f"{by}beyond noise."

@@ -215,10 +215,10 @@ def comparison_figure(found: Comparison, file: Path) -> None:
 
     rows, count = found.candidates, len(found.texts)
     at, unit = range(len(rows)), found.unit
-    figure = Figure(
-        figsize=(12, 1.5 + 0.5 * len(rows) * -(-(count + 1) // 3)), layout="constrained"
-    )
-    axes = figure.subplots(-(-(count + 1) // 3), min(3, count + 1), squeeze=False).flat
+    height = -(-(count + 1) // 3) * (1.2 + 0.4 * len(rows))
+    figure = Figure(figsize=(12, height), layout="constrained")
+    shape = -(-(count + 1) // 3), min(3, count + 1)
+    axes = list(figure.subplots(*shape, squeeze=False).flat)
     panels = [("ALD", [(row.ald, row.ald_error) for row in rows])]
     for k, text in enumerate(found.texts):
         losses = [row.losses[k] for row in rows]
@@ -239,6 +239,6 @@ def comparison_figure(found: Comparison, file: Path) -> None:
         panel.set_title(title)
         panel.set_xlabel(f"nats per {unit}")
         panel.spines[["top", "right"]].set_visible(False)
-    for panel in list(axes)[len(panels) :]:
+    for panel in axes[len(panels) :]:
         panel.set_axis_off()
     figure.savefig(file, dpi=150)
