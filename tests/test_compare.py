@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -545,6 +546,50 @@ def test_bad_input_is_one_line_and_nothing_is_merged(
     assert run(*arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and problem in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+        (ValueError("not finite"), "not finite"),
+    ],
+)
+def test_a_model_that_cannot_be_measured(
+    error: Exception,
+    problem: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(losses, "evaluate", fail)
+    assert run(*texts_of("code")) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"Error: {problem}"
+
+
+def test_one_model_is_in_memory_at_a_time(
+    places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    original = losses.load
+
+    def alone(*args: Any, **options: Any) -> Any:
+        assert not any(model() for model in loaded), "another model is in memory"
+        model = original(*args, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(losses, "load", alone)
+    compared(places, *texts_of("code"))
+    assert len(loaded) == 9
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*texts_of("code"), "--device", "cuda") == 2
+    assert "torch sees no GPU here" in capsys.readouterr().err
 
 
 def test_two_texts_for_one_model(

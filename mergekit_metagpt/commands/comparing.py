@@ -117,10 +117,12 @@ def compare(
     of_text = _models_by_text(request.texts, specialists)
     opened = families.open_models(merged, options)
     device = request.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here. Give --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = request.dtype or ("float32" if device == "cpu" else "bfloat16")
-    context = request.context or min(CONTEXT, _limit(opened[base].folder))
+    context = request.context or min(CONTEXT, _limit(opened[base].folder, options))
 
     # Everything is checked before the first model is merged.
     tokenizers = _tokenizers(models, options)
@@ -248,12 +250,15 @@ def _models_by_text(
     return of_text
 
 
-def _limit(folder: Path | None) -> int:
+def _limit(folder: Path | None, options: MergeOptions) -> int:
     """How many tokens a model can take."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder).get_text_config()
-    return getattr(config, "max_position_embeddings", None) or CONTEXT
+    config = AutoConfig.from_pretrained(
+        folder, trust_remote_code=options.trust_remote_code
+    )
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest or CONTEXT
 
 
 def _tokenizers(
