@@ -338,6 +338,8 @@ def test_a_second_run_goes_on_where_ctrl_c_ended_the_first(
     for more, count in (
         (["--tokens", "1000"], 36),
         (["--power", "3"], 4),
+        (["--context", "32"], 36),
+        (["--dtype", "bfloat16"], 36),
     ):
         seen.clear()
         monkeypatch.setattr(losses, "evaluate", original)

@@ -64,15 +64,22 @@ class _Subject:
 
     Attributes:
         opened: the headers of all that it is made of.
-        folder: where it lies; None for a merge.
         candidate: the merge, or None.
-        tokenized: the texts in its tokens; for a merge, in those of the base.
+        tokenized: the texts in the tokens of those whose tokenizer it may have.
     """
 
-    opened: tuple[Any, ...]
-    folder: Path | None
+    opened: Sequence[Any]
     candidate: Candidate | None
-    tokenized: Sequence[Tokenized]
+    tokenized: Sequence[Sequence[Tokenized]]
+
+    def about(self, text: int) -> list[Any]:
+        """What its losses on a text depend on, beside weights and settings."""
+        configs = [(model.folder / "config.json").read_bytes() for model in self.opened]
+        return [
+            self.candidate.key if self.candidate else "",
+            [hashlib.sha256(config).hexdigest() for config in configs],
+            sorted(texts[text].digest for texts in self.tokenized),
+        ]
 
 
 def compare(
@@ -153,25 +160,13 @@ def compare(
         for model in models
     }
     subjects = {
-        names[model]: _Subject(
-            (opened[model],), opened[model].folder, None, tokenized[model]
-        )
+        names[model]: _Subject([opened[model]], None, [tokenized[model]])
         for model in models
     }
     for candidate in listed:
-        parts = tuple(inputs[candidate.name].values())
-        subjects[candidate.name] = _Subject(parts, None, candidate, tokenized[base])
-    seen = [[text.digest for text in texts] for texts in tokenized.values()]
-    settings = [context, dtype, device, options.random_seed]
-    measured = _measure(
-        subjects,
-        list(request.texts),
-        [*settings, sorted(_digest(o.folder) for o in opened.values())],
-        [sorted(digests) for digests in zip(*seen, strict=True)],
-        options,
-        cut=list(cut.values()),
-        load={"dtype": dtype, "device": device},
-    )
+        parts = list(inputs[candidate.name].values())
+        subjects[candidate.name] = _Subject(parts, candidate, list(tokenized.values()))
+    measured = _measure(subjects, cut, dtype, device, options)
     of_base = measured[names[base]]
     found = comparison.compare(
         [
@@ -322,37 +317,26 @@ def _short_names(
     return {m: part if parts.count(part) == 1 else str(m) for m, part in last.items()}
 
 
-def _digest(folder: Path | None) -> str:
-    assert folder is not None
-    return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
-
-
 def _measure(
     subjects: Mapping[str, _Subject],
-    texts: Sequence[str],
-    settings: Sequence[Any],
-    digests: Sequence[Any],
+    cut: Mapping[str, Sequence[str]],
+    dtype: str,
+    device: str,
     options: MergeOptions,
-    *,
-    cut: Sequence[Sequence[str]],
-    load: Mapping[str, str],
 ) -> dict[str, list[cache.ChunkLosses]]:
     """Measure every model on every text; look up what is known from an earlier run."""
     from tqdm import tqdm
 
+    settings = [dtype, device, options.random_seed, *map(version, PACKAGES)]
+    texts, chunks = list(cut), list(cut.values())
     abouts, known = {}, {}
     for name, subject in subjects.items():
-        key = subject.candidate.key if subject.candidate else ""
-        for k, text in enumerate(subject.tokenized):
-            shown = digests[k] if subject.candidate else text.digest
-            packages = [version(package) for package in PACKAGES]
-            about = json.dumps([key, shown, *settings, packages])
+        for k in range(len(texts)):
+            about = json.dumps([*subject.about(k), *settings])
             abouts[name, k] = about
-            base, *others = subject.opened
-            known[name, k] = cache.read_losses(base, others, about)
-    left = [k for (_, k), losses in known.items() if losses is None]
+            known[name, k] = cache.read_losses(subject.opened, about)
     bar = tqdm(
-        total=sum(len(cut[k]) for k in left),
+        total=sum(len(chunks[k]) for (_, k), found in known.items() if not found),
         unit="chunk",
         file=sys.stderr,
         disable=None,
@@ -367,17 +351,19 @@ def _measure(
             bar.set_description(f"merging {name}" if subject.candidate else name)
             with _on_disk(subject, options) as folder:
                 trust = options.trust_remote_code
-                model = losses.load(folder, trust_remote_code=trust, **load)
-                tokenized = subject.tokenized
+                model = losses.load(
+                    folder, dtype=dtype, device=device, trust_remote_code=trust
+                )
+                shown = subject.tokenized[0]
                 if subject.candidate:
                     own = losses.tokenizer_of(str(folder), trust_remote_code=trust)
-                    if own is not None:
-                        tokenized = [losses.tokenize(chunks, own) for chunks in cut]
+                    shown = [losses.tokenize(text, own) for text in chunks]
                 for k in missing:
                     bar.set_description(f"{name} on {texts[k]}")
-                    new = losses.evaluate(model, tokenized[k], progress=bar.update)
-                    base, *others = subject.opened
-                    cache.write_losses(base, others, abouts[name, k], new)
+                    new = losses.evaluate(model, shown[k], progress=bar.update)
+                    for checkpoint in subject.opened:
+                        checkpoint.verify_unchanged()
+                    cache.write_losses(subject.opened, abouts[name, k], new)
                     known[name, k] = new
                 del model
     return {
@@ -390,8 +376,7 @@ def _measure(
 def _on_disk(subject: _Subject, options: MergeOptions) -> Iterator[Path]:
     """Yield the folder of a model; a merge is made for as long as it is needed."""
     if subject.candidate is None:
-        assert subject.folder is not None
-        yield subject.folder
+        yield subject.opened[0].folder
         return
     changes = {"quiet": True, "write_model_card": False}
     options = options.model_copy(update=changes)

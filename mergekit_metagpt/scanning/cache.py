@@ -198,34 +198,28 @@ def write_gram(
     _write("gram", base, models, content)
 
 
-def read_losses(
-    base: Checkpoint, models: Sequence[Checkpoint], about: str
-) -> ChunkLosses | None:
+def read_losses(models: Sequence[Checkpoint], about: str) -> ChunkLosses | None:
     """Look up what an earlier run measured of a model, or of a merge, on a text.
 
     Args:
-        base: the model, or the base of the merge.
-        models: that are merged.
+        models: the model, or those that are merged.
         about: all else that the losses depend on: merge, text, settings, versions.
 
     Returns:
         the losses, or None.
     """
-    return _read("losses", base, models, ChunkLosses, about)
+    return _read("losses", models[0], models[1:], ChunkLosses, about)
 
 
-def write_losses(
-    base: Checkpoint, models: Sequence[Checkpoint], about: str, losses: ChunkLosses
-) -> None:
+def write_losses(models: Sequence[Checkpoint], about: str, losses: ChunkLosses) -> None:
     """Remember what was measured of a model, or of a merge, on a text.
 
     Args:
-        base: the model, or the base of the merge.
-        models: that are merged.
+        models: the model, or those that are merged.
         about: all else that the losses depend on.
         losses: of each chunk.
     """
-    _write("losses", base, models, losses, about)
+    _write("losses", models[0], models[1:], losses, about)
 
 
 def _place(
