@@ -87,6 +87,11 @@ HELP = {
         "",
         "  Show, or with --clear remove, what is remembered of earlier scans.",
     ),
+    "compare": (
+        "Usage: mergekit-metagpt compare [OPTIONS] CONFIG",
+        "",
+        "  Merge by several weights and measure each merge on your own text.",
+    ),
     "recipes": (
         "Usage: mergekit-metagpt recipes [OPTIONS] [NAME]",
         "",

@@ -381,14 +381,139 @@ def demo(folder: Path) -> None:
     console.print(command, soft_wrap=True, highlight=False)
 
 
+def _pairs(option: str, given: tuple[str, ...]) -> dict[str, Path]:
+    """Read NAME=FILE options; every file must exist."""
+    files: dict[str, Path] = {}
+    for pair in given:
+        name, equals, file = pair.partition("=")
+        if not (name and equals and file):
+            raise ValueError(f"{option} {pair}: expected NAME=FILE")
+        if name in files:
+            raise ValueError(f"{option} {name} is given twice; give each name once")
+        if not Path(file).is_file():
+            raise ValueError(f"{option} {pair}: there is no file {file}")
+        files[name] = Path(file)
+    return files
+
+
+def _numbers(option: str, given: str | None) -> list[float]:
+    try:
+        return [float(number) for number in given.split(",")] if given else []
+    except ValueError as error:
+        raise ValueError(
+            f"{option} {given}: expected numbers with commas between them"
+        ) from error
+
+
+@main.command()
+@click.argument("config")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    required=True,
+    metavar="MODEL=FILE",
+    help="Text that a model of CONFIG is for: plain, or .jsonl with `text` or "
+    "`messages`. Under another name it is measured, and does not count.",
+)
+@click.option(
+    "--candidate",
+    "candidates",
+    multiple=True,
+    metavar="NAME=FILE.yml",
+    help="Compare with this merge too; any method of mergekit.",
+)
+@click.option("--power", metavar="P,P", help="Compare metagpt with these powers too.")
+@click.option("--lambda", "scale", metavar="L,L", help="And with these lambda.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    default=20_000,
+    show_default=True,
+    help="Of each text, at most.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(8),
+    help="Tokens of a chunk; 512 by default, or what the base can take.",
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="To evaluate in; by default float32 on a CPU, bfloat16 on a GPU.",
+)
+@click.option("--json", "json_file", metavar="FILE", help="Write all; - for stdout.")
+@click.option("--plot", metavar="FILE", help="Draw a figure: .png, .svg or .pdf.")
+@click.option("--write", metavar="BEST.yml", help="Write the YAML of the best merge.")
+@click.option("--keep", metavar="DIR", help="Merge the best one again, into DIR.")
+@click.option("--force", is_flag=True, help="Replace BEST.yml and DIR if they exist.")
+@one_line_errors
+@_loading_options
+def compare(
+    options: MergeOptions,
+    config: str,
+    texts: tuple[str, ...],
+    candidates: tuple[str, ...],
+    power: str | None,
+    scale: str | None,
+    json_file: str | None,
+    plot: str | None,
+    write: str | None,
+    keep: str | None,
+    force: bool,
+    **settings: Any,
+) -> None:
+    """Merge by several weights and measure each merge on your own text.
+
+    Compares CONFIG with metagpt, power 1, the plain average, task arithmetic 0.3 and
+    metagpt without embeddings: the loss on each text, and how much more a merge loses
+    than the specialists do. Merges are removed again. A second run goes on where the
+    first one ended.
+    """
+    _check_target(json_file)
+    _check_target(write)
+
+    from mergekit_metagpt.commands import comparing
+    from mergekit_metagpt.report import comparison, figures
+
+    _check_target(plot, figures.FORMATS)
+    request = comparing.Request(
+        config=Path(config),
+        texts=_pairs("--text", texts),
+        candidates=_pairs("--candidate", candidates),
+        powers=_numbers("--power", power),
+        scales=_numbers("--lambda", scale),
+        **settings,
+    )
+    compared = comparing.compare(
+        request,
+        options,
+        keep=Path(keep) if keep else None,
+        write=Path(write) if write else None,
+        force=force,
+    )
+    if json_file is not None:
+        with click.open_file(json_file, "w", encoding="utf-8") as stream:
+            stream.write(compared.model_dump_json(indent=2) + "\n")
+    if plot is not None:
+        figures.comparison_figure(compared, Path(plot))
+    if json_file != "-":
+        console = _console()
+        for part in comparison.lay_out(compared):
+            text = printable(part) if isinstance(part, str) else part
+            console.print(text, soft_wrap=isinstance(part, str), markup=False)
+        console.print(printable(compared.verdict), soft_wrap=True, markup=False)
+
+
 @main.command()
 @click.option("--clear", is_flag=True, help="Remove all entries.")
 @one_line_errors
 def cache(clear: bool) -> None:
     """Show, or with --clear remove, what is remembered of earlier scans.
 
-    Entries hold squared norms and inner products, no weights. MERGEKIT_METAGPT_CACHE
-    names another folder for them, or 0 for none.
+    Entries hold squared norms, inner products and losses, no weights and no text.
+    MERGEKIT_METAGPT_CACHE names another folder for them, or 0 for none.
     """
     from mergekit_metagpt.report import tables
     from mergekit_metagpt.scanning import cache

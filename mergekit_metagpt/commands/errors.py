@@ -62,8 +62,10 @@ def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
 def _expected_errors() -> tuple[type[Exception], ...]:
     """Errors that stand for bad input; others are defects and show a traceback."""
     from safetensors import SafetensorError  # raised by mergekit's writer
+    from torch import OutOfMemoryError
 
-    return ValueError, OSError, MemoryError, ImportError, SafetensorError
+    memory = MemoryError, OutOfMemoryError  # of the machine, and of a GPU
+    return ValueError, OSError, *memory, ImportError, SafetensorError
 
 
 def in_one_line(error: Exception) -> str:

@@ -63,7 +63,7 @@ def merge(
         raise ValueError(f"{config_file}: {error}") from error
     checks.check_yaml(config, config_file)
     out = out.resolve()
-    _check_place(out, config_file, config, force=force)
+    check_place(out, config_file, config, force=force)
     options.apply_global_options()
     job = jobs.check(config, options)
     jobs.check_copied_tokenizer(config, options)
@@ -89,7 +89,7 @@ def merge(
         for line in dict.fromkeys(warnings):
             LOG.warning("%s", line)
 
-    with _workplace(out) as parent:
+    with workplace(out) as parent:
         # Write these first: they should fail before hours of merging, not after.
         beside = parent / "beside"
         beside.mkdir()
@@ -139,6 +139,29 @@ def _recorded(options: MergeOptions) -> schema.Options:
     )
 
 
+def merge_other(
+    config: MergeConfiguration, source: str, out: Path, options: MergeOptions
+) -> None:
+    """Merge by any method of mergekit; `out` appears only once it is complete.
+
+    Args:
+        config: mergekit's configuration, checked.
+        source: the YAML.
+        out: folder for the merged model, checked by `check_place`; it is replaced.
+        options: mergekit's own.
+
+    Raises:
+        ValueError: mergekit refuses the merge.
+        OSError: a file cannot be read or written.
+    """
+    out = out.resolve()
+    options.apply_global_options()
+    with workplace(out) as parent:
+        made = parent / "made" / out.name
+        plan.run(config, str(made), options, source=source, warned=False)
+        _put(made, out, aside=parent / ASIDE)
+
+
 def _unwritten(made: Path, job: jobs.Job) -> list[str]:
     """Planned tensors that the files of a merged model do not hold."""
     from mergekit.io import ShardedTensorIndex
@@ -171,11 +194,17 @@ def _keep(made: Path, out: Path, late: Exception) -> str:
 
 
 @contextmanager
-def _workplace(out: Path) -> Iterator[Path]:
+def workplace(out: Path) -> Iterator[Path]:
     """Make a hidden folder to work in; remove it in the end, also after Ctrl-C.
 
     It is named before it is made, and removed twice: there is no moment at which a
     single interrupt leaves it behind.
+
+    Args:
+        out: where the result is to go: the folder is made beside it.
+
+    Yields:
+        the folder.
     """
     folder = _home(out) / f".{out.name}.{secrets.token_urlsafe(6)}"
     try:
@@ -203,10 +232,20 @@ def _home(out: Path) -> Path:
     return next(folder for folder in out.parents if folder.is_dir())
 
 
-def _check_place(
+def check_place(
     out: Path, config_file: Path, config: MergeConfiguration, *, force: bool
 ) -> None:
-    """Refuse an output folder that is taken, or that holds what is to be merged."""
+    """Refuse an output folder that is taken, or that holds what is to be merged.
+
+    Args:
+        out: the folder, resolved.
+        config_file: the merge YAML.
+        config: the same as mergekit's configuration.
+        force: whether the folder may exist.
+
+    Raises:
+        ValueError: it is taken, or holds an input.
+    """
     if out.is_file():
         raise ValueError(f"{out} is a file; expected a folder for the merged model")
     paths = [

@@ -4,6 +4,7 @@ It never writes a weight.
 """
 
 __all__ = [
+    "candidates",
     "checks",
     "converting",
     "families",

@@ -118,6 +118,33 @@ def reopen(config: MergeConfiguration, options: MergeOptions) -> Job:
     return Job(config, opened, plan_merge(config, options))
 
 
+def check_any(
+    config: MergeConfiguration, options: MergeOptions
+) -> Mapping[ModelReference, Checkpoint]:
+    """Check that a merge by any method can be done, with the tokenizer it is to have.
+
+    Args:
+        config: mergekit's configuration.
+        options: mergekit's own.
+
+    Returns:
+        the models as they were when they were checked.
+
+    Raises:
+        ValueError: the configuration or a model is refused.
+        OSError: a file cannot be read.
+    """
+    check_method(config)
+    if config.merge_method in METHODS:
+        opened = check(config, options).opened
+    else:
+        check_names(config)
+        opened = open_checkpoints(merge_yaml.models(config), options)
+        _check_tokenizer(check_plan(config, opened, options), config, opened)
+    check_copied_tokenizer(config, options)
+    return opened
+
+
 def check_plan(
     config: MergeConfiguration,
     opened: Mapping[ModelReference, Checkpoint],

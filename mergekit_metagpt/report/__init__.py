@@ -5,6 +5,7 @@ It never changes a file but those that its caller names.
 
 __all__ = [
     "card",
+    "comparison",
     "figures",
     "inspecting",
     "parts",

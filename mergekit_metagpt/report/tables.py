@@ -255,7 +255,7 @@ def remembered(entries: Sequence[Remembered]) -> Table:
     """
     names = ("written", "holds", "base", "models")
     table = _table([*names, "kB"], names=names)
-    kinds = {"pair": "squared norms", "gram": "inner products"}
+    kinds = {"pair": "squared norms", "gram": "inner products", "losses": "losses"}
     for entry in entries:
         _add(
             table,
