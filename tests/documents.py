@@ -34,6 +34,7 @@ def schema_tables() -> Iterator[str]:
         schema.Base,
         schema.Model,
         schema.Pool,
+        schema.Sample,
         schema.Tensors,
         schema.Source,
         schema.File,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from mergekit.options import MergeOptions
     from rich.console import Console
 
+    from mergekit_metagpt.scanning.sampling import Sample
+
 # Table width when stdout is not a terminal, so that rows are not wrapped.
 PIPE_WIDTH = 240
 # `compiled.built()` would import torch.
@@ -121,6 +123,41 @@ def _check_target(file: str | None, endings: tuple[str, ...] = ()) -> None:
         raise ValueError(f"{file} cannot be written; expected a file in a folder")
 
 
+def _sample(share: str | None, budget: str | None) -> Sample | None:
+    """What --sample and --budget ask for; None for an exact scan."""
+    from mergekit_metagpt.scanning.sampling import Sample
+
+    if share is not None and budget is not None:
+        raise ValueError("--sample and --budget are both given; expected one of them")
+    if share is not None:
+        number, scale = (share[:-1], 100) if share.endswith("%") else (share, 1)
+        try:
+            value = float(number) / scale
+        except ValueError:
+            value = 0.0
+        if not 0 < value <= 1:
+            raise ValueError(
+                f"--sample is {share!r}; expected a share above 0 and at most 1, such "
+                "as 0.01 or 1%"
+            )
+        return Sample(share=value) if value < 1 else None
+    return None if budget is None else Sample(budget=_bytes(budget))
+
+
+def _bytes(text: str) -> int:
+    """Read a number of bytes, such as 500MB."""
+    number = text.strip().upper().removesuffix("B")
+    scales = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    scale = scales.get(number[-1:], 1)
+    try:
+        value = int(float(number[:-1] if scale > 1 else number) * scale)
+    except (ValueError, OverflowError):
+        value = 0
+    if value < 1:
+        raise ValueError(f"--budget is {text!r}; expected bytes such as 500MB or 2GB")
+    return value
+
+
 @main.command()
 @click.argument("models", nargs=-1, required=True, metavar="CONFIG | MODEL...")
 @click.option("--base", help="The base that MODEL... were fine-tuned from.")
@@ -134,6 +171,17 @@ def _check_target(file: str | None, endings: tuple[str, ...] = ()) -> None:
 @click.option("--json", "json_file", metavar="FILE", help="Write all; - for stdout.")
 @click.option("--csv", "csv_file", metavar="FILE", help="Write a row for each pool.")
 @click.option("--plot", metavar="FILE", help="Draw a figure: .png, .svg or .pdf.")
+@click.option(
+    "--sample",
+    "share",
+    metavar="SHARE",
+    help="Estimate from a share of each tensor, such as 0.01 or 1%.",
+)
+@click.option(
+    "--budget",
+    metavar="BYTES",
+    help="Estimate from as much as this buys, such as 500MB, of all models together.",
+)
 @one_line_errors
 @_loading_options
 def inspect(
@@ -146,6 +194,8 @@ def inspect(
     json_file: str | None,
     csv_file: str | None,
     plot: str | None,
+    share: str | None,
+    budget: str | None,
 ) -> None:
     """Measure the models of CONFIG, or MODEL... against --base, without merging.
 
@@ -163,6 +213,7 @@ def inspect(
     from mergekit_metagpt.report import figures, inspecting, tables
 
     _check_target(plot, figures.FORMATS)
+    sample = _sample(share, budget)
     if base is None and len(models) != 1:
         raise ValueError(
             f"{len(models)} models are given and no base; expected one CONFIG, or "
@@ -198,9 +249,15 @@ def inspect(
         method=config.merge_method,
         planned=planned,
         refused=refused,
+        sample=sample,
     )
     changed = any(value is not None for value in wishes.values())
-    if planned and not changed and any(family.varying for family in merged):
+    if (
+        planned
+        and not changed
+        and not sample
+        and any(family.varying for family in merged)
+    ):
         found = plan.coefficients(planned)
         report = inspecting.with_ranges(report, merged, found)
     if json_file is not None:

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_metagpt.method import settings
 
+SE = "standard error of {}; null where exact"
+
 
 class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -86,6 +88,17 @@ class Model(Stored):
     parts: dict[str, float] = Field(description="share of each part in n_t")
     not_in_base: Tensors
     only_in_base: Tensors
+    norm_se: float | None = Field(default=None, description=SE.format("`norm`"))
+    sq_norm_se: float | None = Field(default=None, description=SE.format("`sq_norm`"))
+    relative_norm_se: float | None = Field(
+        default=None, description=SE.format("`relative_norm`")
+    )
+    coefficient_se: float | None = Field(
+        default=None, description=SE.format("`coefficient`")
+    )
+    parts_se: dict[str, float] | None = Field(
+        default=None, description=SE.format("`parts`")
+    )
 
 
 class Pool(_Schema):
@@ -96,6 +109,15 @@ class Pool(_Schema):
     relative_norms: tuple[float | None, ...]
     coefficients: tuple[float, ...] = Field(
         description="share of each model on this pool"
+    )
+    sq_norms_se: tuple[float, ...] | None = Field(
+        default=None, description=SE.format("`sq_norms`")
+    )
+    relative_norms_se: tuple[float, ...] | None = Field(
+        default=None, description=SE.format("`relative_norms`")
+    )
+    coefficients_se: tuple[float, ...] | None = Field(
+        default=None, description=SE.format("`coefficients`")
     )
 
 
@@ -108,6 +130,15 @@ class Settings(settings.Settings):
     )
 
 
+class Sample(_Schema):
+    """How much of the weights the estimates rest on."""
+
+    share: float = Field(description="of each large tensor that was read")
+    seed: int = Field(description="of the positions that were read")
+    bytes_read: int = Field(description="of base and models")
+    bytes_stored: int = Field(description="what an exact scan reads")
+
+
 class Family(_Schema):
     """A base, the models merged with each other, and what was measured."""
 
@@ -118,6 +149,12 @@ class Family(_Schema):
     cosines: tuple[tuple[float | None, ...], ...] | None = Field(
         description="between task vectors, null where one is zero; null as a whole "
         "where inner products were not measured, as by `merge`"
+    )
+    cosines_se: tuple[tuple[float, ...], ...] | None = Field(
+        default=None, description=SE.format("`cosines`")
+    )
+    sample: Sample | None = Field(
+        default=None, description="how much was read; null where the scan was exact"
     )
     reading: str = Field(description="the cosines in words")
     pools: tuple[Pool, ...] = Field(description="at the granularity of the settings")
