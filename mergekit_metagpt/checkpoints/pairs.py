@@ -86,9 +86,11 @@ def check_distinct(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
     Raises:
         ValueError: two of them are the same files.
     """
-    owners: dict[frozenset[tuple[int, ...]], Checkpoint] = {}
+    owners: dict[frozenset[tuple[object, ...]], Checkpoint] = {}
     for checkpoint in (base, *models):
-        files = frozenset((f.inode, f.size, f.modified_ns) for f in checkpoint.identity)
+        files = frozenset(
+            (f.inode, f.size, f.modified_ns, f.etag) for f in checkpoint.identity
+        )
         other = owners.setdefault(files, checkpoint)
         if other is base and checkpoint is not base:
             raise ValueError(

@@ -6,7 +6,7 @@ import functools
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Table width when stdout is not a terminal, so that rows are not wrapped.
 PIPE_WIDTH = 240
+# What `inspect --remote` reads if nothing else is asked for.
+REMOTE_BUDGET = "200MB"
 # `compiled.built()` would import torch.
 _LOOPS = "" if find_spec("_mergekit_metagpt") else " (without compiled loops)"
 
@@ -123,7 +125,12 @@ def _check_target(file: str | None, endings: tuple[str, ...] = ()) -> None:
         raise ValueError(f"{file} cannot be written; expected a file in a folder")
 
 
-def _sample(share: str | None, budget: str | None) -> Sample | None:
+def _is_zero(share: str | None) -> bool:
+    """Whether --sample asks for no weights at all."""
+    return share is not None and set(share.removesuffix("%")) in ({"0"}, {"0", "."})
+
+
+def _sample(share: str | None, budget: str | None, *, remote: bool) -> Sample | None:
     """What --sample and --budget ask for; None for an exact scan."""
     from mergekit_metagpt.scanning.sampling import Sample
 
@@ -141,6 +148,8 @@ def _sample(share: str | None, budget: str | None) -> Sample | None:
                 "as 0.01 or 1%"
             )
         return Sample(share=value) if value < 1 else None
+    if budget is None and remote:
+        budget = REMOTE_BUDGET
     return None if budget is None else Sample(budget=_bytes(budget))
 
 
@@ -182,6 +191,12 @@ def _bytes(text: str) -> int:
     metavar="BYTES",
     help="Estimate from as much as this buys, such as 500MB, of all models together.",
 )
+@click.option(
+    "--remote",
+    is_flag=True,
+    help="Read headers and a sample of hub repositories, without downloading them; "
+    "200MB by default, --sample 0 for headers alone.",
+)
 @one_line_errors
 @_loading_options
 def inspect(
@@ -196,6 +211,7 @@ def inspect(
     plot: str | None,
     share: str | None,
     budget: str | None,
+    remote: bool,
 ) -> None:
     """Measure the models of CONFIG, or MODEL... against --base, without merging.
 
@@ -210,10 +226,11 @@ def inspect(
     _check_target(csv_file)
 
     from mergekit_metagpt.merge_config import checks, families, jobs, plan
-    from mergekit_metagpt.report import figures, inspecting, tables
+    from mergekit_metagpt.report import figures, headers, inspecting, tables
 
     _check_target(plot, figures.FORMATS)
-    sample = _sample(share, budget)
+    headers_only = remote and _is_zero(share)
+    sample = None if headers_only else _sample(share, budget, remote=remote)
     if base is None and len(models) != 1:
         raise ValueError(
             f"{len(models)} models are given and no base; expected one CONFIG, or "
@@ -237,12 +254,22 @@ def inspect(
     else:
         config = families.config_of(base, models)
     merged = families.of_config(config, **wishes)
-    opened = families.open_models(merged, options)
     planned = refused = None
-    try:
-        planned = jobs.check_plan(config, opened, options)
-    except ValueError as error:
-        refused = str(error)
+    opened: Mapping[Any, Any]
+    seen: tuple[Any, ...] = ()
+    if remote:
+        looked = families.glimpse_models(merged, options)
+        seen = headers.headers_of(merged, looked)
+        opened = {model: at.checkpoint for model, at in looked.items()}
+        refused = next((c.refused for c in opened.values() if c.refused), None)
+        if headers_only or any(header.misfit for header in seen):
+            merged = []
+    else:
+        opened = families.open_models(merged, options)
+        try:
+            planned = jobs.check_plan(config, opened, options)
+        except ValueError as error:
+            refused = str(error)
     report = inspecting.inspect(
         merged,
         opened,
@@ -250,7 +277,7 @@ def inspect(
         planned=planned,
         refused=refused,
         sample=sample,
-    )
+    ).model_copy(update={"headers": seen})
     changed = any(value is not None for value in wishes.values())
     if (
         planned
@@ -266,13 +293,14 @@ def inspect(
     if csv_file is not None:
         with click.open_file(csv_file, "w", encoding="utf-8") as stream:
             stream.write(tables.as_csv(report))
-    if plot is not None:
+    if plot is not None and report.families:
         figures.report_figure(report, Path(plot))
     if "-" not in (json_file, csv_file):
         console = _console()
         for part in tables.lay_out(report):
             text = printable(part) if isinstance(part, str) else part
             console.print(text, soft_wrap=isinstance(part, str), markup=False)
+    headers.require_fit(seen)
 
 
 @main.command()

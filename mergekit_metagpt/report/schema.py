@@ -162,6 +162,25 @@ class Family(_Schema):
     warnings: tuple[str, ...]
 
 
+class Header(_Schema):
+    """What the configuration and headers of a model tell, without its weights."""
+
+    name: str
+    base: str | None = Field(description="its base; null for the base itself")
+    commit: str | None = Field(description="of the repository; null for a folder")
+    download: int = Field(description="bytes of weights that are not here")
+    parameters: int = Field(description="elements of all floating-point tensors")
+    precisions: dict[str, int] = Field(description="elements by stored dtype")
+    quantised: str | None = Field(description="what is quantised in it, or null")
+    vocabulary: int | None = Field(description="entries of its embeddings")
+    tied: bool | None = Field(
+        description="whether the embeddings stand in for a head that is not stored"
+    )
+    misfit: str | None = Field(description="why it does not fit its base, or null")
+    not_in_base: Tensors | None
+    only_in_base: Tensors | None
+
+
 class Report(_Schema):
     """What `mergekit-metagpt inspect` found."""
 
@@ -170,5 +189,8 @@ class Report(_Schema):
     method: str = Field(description="merge_method of the YAML, or metagpt")
     refused: str | None = Field(
         default=None, description="why this can be measured, but not merged; else null"
+    )
+    headers: tuple[Header, ...] = Field(
+        default=(), description="of base and models, by `inspect --remote`"
     )
     families: tuple[Family, ...]

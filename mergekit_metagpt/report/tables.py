@@ -34,10 +34,46 @@ def lay_out(found: schema.Report) -> Iterator[str | Table]:
     """
     if found.refused:
         yield f"Can be measured, but not merged as it is: {found.refused}\n"
+    if found.headers:
+        yield from _headers(found.headers)
     for family in found.families:
         if len(found.families) > 1:
             yield f"Merged with each other: {', '.join(family.places)}"
         yield from _family(family)
+
+
+def _headers(headers: Sequence[schema.Header]) -> Iterator[str | Table]:
+    """What configurations and headers tell: a table, then reasons and differences."""
+    total = {header.name: header.download for header in headers}
+    yield f"Headers ({sum(total.values()) / 1e9:,.2f} GB to download in all)"
+    names = ("model", "commit", "stored", "quantised", "head", "fits")
+    headings = ["model", "commit", "parameters", "stored", "GB to download"]
+    table = _table([*headings, "quantised", "vocabulary", "head", "fits"], names=names)
+    for header in headers:
+        fits = "no" if header.misfit else "yes"
+        _add(
+            table,
+            [
+                header.name,
+                (header.commit or "a folder")[:8],
+                f"{header.parameters:,}",
+                _precisions(header),
+                f"{header.download / 1e9:,.2f}",
+                "yes" if header.quantised else "no",
+                "-" if header.vocabulary is None else f"{header.vocabulary:,}",
+                {None: "-", True: "the embeddings", False: "its own"}[header.tied],
+                "the base" if header.base is None else fits,
+            ],
+        )
+    yield table
+    for header in headers:
+        if header.misfit:
+            yield f"{header.name} does not fit: {header.misfit}"
+        if header.not_in_base and header.not_in_base.count:
+            yield f"{header.name}: {_tensors(header.not_in_base)} the base lacks"
+        if header.only_in_base and header.only_in_base.count:
+            yield f"{header.base}: {_tensors(header.only_in_base)} {header.name} lacks"
+    yield ""
 
 
 def _family(family: schema.Family) -> Iterator[str | Table]:
@@ -73,7 +109,7 @@ def _family(family: schema.Family) -> Iterator[str | Table]:
         yield f"Warning: {warning}"
 
 
-def _precisions(stored: schema.Stored) -> str:
+def _precisions(stored: schema.Stored | schema.Header) -> str:
     total = stored.parameters or 1
     if len(stored.precisions) == 1:
         return next(iter(stored.precisions))

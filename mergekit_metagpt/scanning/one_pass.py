@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from mergekit_metagpt.arithmetic import in_parts, squared_norms
 from mergekit_metagpt.arithmetic.in_parts import scratch
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
-from mergekit_metagpt.checkpoints.files import Readers
 from mergekit_metagpt.checkpoints.pairs import Alignment, SharedTensor, align
+from mergekit_metagpt.checkpoints.ranges import AT_ONCE, RemoteFile
 from mergekit_metagpt.scanning.pieces import Files
 from mergekit_metagpt.scanning.results import ScanResult
 from mergekit_metagpt.scanning.threads import default_workers, run
@@ -230,9 +231,15 @@ def scan_checkpoints(
         ValueError: base and model do not fit, or a weight is NaN or infinite.
         OSError: a file cannot be read or has changed since it was opened.
     """
-    workers = workers or default_workers()
-    with Files(workers) as files:
+    remote = remote_files(base, *models)
+    workers = workers or (AT_ONCE if remote else default_workers())
+    with Files(workers, remote) as files:
         return _scan(base, models, files, gram=gram, workers=workers)
+
+
+def remote_files(*checkpoints: Checkpoint) -> Mapping[Path, RemoteFile]:
+    """Return what reads the files of models that were not downloaded."""
+    return {path: file for c in checkpoints for path, file in c.remote.items()}
 
 
 def _scan(
@@ -259,7 +266,7 @@ def _scan(
     table = Table.empty(groups, len(models), gram=gram)
     for group in groups:
         parts = [next(results) for _ in group.segments]
-        table.add(group, total(parts, group, base, models, files.readers))
+        table.add(group, total(parts, group, base, models, files))
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
     return table.result(base, models, alignments)
@@ -270,7 +277,7 @@ def total(
     group: Group,
     base: Checkpoint,
     models: Sequence[Checkpoint],
-    readers: Readers,
+    files: Files,
 ) -> Sums:
     """Add up the sums over all segments of a group.
 
@@ -279,7 +286,7 @@ def total(
         group: of K models.
         base: the base.
         models: all models of the scan.
-        readers: the files of the scan.
+        files: those of the scan.
 
     Returns:
         the sums; zeros where base and models share infinities, as in masks.
@@ -297,8 +304,9 @@ def total(
         strict=True,
     ):
         if not finite:
+            sides = (files.source(pair, side) for side in (pair.base, pair.model))
             require_equal(
-                *(pair.cut(readers.read(stored)) for stored in (pair.base, pair.model)),
+                *(side.all(pair.numel) for side in sides),
                 pair=pair,
                 owners=(base, models[k]),
             )

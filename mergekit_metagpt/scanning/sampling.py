@@ -16,6 +16,7 @@ from mergekit_metagpt.arithmetic.standard_errors import Covariances
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.layouts import Stored
 from mergekit_metagpt.checkpoints.pairs import align, same_bits
+from mergekit_metagpt.checkpoints.ranges import AT_ONCE
 from mergekit_metagpt.checkpoints.stored import StoredTensor
 from mergekit_metagpt.scanning.one_pass import (
     PIECE,
@@ -23,10 +24,11 @@ from mergekit_metagpt.scanning.one_pass import (
     Sums,
     Table,
     groups_of,
+    remote_files,
     require_equal,
     total,
 )
-from mergekit_metagpt.scanning.pieces import Files, Source, can_stream
+from mergekit_metagpt.scanning.pieces import Files, Source
 from mergekit_metagpt.scanning.results import Sampled, ScanResult
 from mergekit_metagpt.scanning.threads import default_workers, run
 
@@ -231,22 +233,22 @@ def _note(into: Covariances, row: int, group: Group, own: Covariances) -> None:
 
 def _same(files: Files, first: Stored, second: Stored) -> bool:
     """Whether a head is its embedding, as far as a few blocks tell."""
-    if (
-        not isinstance(first, StoredTensor)
-        or not isinstance(second, StoredTensor)
-        or not (can_stream(first) and can_stream(second))
-        or first.numel < COMPARED * BLOCK
-    ):
+    streamed = isinstance(first, StoredTensor) and isinstance(second, StoredTensor)
+    if not (streamed and all(map(files.in_parts, (first, second)))):
         return same_bits(first, second, files.readers)
+    assert isinstance(first, StoredTensor) and isinstance(second, StoredTensor)
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
+    sides = [Source(s.dtype, streamed=(files.streams, s)) for s in (first, second)]
+    if first.numel < COMPARED * BLOCK:
+        ours, theirs = (side.all(first.numel) for side in sides)
+        return torch.equal(ours, theirs)
     count = first.numel // BLOCK
     blocks = [count * at // COMPARED for at in range(COMPARED)]
-    ours, theirs = (
-        _read(Source(side.dtype, streamed=(files.streams, side)), blocks)
-        for side in (first, second)
+    return all(
+        torch.equal(*(_read(side, some) for side in sides))
+        for some in (blocks[:1], blocks[1:])  # heads of their own differ in the first
     )
-    return torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
 def sample_checkpoints(
@@ -278,8 +280,9 @@ def sample_checkpoints(
             was read is NaN or infinite.
         OSError: a file cannot be read or has changed since it was opened.
     """
-    workers = workers or default_workers()
-    with Files(workers) as files:
+    remote = remote_files(base, *models)
+    workers = workers or (AT_ONCE if remote else default_workers())
+    with Files(workers, remote) as files:
         return _sample(base, models, sample, files, gram=gram, workers=workers)
 
 
@@ -294,7 +297,7 @@ def _sample(
 ) -> ScanResult:
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
-    same = functools.partial(_same, files)
+    same = functools.cache(functools.partial(_same, files))
     alignments = [align(base, model, files.readers, same) for model in models]
     groups = groups_of(alignments, gram=gram)
     share = sample.share
@@ -326,7 +329,7 @@ def _sample(
         whole = [part for part in parts if isinstance(part, Sums)]
         blocks = [part for part in parts if isinstance(part, _Blocks)]
         if whole:
-            sums = total(whole, group, base, models, files.readers)
+            sums = total(whole, group, base, models, files)
         if blocks:
             count = group.pairs[0].numel // BLOCK
             estimate, covariance = _estimate(blocks, count)
