@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import threading
@@ -13,7 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-COMMIT = "c0ffee" + "0" * 34
+
+@functools.lru_cache
+def _digest(file: Path, modified: int) -> str:
+    """SHA-256 of a version of a file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -98,21 +103,23 @@ class Hub:
             return 404, {"X-Error-Code": "EntryNotFound"}, b""
         if self.redirect and file.suffix == ".safetensors":
             where = f"{self.address}/cdn{file}?signature={self.signature}"
-            linked = hashlib.sha256(file.read_bytes()).hexdigest()
+            linked = _digest(file, file.stat().st_mtime_ns)
             return 302, {"Location": where, "X-Linked-ETag": f'"{linked}"'}, b""
         return self._part(asked, file)
 
     def _part(self, asked: Asked, file: Path) -> tuple[int, dict[str, str], bytes]:
-        content = file.read_bytes()
-        headers = {"ETag": f'"{hashlib.md5(content).hexdigest()}"'}
+        size = file.stat().st_size
+        headers = {"ETag": f'"{_digest(file, file.stat().st_mtime_ns)}"'}
         if asked.range is None:
-            return 200, headers, content
+            return 200, headers, file.read_bytes()
         first, _, last = asked.range.removeprefix("bytes=").partition("-")
-        start, end = int(first), min(int(last), len(content) - 1)
-        if start >= len(content):
-            return 416, {"Content-Range": f"bytes */{len(content)}"}, b""
-        headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
-        return 206, headers, content[start : end + 1]
+        start, end = int(first), min(int(last), size - 1)
+        if start >= size:
+            return 416, {"Content-Range": f"bytes */{size}"}, b""
+        headers["Content-Range"] = f"bytes {start}-{end}/{size}"
+        with file.open("rb") as stream:
+            stream.seek(start)
+            return 206, headers, stream.read(end + 1 - start)
 
     def ranges(self) -> list[tuple[int, int]]:
         """First and last byte of every range of a file of weights that was sent."""
