@@ -29,6 +29,7 @@ def schema_tables() -> Iterator[str]:
     """A Markdown table for every kind of object in the report."""
     kinds = (
         schema.Report,
+        schema.Header,
         schema.Family,
         schema.Settings,
         schema.Base,
@@ -38,6 +39,9 @@ def schema_tables() -> Iterator[str]:
         schema.Tensors,
         schema.Source,
         schema.File,
+        schema.Options,
+        schema.Verification,
+        schema.Check,
     )
     for kind in kinds:
         yield f"\n{kind.__name__}: {(kind.__doc__ or '').strip()}\n"

@@ -358,7 +358,7 @@ def assert_composed(merged: State, expected: Expectation, theirs: State) -> None
     base = expected.states[0]
     assert merged.keys() == theirs.keys() == base.keys()
     for name, tensor in merged.items():
-        assert tensor.dtype == torch.bfloat16 and tensor.isfinite().all()
+        assert tensor.dtype == theirs[name].dtype and tensor.isfinite().all()
         torch.testing.assert_close(tensor, theirs[name], rtol=2**-7, atol=1e-6)
         assert (tensor.float() != base[name].float()).any(), f"{name} is the base's"
 

@@ -24,7 +24,7 @@ from mergekit_metagpt.merge_config import merge_yaml
 from tests import broken
 from tests.broken import SHARD, TENSOR, Config, Spoil, snapshot, write_good
 from tests.conftest import Family
-from tests.families import merge_config, read_model, run_mergekit
+from tests.families import merge_config, read_model, run_command, run_mergekit
 from tests.oracle import assert_same_bits
 from tests.processes import environment, run_process, script
 
@@ -304,7 +304,8 @@ PARAMETERS = [
     Row(
         "weight-negative",
         broken.weights(1, [1, -1]),
-        ours="weight is -1; expected a …number >= 0",
+        ours="weight of {dir}/tuned1 is -1; expected a finite number >= 0",
+        mergekit="weight is -1; expected a finite number >= 0",
     ),
     Row(
         "power-infinite",
@@ -491,7 +492,9 @@ YAML = [
         broken.each(
             broken.settings(merge_method="task_arithmetic"), broken.weights(1, 1)
         ),
-        ours="merge_method is 'task_arithmetic'; this command takes metagpt…. Use …",
+        ours="merge_method is 'task_arithmetic'; this command takes metagpt…. To "
+        "convert it: mergekit-metagpt convert {dir}/merge.yml NEW.yml (gives "
+        "metagpt). To …",
         mergekit=None,
     ),
 ]
@@ -823,9 +826,37 @@ def test_configuration_that_is_no_file(
     before = snapshot(job.folder.parent)
     status = job.merge()
     said = capsys.readouterr()
-    assert_refused(status, said.out, said.err, f"…{job.config_file}…")
+    wanted = {
+        "missing": f"{job.config_file} does not exist; expected a merge YAML",
+        "folder": f"{job.config_file}: Is a directory",
+    }
+    assert_refused(status, said.out, said.err, wanted[kind])
     assert not job.happened
     assert_only_new(before, job.folder.parent)
+
+
+# --- names of methods ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["merge", "export", "inspect", "convert"])
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("metagpt-dare-ties", "metagpt_dare_ties"),
+        ("MetaGPT", "metagpt"),
+        ("Metagpt_ties", "metagpt_ties"),
+    ],
+)
+def test_a_method_in_another_spelling(
+    command: str, name: str, meant: str, job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.prepare(broken.settings(merge_method=name))
+    target = {"merge": "out", "inspect": None}.get(command, "out.yml")
+    after = [] if target is None else [job.folder / target]
+    capsys.readouterr()
+    status = run_command(command, job.config_file, *after)
+    said = capsys.readouterr()
+    assert_refused(status, said.out, said.err, f"…Did you mean {meant}? …")
 
 
 # --- layers of slices -----------------------------------------------------------------
@@ -885,6 +916,9 @@ def test_merge_writes_what_mergekit_yaml_writes(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
 def test_merge_takes_adapters_as_mergekit_yaml_does(job: Job) -> None:
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.options import MergeOptions
+
     config = job.prepare(broken.adapter(spelling="{dir}/base+{dir}/adapter"))
     options = ["--lora-merge-dtype", "bfloat16", "--lora-merge-cache"]
     theirs = job.folder.parent / "plain" / "out"
@@ -892,6 +926,7 @@ def test_merge_takes_adapters_as_mergekit_yaml_does(job: Job) -> None:
     run_mergekit(config, theirs, *options, str(cache))
     assert all(t.dtype == torch.bfloat16 for t in read_model(*cache.iterdir()).values())
 
+    LoaderCache().setup(MergeOptions())  # as in a new process
     cache = job.folder.parent / "our-cache"
     status = job.merge(*options, str(cache))
 

@@ -15,6 +15,7 @@ import pytest
 import mergekit_metagpt
 from mergekit_metagpt.arithmetic import compiled
 from mergekit_metagpt.commands.cli import main
+from mergekit_metagpt.commands.errors import in_one_line
 from tests import documents
 from tests.processes import ask_python, assert_succeeded, run_process, script
 
@@ -66,6 +67,11 @@ HELP = {
         "",
         "  Train a tiny base and three specialists in DIR, merge and compare them.",
     ),
+    "convert": (
+        "Usage: mergekit-metagpt convert [OPTIONS] OLD.yml NEW.yml",
+        "",
+        "  Turn OLD.yml, a merge by another method, into a metagpt recipe.",
+    ),
     "export": (
         "Usage: mergekit-metagpt export [OPTIONS] CONFIG OUT.yml",
         "",
@@ -80,6 +86,11 @@ HELP = {
         "Usage: mergekit-metagpt cache [OPTIONS]",
         "",
         "  Show, or with --clear remove, what is remembered of earlier scans.",
+    ),
+    "compare": (
+        "Usage: mergekit-metagpt compare [OPTIONS] CONFIG",
+        "",
+        "  Merge by several weights and measure each merge on your own text.",
     ),
     "recipes": (
         "Usage: mergekit-metagpt recipes [OPTIONS] [NAME]",
@@ -140,9 +151,11 @@ def test_help_of_merge_shows_the_options_of_mergekit_and_ours(
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
     said = capsys.readouterr()
-    loops = "" if compiled.built() else " (without compiled loops)"
+    loops = "yes" if compiled.built() else "no"
     version = mergekit_metagpt.__version__
-    assert said.out == f"mergekit-metagpt, version {version}{loops}\n"
+    assert said.out == (
+        f"mergekit-metagpt, version {version}, compiled loops: {loops}\n"
+    )
     assert said.err == ""
     installed = importlib.metadata.version("mergekit-metagpt")
     assert installed == mergekit_metagpt.__version__
@@ -200,6 +213,20 @@ def test_demo_chats_on_stderr_and_answers_errors_in_one_line(
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err == f"training the base\nError: {folder} is not to my taste\n"
+
+
+def test_paths_with_backslashes_stay_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    r"""Python's own message doubles them: `[Errno 2] ...: 'models\\\\merge.yml'`."""
+    monkeypatch.chdir(tmp_path)
+    name = r"C:\models\merge.yml"
+    for command in (["inspect", name], ["export", name, "-"], ["convert", name, "-"]):
+        assert run(*command) == 2
+        said = capsys.readouterr().err
+        assert said == f"Error: {name} does not exist; expected a merge YAML\n"
+    error = PermissionError(13, "Permission denied", name)
+    assert in_one_line(error) == f"{name}: Permission denied"
 
 
 # --- fresh processes ------------------------------------------------------------------

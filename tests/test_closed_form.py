@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
@@ -52,6 +54,18 @@ def test_coefficients_follow_the_formula(
 def test_the_defaults_are_the_papers_shares_of_the_squared_norms() -> None:
     assert coefficients(f64(1, 3)).tolist() == [0.25, 0.75]
     assert coefficients(f64(1, 3), scale=0.0).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_any_sequence_of_numbers(kind: Callable[[list[float]], Any]) -> None:
+    found = coefficients(kind([1.0, 3.0]), kind([3.0, 1.0]))
+    assert_same_bits(found, f64(0.5, 0.5))
+    assert found.device.type == "cpu"
+    # In float64 from the start: a number that float32 cannot hold.
+    assert coefficients([1.0, 1e-12])[1].item() == pytest.approx(1e-12, rel=1e-10)
+    for wrong in ([[1.0]], 1.0):
+        with pytest.raises(ValueError, match="expected one value per model"):
+            coefficients(wrong)  # type: ignore[arg-type]
 
 
 def test_the_package_exports_this_function() -> None:

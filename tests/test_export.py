@@ -200,7 +200,9 @@ def export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Export:
         status = run_command("export", file, target, *options)
         said = capsys.readouterr()
         assert (status, said.out) == (0, ""), said.err
-        plain = Plain(target.read_text(), said.err)
+        *differences, wrote = said.err.splitlines(keepends=True)
+        assert wrote.startswith(f"Wrote {target} (")
+        plain = Plain(target.read_text(), "".join(differences))
         body = "\n".join(
             line for line in plain.text.splitlines() if not line.startswith("#")
         )
@@ -704,11 +706,13 @@ def test_exact_output(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = re.sub(r"(?m)(?<=mergekit-metagpt )\d\S*(?=\.$)", "VERSION", said.out)
     text = re.sub(r"samples: [0-9a-f]{16}\)", "samples: DIGEST)", text)
     assert text == EXACT
-    assert said.err == ""
+    size = f"({len(said.out.encode()):,} bytes). It needs no plugin: mergekit-yaml"
+    assert said.err == f"Wrote stdout {size} OUT.yml ./merged\n"
 
     assert run_command("export", "merge.yml", "plain.yml") == 0
     assert Path("plain.yml").read_text() == said.out
-    assert capsys.readouterr() == ("", "")
+    wrote = f"Wrote plain.yml {size} plain.yml ./merged\n"
+    assert capsys.readouterr() == ("", wrote)
 
 
 def test_nothing_is_merged_and_no_model_is_loaded(
@@ -753,12 +757,19 @@ def under_one_model(**given: Any) -> broken.Spoil:
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "another method": (broken.settings(merge_method="ties"), "'ties'"),
+    "another method": (
+        broken.settings(merge_method="ties"),
+        "merge.yml NEW.yml (gives metagpt_ties)",
+    ),
+    "a method that is not converted": (
+        broken.settings(merge_method="slerp"),
+        "Use mergekit-yaml for other methods",
+    ),
     "no base": (broken.without("base_model"), "base_model"),
     "only the base": (broken.models("base"), "only the base"),
     "unknown granularity": (broken.parameters(granularity="block"), "granularity"),
     "all weights 0": (broken.weights(0, 0), "weight is 0"),
-    "negative weight": (broken.weights(-1, 1), "weight is -1"),
+    "negative weight": (broken.weights(-1, 1), "tuned0 is -1"),
     "misspelt parameter": (broken.parameters(granularty="layer"), "granularity"),
     "shared parameter under a model": (under_one_model(power=1), "power stands under"),
     "NaN": (broken.poisoned("tuned1", float("nan")), broken.TENSOR),
@@ -823,7 +834,7 @@ def test_bad_input_is_one_line_and_nothing_is_created(
     ("arguments", "part"),
     [
         (["missing.yml", "plain.yml"], "missing.yml"),
-        (["m", "plain.yml"], "'m'"),
+        (["m", "plain.yml"], "m: Is a directory"),
         (["merge.yml", "m"], "m cannot be written"),
         (["merge.yml", "there/plain.yml"], "there/plain.yml cannot be written"),
     ],

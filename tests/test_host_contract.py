@@ -405,6 +405,49 @@ def test_tasks_of_our_own_can_be_executed() -> None:
     assert found == {target: 2.0}, "results are no longer given by task"
 
 
+@uses("mergekit.graph.TaskUniverse")
+@uses("mergekit.io.tasks.SaveTensor")
+def test_another_writer_can_take_what_is_saved(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`replaying` hands in one that compares; mergekit's own is not even made."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.graph import Executor, TaskUniverse
+    from mergekit.io.tasks import SaveTensor, TensorWriterTask
+    from mergekit.options import MergeOptions
+
+    from mergekit_metagpt.merge_config import plan
+
+    monkeypatch.delattr(TensorWriterTask, "execute")
+    saved: dict[str, torch.Tensor] = {}
+
+    class Writer:
+        def save_tensor(self, name: str, tensor: torch.Tensor, clone: bool) -> None:
+            saved[name] = tensor
+
+        def finalize(self) -> None:
+            saved["finalized"] = torch.empty(0)
+
+    data = merge_config(family.base, family.models[:1], out_dtype="float64")
+    config = MergeConfiguration.model_validate(data)
+    tasks = plan.tasks(config, MergeOptions())
+    saving = [task for task in tasks if isinstance(task, SaveTensor)]
+    assert {task.tensor_name for task in saving} == family.base_state.keys()
+    universe = TaskUniverse(tasks)
+    executor = Executor(
+        [universe.add_task(task) for task in tasks],
+        math_device="cpu",
+        storage_device="cpu",
+        cached_values={universe.add_task(saving[0].writer_task): Writer()},
+    )
+    assert_takes(executor.run, "replaying", quiet=True, desc="Replaying")
+    list(executor.run(quiet=True))
+    assert list(saved)[-1] == "finalized", "FinalizeModel is no longer the last"
+    del saved["finalized"]
+    assert saved.keys() == family.base_state.keys()
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float64}
+
+
 # ---- io
 
 

@@ -1001,7 +1001,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "only the base": (broken.models("base"), "only the base"),
     "unknown granularity": (broken.parameters(granularity="block"), "granularity"),
     "power that is no number": (broken.parameters(power=float("inf")), "power is inf"),
-    "negative weight": (broken.weights(-1, 1), "weight is -1"),
+    "negative weight": (broken.weights(-1, 1), "tuned0 is -1"),
     "all weights 0": (broken.weights(0, 0), "weight is 0"),
     "a list for exclude": (broken.parameters(exclude=["a", "b"]), "comma-separated"),
     "misspelt parameter": (broken.parameters(granularty="layer"), "granularity"),

@@ -13,7 +13,7 @@ import torch
 
 from mergekit_metagpt.arithmetic import compiled
 from mergekit_metagpt.arithmetic.in_parts import CHUNK
-from mergekit_metagpt.arithmetic.scaled_sums import scaled_sum
+from mergekit_metagpt.arithmetic.scaled_sums import merged_and_finite, scaled_sum
 from mergekit_metagpt.arithmetic.squared_norms import (
     coarser_dtype,
     gram_matrix,
@@ -216,6 +216,28 @@ def shares(count: int, *, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     raw = torch.rand(count, generator=generator, dtype=F64, device="cpu")
     return (raw + 0.05) / (raw + 0.05).sum()
+
+
+@pytest.mark.parametrize("dtype", compiled.DTYPES)
+@pytest.mark.parametrize("size", [1, 700, 1 << 21])
+def test_a_result_that_is_not_finite_is_told(dtype: torch.dtype, size: int) -> None:
+    """The largest number, and what is rounded to it, are finite."""
+    largest = torch.finfo(dtype).max
+    one = torch.ones(1, dtype=F64)
+    base, tuned = torch.zeros(size, dtype=dtype), torch.ones(size, dtype=dtype)
+    assert merged_and_finite(base, [tuned], one)[1]
+    for value, factor, finite in (
+        (largest, 1.0, True),
+        (-largest, 1.0, True),
+        (largest, 1.0 + 2**-12 if dtype == torch.float16 else 1.0, True),
+        (largest, 1.01, False),
+        (largest, -2.0, False),
+        (float("nan"), 1.0, False),
+        (float("-inf"), 1.0, False),
+    ):
+        tuned[-1] = value
+        merged, told = merged_and_finite(base, [tuned], factor * one)
+        assert told == finite == bool(torch.isfinite(merged).all()), (value, factor)
 
 
 def assert_measured(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> None:

@@ -88,8 +88,19 @@ def test_what_lies_beside_the_model(
 
     capsys.readouterr()
     assert run_command("merge", "merge.yml", "out", *QUIET) == 0
-    assert capsys.readouterr().out == ""
+    said = capsys.readouterr()
+    assert said.out == ""
     out = work / "out"
+    size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
+    again = "mergekit-metagpt inspect out/mergekit_config.yml"
+    last = said.err.splitlines()[-1]
+    assert last.startswith(f"Wrote out ({size:,.1f} MB). ") and last.endswith(again)
+    assert run_command(*again.split()[1:], "--json", "again.json") == 0
+    first = json.loads((out / "metagpt.json").read_text())["families"][0]["models"]
+    second = json.loads(Path("again.json").read_text())["families"][0]["models"]
+    assert [m["coefficient"] for m in second] == [m["coefficient"] for m in first]
+    Path("again.json").unlink()
+    capsys.readouterr()
     assert new_in(work, before) == {"out"}
     written = {path.name for path in theirs.iterdir()}
     assert {path.name for path in out.iterdir()} == written | BESIDE
@@ -103,6 +114,17 @@ def test_what_lies_beside_the_model(
     report = json.loads((out / "metagpt.json").read_text())
     assert "not measured" in report["families"][0].pop("reading")
     assert "orthogonal" in inspected["families"][0].pop("reading")
+    # By what options, says the report of a merge alone.
+    assert inspected.pop("options") is None
+    assert report.pop("options") == {
+        "device": "cpu",
+        "multi_gpu": False,
+        "threads": 1,
+        "random_seed": None,
+        "lora_merge_dtype": None,
+        "unsafe_truncate_embeddings": False,
+        "allow_crimes": False,
+    }
     assert inspected == report
     assert run_command("export", "merge.yml", "-") == 0
     assert capsys.readouterr().out == (out / "mergekit_config.plain.yml").read_text()

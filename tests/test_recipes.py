@@ -501,6 +501,10 @@ def test_find(spelling: str) -> None:
     assert shipped_recipes.find(spelling).name == "paper/llama-2-7b"
 
 
+def test_find_by_a_word() -> None:
+    assert shipped_recipes.find("lora").name == "features/lora-adapters"
+
+
 def shelf(folder: Path, *names: str) -> Path:
     """A package folder with recipes of these names and nothing else."""
     for name in names:
@@ -519,8 +523,11 @@ def test_find_says_what_else_there_is(
         "two/other", "About two/other.", "# About two/other.\nmerge_method: metagpt\n"
     )
     assert shipped_recipes.find("whole").name == "whole"
+    assert shipped_recipes.find("hol").name == "whole"
     for wanted, message in {
         "twin": "twin is one/twin or two/twin. Write it in full",
+        "two": "two is two/other or two/twin. Write it in full",
+        "o": "o is one/twin or two/other or two/twin or whole. Write it in full",
         "zzzzz": "there is no recipe zzzzz; `mergekit-metagpt recipes` lists them all",
         "": "there is no recipe ; `mergekit-metagpt recipes` lists them all",
     }.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -28,8 +29,8 @@ def contributes(
 
 
 def coefficients(
-    sq_norms: torch.Tensor,
-    weight: torch.Tensor | None = None,
+    sq_norms: torch.Tensor | Sequence[float],
+    weight: torch.Tensor | Sequence[float] | None = None,
     power: float = 2.0,
     scale: float = 1.0,
 ) -> torch.Tensor:
@@ -45,27 +46,29 @@ def coefficients(
     Differentiable in `sq_norms` and `weight`.
 
     Args:
-        sq_norms: squared L2 norms, shape `(K,)`, float64.
-        weight: importances w_t >= 0, shape `(K,)`; all 1 if None.
+        sq_norms: squared L2 norms, shape `(K,)` or K numbers.
+        weight: importances w_t >= 0, likewise; all 1 if None.
         power: the exponent p, finite.
         scale: factor on all coefficients, finite.
 
     Returns:
-        lambda, shape `(K,)`, float64, non-negative and summing to `scale` (for
-        scale >= 0).
+        lambda, shape `(K,)`, float64, on the CPU, non-negative and summing to `scale`
+        (for scale >= 0).
 
     Raises:
         ValueError: an entry is negative or not finite, shapes differ, or no model has
             both a positive weight and (for power != 0) a positive squared norm.
 
     Example:
-        >>> coefficients(torch.tensor([1.0, 3.0], dtype=torch.float64))
+        >>> coefficients([1.0, 3.0])
         tensor([0.2500, 0.7500], dtype=torch.float64)
         >>> coefficients(torch.tensor([1.0, 3.0], dtype=torch.float64), power=0.0)
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
-    sq_norms = sq_norms.double()
-    weight = torch.ones_like(sq_norms) if weight is None else weight.double()
+    sq_norms = torch.as_tensor(sq_norms, dtype=torch.float64, device="cpu")
+    if weight is None:
+        weight = torch.ones_like(sq_norms)
+    weight = torch.as_tensor(weight, dtype=torch.float64, device="cpu")
     for name, values in (("sq_norms", sq_norms), ("weight", weight)):
         if values.ndim != 1 or values.shape != sq_norms.shape:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -43,11 +43,31 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[float]:
     Returns:
         K numbers.
     """
+    return _summed(_loops.sq_norms, base, tuned)
+
+
+def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Gram matrix <tuned_k - base, tuned_l - base> of tensors that the loops serve.
+
+    Args:
+        base: shape `(n,)`.
+        tuned: K tensors, shape `(n,)`.
+
+    Returns:
+        shape `(K, K)`, float64, symmetric; its diagonal has the bits of `sq_norms`.
+    """
+    values = torch.tensor(
+        _summed(_loops.gram, base, tuned), dtype=torch.float64, device="cpu"
+    )
+    return values.view(len(tuned), len(tuned))
+
+
+def _summed(
+    loop: Callable[..., list[float]], base: torch.Tensor, tuned: Sequence[torch.Tensor]
+) -> list[float]:
     held = [_in_memory(tensor) for tensor in (base, *tuned)]
     reference, *addresses = (tensor.data_ptr() for tensor in held)
-    code, n = DTYPES.index(base.dtype), base.numel()
-    found: list[float] = _loops.sq_norms(code, reference, tuple(addresses), n)
-    return found
+    return loop(DTYPES.index(base.dtype), reference, tuple(addresses), base.numel())
 
 
 def scaled_sum(
@@ -57,7 +77,7 @@ def scaled_sum(
     out: torch.Tensor,
     *,
     narrow: bool,
-) -> None:
+) -> bool:
     """Write base + sum_k factors_k (tuned_k - base) of flat tensors to `out`.
 
     Args:
@@ -66,10 +86,13 @@ def scaled_sum(
         factors: K numbers.
         out: shape `(n,)`, contiguous, no part of the others.
         narrow: in float32 (in float64 where that is not finite); else in float64.
+
+    Returns:
+        whether all of `out` is finite; in float64, which is not looked at, True.
     """
     held = [_in_memory(tensor) for tensor in tuned]
     reference = None if base is None else _in_memory(base)
-    _loops.scaled_sum(
+    finite: bool = _loops.scaled_sum(
         DTYPES.index(out.dtype),
         None if reference is None else reference.data_ptr(),
         tuple(tensor.data_ptr() for tensor in held),
@@ -78,6 +101,7 @@ def scaled_sum(
         narrow,
         out.data_ptr(),
     )
+    return finite
 
 
 def _in_memory(tensor: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,8 @@
 #define BLOCK 512
 /* Running sums of a block; BLOCK is a multiple of it. */
 #define LANES 32
+/* Bytes of a cache line. */
+#define LINE 64
 
 /* ---- one element: as it is stored, and as a number ---- */
 
@@ -142,14 +144,77 @@ DEFINE_SQ_NORMS(float32, float)
 DEFINE_SQ_NORMS(float16, uint16_t)
 DEFINE_SQ_NORMS(bfloat16, uint16_t)
 
+/* ---- Gram matrices ---- */
+
+/* sums[r] += sum of a_i rows[r]_i over n elements, for some rows at a time: each number
+ * is loaded once for all of them. */
+#define DEFINE_DOTS(NAME, ROWS, WIDE)                                                  \
+    INLINE void NAME(const double *a, const double *rows, size_t n,                    \
+                     double *sums) {                                                   \
+        double lanes[ROWS][WIDE] = {{0}};                                              \
+        for (size_t i = 0; i < n; i += WIDE)                                           \
+            for (size_t r = 0; r < ROWS; r++)                                          \
+                for (size_t j = 0; j < WIDE; j++)                                      \
+                    lanes[r][j] += a[i + j] * rows[r * BLOCK + i + j];                 \
+        for (size_t r = 0; r < ROWS; r++) {                                            \
+            for (size_t width = WIDE / 2; width; width /= 2)                           \
+                for (size_t j = 0; j < width; j++) lanes[r][j] += lanes[r][j + width]; \
+            sums[r] += lanes[r][0];                                                    \
+        }                                                                              \
+    }
+
+DEFINE_DOTS(dot_4, 4, LANES / 2)
+DEFINE_DOTS(dot_1, 1, LANES / 2)
+DEFINE_DOTS(dot_own, 1, LANES) /* of a vector with itself, the bits of sum_of_squares */
+
+/* gram[k][l] = <tuned[k] - base, tuned[l] - base> for l <= k; its diagonal has the bits
+ * of sq_norms. `taus` has room for a block of each model. */
+typedef void gram_loop(const void *base, const void *const *tuned, size_t count,
+                       size_t n, double *taus, double *gram);
+
+#define DEFINE_GRAM(NAME, STORED)                                                      \
+    FOR_EVERY_CPU                                                                      \
+    static void gram_##NAME(const void *base, const void *const *tuned, size_t count,  \
+                            size_t n, double *taus, double *gram) {                    \
+        double reference[BLOCK];                                                       \
+        for (size_t at = 0; at < n; at += BLOCK) {                                     \
+            size_t size = n - at < BLOCK ? n - at : BLOCK, l;                          \
+            size_t whole = (size + LANES - 1) / LANES * LANES;                         \
+            widen_##NAME((const STORED *)base + at, reference, size);                  \
+            for (size_t k = 0; k < count; k++) {                                       \
+                double *tau = taus + k * BLOCK, *row = gram + k * count;               \
+                const STORED *values = (const STORED *)tuned[k] + at;                  \
+                for (size_t i = 0; i < size; i++)                                      \
+                    tau[i] = (double)from_##NAME(values[i]) - reference[i];            \
+                for (size_t i = size; i < whole; i++) tau[i] = 0;                      \
+                for (l = 0; l + 4 <= k; l += 4)                                        \
+                    dot_4(tau, taus + l * BLOCK, whole, row + l);                      \
+                for (; l < k; l++) dot_1(tau, taus + l * BLOCK, whole, row + l);       \
+                dot_own(tau, tau, whole, row + k);                                     \
+            }                                                                          \
+        }                                                                              \
+    }
+
+DEFINE_GRAM(float64, double)
+DEFINE_GRAM(float32, float)
+DEFINE_GRAM(float16, uint16_t)
+DEFINE_GRAM(bfloat16, uint16_t)
+
 /* ---- scaled sum ---- */
 
 /* out = base - sum_k factors[k] (base - tuned[k]), or sum_k factors[k] tuned[k] where
  * base is NULL. In float32 if `narrow` (a block whose sum is not finite, in float64),
- * else in float64; rounded once. */
-typedef void scaled_sum_loop(const void *base, const void *const *tuned,
+ * else in float64; rounded once. Answers whether all of it is finite as it is stored;
+ * of float64 nobody looks. */
+typedef int scaled_sum_loop(const void *base, const void *const *tuned,
                              const double *factors, size_t count, size_t n, int narrow,
                              void *out);
+
+/* The bits of the smallest float that is rounded to infinity. */
+#define LIMIT_float64 0xffffffffu
+#define LIMIT_float32 0x7f800000u
+#define LIMIT_bfloat16 0x7f7f8000u
+#define LIMIT_float16 0x477ff000u
 
 /* One block of it, with numbers of type R; answers whether all of it is finite. */
 #define DEFINE_BLOCK(NAME, STORED, R)                                                  \
@@ -181,23 +246,25 @@ typedef void scaled_sum_loop(const void *base, const void *const *tuned,
             largest = magnitude > largest ? magnitude : largest;                       \
         }                                                                              \
         for (size_t i = 0; i < size; i++) out[i] = to_##NAME(total[i]);                \
-        return largest < 0x7f800000u;                                                  \
+        return largest < LIMIT_##NAME;                                                 \
     }
 
 #define DEFINE_SCALED_SUM(NAME, STORED, FIRST)                                         \
     FOR_EVERY_CPU                                                                      \
-    static void scaled_sum_##NAME(const void *base, const void *const *tuned,          \
-                                  const double *factors, size_t count, size_t n,       \
-                                  int narrow, void *out) {                             \
+    static int scaled_sum_##NAME(const void *base, const void *const *tuned,           \
+                                 const double *factors, size_t count, size_t n,        \
+                                 int narrow, void *out) {                              \
+        int finite = 1;                                                                \
         for (size_t at = 0; at < n; at += BLOCK) {                                     \
             size_t size = n - at < BLOCK ? n - at : BLOCK;                             \
             const STORED *reference = base ? (const STORED *)base + at : NULL;         \
             STORED *merged = (STORED *)out + at;                                       \
             if (narrow && FIRST(reference, tuned, factors, count, at, size, merged))   \
                 continue;                                                              \
-            sum_block_##NAME##_double(reference, tuned, factors, count, at, size,      \
-                                      merged);                                         \
+            finite &= sum_block_##NAME##_double(reference, tuned, factors, count, at,  \
+                                                size, merged);                         \
         }                                                                              \
+        return finite;                                                                 \
     }
 
 DEFINE_BLOCK(float32, float, float)
@@ -214,15 +281,16 @@ DEFINE_SCALED_SUM(bfloat16, uint16_t, sum_block_bfloat16_float)
 
 /* ---- for Python ---- */
 
-/* In the order of native.DTYPES. */
+/* In the order of compiled.DTYPES. */
 static const struct {
     sq_norms_loop *sq_norms;
+    gram_loop *gram;
     scaled_sum_loop *scaled_sum;
 } LOOPS[] = {
-    {sq_norms_float64, scaled_sum_float64},
-    {sq_norms_float32, scaled_sum_float32},
-    {sq_norms_float16, scaled_sum_float16},
-    {sq_norms_bfloat16, scaled_sum_bfloat16},
+    {sq_norms_float64, gram_float64, scaled_sum_float64},
+    {sq_norms_float32, gram_float32, scaled_sum_float32},
+    {sq_norms_float16, gram_float16, scaled_sum_float16},
+    {sq_norms_bfloat16, gram_bfloat16, scaled_sum_bfloat16},
 };
 
 /* Room for an address and a number of each model; to be freed by PyMem_Free. */
@@ -249,6 +317,15 @@ static int take(int dtype, Py_ssize_t n, PyObject *addresses, const void ***tune
     return 0;
 }
 
+static PyObject *list_of(const double *values, Py_ssize_t count) {
+    PyObject *list = PyList_New(count);
+    for (Py_ssize_t k = 0; list && k < count; k++) {
+        PyObject *value = PyFloat_FromDouble(values[k]);
+        if (!value || PyList_SetItem(list, k, value) < 0) Py_CLEAR(list);
+    }
+    return list;
+}
+
 static PyObject *py_sq_norms(PyObject *module, PyObject *arguments) {
     int dtype;
     PyObject *base, *addresses;
@@ -262,17 +339,44 @@ static PyObject *py_sq_norms(PyObject *module, PyObject *arguments) {
     Py_BEGIN_ALLOW_THREADS;
     LOOPS[dtype].sq_norms(reference, tuned, (size_t)count, (size_t)n, sums);
     Py_END_ALLOW_THREADS;
-    PyObject *found = PyList_New(count);
-    for (Py_ssize_t k = 0; found && k < count; k++) {
-        PyObject *sum = PyFloat_FromDouble(sums[k]);
-        if (!sum || PyList_SetItem(found, k, sum) < 0) Py_CLEAR(found);
+    PyObject *list = list_of(sums, count);
+    PyMem_Free(tuned);
+    return list;
+}
+
+static PyObject *py_gram(PyObject *module, PyObject *arguments) {
+    int dtype;
+    PyObject *base, *addresses, *list = NULL;
+    Py_ssize_t n;
+    const void **tuned;
+    double *unused;
+    if (!PyArg_ParseTuple(arguments, "iOOn", &dtype, &base, &addresses, &n)) return NULL;
+    const void *reference = PyLong_AsVoidPtr(base);
+    if (PyErr_Occurred() || !take(dtype, n, addresses, &tuned, &unused)) return NULL;
+    size_t count = (size_t)PyTuple_Size(addresses);
+    /* Vectors that cross a cache line take longer to load. */
+    void *room = PyMem_Malloc(count * (BLOCK + count) * sizeof(double) + LINE);
+    if (!room) {
+        PyErr_NoMemory();
+    } else {
+        double *taus = (double *)(((uintptr_t)room + LINE - 1) / LINE * LINE);
+        double *gram = taus + count * BLOCK;
+        for (size_t at = 0; at < count * count; at++) gram[at] = 0;
+        Py_BEGIN_ALLOW_THREADS;
+        LOOPS[dtype].gram(reference, tuned, count, (size_t)n, taus, gram);
+        Py_END_ALLOW_THREADS;
+        for (size_t k = 0; k < count; k++)
+            for (size_t l = k + 1; l < count; l++)
+                gram[k * count + l] = gram[l * count + k];
+        list = list_of(gram, (Py_ssize_t)(count * count));
+        PyMem_Free(room);
     }
     PyMem_Free(tuned);
-    return found;
+    return list;
 }
 
 static PyObject *py_scaled_sum(PyObject *module, PyObject *arguments) {
-    int dtype, narrow;
+    int dtype, narrow, finite = 0;
     PyObject *base, *addresses, *scales, *merged;
     Py_ssize_t n;
     const void **tuned;
@@ -290,20 +394,21 @@ static PyObject *py_scaled_sum(PyObject *module, PyObject *arguments) {
         factors[k] = PyFloat_AsDouble(PyTuple_GetItem(scales, k));
     if (!PyErr_Occurred()) {
         Py_BEGIN_ALLOW_THREADS;
-        LOOPS[dtype].scaled_sum(reference, tuned, factors, (size_t)count, (size_t)n,
-                                narrow, out);
+        finite = LOOPS[dtype].scaled_sum(reference, tuned, factors, (size_t)count,
+                                         (size_t)n, narrow, out);
         Py_END_ALLOW_THREADS;
     }
     PyMem_Free(tuned);
-    if (PyErr_Occurred()) return NULL;
-    Py_RETURN_NONE;
+    return PyErr_Occurred() ? NULL : PyBool_FromLong(finite);
 }
 
 static PyMethodDef METHODS[] = {
     {"sq_norms", py_sq_norms, METH_VARARGS,
      "sq_norms(dtype, base, tuned, n) -> list of ||tuned[k] - base||^2"},
+    {"gram", py_gram, METH_VARARGS,
+     "gram(dtype, base, tuned, n) -> list of <tuned[k] - base, tuned[l] - base>"},
     {"scaled_sum", py_scaled_sum, METH_VARARGS,
-     "scaled_sum(dtype, base or None, tuned, factors, n, narrow, out)"},
+     "scaled_sum(dtype, base or None, tuned, factors, n, narrow, out) -> all finite"},
     {NULL, NULL, 0, NULL},
 };
 

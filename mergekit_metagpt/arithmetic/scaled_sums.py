@@ -43,6 +43,22 @@ def scaled_sum(
         >>> scaled_sum(torch.zeros(2), [torch.ones(2), 2 * torch.ones(2)], lambdas)
         tensor([1.7500, 1.7500])
     """
+    return merged_and_finite(base, tuned, lambdas)[0]
+
+
+def merged_and_finite(
+    base: torch.Tensor, tuned: Sequence[torch.Tensor], lambdas: torch.Tensor
+) -> tuple[torch.Tensor, bool]:
+    """Merge one tensor, and tell whether the result is finite.
+
+    Args:
+        base: as for `scaled_sum`.
+        tuned: as for `scaled_sum`.
+        lambdas: as for `scaled_sum`.
+
+    Returns:
+        theta, and whether none of its elements is NaN or infinite.
+    """
     factors = lambdas.tolist()
     narrow = base.dtype != torch.float64 and _fit_float32(factors)
     dtype = torch.float32 if narrow else torch.float64
@@ -50,7 +66,7 @@ def scaled_sum(
         merged = _summed(base, tuned, list(lambdas), dtype)
         if not bool(torch.isfinite(merged.detach().sum())):
             merged = _summed(base, tuned, list(lambdas), torch.float64)
-        return merged
+        return merged, is_finite(merged)
     merged = torch.empty_like(base, memory_format=torch.contiguous_format)
     flat_merged, flat_base = merged.view(-1), base.detach().reshape(-1)
     flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
@@ -58,18 +74,26 @@ def scaled_sum(
     mean = narrow and _base_cancels(base.dtype, factors)
     by_loops = compiled.serves(base, *tuned)
 
-    def write_part(part: slice) -> None:
+    def write_part(part: slice) -> bool:
         tensors, out = [tensor[part] for tensor in flat_tuned], flat_merged[part]
         if by_loops:
             reference = None if mean else flat_base[part]
-            compiled.scaled_sum(reference, tensors, factors, out, narrow=narrow)
-        elif mean:
+            finite = compiled.scaled_sum(
+                reference, tensors, factors, out, narrow=narrow
+            )
+            return finite if out.dtype != torch.float64 else is_finite(out)
+        if mean:
             _weighted_mean(tensors, factors, out)
         else:
             _scaled_sum(flat_base[part], tensors, factors, dtype, out)
+        return is_finite(out)
 
-    results_of_parts(flat_base, write_part, compiled=by_loops)
-    return merged
+    return merged, all(results_of_parts(flat_base, write_part, compiled=by_loops))
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite, without room for another tensor."""
+    return not tensor.numel() or all(map(torch.isfinite, tensor.detach().aminmax()))
 
 
 def _scaled_sum(

@@ -205,8 +205,12 @@ def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tens
     flat = base.detach().reshape(-1)
     flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
 
+    by_loops = compiled.serves(flat, *flat_tuned)
+
     def of_part(part: slice) -> torch.Tensor:
         chunk, parts = flat[part], [tensor[part] for tensor in flat_tuned]
+        if by_loops:
+            return compiled.gram_matrix(chunk, parts)
         gram = torch.zeros(count, count, dtype=torch.float64, device=base.device)
         with scratch(count, chunk_size(chunk), gram.dtype, gram.device) as buffer:
             for k, tau in _task_vectors(chunk, parts):
@@ -218,7 +222,7 @@ def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tens
         gram.diagonal().copy_(gram.new_tensor(flat_sq_norms(chunk, parts)))
         return gram
 
-    found = results_of_parts(flat, of_part, compiled=False)
+    found = results_of_parts(flat, of_part, compiled=by_loops)
     return sum(found[1:], found[0]).cpu()
 
 

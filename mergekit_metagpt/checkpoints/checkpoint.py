@@ -101,6 +101,11 @@ class Checkpoint:
         return weakref.WeakKeyDictionary()
 
     @functools.cached_property
+    def converted(self) -> dict[str, Any]:
+        """What `layouts` makes of tensors in another layout, by the name asked for."""
+        return {}
+
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of everything that a scan depends on, in hexadecimal."""
         files = []

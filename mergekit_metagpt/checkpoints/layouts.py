@@ -39,6 +39,14 @@ def _stand_in(checkpoint: Checkpoint, name: str) -> Stored | None:
     """A tensor of that name made from what a checkpoint stores in another layout."""
     if name in checkpoint.renamed:
         return checkpoint.tensors[checkpoint.renamed[name]]
+    if name not in checkpoint.converted:
+        checkpoint.converted[name] = _converted(checkpoint, name)
+    converted: ConvertedTensor | None = checkpoint.converted[name]
+    return converted
+
+
+def _converted(checkpoint: Checkpoint, name: str) -> ConvertedTensor | None:
+    """A tensor that transformers' rules make from others of its layer."""
     layer = checkpoint.stored_layers.get(layer_key(name))
     if layer is None or checkpoint.model_type is None:
         return None

@@ -176,6 +176,9 @@ def open_checkpoints(
         ValueError: as `open_checkpoint`.
         OSError: as `open_checkpoint`.
     """
+    from mergekit.io.tasks import LoaderCache
+
+    LoaderCache().setup(options)  # holds the precision in which adapters are merged
     return {
         model: open_checkpoint(
             model,

@@ -6,7 +6,8 @@ import functools
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_metagpt import __version__, autoload
-from mergekit_metagpt.commands.errors import one_line_errors
+from mergekit_metagpt.commands.errors import Differs, Unverified, one_line_errors
 from mergekit_metagpt.report.parts import printable
 
 if TYPE_CHECKING:
@@ -28,11 +29,13 @@ PIPE_WIDTH = 240
 # What `inspect --remote` reads if nothing else is asked for.
 REMOTE_BUDGET = "200MB"
 # `compiled.built()` would import torch.
-_LOOPS = "" if find_spec("_mergekit_metagpt") else " (without compiled loops)"
+_LOOPS = "yes" if find_spec("_mergekit_metagpt") else "no"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, message=f"%(prog)s, version %(version)s{_LOOPS}")
+@click.version_option(
+    __version__, message=f"%(prog)s, version %(version)s, compiled loops: {_LOOPS}"
+)
 def main() -> None:
     """MetaGPT merging for mergekit: no weights to guess, no data, no search."""
 
@@ -102,10 +105,33 @@ def _loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _config(file: str) -> Any:
     from mergekit_metagpt.merge_config import merge_yaml
 
+    with _named(file):
+        return merge_yaml.read(merge_yaml.text_of(Path(file)))
+
+
+@contextmanager
+def _named(file: str) -> Iterator[None]:
+    """Say which file it is that a ValueError is about."""
     try:
-        return merge_yaml.read(Path(file).read_text(encoding="utf-8"))
+        yield
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def _check_new(out: str, *, force: bool) -> None:
+    """Refuse an output file that is there already, or cannot be written."""
+    _check_target(out)
+    if out != "-" and Path(out).exists() and not force:
+        raise ValueError(f"{out} exists; choose another name, or --force")
+
+
+def _write(out: str, text: str, *, then: str) -> None:
+    """Write a YAML all or nothing; say on stderr what is where, and what to do next."""
+    with click.open_file(out, "w", encoding="utf-8", atomic=True) as stream:
+        stream.write(text)
+    place = "stdout" if out == "-" else out
+    size = len(text.encode("utf-8"))
+    click.echo(printable(f"Wrote {place} ({size:,} bytes). {then}"), err=True)
 
 
 def _check_target(file: str | None, endings: tuple[str, ...] = ()) -> None:
@@ -315,23 +341,98 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     Anyone can merge OUT.yml (- for stdout) with mergekit alone and gets the same model
     but for rounding in the last place. Scans, and does not merge.
     """
-    _check_target(out)
-    if out != "-" and Path(out).exists() and not force:
-        raise ValueError(f"{out} exists; choose another name, or --force")
+    _check_new(out, force=force)
 
-    from mergekit_metagpt.merge_config import families, jobs, plain_yaml
+    from mergekit_metagpt.merge_config import checks, families, jobs, plain_yaml
     from mergekit_metagpt.report import inspecting
 
     read = _config(config)
+    checks.check_yaml(read, config)
     job = jobs.check(read, options)
     report = inspecting.inspect(families.of_config(read), job.opened, gram=None)
     if not options.allow_crimes:
         inspecting.require_near(report)
     exported = plain_yaml.export(job)
-    with click.open_file(out, "w", encoding="utf-8", atomic=True) as stream:
-        stream.write(exported.text)
     for change in exported.changes:
         click.echo(f"Differs from {read.merge_method}: {change}.", err=True)
+    name = "OUT.yml" if out == "-" else shlex.quote(out)
+    then = f"It needs no plugin: mergekit-yaml {name} ./merged"
+    _write(out, exported.text, then=then)
+
+
+@main.command()
+@click.argument("config", metavar="OLD.yml")
+@click.argument("out", metavar="NEW.yml")
+@click.option("--base", help="The model that all were fine-tuned from.")
+@click.option("--force", is_flag=True, help="Replace NEW.yml if it exists.")
+@one_line_errors
+def convert(config: str, out: str, base: str | None, force: bool) -> None:
+    """Turn OLD.yml, a merge by another method, into a metagpt recipe.
+
+    Takes task_arithmetic, linear, model_stock, sce, ties, dare_*, della* and
+    breadcrumbs*. Drops the weights, says each change on stderr, and opens no model.
+    NEW.yml may be - for stdout.
+    """
+    _check_new(out, force=force)
+
+    from mergekit_metagpt.merge_config import converting, merge_yaml
+
+    with _named(config):
+        converted = converting.convert(merge_yaml.text_of(Path(config)), base)
+    for change in converted.changes:
+        click.echo(printable(change), err=True)
+    for note in converted.notes:
+        click.echo(f"Note: {printable(note)}.", err=True)
+    name = "NEW.yml" if out == "-" else shlex.quote(out)
+    _write(out, converted.text, then=f"Look first: mergekit-metagpt inspect {name}")
+
+
+@main.command()
+@click.argument(
+    "out", metavar="OUT", type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+@click.option("--full", is_flag=True, help="Replay all tensors, not a sample.")
+@click.option("--seed", type=int, default=0, help="Of the sample; 0 by default.")
+@click.option(
+    "--random-seed", type=int, help="Of the merge, if mergekit-yaml was given one."
+)
+@click.option("--json", "json_file", metavar="FILE", help="Write all; - for stdout.")
+@one_line_errors
+@_loading_options
+def verify(
+    options: MergeOptions,
+    out: Path,
+    full: bool,
+    seed: int,
+    random_seed: int | None,
+    json_file: str | None,
+) -> None:
+    """Prove that the model in OUT is the merge that it says it is.
+
+    Compares OUT with mergekit's plan of OUT/mergekit_config.yml, its inputs with the
+    digests and coefficients in OUT/metagpt.json, and some 200 MB of its weights, bit by
+    bit, with tensors that mergekit merges again from the inputs. Ends with status 0 if
+    all agree, 1 if something differs, and 3 if something could not be checked.
+    """
+    _check_target(json_file)
+
+    from mergekit_metagpt.commands import verifying
+    from mergekit_metagpt.report import tables
+
+    options = options.model_copy(update={"random_seed": random_seed})
+    found = verifying.verify(out, options, full=full, seed=seed)
+    if json_file is not None:
+        with click.open_file(json_file, "w", encoding="utf-8") as stream:
+            stream.write(found.model_dump_json(indent=2) + "\n")
+    if json_file != "-":
+        for line in tables.verified(found):
+            click.echo(line)
+    failed = [check for check in found.checks if check.verdict == found.verdict]
+    if found.verdict == "different":
+        names = ", ".join(check.name for check in failed)
+        raise Differs(f"{out} is not the merge that it says it is: see {names}")
+    if found.verdict == "not checked":
+        raise Unverified(f"{out} could not be verified: {failed[0].details}")
 
 
 @main.command()
@@ -365,14 +466,139 @@ def demo(folder: Path) -> None:
     console.print(command, soft_wrap=True, highlight=False)
 
 
+def _pairs(option: str, given: tuple[str, ...]) -> dict[str, Path]:
+    """Read NAME=FILE options; every file must exist."""
+    files: dict[str, Path] = {}
+    for pair in given:
+        name, equals, file = pair.partition("=")
+        if not (name and equals and file):
+            raise ValueError(f"{option} {pair}: expected NAME=FILE")
+        if name in files:
+            raise ValueError(f"{option} {name} is given twice; give each name once")
+        if not Path(file).is_file():
+            raise ValueError(f"{option} {pair}: there is no file {file}")
+        files[name] = Path(file)
+    return files
+
+
+def _numbers(option: str, given: str | None) -> list[float]:
+    try:
+        return [float(number) for number in given.split(",")] if given else []
+    except ValueError as error:
+        raise ValueError(
+            f"{option} {given}: expected numbers with commas between them"
+        ) from error
+
+
+@main.command()
+@click.argument("config")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    required=True,
+    metavar="MODEL=FILE",
+    help="Text that a model of CONFIG is for: plain, or .jsonl with `text` or "
+    "`messages`. Under another name it is measured, and does not count.",
+)
+@click.option(
+    "--candidate",
+    "candidates",
+    multiple=True,
+    metavar="NAME=FILE.yml",
+    help="Compare with this merge too; any method of mergekit.",
+)
+@click.option("--power", metavar="P,P", help="Compare metagpt with these powers too.")
+@click.option("--lambda", "scale", metavar="L,L", help="And with these lambda.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    default=20_000,
+    show_default=True,
+    help="Of each text, at most.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(8),
+    help="Tokens of a chunk; 512 by default, or what the base can take.",
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="To evaluate in; by default float32 on a CPU, bfloat16 on a GPU.",
+)
+@click.option("--json", "json_file", metavar="FILE", help="Write all; - for stdout.")
+@click.option("--plot", metavar="FILE", help="Draw a figure: .png, .svg or .pdf.")
+@click.option("--write", metavar="BEST.yml", help="Write the YAML of the best merge.")
+@click.option("--keep", metavar="DIR", help="Merge the best one again, into DIR.")
+@click.option("--force", is_flag=True, help="Replace BEST.yml and DIR if they exist.")
+@one_line_errors
+@_loading_options
+def compare(
+    options: MergeOptions,
+    config: str,
+    texts: tuple[str, ...],
+    candidates: tuple[str, ...],
+    power: str | None,
+    scale: str | None,
+    json_file: str | None,
+    plot: str | None,
+    write: str | None,
+    keep: str | None,
+    force: bool,
+    **settings: Any,
+) -> None:
+    """Merge by several weights and measure each merge on your own text.
+
+    Compares CONFIG with metagpt, power 1, the plain average, task arithmetic 0.3 and
+    metagpt without embeddings: the loss on each text, and how much more a merge loses
+    than the specialists do. Merges are removed again. A second run goes on where the
+    first one ended.
+    """
+    _check_target(json_file)
+    _check_target(write)
+
+    from mergekit_metagpt.commands import comparing
+    from mergekit_metagpt.report import comparison, figures
+
+    _check_target(plot, figures.FORMATS)
+    request = comparing.Request(
+        config=Path(config),
+        texts=_pairs("--text", texts),
+        candidates=_pairs("--candidate", candidates),
+        powers=_numbers("--power", power),
+        scales=_numbers("--lambda", scale),
+        **settings,
+    )
+    compared = comparing.compare(
+        request,
+        options,
+        keep=Path(keep) if keep else None,
+        write=Path(write) if write else None,
+        force=force,
+    )
+    if json_file is not None:
+        with click.open_file(json_file, "w", encoding="utf-8") as stream:
+            stream.write(compared.model_dump_json(indent=2) + "\n")
+    if plot is not None:
+        figures.comparison_figure(compared, Path(plot))
+    if json_file != "-":
+        console = _console()
+        for part in comparison.lay_out(compared):
+            text = printable(part) if isinstance(part, str) else part
+            console.print(text, soft_wrap=isinstance(part, str), markup=False)
+        console.print(printable(compared.verdict), soft_wrap=True, markup=False)
+
+
 @main.command()
 @click.option("--clear", is_flag=True, help="Remove all entries.")
 @one_line_errors
 def cache(clear: bool) -> None:
     """Show, or with --clear remove, what is remembered of earlier scans.
 
-    Entries hold squared norms and inner products, no weights. MERGEKIT_METAGPT_CACHE
-    names another folder for them, or 0 for none.
+    Entries hold squared norms, inner products and losses, no weights and no text.
+    MERGEKIT_METAGPT_CACHE names another folder for them, or 0 for none.
     """
     from mergekit_metagpt.report import tables
     from mergekit_metagpt.scanning import cache
@@ -451,5 +677,15 @@ def _merge_command() -> click.Command:
             click.echo(
                 f"mergekit-yaml does not know metagpt: {autoload.failure}", err=True
             )
+        size = sum(file.stat().st_size for file in Path(out).iterdir())
+        copy = shlex.quote(str(Path(out) / "mergekit_config.yml"))
+        click.echo(
+            printable(
+                f"Wrote {out} ({size / 1e6:,.1f} MB). Its coefficients are in "
+                "metagpt.json there. To see them again, from this folder: "
+                f"mergekit-metagpt inspect {copy}"
+            ),
+            err=True,
+        )
 
     return command

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from mergekit_metagpt.commands.demo_text import text
+from mergekit_metagpt.commands.losses import quiet_transformers
 from mergekit_metagpt.report.figures import BLUE
 
 if TYPE_CHECKING:
@@ -163,22 +164,16 @@ class DemoResult:
 def _quiet_on_one_thread() -> Iterator[None]:
     """Silence transformers and keep torch to one thread; put both back."""
     import torch
-    from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     threads = torch.get_num_threads()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     # Threads gain little on models this small and, where other processes use the
     # cores, wait for each other for minutes. One also gives the same bits everywhere.
     torch.set_num_threads(1)
     try:
-        yield
+        with quiet_transformers():
+            yield
     finally:
         torch.set_num_threads(threads)
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _byte_tokenizer() -> Any:

@@ -29,6 +29,18 @@ class Refusal(click.ClickException):
         super().__init__(printable(message))
 
 
+class Differs(Refusal):
+    """A model is not the merge that it says it is."""
+
+    exit_code = 1
+
+
+class Unverified(Refusal):
+    """Whether it is could not be checked."""
+
+    exit_code = 3
+
+
 def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
     """Make a command answer bad input with one line and exit status 2."""
 
@@ -50,13 +62,19 @@ def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
 def _expected_errors() -> tuple[type[Exception], ...]:
     """Errors that stand for bad input; others are defects and show a traceback."""
     from safetensors import SafetensorError  # raised by mergekit's writer
+    from torch import OutOfMemoryError
 
-    return ValueError, OSError, MemoryError, ImportError, SafetensorError
+    memory = MemoryError, OutOfMemoryError  # of the machine, and of a GPU
+    return ValueError, OSError, *memory, ImportError, SafetensorError
 
 
 def in_one_line(error: Exception) -> str:
     """Return an error's message in one line of readable length."""
-    line = " ".join(str(error).split())
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        # Python would add its number, and double the backslashes of a path.
+        said = f"{error.filename}: {error.strerror}"
+    line = " ".join(said.split())
     if isinstance(error, MemoryError):
         line = f"not enough memory. {line}".strip()
     if isinstance(error, ImportError):

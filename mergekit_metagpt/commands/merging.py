@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from mergekit_metagpt.merge_config import (
     checks,
     families,
@@ -18,7 +20,7 @@ from mergekit_metagpt.merge_config import (
     plain_yaml,
     plan,
 )
-from mergekit_metagpt.report import card, inspecting
+from mergekit_metagpt.report import card, inspecting, schema
 from mergekit_metagpt.report.figures import report_figure
 
 if TYPE_CHECKING:
@@ -55,13 +57,13 @@ def merge(
         OSError: a file cannot be read or written.
     """
     try:
-        text = config_file.read_text(encoding="utf-8")
+        text = merge_yaml.text_of(config_file)
         config = merge_yaml.read(text)
     except ValueError as error:
         raise ValueError(f"{config_file}: {error}") from error
-    checks.check_yaml(config)
+    checks.check_yaml(config, config_file)
     out = out.resolve()
-    _check_place(out, config_file, config, force=force)
+    check_place(out, config_file, config, force=force)
     options.apply_global_options()
     job = jobs.check(config, options)
     jobs.check_copied_tokenizer(config, options)
@@ -78,6 +80,7 @@ def merge(
         inspecting.require_near(report)
     found = plan.coefficients(job.planned)
     report = inspecting.with_ranges(report, merged, found)
+    report = report.model_copy(update={"options": _recorded(options)})
     exported = plain_yaml.export(job, found)
     # Parameters that vary by tensor may need warnings that the report does not have.
     warned = not any(family.settings.varying for family in report.families)
@@ -86,7 +89,7 @@ def merge(
         for line in dict.fromkeys(warnings):
             LOG.warning("%s", line)
 
-    with _workplace(out) as parent:
+    with workplace(out) as parent:
         # Write these first: they should fail before hours of merging, not after.
         beside = parent / "beside"
         beside.mkdir()
@@ -123,6 +126,42 @@ def merge(
         _put(made, out, aside=parent / ASIDE)
 
 
+def _recorded(options: MergeOptions) -> schema.Options:
+    """The options that `verify` needs to make the same bits again."""
+    return schema.Options(
+        device="cuda" if options.multi_gpu else str(options.device),
+        multi_gpu=options.multi_gpu,
+        threads=torch.get_num_threads(),
+        random_seed=options.random_seed,
+        lora_merge_dtype=options.lora_merge_dtype,
+        unsafe_truncate_embeddings=options.unsafe_truncate_embeddings,
+        allow_crimes=options.allow_crimes,
+    )
+
+
+def merge_other(
+    config: MergeConfiguration, source: str, out: Path, options: MergeOptions
+) -> None:
+    """Merge by any method of mergekit; `out` appears only once it is complete.
+
+    Args:
+        config: mergekit's configuration, checked.
+        source: the YAML.
+        out: folder for the merged model, checked by `check_place`; it is replaced.
+        options: mergekit's own.
+
+    Raises:
+        ValueError: mergekit refuses the merge.
+        OSError: a file cannot be read or written.
+    """
+    out = out.resolve()
+    options.apply_global_options()
+    with workplace(out) as parent:
+        made = parent / "made" / out.name
+        plan.run(config, str(made), options, source=source, warned=False)
+        _put(made, out, aside=parent / ASIDE)
+
+
 def _unwritten(made: Path, job: jobs.Job) -> list[str]:
     """Planned tensors that the files of a merged model do not hold."""
     from mergekit.io import ShardedTensorIndex
@@ -155,11 +194,17 @@ def _keep(made: Path, out: Path, late: Exception) -> str:
 
 
 @contextmanager
-def _workplace(out: Path) -> Iterator[Path]:
+def workplace(out: Path) -> Iterator[Path]:
     """Make a hidden folder to work in; remove it in the end, also after Ctrl-C.
 
     It is named before it is made, and removed twice: there is no moment at which a
     single interrupt leaves it behind.
+
+    Args:
+        out: where the result is to go: the folder is made beside it.
+
+    Yields:
+        the folder.
     """
     folder = _home(out) / f".{out.name}.{secrets.token_urlsafe(6)}"
     try:
@@ -187,10 +232,20 @@ def _home(out: Path) -> Path:
     return next(folder for folder in out.parents if folder.is_dir())
 
 
-def _check_place(
+def check_place(
     out: Path, config_file: Path, config: MergeConfiguration, *, force: bool
 ) -> None:
-    """Refuse an output folder that is taken, or that holds what is to be merged."""
+    """Refuse an output folder that is taken, or that holds what is to be merged.
+
+    Args:
+        out: the folder, resolved.
+        config_file: the merge YAML.
+        config: the same as mergekit's configuration.
+        force: whether the folder may exist.
+
+    Raises:
+        ValueError: it is taken, or holds an input.
+    """
     if out.is_file():
         raise ValueError(f"{out} is a file; expected a folder for the merged model")
     paths = [

@@ -52,10 +52,12 @@ def _folder() -> Path:
 
 
 def find(name: str) -> Recipe:
-    """Find a recipe by its name, or by the last part of it if no other ends so.
+    """Find a recipe by its name, by the last part of it, or by a word in it.
+
+    The last part, or the word, must be that of one recipe only.
 
     Args:
-        name: `paper/llama-2-7b`, `llama-2-7b` or either with `.yml`.
+        name: `paper/llama-2-7b`, `llama-2-7b` or either with `.yml`; or `lora`.
 
     Returns:
         the recipe.
@@ -68,8 +70,10 @@ def find(name: str) -> Recipe:
     if wanted in shelf:
         return shelf[wanted]
     ending = [full for full in shelf if full.rpartition("/")[2] == wanted]
-    if len(ending) == 1:
-        return shelf[ending[0]]
-    if ending:
-        raise ValueError(f"{name} is {' or '.join(ending)}. Write it in full")
+    holding = [full for full in shelf if wanted and wanted in full]
+    named = ending or holding
+    if len(named) == 1:
+        return shelf[named[0]]
+    if named:
+        raise ValueError(f"{name} is {' or '.join(named)}. Write it in full")
     raise ValueError(f"there is no recipe {name}; {_LIST}")

@@ -4,10 +4,13 @@ It never writes a weight.
 """
 
 __all__ = [
+    "candidates",
     "checks",
+    "converting",
     "families",
     "jobs",
     "merge_yaml",
     "plain_yaml",
     "plan",
+    "replaying",
 ]

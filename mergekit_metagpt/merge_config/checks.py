@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_metagpt.merge_config.merge_yaml import closest, slices_of, values_of
+from mergekit_metagpt.merge_config.merge_yaml import (
+    Inputs,
+    closest,
+    slices_of,
+    values_of,
+)
 from mergekit_metagpt.method.composed import COMPOSED
-from mergekit_metagpt.method.parameters import no_base, only_base
+from mergekit_metagpt.method.parameters import no_base, only_base, own_parameters
 from mergekit_metagpt.method.registration import register
 
 if TYPE_CHECKING:
@@ -16,25 +23,39 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("mergekit_metagpt")
 METHODS = ("metagpt", *(f"metagpt_{name}" for name in COMPOSED))
+# Methods of mergekit that convert to `metagpt` itself, and all that convert.
+_ALIKE = ("task_arithmetic", "linear", "model_stock", "sce")
+CONVERTIBLE = (*_ALIKE, *COMPOSED)
 
 
-def check_yaml(config: MergeConfiguration) -> None:
+def recipe_for(method: str) -> str | None:
+    """Return which of our methods a method of mergekit converts to, if any.
+
+    Args:
+        method: the name of a method of mergekit.
+
+    Returns:
+        one of `METHODS`, or None.
+    """
+    if method in COMPOSED:
+        return f"metagpt_{method}"
+    return "metagpt" if method in _ALIKE else None
+
+
+def check_yaml(config: MergeConfiguration, file: str | Path = "OLD.yml") -> None:
     """Check all that a YAML alone can tell of a merge by MetaGPT.
 
     Args:
         config: mergekit's configuration.
+        file: where it stands, for messages.
 
     Raises:
         ValueError: another method; no base, or only the base; the base is missing
-            among the sources of a slice; `exclude` is a list; `granularity: layer`
-            with slices that move layers.
+            among the sources of a slice; an illegal weight; `exclude` is a list;
+            `granularity: layer` with slices that move layers.
     """
     if config.merge_method not in METHODS:
-        raise ValueError(
-            f"merge_method is {config.merge_method!r}; this command takes "
-            f"{', '.join(METHODS)}. {_hint(config.merge_method, METHODS)}Use "
-            "mergekit-yaml for other methods"
-        )
+        raise ValueError(_other_method(config.merge_method, file))
     slices = list(slices_of(config))
     for part in slices:
         if twice := [m for m in part.models if part.models.count(m) > 1]:
@@ -49,6 +70,7 @@ def check_yaml(config: MergeConfiguration) -> None:
     if all(model == part.base for part in slices for model in part.models):
         raise ValueError(only_base(slices[0].base))
     for part in slices:
+        _check_weights(part)
         for level in (level for levels in part.settings for level in levels):
             exclude = level.get("exclude")
             if isinstance(exclude, list) and not any(
@@ -87,9 +109,38 @@ def check_method(config: MergeConfiguration) -> None:
         )
 
 
+def _other_method(method: str, file: str | Path) -> str:
+    """What to say of a YAML of a method that is not ours."""
+    if new := recipe_for(method):
+        return (
+            f"merge_method is {method!r}; this command takes metagpt and metagpt_NAME. "
+            f"To convert it: mergekit-metagpt convert {shlex.quote(str(file))} NEW.yml "
+            f"(gives {new}). To merge it as it is, use mergekit-yaml"
+        )
+    return (
+        f"merge_method is {method!r}; this command takes {', '.join(METHODS)}. "
+        f"{_hint(method, METHODS)}Use mergekit-yaml for other methods"
+    )
+
+
 def _hint(name: str, names: Collection[str]) -> str:
-    meant = closest(name, names)
+    meant = closest(name.lower().replace("-", "_"), names)
     return f"Did you mean {meant}? " if meant else ""
+
+
+def _check_weights(part: Inputs) -> None:
+    """Refuse an illegal weight, and name its model, which mergekit does not."""
+    (weight,) = (p for p in own_parameters() if p.name == "weight")
+    for model, levels in zip(part.models, part.settings, strict=True):
+        own = levels[: len(levels) - len(part.shared)]
+        if model == part.base:
+            continue  # has none
+        for value in (v for level in own for v in values_of(level.get("weight", 1.0))):
+            try:
+                weight.validate(value)
+            except ValueError as error:
+                said = str(error).removeprefix("weight ")
+                raise ValueError(f"weight of {model} {said}") from error
 
 
 def check_names(config: MergeConfiguration) -> None:

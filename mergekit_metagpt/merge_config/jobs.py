@@ -21,7 +21,12 @@ from mergekit_metagpt.checkpoints.pairs import check_distinct, check_pair
 from mergekit_metagpt.checkpoints.stored import FLOATS, layer_key
 from mergekit_metagpt.checkpoints.unwritten import lost, share_of
 from mergekit_metagpt.merge_config import merge_yaml
-from mergekit_metagpt.merge_config.checks import METHODS, check_names, check_yaml
+from mergekit_metagpt.merge_config.checks import (
+    METHODS,
+    check_method,
+    check_names,
+    check_yaml,
+)
 from mergekit_metagpt.merge_config.merge_yaml import closest, slices_of
 from mergekit_metagpt.merge_config.plan import Planned, names_in, plan_merge
 from mergekit_metagpt.method import advice
@@ -93,6 +98,53 @@ def check(config: MergeConfiguration, options: MergeOptions) -> Job:
     return Job(config, opened, planned)
 
 
+def reopen(config: MergeConfiguration, options: MergeOptions) -> Job:
+    """Open and plan a merge that was made earlier, without judging it.
+
+    Args:
+        config: mergekit's configuration, of one of our methods.
+        options: mergekit's own.
+
+    Returns:
+        the models as they are now, and mergekit's plan.
+
+    Raises:
+        ValueError: a model is not there any more, or mergekit refuses the merge.
+        OSError: a file cannot be read.
+    """
+    check_method(config)
+    opened = open_checkpoints(merge_yaml.models(config), options)
+    hand_to_mergekit(opened, options)
+    return Job(config, opened, plan_merge(config, options))
+
+
+def check_any(
+    config: MergeConfiguration, options: MergeOptions
+) -> Mapping[ModelReference, Checkpoint]:
+    """Check that a merge by any method can be done, with the tokenizer it is to have.
+
+    Args:
+        config: mergekit's configuration.
+        options: mergekit's own.
+
+    Returns:
+        the models as they were when they were checked.
+
+    Raises:
+        ValueError: the configuration or a model is refused.
+        OSError: a file cannot be read.
+    """
+    check_method(config)
+    if config.merge_method in METHODS:
+        opened = check(config, options).opened
+    else:
+        check_names(config)
+        opened = open_checkpoints(merge_yaml.models(config), options)
+        _check_tokenizer(check_plan(config, opened, options), config, opened)
+    check_copied_tokenizer(config, options)
+    return opened
+
+
 def check_plan(
     config: MergeConfiguration,
     opened: Mapping[ModelReference, Checkpoint],
@@ -129,12 +181,10 @@ def check_plan(
         _check_inputs(tensor, planned, opened)
     bases = {tensor.task.base_model for tensor in planned} or {config.base_model}
     for base in bases - {None}:
-        checkpoint = opened[base]
-        names = lost(
-            checkpoint,
-            names_in(planned, base),
-            trust_remote_code=options.trust_remote_code,
-        )
+        checkpoint, read = opened[base], names_in(planned, base)
+        if planned and not read:
+            continue  # slices of another method need not have their base as a source
+        names = lost(checkpoint, read, trust_remote_code=options.trust_remote_code)
         count, share = len(checkpoint.tensors), share_of(checkpoint, names)
         if message := advice.lost(base, list(names), count, share):
             raise ValueError(message)

@@ -55,6 +55,27 @@ class Inputs:
     ranges: tuple[tuple[int, int], ...] | None = None
 
 
+def text_of(file: Path) -> str:
+    """Read the file of a merge YAML.
+
+    Args:
+        file: the YAML.
+
+    Returns:
+        its text.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is no text.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{file} does not exist; expected a merge YAML"
+        ) from error
+
+
 def read(text: str) -> MergeConfiguration:
     """Parse a merge YAML; local models in it are marked as such (`./out/base`).
 
@@ -171,8 +192,13 @@ def _local(value: Any, key: str = "") -> Any:
     if key in ("source", "tokenizer_source") and value in ("base", "union"):
         return value
     if isinstance(value, str) and key in _MODEL_KEYS:
-        return "+".join(map(_marked, value.split("+")))
+        return as_local(value)
     return value
+
+
+def as_local(model: str) -> str:
+    """Return a model's name as `read` does: local folders with a leading `./`."""
+    return "+".join(map(_marked, model.split("+")))
 
 
 def _marked(path: str) -> str:

@@ -67,7 +67,7 @@ def export(job: Job, found: Sequence[Coefficients] | None = None) -> Exported:
             weights[place] = share
 
     inner = config.merge_method.removeprefix("metagpt").removeprefix("_")
-    dump = _kept(_dumped(config), _kept_parameters(config.merge_method))
+    dump = kept(dumped(config), _kept_parameters(config.merge_method))
     first = {"merge_method": inner or "task_arithmetic"}
     data = {**first, "base_model": dump.get("base_model"), **dump, **first}
     if data["base_model"] is None:  # every slice has its own
@@ -143,8 +143,17 @@ def _kept_parameters(method: str) -> set[str]:
     return theirs - {p.name for p in own_parameters() if p.name != "lambda"}
 
 
-def _dumped(value: Any) -> Any:
-    """A configuration as plain data; mergekit's own way fails for paths with spaces."""
+def dumped(value: Any) -> Any:
+    """Return a configuration as plain data, without what has its default.
+
+    mergekit's own way fails for paths with spaces.
+
+    Args:
+        value: mergekit's configuration, or a part of it.
+
+    Returns:
+        mappings, lists and single values.
+    """
     from mergekit.common import ModelReference
 
     if isinstance(value, ModelReference) and value.override_architecture is None:
@@ -152,24 +161,32 @@ def _dumped(value: Any) -> Any:
     if isinstance(value, BaseModel):
         found = {name: getattr(value, name) for name in type(value).model_fields}
         return {
-            name: _dumped(found[name])
+            name: dumped(found[name])
             for name, field in type(value).model_fields.items()
             if found[name] != field.get_default(call_default_factory=True)
         }
     if isinstance(value, dict):
-        return {key: _dumped(item) for key, item in value.items()}
+        return {key: dumped(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_dumped(item) for item in value]
+        return [dumped(item) for item in value]
     return value.value if isinstance(value, Enum) else value
 
 
-def _kept(data: Any, names: Collection[str]) -> Any:
-    """Copy a configuration with only these parameters left, on all its levels."""
+def kept(data: Any, names: Collection[str]) -> Any:
+    """Copy a configuration with only these parameters left, on all its levels.
+
+    Args:
+        data: as plain data.
+        names: of the parameters to keep.
+
+    Returns:
+        the copy.
+    """
     if isinstance(data, list):
-        return [_kept(item, names) for item in data]
+        return [kept(item, names) for item in data]
     if not isinstance(data, dict):
         return data
-    copy = {key: _kept(value, names) for key, value in data.items()}
+    copy = {key: kept(value, names) for key, value in data.items()}
     given = copy.pop("parameters", None) or {}
     if left := {name: value for name, value in given.items() if name in names}:
         copy["parameters"] = left

@@ -126,6 +126,30 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> list[Planne
     Raises:
         ValueError: the inputs do not fit each other.
     """
+    planner, _ = _plan(config, options)
+    return planner.found
+
+
+def tasks(config: MergeConfiguration, options: MergeOptions) -> list[Task[Any]]:
+    """Return the tasks that mergekit would execute for a merge, in its order.
+
+    Args:
+        config: mergekit's configuration; not changed.
+        options: mergekit's own.
+
+    Returns:
+        a `SaveTensor` for every output tensor, and what follows them.
+
+    Raises:
+        ValueError: the inputs do not fit each other.
+    """
+    _, planned = _plan(config, options)
+    return planned
+
+
+def _plan(
+    config: MergeConfiguration, options: MergeOptions
+) -> tuple[_Planner, list[Task[Any]]]:
     from mergekit.architecture import get_architecture_info
     from mergekit.merge import _model_out_config
 
@@ -143,8 +167,8 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> list[Planne
                 config, architecture, trust_remote_code=options.trust_remote_code
             ),
         )
-        planner.plan_to_disk(out_path="")  # only plans: nothing is executed
-    return planner.found
+        # Only plans: nothing is executed.
+        return planner, planner.plan_to_disk(out_path="")
 
 
 def names_in(planned: Sequence[Planned], model: ModelReference) -> set[str]:

@@ -12,6 +12,7 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
+from mergekit_metagpt.arithmetic import scaled_sums
 from mergekit_metagpt.method.metagpt import REFERENCE_URL, MetaGPTMerge
 from mergekit_metagpt.method.parameters import own_parameters
 
@@ -25,6 +26,8 @@ COMPOSED = (
     "della",
     "della_linear",
 )
+# Those that drop elements at random, one tensor after the other.
+RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 
 
 class ComposedMerge(MetaGPTMerge):
@@ -53,7 +56,9 @@ class ComposedMerge(MetaGPTMerge):
             uses_accelerator=inner.uses_accelerator,
         )
 
-    def _merged(self, group: TensorGroup, parameters: dict[str, Any]) -> torch.Tensor:
+    def _merged(
+        self, group: TensorGroup, parameters: dict[str, Any]
+    ) -> tuple[torch.Tensor, bool]:
         """Call the inner method with the coefficients as its weights."""
         lambdas = parameters["coefficients"].tolist()
         ids = [entry.id for entry in group.non_base]
@@ -63,4 +68,5 @@ class ComposedMerge(MetaGPTMerge):
             if parameter.name != "weight"
         }
         passed["weight"] = PerInputValues(list(zip(ids, lambdas, strict=True)))
-        return self.inner.merge_group(group, **passed)
+        merged = self.inner.merge_group(group, **passed)
+        return merged, scaled_sums.is_finite(merged)

@@ -151,8 +151,8 @@ class MetaGPTMerge(GroupMergeMethod):
         base = inputs.base_of(group).tensor
         if not group.non_base:
             return base
-        merged = self._merged(group, parameters)
-        if not merged.numel() or all(map(torch.isfinite, merged.detach().aminmax())):
+        merged, finite = self._merged(group, parameters)
+        if finite:
             return merged
         if inputs.is_unchanged(group):
             return base.clone()
@@ -163,8 +163,10 @@ class MetaGPTMerge(GroupMergeMethod):
             "the YAML"
         )
 
-    def _merged(self, group: TensorGroup, parameters: dict[str, Any]) -> torch.Tensor:
-        return scaled_sums.scaled_sum(
+    def _merged(
+        self, group: TensorGroup, parameters: dict[str, Any]
+    ) -> tuple[torch.Tensor, bool]:
+        return scaled_sums.merged_and_finite(
             inputs.base_of(group).tensor,
             [entry.tensor for entry in group.non_base],
             parameters["coefficients"] * parameters["lambda"],

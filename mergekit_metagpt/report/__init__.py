@@ -5,9 +5,11 @@ It never changes a file but those that its caller names.
 
 __all__ = [
     "card",
+    "comparison",
     "figures",
     "headers",
     "inspecting",
     "parts",
+    "schema",
     "tables",
 ]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
 
     from mergekit_metagpt.report import schema
+    from mergekit_metagpt.report.comparison import Comparison
 
 BLUE = "#4c72b0"
 FORMATS = (".png", ".svg", ".pdf")
@@ -206,3 +207,46 @@ def _tick(key: str) -> str:
         return key.rsplit(".", 1)[-1]
     name = key.removesuffix(".weight")
     return short_name(name.rsplit(".", 1)[-1] if "." in name else name, 16)
+
+
+def comparison_figure(found: Comparison, file: Path) -> None:
+    """Draw the average loss difference of every candidate, and its loss on each text.
+
+    Error bars are standard errors; those of the differences between candidates are
+    paired, and smaller.
+
+    Args:
+        found: the comparison.
+        file: the picture to write; its ending, one of `FORMATS`, chooses the format.
+    """
+    from matplotlib.figure import Figure
+
+    rows, count = found.candidates, len(found.texts)
+    at, unit = range(len(rows)), found.unit
+    height = -(-(count + 1) // 3) * (1.2 + 0.4 * len(rows))
+    figure = Figure(figsize=(12, height), layout="constrained")
+    shape = -(-(count + 1) // 3), min(3, count + 1)
+    axes = list(figure.subplots(*shape, squeeze=False).flat)
+    panels = [("ALD", [(row.ald, row.ald_error) for row in rows])]
+    for k, text in enumerate(found.texts):
+        losses = [row.losses[k] for row in rows]
+        pairs = [
+            (loss.per_token, loss.per_token_error)
+            if unit == "token"
+            else (loss.per_byte, loss.per_byte_error)
+            for loss in losses
+        ]
+        panels.append((f"loss on {short_name(text.name)}", pairs))
+    for panel, (title, pairs) in zip(axes, panels, strict=False):
+        values, errors = zip(*pairs, strict=True)
+        marks = [BLUE if row.name == found.best else "black" for row in rows]
+        panel.errorbar(values, at, xerr=errors, fmt="none", ecolor="#9aa6b2", capsize=3)
+        panel.scatter(values, at, c=marks, zorder=3)
+        panel.set_yticks(at, [short_name(row.name, 24) for row in rows])
+        panel.invert_yaxis()
+        panel.set_title(title)
+        panel.set_xlabel(f"nats per {unit}")
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in axes[len(panels) :]:
+        panel.set_axis_off()
+    figure.savefig(file, dpi=150)

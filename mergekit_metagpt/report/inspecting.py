@@ -77,9 +77,8 @@ def inspect(
         )
         for base, models in of_base.items()
     }
-    packages = ("mergekit-metagpt", "mergekit", "torch", "transformers")
     return schema.Report(
-        versions={package: version(package) for package in packages},
+        versions=versions(),
         method=method,
         refused=refused,
         families=tuple(
@@ -94,6 +93,16 @@ def inspect(
             for family in families
         ),
     )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this package and of what computes beside it.
+
+    Returns:
+        versions by package.
+    """
+    packages = ("mergekit-metagpt", "mergekit", "torch", "transformers")
+    return {package: version(package) for package in packages}
 
 
 def require_near(report: schema.Report) -> None:

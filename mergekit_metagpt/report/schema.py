@@ -181,6 +181,18 @@ class Header(_Schema):
     only_in_base: Tensors | None
 
 
+class Options(_Schema):
+    """mergekit's options by which the bits of a merge may differ."""
+
+    device: str = Field(description="on which tensors were merged")
+    multi_gpu: bool
+    threads: int = Field(description="torch's threads on the CPU")
+    random_seed: int | None
+    lora_merge_dtype: str | None
+    unsafe_truncate_embeddings: bool
+    allow_crimes: bool
+
+
 class Report(_Schema):
     """What `mergekit-metagpt inspect` found."""
 
@@ -193,4 +205,33 @@ class Report(_Schema):
     headers: tuple[Header, ...] = Field(
         default=(), description="of base and models, by `inspect --remote`"
     )
+    options: Options | None = Field(
+        default=None, description="of the merge; null where nothing was merged"
+    )
     families: tuple[Family, ...]
+
+
+Verdict = Literal["verified", "different", "not recorded", "not checked"]
+
+
+class Check(_Schema):
+    """What one check of `verify` found."""
+
+    name: str
+    verdict: Verdict
+    details: str
+    different: tuple[str, ...] = Field(
+        default=(), description="all tensors or models that differ"
+    )
+    largest_difference: float | None = Field(
+        default=None, description="between stored and replayed elements"
+    )
+
+
+class Verification(_Schema):
+    """What `mergekit-metagpt verify` found."""
+
+    schema_version: Literal[1] = 1
+    verdict: Verdict
+    seed: int = Field(description="by which tensors were sampled")
+    checks: tuple[Check, ...]

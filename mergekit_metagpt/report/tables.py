@@ -334,16 +334,30 @@ def remembered(entries: Sequence[Remembered]) -> Table:
         "pair": "squared norms",
         "gram": "inner products",
         "sample": "estimates from a sample",
+        "losses": "losses",
     }
     for entry in entries:
         _add(
             table,
             [
                 datetime.fromtimestamp(entry.written).isoformat(" ", "minutes"),
-                kinds.get(entry.kind.split(" ")[0], "not readable"),
+                kinds.get(entry.kind, "not readable"),
                 entry.base,
                 ", ".join(entry.models),
                 f"{entry.bytes / 1e3:,.1f}",
             ],
         )
     return table
+
+
+def verified(found: schema.Verification) -> Iterator[str]:
+    """Say what each check of a merged model found.
+
+    Args:
+        found: the checks.
+
+    Yields:
+        a line for each.
+    """
+    for check in found.checks:
+        yield f"{check.name:<15}{check.verdict:<15}{printable(check.details)}"

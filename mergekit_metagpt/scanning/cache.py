@@ -1,4 +1,4 @@
-"""Keeps on disk what scans found; never fails a merge: what it cannot do, it skips."""
+"""Keeps on disk what was measured; never fails a merge: what it cannot do, it skips."""
 
 from __future__ import annotations
 
@@ -88,7 +88,21 @@ class _Estimates(BaseModel):
     of_pairs: list[list[list[list[Finite]]]]
 
 
-C = TypeVar("C", _Pair, _Gram, _Estimates)
+class ChunkLosses(BaseModel):
+    """What a model loses on a text, chunk by chunk.
+
+    `losses` holds the summed cross entropy of each chunk in nats, `tokens` how many
+    were predicted, `bytes` how much of the text they spell.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    losses: list[Finite]
+    tokens: list[int]
+    bytes: list[int]
+
+
+C = TypeVar("C", _Pair, _Gram, _Estimates, ChunkLosses)
 
 
 def folder() -> Path | None:
@@ -217,7 +231,7 @@ def read_sample(
     Returns:
         the estimates, with the same bits, or None.
     """
-    content = _read(f"sample {request}", base, models, _Estimates)
+    content = _read("sample", base, models, _Estimates, request)
     if content is None:
         return None
     n, k = len(content.names), len(models)
@@ -281,10 +295,36 @@ def write_sample(
         of_models=[own.base_sq_norms.tolist(), own.sq_norms_and_base.tolist()],
         of_pairs=[values.tolist() for values in of_pairs if values is not None],
     )
-    _write(f"sample {request}", base, models, content)
+    _write("sample", base, models, content, request)
 
 
-def _place(kind: str, base: Checkpoint, models: Sequence[Checkpoint]) -> Path | None:
+def read_losses(models: Sequence[Checkpoint], about: str) -> ChunkLosses | None:
+    """Look up what an earlier run measured of a model, or of a merge, on a text.
+
+    Args:
+        models: the model, or those that are merged.
+        about: all else that the losses depend on: merge, text, settings, versions.
+
+    Returns:
+        the losses, or None.
+    """
+    return _read("losses", models[0], models[1:], ChunkLosses, about)
+
+
+def write_losses(models: Sequence[Checkpoint], about: str, losses: ChunkLosses) -> None:
+    """Remember what was measured of a model, or of a merge, on a text.
+
+    Args:
+        models: the model, or those that are merged.
+        about: all else that the losses depend on.
+        losses: of each chunk.
+    """
+    _write("losses", models[0], models[1:], losses, about)
+
+
+def _place(
+    kind: str, base: Checkpoint, models: Sequence[Checkpoint], about: str
+) -> Path | None:
     """The file of an entry; None where the cache is off."""
     home = folder()
     if home is None:
@@ -295,14 +335,19 @@ def _place(kind: str, base: Checkpoint, models: Sequence[Checkpoint]) -> Path | 
     )
     for checkpoint in (base, *models):
         key.update(checkpoint.digest.encode())
+    key.update(about.encode())
     return home / f"{key.hexdigest()}.json"
 
 
 def _read(
-    kind: str, base: Checkpoint, models: Sequence[Checkpoint], schema: type[C]
+    kind: str,
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    schema: type[C],
+    about: str = "",
 ) -> C | None:
     try:
-        place = _place(kind, base, models)
+        place = _place(kind, base, models, about)
         if place is None or _size(place) > MOST_BYTES:
             return None
         head, _, payload = place.read_bytes().partition(b"\n")
@@ -332,10 +377,11 @@ def _write(
     kind: str,
     base: Checkpoint,
     models: Sequence[Checkpoint],
-    content: _Pair | _Gram | _Estimates,
+    content: BaseModel,
+    about: str = "",
 ) -> None:
     try:
-        place = _place(kind, base, models)
+        place = _place(kind, base, models, about)
         youngest = max(
             file.modified_ns for model in (base, *models) for file in model.identity
         )
@@ -380,8 +426,7 @@ class Remembered:
 
     Attributes:
         file: where it lies.
-        kind: `pair`, `gram`, or `sample` and what was asked for; empty if it cannot be
-            read.
+        kind: `pair`, `gram`, `sample` or `losses`; empty if it cannot be read.
         base: the base, as its user wrote it.
         models: the models.
         bytes: its size.

@@ -1,0 +1,410 @@
+"""Merges candidates one after the other, measures them on texts, keeps the best."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_metagpt.commands import losses, merging
+from mergekit_metagpt.commands.losses import Tokenized
+from mergekit_metagpt.merge_config import candidates as merges
+from mergekit_metagpt.merge_config import checks, families, jobs, merge_yaml, plan
+from mergekit_metagpt.merge_config.candidates import Candidate
+from mergekit_metagpt.report import comparison, inspecting
+from mergekit_metagpt.scanning import cache, pools
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
+    from mergekit.options import MergeOptions
+
+LOG = logging.getLogger("mergekit_metagpt")
+CONTEXT = 512
+PACKAGES = ("mergekit-metagpt", "mergekit", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be compared, on what and how.
+
+    Attributes:
+        config: a merge YAML of any method with a base.
+        texts: files by the name of a specialist, or by any other name.
+        candidates: further merge YAMLs by their names.
+        powers: further exponents of the norms.
+        scales: further values of `lambda`.
+        device: `cpu`, `cuda` or `auto`.
+        dtype: to compute in; None is float32 on a CPU and bfloat16 elsewhere.
+        tokens: of each text, at most.
+        context: tokens of a chunk; None is 512, or what the base can take.
+    """
+
+    config: Path
+    texts: Mapping[str, Path]
+    candidates: Mapping[str, Path]
+    powers: Sequence[float] = ()
+    scales: Sequence[float] = ()
+    device: str = "auto"
+    dtype: str | None = None
+    tokens: int = 20_000
+    context: int | None = None
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model to measure: one that is there, or a merge.
+
+    Attributes:
+        opened: the headers of all that it is made of.
+        candidate: the merge, or None.
+        tokenized: the texts in the tokens of those whose tokenizer it may have.
+    """
+
+    opened: Sequence[Any]
+    candidate: Candidate | None
+    tokenized: Sequence[Sequence[Tokenized]]
+
+    def about(self, text: int) -> list[Any]:
+        """What its losses on a text depend on, beside weights and settings."""
+        configs = [(model.folder / "config.json").read_bytes() for model in self.opened]
+        return [
+            self.candidate.key if self.candidate else "",
+            [hashlib.sha256(config).hexdigest() for config in configs],
+            sorted(texts[text].digest for texts in self.tokenized),
+        ]
+
+
+def compare(
+    request: Request,
+    options: MergeOptions,
+    *,
+    keep: Path | None = None,
+    write: Path | None = None,
+    force: bool = False,
+) -> comparison.Comparison:
+    """Measure a base, its specialists and merges of them on texts of the user's own.
+
+    One model is in memory at a time, and one merge on disk. Losses that an earlier run
+    measured are taken from the cache.
+
+    Args:
+        request: what is to be compared.
+        options: mergekit's; random methods get the seed 0 unless they name another.
+        keep: folder for the best merge.
+        write: file for the YAML of the best merge.
+        force: whether `keep` and `write` may exist.
+
+    Returns:
+        the comparison.
+
+    Raises:
+        ValueError: a configuration, a model or a text is refused.
+        OSError: a file cannot be read or written.
+    """
+    import torch
+
+    if options.random_seed is None:
+        options = options.model_copy(update={"random_seed": 0})
+    text, config = _read(request.config)
+    if keep is not None:
+        merging.check_place(keep.resolve(), request.config, config, force=force)
+    if write is not None and write.exists() and not force:
+        raise ValueError(f"{write} exists; choose another name, or --force")
+    merged = families.of_config(config)
+    models = list(dict.fromkeys(m for f in merged for m in (f.base, *f.models)))
+    base, *specialists = models
+    of_text = _models_by_text(request.texts, specialists)
+    opened = families.open_models(merged, options)
+    device = request.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here. Give --device cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = request.dtype or ("float32" if device == "cpu" else "bfloat16")
+    context = request.context or min(CONTEXT, _limit(opened[base].folder, options))
+
+    # Everything is checked before the first model is merged.
+    tokenizers = _tokenizers(models, options)
+    cut = {
+        name: _cut(name, file, of_text[name], tokenizers, base, context, request.tokens)
+        for name, file in request.texts.items()
+    }
+    wanted = merges.usual(
+        text,
+        (len(family.models) for family in merged),
+        _embeddings(opened, base),
+        request.powers,
+        request.scales,
+    )
+    given = {name: _read(file)[0] for name, file in request.candidates.items()}
+    own = [merges.of_text(name, written) for name, written in given.items()]
+    listed = merges.distinct([*wanted, *own])
+    inputs = {candidate.name: _check(candidate, options) for candidate in listed}
+    report = inspecting.inspect(merged, opened, gram=None)
+    if not options.allow_crimes:
+        inspecting.require_near(report)
+    for line in dict.fromkeys(w for family in report.families for w in family.warnings):
+        LOG.warning("%s", line)
+
+    names = _short_names(models, taken=inputs)
+    tokenized = {
+        model: [losses.tokenize(chunks, tokenizers[model]) for chunks in cut.values()]
+        for model in models
+    }
+    subjects = {
+        names[model]: _Subject([opened[model]], None, [tokenized[model]])
+        for model in models
+    }
+    for candidate in listed:
+        parts = list(inputs[candidate.name].values())
+        subjects[candidate.name] = _Subject(parts, candidate, list(tokenized.values()))
+    measured = _measure(subjects, cut, dtype, device, options)
+    of_base = measured[names[base]]
+    found = comparison.compare(
+        [
+            comparison.Text(
+                name=name,
+                file=str(file),
+                model=None if of_text[name] is None else names[of_text[name]],
+                chunks=len(cut[name]),
+                tokens=sum(of_base[k].tokens),
+                bytes=sum(of_base[k].bytes),
+            )
+            for k, (name, file) in enumerate(request.texts.items())
+        ],
+        measured,
+        {candidate.name: (candidate.names, candidate.text) for candidate in listed},
+        {
+            "versions": {package: version(package) for package in PACKAGES},
+            "context": context,
+            "dtype": dtype,
+            "device": device,
+        },
+    )
+    (best,) = (candidate for candidate in listed if candidate.name == found.best)
+    source = f"# {best.name}: {found.verdict}\n{best.text}"
+    if write is not None:
+        write.write_text(source, encoding="utf-8")
+    if keep is not None:
+        _keep(best, source, keep, options, force=force)
+    return found
+
+
+def _read(file: Path) -> tuple[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        return text, merge_yaml.read(text)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _check(candidate: Candidate, options: MergeOptions) -> Mapping[Any, Any]:
+    try:
+        return jobs.check_any(candidate.config, options)
+    except ValueError as error:
+        raise ValueError(f"candidate {candidate.name}: {error}") from error
+
+
+def _models_by_text(
+    texts: Mapping[str, Path], specialists: Sequence[ModelReference]
+) -> dict[str, ModelReference | None]:
+    """Find the specialist of each text; None for a general text."""
+    by_name: dict[str, list[ModelReference]] = {}
+    for model in specialists:
+        full = str(model)
+        for name in {full, full.removeprefix("./"), Path(full).name}:
+            by_name.setdefault(name, []).append(model)
+    of_text: dict[str, ModelReference | None] = {}
+    for name in texts:
+        meant = by_name.get(name, [None])
+        if len(meant) > 1:
+            raise ValueError(
+                f"--text {name} may mean {' or '.join(map(str, meant))}. Write it in "
+                "full, as in the YAML"
+            )
+        if meant == [None] and (near := merge_yaml.closest(name, by_name)):
+            raise ValueError(
+                f"--text {name} names no model of the YAML. Did you mean {near}?"
+            )
+        if meant[0] is not None and meant[0] in of_text.values():
+            raise ValueError(f"{meant[0]} has two texts. Join them in one file")
+        of_text[name] = meant[0]
+    if not any(of_text.values()):
+        raise ValueError(
+            f"no --text names a model of the YAML ({', '.join(map(str, specialists))})."
+            " Give --text MODEL=FILE for the models whose skills count"
+        )
+    return of_text
+
+
+def _limit(folder: Path | None, options: MergeOptions) -> int:
+    """How many tokens a model can take."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        folder, trust_remote_code=options.trust_remote_code
+    )
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest or CONTEXT
+
+
+def _tokenizers(
+    models: Sequence[ModelReference], options: MergeOptions
+) -> dict[ModelReference, Any]:
+    """The tokenizer of each model; the base's where it has none of its own."""
+    base = models[0]
+    found: dict[ModelReference, Any] = {}
+    with losses.quiet_transformers():
+        for model in models:
+            own = losses.tokenizer_of(
+                model.model.path,
+                revision=model.model.revision,
+                trust_remote_code=options.trust_remote_code,
+            )
+            if own is None and model == base:
+                raise ValueError(
+                    f"the base {base} has no tokenizer that can be loaded; expected "
+                    "one, to cut texts into tokens. Copy it into its folder"
+                )
+            found[model] = own or found[base]
+    return found
+
+
+def _cut(
+    name: str,
+    file: Path,
+    model: ModelReference | None,
+    tokenizers: Mapping[ModelReference, Any],
+    base: ModelReference,
+    context: int,
+    tokens: int,
+) -> list[str]:
+    """Cut a text into the chunks that all models get."""
+    first = [tokenizers[model]] if model else []
+    with losses.quiet_transformers():
+        texts = losses.documents(file, [*first, *tokenizers.values()])
+        chunks = losses.cut(texts, tokenizers[base], context=context, tokens=tokens)
+    if len(chunks) < losses.FEWEST_CHUNKS:
+        raise ValueError(
+            f"{file} ({name}) gives {len(chunks)} chunks of {context} tokens; expected "
+            f"{losses.FEWEST_CHUNKS} or more, for a standard error. Give more text, a "
+            f"smaller --context or more --tokens (now {tokens})"
+        )
+    return chunks
+
+
+def _embeddings(opened: Mapping[ModelReference, Any], base: ModelReference) -> str:
+    """An `exclude` that names the tensors with an entry for each token."""
+    stored = {name for checkpoint in opened.values() for name in checkpoint.tensors}
+    names = opened[base].vocabulary & stored
+    return pools.exclude_for(names, stored - names)
+
+
+def _short_names(
+    models: Sequence[ModelReference], taken: Mapping[str, Any]
+) -> dict[ModelReference, str]:
+    """Names for tables: the last part of each, where it is of one model only."""
+    last = {model: Path(str(model)).name for model in models}
+    parts = [*last.values(), *taken]
+    return {m: part if parts.count(part) == 1 else str(m) for m, part in last.items()}
+
+
+def _measure(
+    subjects: Mapping[str, _Subject],
+    cut: Mapping[str, Sequence[str]],
+    dtype: str,
+    device: str,
+    options: MergeOptions,
+) -> dict[str, list[cache.ChunkLosses]]:
+    """Measure every model on every text; look up what is known from an earlier run."""
+    from tqdm import tqdm
+
+    settings = [dtype, device, options.random_seed, *map(version, PACKAGES)]
+    texts, chunks = list(cut), list(cut.values())
+    abouts, known = {}, {}
+    for name, subject in subjects.items():
+        for k in range(len(texts)):
+            about = json.dumps([*subject.about(k), *settings])
+            abouts[name, k] = about
+            known[name, k] = cache.read_losses(subject.opened, about)
+    bar = tqdm(
+        total=sum(len(chunks[k]) for (_, k), found in known.items() if not found),
+        unit="chunk",
+        file=sys.stderr,
+        disable=None,
+        leave=False,
+        smoothing=0,  # merges take time too
+    )
+    with bar, losses.quiet_transformers():
+        for name, subject in subjects.items():
+            missing = [k for k in range(len(texts)) if known[name, k] is None]
+            if not missing:
+                continue
+            bar.set_description(f"merging {name}" if subject.candidate else name)
+            with _on_disk(subject, options) as folder:
+                trust = options.trust_remote_code
+                model = losses.load(
+                    folder, dtype=dtype, device=device, trust_remote_code=trust
+                )
+                shown = subject.tokenized[0]
+                if subject.candidate:
+                    own = losses.tokenizer_of(str(folder), trust_remote_code=trust)
+                    shown = [losses.tokenize(text, own) for text in chunks]
+                for k in missing:
+                    bar.set_description(f"{name} on {texts[k]}")
+                    new = losses.evaluate(model, shown[k], progress=bar.update)
+                    for checkpoint in subject.opened:
+                        checkpoint.verify_unchanged()
+                    cache.write_losses(subject.opened, abouts[name, k], new)
+                    known[name, k] = new
+                del model
+    return {
+        name: [known[name, k] for k in range(len(texts))]  # type: ignore[misc]
+        for name in subjects
+    }
+
+
+@contextmanager
+def _on_disk(subject: _Subject, options: MergeOptions) -> Iterator[Path]:
+    """Yield the folder of a model; a merge is made for as long as it is needed."""
+    if subject.candidate is None:
+        yield subject.opened[0].folder
+        return
+    changes = {"quiet": True, "write_model_card": False}
+    options = options.model_copy(update=changes)
+    options.apply_global_options()
+    with merging.workplace(Path(tempfile.gettempdir()) / "metagpt-compare") as home:
+        level = LOG.level
+        LOG.setLevel(logging.ERROR)  # all that matters was said of the YAML itself
+        try:
+            plan.run(
+                subject.candidate.config,
+                str(home / "merged"),
+                options,
+                source=subject.candidate.text,
+                warned=False,
+            )
+        finally:
+            LOG.setLevel(level)
+        yield home / "merged"
+
+
+def _keep(
+    best: Candidate, source: str, out: Path, options: MergeOptions, *, force: bool
+) -> None:
+    """Merge the best candidate to where it is to stay."""
+    if best.config.merge_method not in checks.METHODS:
+        merging.merge_other(best.config, source, out, options)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "best.yml"
+        file.write_text(source, encoding="utf-8")
+        merging.merge(file, out, options, force=force)

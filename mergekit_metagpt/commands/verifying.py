@@ -1,0 +1,356 @@
+"""Proves that a model on disk is the merge that it says it is; writes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mergekit_metagpt.commands.errors import in_one_line
+from mergekit_metagpt.commands.merging import REPORT
+from mergekit_metagpt.merge_config import (
+    checks,
+    families,
+    jobs,
+    merge_yaml,
+    plan,
+    replaying,
+)
+from mergekit_metagpt.report import inspecting, schema
+
+if TYPE_CHECKING:
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+# mergekit's copy of the YAML, beside the merged model.
+YAML = "mergekit_config.yml"
+# Bytes of the output that are replayed by default.
+SAMPLE = 200_000_000
+# Between coefficients measured by compiled loops and without them.
+_TOLERANCE = 1e-9
+
+
+class _Stopped(ValueError):
+    """Carries the check that could not be done, and after which no other can."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(why)
+        self.check = schema.Check(name=name, verdict="not checked", details=why)
+
+
+def verify(
+    out: Path, options: MergeOptions, *, full: bool = False, seed: int = 0
+) -> schema.Verification:
+    """Compare a merged model with its plan, its record, its inputs and a replay.
+
+    Args:
+        out: folder made by `merge`, or by mergekit-yaml with one of our methods.
+        options: mergekit's; those that say how to load models, and the random seed of
+            a merge that did not record one.
+        full: replay all tensors, not a sample of them.
+        seed: of the sample.
+
+    Returns:
+        what each check found.
+    """
+    found: list[schema.Check] = []
+    try:
+        for check in _checks(out, options, full=full, seed=seed):
+            found.append(check)
+    except _Stopped as stopped:
+        found.append(stopped.check)
+    verdict: schema.Verdict = "verified"
+    for check in found:
+        if check.verdict == "different" or (
+            check.verdict == "not checked" and verdict == "verified"
+        ):
+            verdict = check.verdict
+    return schema.Verification(verdict=verdict, seed=seed, checks=tuple(found))
+
+
+def _checks(
+    out: Path, options: MergeOptions, *, full: bool, seed: int
+) -> Iterator[schema.Check]:
+    out = out.resolve()
+    with _check("configuration"):
+        config = _config(out)
+        record = _record(out)
+    options = _as_merged(options, record)
+    try:
+        result = replaying.open_result(out)
+    except (ValueError, OSError) as error:
+        details = in_one_line(error)
+        yield schema.Check(name="files", verdict="different", details=details)
+        return
+    details = f"{_count(result.files, 'file')}, {_bytes(result.bytes)}, whole"
+    yield schema.Check(name="files", verdict="verified", details=details)
+
+    with _check("inputs"):
+        job = _reopen(config, options)
+    misfits = list(replaying.headers_differ(job, result))
+    yield _compared(
+        "tensors",
+        misfits,
+        len(job.expected),
+        f"{_count(len(job.expected), 'tensor')}, as mergekit plans them",
+    )
+    if record is None:
+        details = f"{REPORT} is missing, as after mergekit-yaml"
+        for name in ("inputs", "coefficients"):
+            yield schema.Check(name=name, verdict="not recorded", details=details)
+    else:
+        with _check("coefficients"):
+            merged = families.of_config(config)
+            current = inspecting.inspect(merged, job.opened, gram=None)
+            if any(family.varying for family in merged):
+                shares = plan.coefficients(job.planned)
+                current = inspecting.with_ranges(current, merged, shares)
+        yield _inputs(record, current)
+        yield _coefficients(record, current)
+    with _check("values"):
+        names = result.headers.keys() & job.expected
+        yield _values(job, options, record, result, names, full=full, seed=seed)
+
+
+@contextmanager
+def _check(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, MemoryError) as error:
+        raise _Stopped(name, in_one_line(error)) from error
+
+
+def _config(out: Path) -> MergeConfiguration:
+    file = out / YAML
+    if not file.is_file():
+        raise ValueError(
+            f"{file} is missing, without which there is nothing to compare with. "
+            "mergekit writes it unless --no-write-model-card is given"
+        )
+    try:
+        config = merge_yaml.read(file.read_text(encoding="utf-8"))
+        checks.check_yaml(config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return config
+
+
+def _record(out: Path) -> schema.Report | None:
+    file = out / REPORT
+    if not file.exists():
+        return None
+    try:
+        return schema.Report.model_validate_json(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is no report of this version of mergekit-metagpt. Without that "
+            "file, inputs and coefficients are not compared"
+        ) from error
+
+
+def _as_merged(options: MergeOptions, record: schema.Report | None) -> MergeOptions:
+    """Options of the merge, as far as it recorded them."""
+    if record is None or record.options is None:
+        return options
+    recorded = record.options.model_dump(exclude={"threads"})
+    if options.random_seed is not None:
+        recorded["random_seed"] = options.random_seed
+    return options.model_copy(update=recorded)
+
+
+def _reopen(config: MergeConfiguration, options: MergeOptions) -> jobs.Job:
+    """Open the inputs where the YAML says that they are."""
+    try:
+        return jobs.reopen(config, options)
+    except (ValueError, OSError) as error:
+        models = [str(model) for model in merge_yaml.models(config)]
+        hint = ""
+        if not all(Path(model).is_absolute() for model in models):
+            hint = (
+                f". Local models in {YAML} are named relative to the folder where they "
+                "were merged: run verify there, or write their places into that file"
+            )
+        raise ValueError(f"{error}{hint}") from error
+
+
+def _compared(
+    name: str,
+    differences: Sequence[replaying.Difference],
+    count: int,
+    verified: str,
+    hint: str = "",
+) -> schema.Check:
+    if not differences:
+        return schema.Check(name=name, verdict="verified", details=verified)
+    first = "; ".join(f"{found.name} {found.what}" for found in differences[:3])
+    largest = [d.largest for d in differences if d.largest is not None]
+    most = max(largest) if largest else None
+    by = "" if most is None else f", by {most:.3g} at most"
+    return schema.Check(
+        name=name,
+        verdict="different",
+        details=f"{len(differences)} of {count} differ{by}: {first}{hint}",
+        different=tuple(found.name for found in differences),
+        largest_difference=most,
+    )
+
+
+def _inputs(record: schema.Report, current: schema.Report) -> schema.Check:
+    then, now = (
+        [stored for family in of.families for stored in (family.base, *family.models)]
+        for of in (record, current)
+    )
+    if len(then) != len(now):
+        return schema.Check(
+            name="inputs",
+            verdict="different",
+            details=f"{REPORT} records {len(then)} models, {YAML} names {len(now)}",
+        )
+    others = [
+        replaying.Difference(
+            new.name,
+            f"has the digest {new.source.digest[:12]}, recorded is "
+            f"{old.source.digest[:12]}",
+        )
+        for old, new in zip(then, now, strict=True)
+        if old.source.digest != new.source.digest
+    ]
+    return _compared(
+        "inputs", others, len(now), f"{len(now)} models have the recorded digests"
+    )
+
+
+def _coefficients(record: schema.Report, current: schema.Report) -> schema.Check:
+    then, now = map(_shares, (record, current))
+    others = [
+        replaying.Difference(
+            name,
+            f"is recorded as {old:.6g}, measured {new:.6g}",
+            abs(old - new),
+        )
+        for (_, old), (name, new) in zip(then, now, strict=False)
+        if not math.isclose(old, new, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+    ]
+    if len(then) != len(now):
+        others.append(
+            replaying.Difference(
+                "the number of coefficients",
+                f"is recorded as {len(then)}, measured {len(now)}",
+            )
+        )
+    shown = ", ".join(
+        f"{_span(model)} {model.name}"
+        for family in current.families
+        for model in family.models
+    )
+    return _compared("coefficients", others, len(now), shown)
+
+
+def _span(model: schema.Model) -> str:
+    if model.coefficient is not None:
+        return f"{model.coefficient:.4g}"
+    return "{:.4g} to {:.4g}".format(*model.coefficient_range)
+
+
+def _shares(report: schema.Report) -> list[tuple[str, float]]:
+    """Every coefficient of a report: of models, their ranges, and those of pools."""
+    shares = []
+    for family in report.families:
+        for model in family.models:
+            if model.coefficient is not None:
+                shares.append((model.name, model.coefficient))
+            for of, value in zip(
+                ("smallest", "largest"), model.coefficient_range, strict=True
+            ):
+                shares.append((f"{of} of {model.name}", value))
+    for family in report.families:
+        for pool in family.pools:
+            for model, value in zip(family.models, pool.coefficients, strict=True):
+                shares.append((f"{model.name} on {pool.key}", value))
+    return shares
+
+
+def _values(
+    job: jobs.Job,
+    options: MergeOptions,
+    record: schema.Report | None,
+    result: replaying.Result,
+    names: Collection[str],
+    *,
+    full: bool,
+    seed: int,
+) -> schema.Check:
+    method, random = job.config.merge_method, replaying.draws(job.config)
+    why = ""
+    if not replaying.has_device(str(options.device)):
+        why = (
+            f"the merge was made on {options.device}, which this machine does not have"
+        )
+    elif random and options.multi_gpu:
+        why = f"{method} drew random numbers on several GPUs at once"
+    elif random and options.random_seed is None:
+        why = (
+            f"{method} draws random numbers, and no seed is recorded. Give "
+            "--random-seed N as to the merge; without one, no merge can be repeated"
+        )
+    if why:
+        details = f"cannot be replayed: {why}"
+        return schema.Check(name="values", verdict="not checked", details=details)
+    chosen = set(names)
+    if not full and not random:
+        chosen = replaying.sample(result, names, SAMPLE, seed)
+    recorded = record.options if record else None
+    with _threads(recorded.threads if recorded else torch.get_num_threads()):
+        differences = replaying.replay(job.config, options, result.folder, chosen)
+    how = f", sampled with seed {seed}" if len(chosen) < len(names) else ""
+    if random:
+        how = f", merged in order with random seed {options.random_seed}"
+    size = _bytes(result.size(chosen))
+    return _compared(
+        "values",
+        differences,
+        len(chosen),
+        f"{len(chosen)} of {len(names)} tensors replayed ({size}{how}), equal to the "
+        "last bit",
+        _hint(record),
+    )
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads, on which the last bits of some sums depend."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _hint(record: schema.Report | None) -> str:
+    """What may explain other bits, beside other weights."""
+    if record is None:
+        threads = torch.get_num_threads()
+        return (
+            f". {REPORT} is missing: a merge on the CPU by {_count(threads, 'thread')} "
+            "is assumed (OMP_NUM_THREADS sets another number)"
+        )
+    current = inspecting.versions()
+    changed = [
+        f"{package} {of} (here {current.get(package)})"
+        for package, of in record.versions.items()
+        if of != current.get(package)
+    ]
+    return f". The merge was made with {', '.join(changed)}" if changed else ""
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,149 @@
+"""Writes the YAML of the merges that are worth comparing with a given one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mergekit_metagpt.merge_config import merge_yaml
+from mergekit_metagpt.merge_config.checks import METHODS
+from mergekit_metagpt.merge_config.plain_yaml import dumped, kept
+from mergekit_metagpt.method.parameters import own_parameters
+
+if TYPE_CHECKING:
+    from mergekit.config import MergeConfiguration
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A merge to be compared with others.
+
+    Attributes:
+        names: under which it was asked for.
+        text: its YAML.
+        config: the same as mergekit's configuration.
+    """
+
+    names: tuple[str, ...]
+    text: str
+    config: MergeConfiguration
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+    @property
+    def key(self) -> str:
+        """What the merge depends on beside its models; defaults left out."""
+        data = dumped(self.config)
+        if self.config.merge_method in METHODS and "parameters" in data:
+            defaults = {known.name: known.default for known in own_parameters()}
+            given = data.pop("parameters")
+            left = {
+                name: float(value) if type(value) is int else value
+                for name, value in given.items()
+                if value != defaults.get(name)
+            }
+            data |= {"parameters": left} if left else {}
+        return json.dumps(data, sort_keys=True)
+
+
+def of_text(name: str, text: str) -> Candidate:
+    """Read a candidate from a merge YAML.
+
+    Args:
+        name: to show.
+        text: the YAML, of any method.
+
+    Returns:
+        the candidate.
+
+    Raises:
+        ValueError: as `merge_yaml.read`; the message begins with the name.
+    """
+    try:
+        return Candidate((name,), text, merge_yaml.read(text))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def by_metagpt(text: str, parameters: Mapping[str, Any]) -> str:
+    """Write the merge of the same models by `metagpt` with other parameters.
+
+    Args:
+        text: a merge YAML of any method with a base.
+        parameters: of `metagpt`; all others are left out, wherever they stand.
+
+    Returns:
+        the YAML.
+    """
+    data = {**kept(yaml.safe_load(text), ()), "merge_method": "metagpt"}
+    if parameters:
+        data["parameters"] = dict(parameters)
+    return yaml.safe_dump(data, sort_keys=False)
+
+
+def usual(
+    text: str,
+    counts: Iterable[int],
+    embeddings: str,
+    powers: Sequence[float] = (),
+    scales: Sequence[float] = (),
+) -> Iterator[Candidate]:
+    """Yield a merge as written and those that it is usually compared with.
+
+    Args:
+        text: the merge YAML.
+        counts: how many models are merged with each other, of each family.
+        embeddings: `exclude` that names the embeddings; empty if there are none.
+        powers: further exponents of the norms.
+        scales: further values of `lambda`.
+
+    Yields:
+        candidates, some of which may be the same merge.
+    """
+    yield of_text("as written", text)
+    derived: dict[str, Mapping[str, Any]] = {
+        "metagpt": {},
+        "power 1": {"power": 1.0},
+        "average": {"power": 0.0},
+    }
+    count, *others = set(counts)
+    if not others:  # else no single `lambda` gives each model the same weight
+        summed = {"power": 0.0, "lambda": round(0.3 * count, 10)}
+        derived["task arithmetic 0.3"] = summed
+    if embeddings:
+        derived["no embeddings"] = {"exclude": embeddings}
+    derived |= {f"power {power:g}": {"power": power} for power in powers}
+    derived |= {f"lambda {scale:g}": {"lambda": scale} for scale in scales}
+    for name, parameters in derived.items():
+        yield of_text(name, by_metagpt(text, parameters))
+
+
+def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Join candidates that are the same merge.
+
+    Args:
+        candidates: in the order in which they are to be shown.
+
+    Returns:
+        each merge once, with all its names.
+
+    Raises:
+        ValueError: two different merges have one name.
+    """
+    merges: dict[str, Candidate] = {}
+    for new in candidates:
+        old = merges.get(new.key, Candidate((), new.text, new.config))
+        names = tuple(dict.fromkeys((*old.names, *new.names)))
+        merges[new.key] = Candidate(names, old.text, old.config)
+    found = list(merges.values())
+    every = [name for candidate in found for name in candidate.names]
+    if twice := [name for name in every if every.count(name) > 1]:
+        raise ValueError(f"two candidates are named {twice[0]}. Rename one of them")
+    return found

@@ -1,0 +1,373 @@
+"""Turns a merge YAML of another method into a metagpt recipe; opens no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from mergekit.merge_methods import registry
+from mergekit.merge_methods.base import ParameterScope
+
+from mergekit_metagpt.merge_config import checks, merge_yaml
+
+if TYPE_CHECKING:
+    from mergekit.config import MergeConfiguration
+
+# Why a method has no recipe of metagpt that resembles it.
+_BETWEEN = "it follows a curve between models instead of adding task vectors"
+REFUSED = {
+    "slerp": _BETWEEN,
+    "nuslerp": _BETWEEN,
+    "multislerp": _BETWEEN,
+    "karcher": _BETWEEN,
+    "nearswap": "it picks single elements of one model by their distance to another",
+    "arcee_fusion": "it picks single elements of one model by their importance",
+    "ram": "it weights single elements by how many models changed them",
+    "ramplus_tl": "it weights single elements by how many models changed them",
+    "passthrough": "it copies layers and has no weights",
+}
+# What a recipe loses besides its weights.
+LOST = {
+    "sce": "SCE's vote on signs and select_topk have no counterpart. `granularity: "
+    "tensor` comes closer to SCE, which weights tensor by tensor",
+    "model_stock": "Model Stock moves the average back towards the base where task "
+    "vectors disagree; metagpt does not look at angles",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Average loss differences by docs/evaluation.md: lower is better.
+
+    Attributes:
+        other: what the recipe was compared with.
+        lower: in how many of `COMPARISONS` the recipe was lower.
+        difference: mean of the recipe's minus the other's, or None where the page does
+            not quote it.
+    """
+
+    other: str
+    lower: int
+    difference: str | None = None
+
+
+COMPARISONS = 27
+# By the method to convert from: the recipe against what people would have run instead.
+MEASURED = {
+    "linear": Measured("the plain average", 9, "+0.069"),
+    "task_arithmetic": Measured("the plain average", 9, "+0.069"),
+    "model_stock": Measured("the plain average", 9, "+0.069"),
+    "sce": Measured("sce", 27),
+    "ties": Measured("ties with equal weights", 3, "+0.040"),
+    "dare_linear": Measured("dare_linear with equal weights", 8, "+0.084"),
+    "dare_ties": Measured("dare_ties with equal weights", 3, "+0.092"),
+    "breadcrumbs": Measured("breadcrumbs with equal weights", 11, "+0.047"),
+    "breadcrumbs_ties": Measured("breadcrumbs_ties with equal weights", 4, "+0.056"),
+    "della": Measured("della with equal weights", 2, "+0.078"),
+    "della_linear": Measured("della_linear with equal weights", 6, "+0.090"),
+}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A recipe as YAML, and in words each change and what to know of the result."""
+
+    text: str
+    changes: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def convert(text: str, base: str | None = None) -> Converted:
+    """Turn a merge YAML of another method into one of metagpt.
+
+    Args:
+        text: the YAML.
+        base: the model that all others were fine-tuned from, where the YAML names none.
+
+    Returns:
+        the recipe and its differences.
+
+    Raises:
+        ValueError: the YAML is refused, its method has no recipe that resembles it, or
+            a base is missing.
+    """
+    config = merge_yaml.read(text)
+    checks.check_method(config)
+    old = config.merge_method
+    new = _target(old)
+    _check_weights(config)
+    data = yaml.safe_load(text)
+    changes = [f"merge_method {old} -> {new}"]
+    data["merge_method"] = new
+    changes += _set_base(data, config, base)
+    for place, entry, alone in _entries(data):
+        changes += _strip(place, entry, old, new, alone=alone, data=data)
+    notes = _weights_in_all(config)
+    if new != "metagpt":
+        _set_precision(data, changes, notes)
+    header, dropped = _comments(text)
+    if dropped:
+        changes.append(
+            "dropped the comments below the first key; those above it are kept"
+        )
+    body = yaml.dump(
+        data, Dumper=_dumper(), sort_keys=False, width=88, allow_unicode=True
+    )
+    made = merge_yaml.read(body)
+    checks.check_yaml(made)
+    checks.check_names(made)
+    if old in LOST:
+        notes.append(LOST[old])
+    if old in MEASURED:
+        notes.append(experience(old))
+    return Converted(header + body, tuple(changes), tuple(notes))
+
+
+def experience(method: str) -> str:
+    """Say what the project's experiment measured of a recipe.
+
+    Args:
+        method: the method to convert from, one of `MEASURED`.
+
+    Returns:
+        one sentence.
+    """
+    found = MEASURED[method]
+    mean = f" (mean difference {found.difference})" if found.difference else ""
+    return (
+        "measured on small language models (docs/evaluation.md): the average loss "
+        f"difference of {checks.recipe_for(method)} was lower, so better, than that of "
+        f"{found.other} in {found.lower} of {COMPARISONS} comparisons{mean}"
+    )
+
+
+def _target(method: str) -> str:
+    """The method of the recipe; refuses a method that has none."""
+    if method in checks.METHODS:
+        raise ValueError(f"merge_method is {method}: the YAML is a recipe already")
+    if new := checks.recipe_for(method):
+        return new
+    reason = REFUSED.get(method, "MetaGPT weights the task vectors of one base")
+    raise ValueError(
+        f"{method} cannot be converted: {reason}. Methods that can: "
+        f"{', '.join(checks.CONVERTIBLE)}"
+    )
+
+
+def _check_weights(config: MergeConfiguration) -> None:
+    """Refuse negative weights, for which a recipe would do the reverse."""
+    for part in merge_yaml.slices_of(config):
+        for model, levels in zip(part.models, part.settings, strict=True):
+            for value in _values(levels, "weight"):
+                if model != part.base and value < 0:
+                    raise ValueError(
+                        f"weight of {model} is {value:g}: it takes something out of "
+                        "the merge, and MetaGPT's coefficients are never negative. "
+                        f"Remove the model, or stay with {config.merge_method}"
+                    )
+
+
+def _values(levels: tuple[merge_yaml.Settings, ...], name: str) -> list[float]:
+    """All numbers of a parameter on the first level that sets it."""
+    setting: Any = next((level[name] for level in levels if name in level), [])
+    try:
+        return [float(value) for value in merge_yaml.values_of(setting)]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is {setting!r}; expected numbers") from error
+
+
+def _weights_in_all(config: MergeConfiguration) -> list[str]:
+    """Say how to keep the total of the old weights where it is not 1."""
+    spec = registry.get(config.merge_method).spec
+    defaults = {parameter.name: parameter.default for parameter in spec.parameters}
+    if not {"lambda", "weight"} <= defaults.keys():
+        return []
+    totals = set()
+    for part in merge_yaml.slices_of(config):
+        shared = {k: v for level in reversed(part.shared) for k, v in level.items()}
+        if shared.get("normalize", defaults["normalize"]) is not False:
+            return []
+        each = [
+            _values(levels, "weight")
+            for model, levels in zip(part.models, part.settings, strict=True)
+            if model != part.base
+        ]
+        if any(len(values) != 1 for values in each):
+            return []
+        totals.add(round(sum(values[0] for values in each), 6))
+    scale = config.parameters.get("lambda", 1.0) if config.parameters else 1.0
+    if len(totals) != 1 or 1.0 in totals or not isinstance(scale, int | float):
+        return []
+    (total,) = totals
+    said = (
+        f"the old weights sum to {total:g}, MetaGPT's coefficients to 1. To keep the "
+        f"total, write lambda: {total * scale:g} under `parameters:`"
+    )
+    return [said]
+
+
+def _set_base(
+    data: dict[str, Any], config: MergeConfiguration, base: str | None
+) -> Iterator[str]:
+    """Give a base to a YAML without one, and to the sources of every slice."""
+    from mergekit.common import ModelReference
+
+    parts = list(merge_yaml.slices_of(config))
+    without = [part for part in parts if part.base is None]
+    if without and base is None:
+        raise ValueError(
+            f"no base_model is given for {without[0].place}, and MetaGPT measures task "
+            "vectors against one. Add --base BASE with the model that all others were "
+            "fine-tuned from. Without such a model, do not convert"
+        )
+    if base is not None and not without:
+        raise ValueError(
+            f"--base is {base}, but the YAML has base_model {parts[0].base} already. "
+            "Leave --base out, or change the YAML"
+        )
+    if base is not None:
+        items = [(k, v) for k, v in data.items() if k != "base_model"]
+        data.clear()
+        for key, value in items:
+            data[key] = value
+            if key == "merge_method":
+                data["base_model"] = base
+        yield f"added base_model {base}"
+    given = None if base is None else ModelReference.parse(merge_yaml.as_local(base))
+    sliced = [part for part in parts if part.ranges is not None]
+    for part, cut in zip(sliced, _cuts(data), strict=True):
+        reference = part.base or given
+        if reference in part.models:
+            continue
+        if len(set(part.ranges or ())) > 1:
+            raise ValueError(
+                f"the base {reference} is not among the sources of {part.place}, which "
+                "take different layers. Add it there with the layers to measure against"
+            )
+        first = cut["sources"][0]["layer_range"]
+        # Spelt as in the YAML: mergekit compares models by their spelling.
+        spelt = cut.get("base_model") or data["base_model"]
+        cut["sources"].append({"model": spelt, "layer_range": list(first)})
+        yield f"added the base {reference} to the sources of {part.place}"
+
+
+def _cuts(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield every slice, in the order of `merge_yaml.slices_of`."""
+    for module in (data.get("modules") or {"": data}).values():
+        yield from module.get("slices") or ()
+
+
+def _entries(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """Yield what may have `parameters:`, its name, and whether it is a single model."""
+    modules = data.get("modules") or {"": data}
+    for name, module in modules.items():
+        within = f"modules.{name}" if name else ""
+        for entry in module.get("models") or ():
+            place = f"{entry['model']} in {within}" if name else str(entry["model"])
+            yield place, entry, True
+        for number, cut in enumerate(module.get("slices") or ()):
+            at = f"{within}.slices[{number}]".removeprefix(".")
+            for source in cut["sources"]:
+                yield f"{source['model']} in {at}", source, True
+            yield at, cut, False
+        if name:
+            yield within, module, False
+    yield "all models", data, False
+
+
+def _strip(
+    place: str,
+    entry: dict[str, Any],
+    old: str,
+    new: str,
+    *,
+    alone: bool,
+    data: dict[str, Any],
+) -> Iterator[str]:
+    """Remove the parameters of a place that have no meaning in the recipe."""
+    before, after = (
+        {parameter.name: parameter for parameter in registry.get(name).spec.parameters}
+        for name in (old, new)
+    )
+    kept = {}
+    for name, value in (entry.get("parameters") or {}).items():
+        shown = f"{name} {_shown(value)} of {place}"
+        if name not in before:
+            if meant := merge_yaml.closest(name, before):
+                raise ValueError(
+                    f"{name} is no parameter of {old}; did you mean {meant}?"
+                )
+            yield f"dropped {shown}: {old} has no such parameter and ignored it"
+        elif name == "weight":
+            if alone and entry["model"] == data.get("base_model"):
+                yield f"dropped {shown}: a base has no coefficient"
+            elif alone and value == 0:
+                kept[name] = value
+                yield f"kept {shown}: it leaves the model out, as before"
+            else:
+                yield f"dropped {shown}"
+        elif name not in after:
+            yield f"dropped {shown}: {new} has no such parameter"
+        elif alone and after[name].scope == ParameterScope.SHARED:
+            yield f"dropped {shown}: mergekit ignores it under a single model"
+        else:
+            kept[name] = value
+    if kept:
+        entry["parameters"] = kept
+    else:
+        entry.pop("parameters", None)
+
+
+def _shown(value: Any) -> str:
+    """A setting in one line, as YAML has it."""
+    line: str = yaml.safe_dump(value, default_flow_style=True, width=10**6)
+    return line.removesuffix("...\n").strip()
+
+
+def _set_precision(data: dict[str, Any], changes: list[str], notes: list[str]) -> None:
+    """Let a composed method, which rounds at every step, compute in float32."""
+    old = data.get("dtype")
+    if old is None:
+        notes.append(
+            f"{data['merge_method']} rounds at every step to the precision of its "
+            "inputs, and no dtype is given. For models stored in 16 bits, write "
+            "dtype: float32 and out_dtype: bfloat16"
+        )
+    elif str(old).removeprefix("torch.") in ("bfloat16", "float16"):
+        out = data.get("out_dtype") or old
+        items = [(k, v) for k, v in data.items() if k != "out_dtype"]
+        data.clear()
+        for key, value in items:
+            data[key] = "float32" if key == "dtype" else value
+            if key == "dtype":
+                data["out_dtype"] = out
+        changes.append(
+            f"dtype {old} -> float32 with out_dtype {out}: mergekit's methods round at "
+            "every step"
+        )
+
+
+def _comments(text: str) -> tuple[str, bool]:
+    """The lines before the first key, and whether there are comments after it."""
+    tokens = [token for token in yaml.scan(text) if isinstance(token, yaml.ScalarToken)]
+    first = text.rfind("\n", 0, tokens[0].start_mark.index) + 1
+    lines = text[:first].splitlines(keepends=True)
+    header = "".join(line for line in lines if line.strip()[:1] in ("", "#"))
+    rest, at = "", first
+    for token in tokens:
+        rest += text[at : token.start_mark.index]
+        at = token.end_mark.index
+    return header, "#" in rest + text[at:]
+
+
+def _dumper() -> type[yaml.Dumper]:
+    """mergekit's dumper, without anchors where a YAML repeats itself by them."""
+    from mergekit.config import ConfigYamlDumper
+
+    class Plain(ConfigYamlDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    return Plain

@@ -1,0 +1,661 @@
+"""`compare`: losses, errors and the winner, each against a computation of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+
+from mergekit_metagpt.commands import demo, losses
+from mergekit_metagpt.merge_config import candidates, plan
+from mergekit_metagpt.report import comparison
+from mergekit_metagpt.scanning import cache
+from mergekit_metagpt.scanning.cache import ChunkLosses
+from tests.broken import snapshot
+from tests.families import read_model, run_command, run_mergekit
+from tests.oracle import assert_same_bits
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+SMALL: dict[str, Any] = {"steps": (40, 10, 15, 20), "width": 32}
+CONTEXT, BYTES = 64, 2_000
+SETTINGS = ("--context", str(CONTEXT), "--device", "cpu")
+USUAL = ["metagpt", "power 1", "average", "task arithmetic 0.3", "no embeddings"]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a trained family, its texts and `merge.yml`; long unchanged."""
+    folder = tmp_path_factory.mktemp("trained")
+    made = demo.make_family(folder / "m", **SMALL)
+    for name in ("general", *demo.SPECIALTIES):
+        text = demo.text(name, BYTES, held_out=True)
+        (folder / f"{name}.txt").write_text(text)
+    config = {
+        "merge_method": "metagpt",
+        "base_model": str(made.base),
+        "models": [{"model": str(path)} for path in made.specialists.values()],
+        "dtype": "bfloat16",
+    }
+    (folder / "merge.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+    for file in (folder / "m").rglob("*"):
+        os.utime(file, (1_600_000_000, 1_600_000_000))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def places(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A cache and a place for merges of the test's own; no merge stays there."""
+    merges = tmp_path / "merges"
+    merges.mkdir()
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(merges))
+    monkeypatch.chdir(family)
+    before = snapshot(family)
+    yield tmp_path
+    assert list(merges.iterdir()) == []
+    assert snapshot(family) == before, "something was left beside the models"
+
+
+def texts_of(*names: str) -> list[str]:
+    return [part for name in names for part in ("--text", f"{name}={name}.txt")]
+
+
+ALL = texts_of("arithmetic", "logs", "code", "general")
+
+
+def run(*arguments: str, config: str = "merge.yml") -> int:
+    return run_command("compare", config, *SETTINGS, *arguments)
+
+
+def compared(out: Path, *arguments: str, config: str = "merge.yml") -> dict[str, Any]:
+    """Run `compare` and return what it wrote as JSON."""
+    file = out / "found.json"
+    assert run(*arguments, "--json", str(file), config=config) == 0
+    found = json.loads(file.read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.fixture(scope="module")
+def remembered() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def found(places: Path, remembered: dict[str, Any]) -> dict[str, Any]:
+    """The comparison on all texts, made once."""
+    if not remembered:
+        remembered.update(compared(places, *ALL))
+    return remembered
+
+
+def naive_chunks(folder: Path, text: str) -> list[float]:
+    """Loss of each chunk, in float64 from the logits on, by its own tokens."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).float()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text)["input_ids"]
+    sums = []
+    for at in range(0, len(ids), CONTEXT):
+        part = torch.tensor(ids[at : at + CONTEXT])
+        with torch.no_grad():
+            log_p = model(part[None]).logits[0].double().log_softmax(-1)
+        sums.append(-sum(float(log_p[n, t]) for n, t in enumerate(part[1:])))
+    return sums
+
+
+def sizes_of(text: str) -> list[int]:
+    return [len(text[at : at + CONTEXT]) - 1 for at in range(0, len(text), CONTEXT)]
+
+
+def naive_error(residuals: list[float], total: int) -> float:
+    count = len(residuals)
+    return math.sqrt(count / (count - 1) * sum(r * r for r in residuals)) / total
+
+
+def test_losses_and_errors_are_those_of_an_evaluation_by_hand(
+    family: Path, found: dict[str, Any], places: Path
+) -> None:
+    texts = {name: (family / f"{name}.txt").read_text() for name in demo.SPECIALTIES}
+    texts["general"] = (family / "general.txt").read_text()
+    rows = {row["name"]: row for row in (*found["models"], *found["candidates"])}
+    assert list(rows)[:4] == ["base", *demo.SPECIALTIES]
+    assert {*rows} == {"base", *demo.SPECIALTIES, "as written", *USUAL} - {"metagpt"}
+    assert [text["name"] for text in found["texts"]] == list(texts)
+    folders = {name: family / "m" / name for name in ("base", *demo.SPECIALTIES)}
+    for row in found["candidates"]:
+        name = row["name"].replace(" ", "-")
+        run_mergekit(
+            yaml.safe_load(row["yaml"]), places / name, "--copy-tokenizer", fresh=True
+        )
+        folders[row["name"]] = places / name
+
+    sums = {
+        (name, at): naive_chunks(folder, text)
+        for name, folder in folders.items()
+        for at, text in texts.items()
+    }
+    for k, (at, text) in enumerate(texts.items()):
+        sizes, total = sizes_of(text), sum(sizes_of(text))
+        assert found["texts"][k]["tokens"] == found["texts"][k]["bytes"] == total
+        for name, row in rows.items():
+            loss = row["losses"][k]
+            mean = sum(sums[name, at]) / total
+            assert loss["per_token"] == pytest.approx(mean, rel=1e-4)
+            assert loss["per_byte"] == loss["per_token"]  # a byte is a token here
+            pairs = zip(sums[name, at], sizes, strict=True)
+            error = naive_error([s - mean * n for s, n in pairs], total)
+            assert loss["per_token_error"] == pytest.approx(error, rel=1e-3)
+
+    def gap(name: str, others: list[str]) -> tuple[float, float]:
+        """Mean over the specialists' texts of a paired difference, and its error."""
+        means, variance = [], 0.0
+        for at, other in zip(demo.SPECIALTIES, others, strict=True):
+            sizes, total = sizes_of(texts[at]), sum(sizes_of(texts[at]))
+            pairs = zip(sums[name, at], sums[other, at], strict=True)
+            less = [a - b for a, b in pairs]
+            mean = sum(less) / total
+            means.append(mean)
+            residuals = [d - mean * n for d, n in zip(less, sizes, strict=True)]
+            variance += naive_error(residuals, total) ** 2
+        return sum(means) / len(means), math.sqrt(variance) / len(means)
+
+    best = min(
+        (row["name"] for row in found["candidates"]),
+        key=lambda name: gap(name, list(demo.SPECIALTIES))[0],
+    )
+    assert found["best"] == best == found["candidates"][0]["name"]
+    for name, row in rows.items():
+        ald, error = gap(name, list(demo.SPECIALTIES))
+        assert row["ald"] == pytest.approx(ald, rel=1e-4, abs=1e-6)
+        assert row["ald_error"] == pytest.approx(error, rel=1e-2, abs=1e-6)
+    for row in found["candidates"]:
+        above, error = gap(row["name"], [best] * 3)
+        assert row["above_best"] == pytest.approx(above, rel=1e-2, abs=1e-6)
+        assert row["above_best_error"] == pytest.approx(error, rel=2e-2, abs=1e-6)
+        assert row["beyond_noise"] == (row["above_best"] > 2 * row["above_best_error"])
+        # Pairing is what makes small differences visible.
+        assert row["above_best_error"] < row["ald_error"]
+    assert found["verdict"].startswith(f"Best on these texts: {best}, ")
+    assert (found["unit"], found["context"], found["dtype"]) == (
+        *("token", CONTEXT, "float32"),
+    )
+
+
+def test_candidates_are_the_closed_form_with_these_parameters(
+    found: dict[str, Any], family: Path
+) -> None:
+    given = yaml.safe_load((family / "merge.yml").read_text())
+    by_name = {row["name"]: row for row in found["candidates"]}
+    assert by_name["as written"]["names"] == ["as written", "metagpt"]
+    assert by_name["as written"]["yaml"] == (family / "merge.yml").read_text()
+    parameters = {
+        "power 1": {"power": 1.0},
+        "average": {"power": 0.0},
+        "task arithmetic 0.3": {"power": 0.0, "lambda": 0.9},
+        "no embeddings": {"exclude": "embed_tokens,lm_head"},
+    }
+    for name, expected in parameters.items():
+        document = yaml.safe_load(by_name[name]["yaml"])
+        assert document == {**given, "parameters": expected}
+
+
+def test_the_parameters_of_another_method_are_left_out() -> None:
+    text = yaml.safe_dump(
+        {
+            "merge_method": "ties",
+            "base_model": "b",
+            "slices": [
+                {
+                    "sources": [
+                        {"model": "b", "layer_range": [0, 1]},
+                        {
+                            "model": "a",
+                            "layer_range": [0, 1],
+                            "parameters": {"weight": 2},
+                        },
+                    ],
+                    "parameters": {"density": 0.2},
+                }
+            ],
+            "parameters": {"normalize": True},
+            "dtype": "float32",
+        }
+    )
+    written = candidates.by_metagpt(text, {"power": 1.0})
+    document = yaml.safe_load(written)
+    assert document["merge_method"] == "metagpt"
+    assert document["parameters"] == {"power": 1.0} and document["dtype"] == "float32"
+    assert written.count("parameters") == 1 and "layer_range" in written
+
+
+def test_equal_merges_are_made_once_and_never_differ(
+    places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    original = plan.run
+
+    def counted(config: Any, *args: Any, **options: Any) -> None:
+        made.append(config)
+        original(config, *args, **options)
+
+    monkeypatch.setattr(plan, "run", counted)
+    document = yaml.safe_load(Path("merge.yml").read_text())
+    same, other = places / "same.yml", places / "other.yml"
+    same.write_text(yaml.safe_dump({**document, "parameters": {"power": 1}}))
+    other.write_text(yaml.safe_dump({**document, "parameters": {"weight": 3.0}}))
+    arguments = [*texts_of("code"), "--power", "2,-1", "--lambda", "1,0.5"]
+    arguments += ["--candidate", f"mine={same}", "--candidate", f"thrice={other}"]
+    found = compared(places, *arguments)
+    names = {row["name"]: row["names"] for row in found["candidates"]}
+    assert names["as written"] == ["as written", "metagpt", "power 2", "lambda 1"]
+    assert names["power 1"] == ["power 1", "mine"]
+    assert {"power -1", "lambda 0.5", "thrice"} < names.keys()
+    assert len(made) == len(names) == 8
+    rows = {row["name"]: row for row in found["candidates"]}
+    # Written otherwise, and the same weights: the models' weights cancel.
+    assert rows["thrice"]["ald"] == rows["as written"]["ald"]
+    equal = ChunkLosses(losses=[1.0] * 9, tokens=[2] * 9, bytes=[3] * 9)
+    text = comparison.Text(name="t", file="t", model="t", chunks=9, tokens=18, bytes=27)
+    about = {"versions": {}, "context": 8, "dtype": "float32", "device": "cpu"}
+    merges = {name: ([name], "") for name in ("one", "two")}
+    rows = {"t": [equal], "one": [equal], "two": [equal]}
+    shown = comparison.compare([text], rows, merges, about)
+    assert not any(row.beyond_noise for row in shown.candidates)
+    assert shown.verdict.endswith("below two: no difference beyond noise.")
+
+
+def test_what_is_printed_fits_80_columns(
+    found: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    from rich.console import Console
+
+    shown = comparison.Comparison.model_validate(found)
+    many = shown.model_copy(
+        update={
+            "texts": shown.texts * 4,
+            "candidates": tuple(
+                row.model_copy(update={"losses": row.losses * 4})
+                for row in shown.candidates
+            ),
+            "models": tuple(
+                row.model_copy(update={"losses": row.losses * 4})
+                for row in shown.models
+            ),
+        }
+    )
+    for part in comparison.lay_out(many):
+        Console(width=80).print(part, soft_wrap=isinstance(part, str))
+    lines = capsys.readouterr().out.splitlines()
+    tables = [line for line in lines if not line.startswith(("16:", "Average"))]
+    assert max(len(line.rstrip()) for line in tables) <= 80
+    assert "…" not in "".join(lines)
+    text = "\n".join(lines)
+    for row in shown.candidates:
+        assert f"{row.ald:.4f}" in text and f"{row.losses[3].per_token:.4f}" in text
+    assert re.search(r"^16: general, general.txt, .* not in the ALD$", text, re.M)
+
+
+def test_a_second_run_goes_on_where_ctrl_c_ended_the_first(
+    found: dict[str, Any],
+    places: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    original, seen = losses.evaluate, []
+
+    def interrupted(model: Any, text: Any, **options: Any) -> ChunkLosses:
+        seen.append(text.digest)
+        if len(seen) == 19:
+            raise KeyboardInterrupt
+        return original(model, text, **options)
+
+    monkeypatch.setattr(losses, "evaluate", interrupted)
+    assert run(*ALL) == 1  # the fixture checks that nothing is left
+    assert capsys.readouterr().out == ""
+    assert len(list((places / "cache").glob("*.json"))) >= 18
+    again = compared(places, *ALL)
+    assert len(seen) == 1 + 9 * 4  # each once, but for the interrupted one
+    assert again == found
+    compared(places, *ALL, "--power", "0")
+    assert len(seen) == 1 + 9 * 4
+
+    # What the losses depend on: the text, the chunks, the merge.
+    for more, count in (
+        (["--tokens", "1000"], 36),
+        (["--power", "3"], 4),
+        (["--context", "32"], 36),
+        (["--dtype", "bfloat16"], 36),
+    ):
+        seen.clear()
+        monkeypatch.setattr(losses, "evaluate", original)
+        monkeypatch.setattr(
+            losses,
+            "evaluate",
+            lambda *a, **o: seen.append(1) or original(*a, **o),  # type: ignore[func-returns-value]
+        )
+        compared(places, *ALL, *more)
+        assert len(seen) == count
+
+    capsys.readouterr()
+    assert run_command("cache") == 0
+    assert "losses" in capsys.readouterr().out
+    assert run_command("cache", "--clear") == 0
+    assert not list((places / "cache").iterdir())
+
+
+def test_ctrl_c_during_a_merge_leaves_nothing(
+    places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(config: Any, out: str, *args: Any, **options: Any) -> None:
+        (Path(out) / "half").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "run", interrupted)
+    assert run(*texts_of("code"), "--keep", str(places / "kept")) == 1
+    assert not (places / "kept").exists()
+
+
+def test_the_best_is_written_kept_and_drawn(places: Path) -> None:
+    kept, best, figure = places / "kept", places / "best.yml", places / "f.png"
+    arguments = [*ALL, "--keep", str(kept), "--write", str(best), "--plot", str(figure)]
+    found = compared(places, *arguments)
+    text = best.read_text()
+    assert text.startswith(f"# {found['best']}: {found['verdict']}\n")
+    assert text.endswith(found["candidates"][0]["yaml"])
+    theirs = run_mergekit(yaml.safe_load(text), places / "theirs")
+    ours = read_model(kept)
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        assert_same_bits(tensor, ours[name])
+    names = {path.name for path in kept.iterdir()}
+    assert {"metagpt.json", "README.md", "tokenizer.json"} <= names
+    assert found["verdict"] in (kept / "README.md").read_text()
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert run(*ALL, "--keep", str(kept)) == 2
+    assert run(*ALL, "--write", str(best)) == 2
+    assert run(*ALL, "--keep", str(kept), "--write", str(best), "--force") == 0
+    assert best.read_text() == text
+
+
+def test_a_merge_by_another_method_can_win(places: Path) -> None:
+    document = yaml.safe_load(Path("merge.yml").read_text())
+    (code,) = (m for m in document["models"] if m["model"].endswith("code"))
+    alone = {"merge_method": "linear", "models": [code], "dtype": "bfloat16"}
+    alone["parameters"] = {"weight": 1.0}
+    file, kept = places / "alone.yml", places / "kept"
+    file.write_text(yaml.safe_dump(alone))
+    arguments = [*texts_of("code"), "--candidate", f"alone={file}"]
+    found = compared(places, *arguments, "--keep", str(kept))
+    assert found["best"] == "alone" and found["candidates"][0]["ald"] == 0
+    theirs = read_model(Path(code["model"]))
+    for name, tensor in read_model(kept).items():
+        assert_same_bits(tensor, theirs[name])
+    assert "metagpt.json" not in {path.name for path in kept.iterdir()}
+
+
+# ---- texts
+
+
+def byte_tokenizer(**settings: Any) -> Any:
+    tokenizer = demo._byte_tokenizer()
+    for name, value in settings.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+
+
+def test_jsonl_of_text_and_messages(tmp_path: Path) -> None:
+    file = tmp_path / "chat.jsonl"
+    chat = [{"role": "user", "content": "Hé"}, {"role": "assistant", "content": "Ho"}]
+    lines = [{"text": "plain\n"}, {"messages": chat}]
+    file.write_text("\n\n".join(map(json.dumps, lines)))
+    able = byte_tokenizer(chat_template=TEMPLATE)
+    texts = losses.documents(file, [byte_tokenizer(), able])
+    assert texts == ["plain\n", "[user]Hé[assistant]Ho"]
+    # No chunk reaches from one document into the next; single tokens are left out.
+    chunks = losses.cut(texts, able, context=5, tokens=99)
+    assert chunks == ["plain", "[user", "]Hé[", "assis", "tant]", "Ho"]
+    assert losses.cut(texts, able, context=5, tokens=9) == ["plain", "[us"]
+    shown = losses.tokenize(chunks, able)
+    assert [len(ids) for ids in shown.ids] == [5, 5, 5, 5, 5, 2]
+    assert shown.bytes == (4, 4, 4, 4, 4, 1)
+
+    for content, problem in (
+        ("{", "line 1 of .* is not JSON"),
+        ('{"txt": "a"}', "neither `text` nor `messages`"),
+        ('["text"]', "neither `text` nor `messages`"),
+        ('{"messages": [{}]}', "no tokenizer of these models has a chat template"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=problem):
+            losses.documents(file, [byte_tokenizer()])
+    strict = byte_tokenizer(chat_template="{{ raise_exception('no system role') }}")
+    with pytest.raises(ValueError, match="does not take these messages: no system"):
+        losses.documents(file, [strict])
+
+
+def test_messages_are_measured_through_the_specialists_template(
+    places: Path, family: Path
+) -> None:
+    models = places / "m"
+    shutil.copytree(family / "m", models)
+    byte_tokenizer(chat_template=TEMPLATE).save_pretrained(models / "logs")
+    document = yaml.safe_load((family / "merge.yml").read_text())
+    text = yaml.safe_dump(document).replace(str(family / "m"), str(models))
+    (places / "chat.yml").write_text(text)
+    turns = [{"role": "user", "content": "1 + 1 = 2, and so on; " * 3}]
+    line = json.dumps({"messages": turns})
+    chat = places / "chat.jsonl"
+    chat.write_text(f"{line}\n" * 8)
+    arguments = ["--text", f"logs={chat}", "--tokens", "10000"]
+    found = compared(places, *arguments, config=str(places / "chat.yml"))
+    rendered = f"[user]{turns[0]['content']}"
+    sums = naive_chunks(models / "logs", rendered)
+    expected = sum(sums) / sum(sizes_of(rendered))
+    (logs,) = (row for row in found["models"] if row["name"] == "logs")
+    assert logs["losses"][0]["per_token"] == pytest.approx(expected, rel=1e-4)
+    assert found["texts"][0]["chunks"] == 8 * len(sums)
+
+
+def test_a_token_that_begins_every_sequence_begins_every_chunk() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer(bos_token=demo.END)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{demo.END} $A", special_tokens=[(demo.END, 256)]
+    )
+    chunks = losses.cut(["abcdefg"], tokenizer, context=4, tokens=9)
+    assert chunks == ["abc", "def", "g"]
+    shown = losses.tokenize(chunks, tokenizer)
+    assert [ids[0] for ids in shown.ids] == [256] * 3
+    assert shown.bytes == (3, 3, 1)
+
+
+def test_other_tokens_are_compared_by_the_byte(
+    places: Path, family: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One specialist writes ` =` as one token: its losses per token are others."""
+    models = places / "m"
+    shutil.copytree(family / "m", models)
+    file = models / "arithmetic" / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    vocabulary = stored["model"]["vocab"]
+    vocabulary["Ġ="] = vocabulary.pop("ÿ")
+    stored["model"]["merges"] = [["Ġ", "="]]
+    file.write_text(json.dumps(stored))
+    document = yaml.safe_load((family / "merge.yml").read_text())
+    text = yaml.safe_dump(document).replace(str(family / "m"), str(models))
+    (places / "other.yml").write_text(text)
+    found = compared(places, *ALL, config=str(places / "other.yml"))
+    out = capsys.readouterr().out
+    assert found["unit"] == "byte" and "only losses per byte compare" in out
+    rows = {row["name"]: row for row in (*found["models"], *found["candidates"])}
+    own = rows["arithmetic"]["losses"][0]
+    assert own["per_byte"] < own["per_token"]
+    best = rows[found["best"]]
+    less = [
+        best["losses"][k]["per_byte"] - rows[name]["losses"][k]["per_byte"]
+        for k, name in enumerate(demo.SPECIALTIES)
+    ]
+    assert best["ald"] == pytest.approx(sum(less) / 3)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--text", "code"], "--text code: expected NAME=FILE"),
+        (["--text", "code=none.txt"], "there is no file none.txt"),
+        ([*texts_of("code"), *texts_of("code")], "--text code is given twice"),
+        (texts_of("general"), "no --text names a model of the YAML"),
+        (["--text", "cod=code.txt"], "Did you mean code?"),
+        ([*texts_of("code"), "--tokens", "400"], "gives 7 chunks of 64 tokens"),
+        ([*texts_of("code"), "--power", "1;2"], "expected numbers"),
+        ([*texts_of("code"), "--power", "inf"], "power inf: "),
+        ([*texts_of("code"), "--candidate", "average=merge.yml"], "named average"),
+        ([*texts_of("code"), "--candidate", "x=code.txt"], "code.txt: "),
+        ([*texts_of("code"), "--keep", "m"], "m holds "),
+        ([*texts_of("code"), "--plot", "f.gif"], "'.gif'"),
+        ([*texts_of("code"), "--write", "none/best.yml"], "cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_merged(
+    arguments: list[str],
+    problem: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(plan, "run", lambda *args, **options: pytest.fail("merged"))
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and problem in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+        (ValueError("not finite"), "not finite"),
+    ],
+)
+def test_a_model_that_cannot_be_measured(
+    error: Exception,
+    problem: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(losses, "evaluate", fail)
+    assert run(*texts_of("code")) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"Error: {problem}"
+
+
+def test_one_model_is_in_memory_at_a_time(
+    places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    original = losses.load
+
+    def alone(*args: Any, **options: Any) -> Any:
+        assert not any(model() for model in loaded), "another model is in memory"
+        model = original(*args, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(losses, "load", alone)
+    compared(places, *texts_of("code"))
+    assert len(loaded) == 9
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*texts_of("code"), "--device", "cuda") == 2
+    assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+def test_two_texts_for_one_model(
+    family: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = f"{family / 'm' / 'code'}=code.txt"
+    assert run(*texts_of("code"), "--text", full) == 2
+    assert "has two texts" in capsys.readouterr().err
+
+
+def test_a_base_without_tokenizer(
+    places: Path, family: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = places / "m"
+    shutil.copytree(family / "m", models)
+    for file in (models / "base").glob("tokenizer*"):
+        file.unlink()
+    document = yaml.safe_load((family / "merge.yml").read_text())
+    text = yaml.safe_dump(document).replace(str(family / "m"), str(models))
+    (places / "bare.yml").write_text(text)
+    assert run(*ALL, config=str(places / "bare.yml")) == 2
+    assert "has no tokenizer" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_a_model_cannot_predict(family: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
+    with losses.quiet_transformers():
+        model = losses.load(family / "m" / "base", trust_remote_code=False, **settings)
+        shown = losses.Tokenized(((1, 2), (3, 999)), (1, 1))
+        with pytest.raises(ValueError, match=r"257 embeddings.* token 999"):
+            losses.evaluate(model, shown)
+        model.lm_head.weight.data.fill_(float("nan"))
+        with pytest.raises(ValueError, match="not finite"):
+            losses.evaluate(model, losses.Tokenized(((1, 2),), (1,)))
+        model.config.save_pretrained(tmp_path)
+        state = read_model(family / "m" / "base")
+        del state["model.norm.weight"]
+        from safetensors.torch import save_file
+
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"does not hold model\.norm\.weight"):
+            losses.load(tmp_path, trust_remote_code=False, **settings)
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ({"a": 1.0}, "one merge was compared: a, ALD 0.0000."),
+        (
+            {"a": 1.0, "b": 2.0},
+            "a, 1.0000±0.0000 nats per token below b: beyond noise.",
+        ),
+        (
+            {"b": 3.0, "a": 1.0, "c": 1.0},
+            "0.0000±0.0000 nats per token below c: no difference beyond noise.",
+        ),
+    ],
+)
+def test_the_last_line(values: dict[str, float], verdict: str) -> None:
+    text = comparison.Text(name="t", file="t", model="t", chunks=9, tokens=9, bytes=9)
+    about = {"versions": {}, "context": 8, "dtype": "float32", "device": "cpu"}
+    rows = {
+        name: [ChunkLosses(losses=[value] * 9, tokens=[1] * 9, bytes=[1] * 9)]
+        for name, value in {"t": 1.0, **values}.items()
+    }
+    found = comparison.compare([text], rows, {n: ([n], "") for n in values}, about)
+    assert found.verdict.endswith(verdict)

@@ -1,0 +1,480 @@
+"""`convert`: what stays of another method's YAML, what goes, and what is said of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mergekit import merge_methods
+from mergekit.merge_methods import registry
+
+from mergekit_metagpt.commands import shipped_recipes
+from mergekit_metagpt.merge_config import checks, converting, merge_yaml
+from mergekit_metagpt.merge_config.converting import (
+    COMPARISONS,
+    MEASURED,
+    REFUSED,
+    convert,
+)
+from mergekit_metagpt.method.composed import COMPOSED
+from tests.conftest import Family
+from tests.families import merge_config, read_model, run_command, run_mergekit
+from tests.oracle import naive_coefficients, naive_sq_norm
+
+ROOT = Path(__file__).parents[1]
+ALIKE = ("task_arithmetic", "linear", "model_stock", "sce")
+METHODS = (*ALIKE, *COMPOSED)
+# One value for each parameter of mergekit's methods that can be converted.
+VALUES: dict[str, Any] = {
+    "weight": 0.4,
+    "density": 0.5,
+    "gamma": 0.02,
+    "epsilon": 0.1,
+    "lambda": 0.9,
+    "normalize": False,
+    "rescale": True,
+    "int8_mask": True,
+    "select_topk": 0.5,
+    "filter_wise": False,
+}
+# What is left of them.
+LEFT = {
+    "task_arithmetic": {"lambda"},
+    "linear": set(),
+    "sce": set(),
+    "model_stock": set(),
+    **{
+        name: {"density", "lambda", "normalize", "rescale", "int8_mask"}
+        for name in COMPOSED
+    },
+}
+LEFT |= {name: LEFT[name] | {"gamma"} for name in COMPOSED if "breadcrumbs" in name}
+LEFT |= {name: LEFT[name] | {"epsilon"} for name in COMPOSED if "della" in name}
+
+
+def converted(old: Mapping[str, Any], base: str | None = None) -> dict[str, Any]:
+    """The recipe made of a YAML; it passes our own checks."""
+    text = convert(yaml.safe_dump(dict(old), sort_keys=False), base).text
+    config = merge_yaml.read(text)
+    checks.check_yaml(config)
+    checks.check_names(config)
+    data = yaml.safe_load(text)
+    assert isinstance(data, dict)
+    return data
+
+
+def old_merge(method: str, **settings: Any) -> dict[str, Any]:
+    """A merge by a method of mergekit."""
+    config = merge_config("./base", ["./a", "./b"], **settings)
+    return {**config, "merge_method": method}
+
+
+def scopes_of(method: str) -> dict[str, str]:
+    spec = merge_methods.get(method).spec
+    return {parameter.name: parameter.scope.name for parameter in spec.parameters}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_stay_where_the_recipe_has_them(method: str) -> None:
+    """All parameters of the old method on top, and those of a model under a model."""
+    scopes = scopes_of(method)
+    assert scopes.keys() <= VALUES.keys()
+    old = old_merge(method, parameters={name: VALUES[name] for name in scopes})
+    alone = {name: VALUES[name] for name, scope in scopes.items() if scope != "SHARED"}
+    old["models"][0]["parameters"] = alone
+    new = converted(old)
+    name = f"metagpt_{method}" if method in COMPOSED else "metagpt"
+    assert new.pop("merge_method") == name
+    first, second = new.pop("models")
+    kept = {name: VALUES[name] for name in LEFT[method]}
+    assert new.pop("parameters", {}) == kept
+    assert first.pop("parameters", {}) == {n: kept[n] for n in alone if n in kept}
+    assert (first, second) == ({"model": "./a"}, {"model": "./b"})
+    assert new == {"base_model": "./base"}
+
+
+def test_weights_go_on_every_level() -> None:
+    module = {
+        "slices": [
+            {
+                "sources": [
+                    {"model": "./base", "layer_range": [0, 3]},
+                    {
+                        "model": "./a",
+                        "layer_range": [0, 3],
+                        "parameters": {"weight": [0.1, 0.9], "density": 0.5},
+                    },
+                ],
+                "parameters": {"weight": 0.2},
+            }
+        ],
+        "parameters": {"weight": [{"filter": "mlp", "value": 0.3}, {"value": 1}]},
+    }
+    old = old_merge("ties", modules={"text": module}, parameters={"weight": 0.7})
+    made = convert(yaml.safe_dump(old, sort_keys=False))
+    assert made.changes == (
+        "merge_method ties -> metagpt_ties",
+        "dropped weight [0.1, 0.9] of ./a in modules.text.slices[0]",
+        "dropped weight 0.2 of modules.text.slices[0]",
+        "dropped weight [{filter: mlp, value: 0.3}, {value: 1}] of modules.text",
+        "dropped weight 0.7 of all models",
+    )
+    new = yaml.safe_load(made.text)
+    (cut,) = new["modules"]["text"]["slices"]
+    assert "weight" not in made.text
+    assert cut["sources"][1]["parameters"] == {"density": 0.5}
+
+
+def test_everything_else_stays_in_its_order() -> None:
+    old = {
+        "models": [{"model": "./a+./lora"}, {"model": "org/name@abc"}],
+        "base_model": "./base",
+        "tokenizer": {"source": "union", "tokens": {"<x>": {"source": "./a"}}},
+        "chat_template": "{% for m in messages %}# {{ m }}{% endfor %}",
+        "parameters": {"weight": 1.0, "density": [0.5, 1.0]},
+        "merge_method": "della",
+        "dtype": "float32",
+    }
+    new = converted(old)
+    assert [*new] == [*old]
+    kept = {**old, "merge_method": "metagpt_della"}
+    assert new == {**kept, "parameters": {"density": [0.5, 1.0]}}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "torch.bfloat16"])
+def test_composed_recipes_compute_in_float32(dtype: str) -> None:
+    new = converted(old_merge("ties", dtype=dtype, parameters={"weight": 1}))
+    assert (new["dtype"], new["out_dtype"]) == ("float32", dtype)
+    keys = [*new]
+    assert keys[keys.index("dtype") + 1] == "out_dtype"
+    new = converted(old_merge("ties", dtype=dtype, out_dtype="float32"))
+    assert (new["dtype"], new["out_dtype"]) == ("float32", "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", None])
+def test_a_precision_that_stays(dtype: str | None) -> None:
+    given = {"dtype": dtype} if dtype else {}
+    made = convert(yaml.safe_dump(old_merge("ties", **given)))
+    assert yaml.safe_load(made.text).get("dtype") == dtype
+    assert "out_dtype" not in yaml.safe_load(made.text)
+    assert any("no dtype is given" in note for note in made.notes) == (dtype is None)
+    new = converted(old_merge("task_arithmetic", dtype="bfloat16"))
+    assert new["dtype"] == "bfloat16" and "out_dtype" not in new
+
+
+# ---- what would change silently
+
+
+def test_weight_0_leaves_a_model_out_as_before() -> None:
+    old = old_merge("ties")
+    old["models"][0]["parameters"] = {"weight": 0.0}
+    old["models"][1]["parameters"] = {"weight": 0.5}
+    made = convert(yaml.safe_dump(old))
+    assert yaml.safe_load(made.text)["models"] == [
+        {"model": "./a", "parameters": {"weight": 0.0}},
+        {"model": "./b"},
+    ]
+    assert "kept weight 0.0 of ./a: it leaves the model out, as before" in made.changes
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({"weight": 0.75}, "lambda: 1.5 "),
+        ({"weight": 0.75, "lambda": 2.0}, "lambda: 3 "),
+        ({"weight": 0.5}, None),
+        ({"weight": 0.75, "normalize": True}, None),
+        ({"weight": [0.5, 1.0]}, None),
+    ],
+)
+def test_a_total_other_than_1(settings: dict[str, Any], note: str | None) -> None:
+    made = convert(yaml.safe_dump(old_merge("task_arithmetic", parameters=settings)))
+    said = [line for line in made.notes if "old weights sum" in line]
+    assert len(said) == (note is not None)
+    assert note is None or note in said[0]
+
+
+def test_parameters_that_had_no_effect_do_not_begin_to() -> None:
+    old = old_merge("dare_ties", parameters={"weight": 1, "power": 1.0})
+    old["models"][0]["parameters"] = {"rescale": False, "density": 0.5}
+    made = convert(yaml.safe_dump(old))
+    new = yaml.safe_load(made.text)
+    assert "parameters" not in new
+    assert new["models"][0]["parameters"] == {"density": 0.5}
+    said = "dropped power 1.0 of all models: dare_ties has no such parameter and"
+    assert f"{said} ignored it" in made.changes
+    assert any("rescale false of ./a: mergekit ignores" in c for c in made.changes)
+
+
+# ---- comments
+
+
+def test_comments_above_the_first_key_are_kept() -> None:
+    text = (
+        "# What this is.\n\n  # More.\n---\nmerge_method: ties\nbase_model: ./base\n"
+        "models:\n- model: ./a\nchat_template: 'a # b'\n"
+    )
+    made = convert(text)
+    assert made.text.startswith("# What this is.\n\n  # More.\nmerge_method: metagpt_t")
+    assert not any("comments" in line for line in made.changes)
+    made = convert(text.replace("./a\n", "./a  # the best\n"))
+    assert "the best" not in made.text
+    assert any("dropped the comments" in line for line in made.changes)
+
+
+# ---- bases
+
+
+@pytest.mark.parametrize("method", ["linear", "model_stock"])
+def test_a_missing_base_is_asked_for(method: str) -> None:
+    old = old_merge(method)
+    del old["base_model"]
+    old["models"].append({"model": "./base", "parameters": {"weight": 0.5}})
+    with pytest.raises(ValueError, match="Add --base BASE with the model"):
+        converted(old)
+    new = converted(old, "./base")
+    assert [*new][:2] == ["merge_method", "base_model"]
+    assert new["base_model"] == "./base"
+    assert new["models"][2] == {"model": "./base"}
+
+
+def test_a_second_base_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--base is \./c, but the YAML has"):
+        converted(old_merge("ties"), "./c")
+
+
+def test_slices_get_the_base_among_their_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # mergekit compares spellings: `base` must not become `./base`, as in our checks.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    layers = {"layer_range": [0, 3]}
+    sources = [{"model": "./a", **layers}, {"model": "./b", **layers}]
+    old = {"merge_method": "linear", "slices": [{"sources": sources}]}
+    new = converted(old, "base")
+    added = {"model": "base", **layers}
+    assert new["slices"] == [{"sources": [*sources, added]}]
+    other = {"model": "./b", "layer_range": [1, 4]}
+    with pytest.raises(ValueError, match="which take different layers"):
+        converted({**old, "slices": [{"sources": [sources[0], other]}]}, "./base")
+
+
+# ---- refusals
+
+
+def test_every_method_of_mergekit_is_converted_or_refused() -> None:
+    theirs = {
+        method.spec.name
+        for method in registry.registered_methods()
+        if method.spec.name not in checks.METHODS
+    }
+    assert theirs == {*METHODS, *REFUSED} and METHODS == checks.CONVERTIBLE
+    assert not {*METHODS} & {*REFUSED}
+    for name in REFUSED:
+        with pytest.raises(ValueError, match=f"^{name} cannot be converted: it "):
+            converted(old_merge(name))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"merge_method": "metagpt_ties"}, "is a recipe already"),
+        ({"merge_method": "dare-ties"}, "Did you mean dare_ties?"),
+        ({"parameters": {"weight": -0.5}}, "weight of ./a is -0.5: it takes something"),
+        ({"parameters": {"weight": [1.0, -0.5]}}, "weight of ./a is -0.5"),
+        ({"parameters": {"weight": "much"}}, "weight is 'much'; expected numbers"),
+        ({"parameters": {"densty": 0.5}}, "no parameter of ties; did you mean density"),
+        ({"models": [{"model": "./base"}]}, "only the base ./base is given"),
+    ],
+)
+def test_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        converted({**old_merge("ties"), **settings})
+
+
+# ---- what was measured
+
+
+def rows_of(page: str, header: str) -> Iterator[list[str]]:
+    """The cells of a table whose first line begins with some words."""
+    lines = iter(page.splitlines())
+    for line in lines:
+        if line.startswith(header):
+            break
+    next(lines)
+    for line in lines:
+        if not line.startswith("|"):
+            return
+        yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_figures_are_those_of_the_page() -> None:
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    of = f" of {COMPARISONS}"
+    table = {
+        name.replace(" ", "_"): (difference, lower)
+        for name, difference, _, lower, *_ in rows_of(page, "| method | with MetaGPT's")
+    }
+    assert table == {
+        name: (MEASURED[name].difference, f"{MEASURED[name].lower}{of}")
+        for name in COMPOSED
+    }
+    for name in COMPOSED:
+        assert MEASURED[name].other == f"{name} with equal weights"
+    flat = " ".join(page.split())
+    average = MEASURED["linear"]
+    assert (
+        f"Over all {COMPARISONS} comparisons the mean difference is "
+        f"{average.difference}, and MetaGPT is lower in {average.lower}{of}."
+    ) in flat
+    for name in ("task_arithmetic", "model_stock"):
+        assert MEASURED[name] == average
+    assert f"lower than SCE in {MEASURED['sce'].lower}{of}." in flat
+
+
+def test_the_note_says_what_is_better() -> None:
+    assert converting.experience("dare_ties").endswith(
+        "the average loss difference of metagpt_dare_ties was lower, so better, than "
+        "that of dare_ties with equal weights in 3 of 27 comparisons (mean difference "
+        "+0.092)"
+    )
+
+
+# ---- originals of recipes
+
+
+def originals() -> list[dict[str, Any]]:
+    """The YAMLs of other methods in docs/converting.md."""
+    page = (ROOT / "docs" / "converting.md").read_text()
+    blocks = re.findall(r"```yaml\n# before\n(.*?)```", page, re.S)
+    return [yaml.safe_load(block) for block in blocks]
+
+
+ORIGINAL = {
+    "gemma-2-9b-llm2024": "testmoto/gemma-2-9b-lora-0",
+    "neuralpipe-7b-ties": "OpenPipe/mistral-ft-optimized-1218",
+    "qwen2-5-7b-long-context": "Qwen/Qwen2.5-7B-Instruct-1M",
+    "fuseo1-32b": "NovaSky-AI/Sky-T1-32B-Preview",
+}
+
+
+def meaning(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as each model's parameters, without what changes no result.
+
+    `int8_mask` stores signs in 8 bits. Recipes that ship compute in float32 and are
+    written in bfloat16, whatever their original had.
+    """
+    spec = merge_methods.get(recipe["merge_method"]).spec
+    defaults = {parameter.name: parameter.default for parameter in spec.parameters}
+    defaults.pop("int8_mask", None)
+    shared = {**defaults, **recipe.get("parameters", {})}
+    models = {
+        entry["model"]: {**shared, **entry.get("parameters", {})}
+        for entry in recipe["models"]
+    }
+    for given in models.values():
+        given.pop("int8_mask", None)
+    left = {k: v for k, v in recipe.items() if "dtype" not in k and k != "parameters"}
+    return {**left, "models": models}
+
+
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_recipes_that_were_converted_by_hand(name: str) -> None:
+    (old,) = (
+        document
+        for document in originals()
+        if any(entry["model"] == ORIGINAL[name] for entry in document["models"])
+    )
+    by_hand = yaml.safe_load(shipped_recipes.find(f"converted/{name}").text)
+    assert meaning(converted(old)) == meaning(by_hand)
+
+
+# ---- the command
+
+
+def stage(folder: Path, family: Family, method: str, **settings: Any) -> Path:
+    """Write a YAML of another method for real models."""
+    weights = {"weight": 0.5} if "weight" in scopes_of(method) else {}
+    parameters = {**weights, **settings.pop("parameters", {})}
+    old = merge_config(
+        family.base, family.models, parameters=parameters, dtype="bfloat16", **settings
+    )
+    file = folder / "old.yml"
+    file.write_text(yaml.safe_dump({**old, "merge_method": method}, sort_keys=False))
+    return file
+
+
+@pytest.mark.parametrize("method", ["linear", "sce", "dare_ties", "breadcrumbs"])
+def test_a_recipe_merges(
+    method: str, tmp_path: Path, family: Family, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """mergekit's own method with the coefficients gives the same tensors."""
+    given = {"density": 0.5} if method in COMPOSED else {}
+    old, new = stage(tmp_path, family, method, parameters=given), tmp_path / "new.yml"
+    assert run_command("convert", old, new) == 0
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines()[-1].startswith(f"Wrote {new} (")
+    recipe = yaml.safe_load(new.read_text())
+    merged = run_mergekit(recipe, tmp_path / "out", "--random-seed", "0")
+    norms = [
+        sum(naive_sq_norm(family.base_state[n], state[n]) for n in state)
+        for state in family.states
+    ]
+    shares = naive_coefficients(torch.tensor(norms, dtype=torch.float64)).tolist()
+    theirs = {
+        **recipe,
+        "merge_method": method if method in COMPOSED else "task_arithmetic",
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+        "models": [
+            {"model": str(model), "parameters": {"weight": share}}
+            for model, share in zip(family.models, shares, strict=True)
+        ],
+    }
+    expected = run_mergekit(theirs, tmp_path / "theirs", "--random-seed", "0")
+    assert merged.keys() == expected.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=2**-7, atol=1e-6)
+
+
+def test_nothing_is_replaced_without_force(
+    tmp_path: Path, family: Family, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = stage(tmp_path, family, "ties"), tmp_path / "new.yml"
+    new.write_text("mine")
+    assert run_command("convert", old, new) == 2
+    assert f"{new} exists" in capsys.readouterr().err
+    assert new.read_text() == "mine"
+    assert run_command("convert", old, new, "--force") == 0
+    capsys.readouterr()
+    assert run_command("convert", old, "-") == 0
+    said = capsys.readouterr()
+    assert said.out == new.read_text()
+    assert "Wrote stdout" in said.err
+
+
+def test_a_refused_yaml_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old.yml", tmp_path / "new.yml"
+    old.write_text(yaml.safe_dump(old_merge("slerp")))
+    assert run_command("convert", old, new) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"Error: {old}: slerp cannot be converted: it follows")
+    assert not new.exists()
+
+
+def test_our_own_command_merges_a_recipe(tmp_path: Path, family: Family) -> None:
+    """Through our own command, with all its checks."""
+    old, new = stage(tmp_path, family, "ties"), tmp_path / "new.yml"
+    assert run_command("convert", old, new) == 0
+    out = tmp_path / "out"
+    assert run_command("merge", new, out, "--no-copy-tokenizer", "--quiet") == 0
+    assert read_model(out).keys() == family.base_state.keys()
