@@ -29,11 +29,13 @@ def schema_tables() -> Iterator[str]:
     """A Markdown table for every kind of object in the report."""
     kinds = (
         schema.Report,
+        schema.Header,
         schema.Family,
         schema.Settings,
         schema.Base,
         schema.Model,
         schema.Pool,
+        schema.Sample,
         schema.Tensors,
         schema.Source,
         schema.File,

@@ -239,10 +239,10 @@ def test_ten_thousand_tensors(tmp_path: Path) -> None:
 def marked_parts_only(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of a huge tensor, read only the parts that hold something; count all of it."""
     covered: list[int] = []
-    everything = one_pass._Group.segments.fget
+    everything = one_pass.Group.segments.fget
     assert everything is not None
 
-    def some(group: one_pass._Group) -> list[slice]:
+    def some(group: one_pass.Group) -> list[slice]:
         parts = everything(group)
         assert parts[0].start == 0
         for part, following in pairwise(parts):
@@ -254,7 +254,7 @@ def marked_parts_only(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             if any(part.start <= at < part.stop for at in huge.MARKED)
         ]
 
-    monkeypatch.setattr(one_pass._Group, "segments", property(some))
+    monkeypatch.setattr(one_pass.Group, "segments", property(some))
     return covered
 
 

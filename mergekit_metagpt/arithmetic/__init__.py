@@ -8,4 +8,5 @@ __all__ = [
     "in_parts",
     "scaled_sums",
     "squared_norms",
+    "standard_errors",
 ]

@@ -1,4 +1,4 @@
-"""What lies on disk: headers, values, and which tensors base and model share.
+"""What lies on disk, or on the hub: headers, values, and what base and model share.
 
 It measures nothing, and it never opens a model that the caller did not name.
 """
@@ -10,6 +10,8 @@ __all__ = [
     "layouts",
     "opening",
     "pairs",
+    "ranges",
+    "remote",
     "stored",
     "unwritten",
 ]

@@ -55,6 +55,23 @@ def content(folder: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def quantisation(config: bytes | None) -> str | None:
+    """Say how a model is quantised by its config.json.
+
+    Args:
+        config: content of the file, if there is one.
+
+    Returns:
+        a sentence, or None.
+    """
+    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+        given = json.loads(config or b"{}").get("quantization_config")
+        if given:
+            method = given.get("quant_method", "unnamed")
+            return f"its config.json has a quantization_config ({_shown(method)})"
+    return None
+
+
 def architecture_of(
     label: str,
     folder: Path,

@@ -18,10 +18,16 @@ import torch
 from mergekit_metagpt.checkpoints import architecture
 from mergekit_metagpt.checkpoints.files import Readers, read_header
 from mergekit_metagpt.checkpoints.identity import FileIdentity, fingerprint
-from mergekit_metagpt.checkpoints.stored import StoredTensor, layer_key
+from mergekit_metagpt.checkpoints.stored import (
+    FileHeader,
+    StoredTensor,
+    layer_key,
+)
 
 if TYPE_CHECKING:
     from mergekit.io import ShardedTensorIndex
+
+    from mergekit_metagpt.checkpoints.ranges import RemoteFile
 
 LOG = logging.getLogger(__name__)
 
@@ -44,6 +50,8 @@ class Checkpoint:
             where mergekit has a definition.
         warning: what will be wrong with a model that takes its configuration, or None.
         refused: why mergekit could not plan a merge of it, though it can be measured.
+        remote: what reads its files, by the paths of its tensors, if it was not
+            downloaded.
     """
 
     label: str
@@ -57,6 +65,7 @@ class Checkpoint:
     layers: Mapping[str, int] = field(default_factory=dict)
     warning: str | None = None
     refused: str | None = None
+    remote: Mapping[Path, RemoteFile] = field(default_factory=dict)
 
     @functools.cached_property
     def renamed(self) -> Mapping[str, str]:
@@ -127,6 +136,8 @@ class Checkpoint:
             OSError: a file has changed, or is gone.
         """
         for known in self.identity:
+            if known.etag:
+                continue  # a file on the hub: every answer is compared
             try:
                 current = FileIdentity.of(Path(known.path))
             except OSError:
@@ -169,7 +180,6 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Read headers; of a `bare` file, nothing that may lie beside it."""
     folder = Path(index.base_path)
-    config = architecture.content(folder)
     if not isinstance(index.tensor_paths, dict):
         raise OSError(
             f"the index of {label} holds a {type(index.tensor_paths).__name__}; "
@@ -181,6 +191,49 @@ def read_checkpoint(
     }
     files = sorted(set(places.values()))
     headers = {file: read_header(label, file) for file in files}
+    return made_of(
+        label,
+        places,
+        headers,
+        tuple(FileIdentity.of(file) for file in files),
+        folder,
+        override=override,
+        trust=trust_remote_code,
+        bare=bare,
+    )
+
+
+def made_of(
+    label: str,
+    places: Mapping[str, Path],
+    headers: Mapping[Path, FileHeader],
+    identity: tuple[FileIdentity, ...],
+    folder: Path,
+    *,
+    override: str | None = None,
+    trust: bool,
+    bare: bool = False,
+) -> Checkpoint:
+    """Put headers together.
+
+    Args:
+        label: the model as its user wrote it.
+        places: the file of every tensor.
+        headers: of every file.
+        identity: of every file.
+        folder: where config.json lies.
+        override: the architecture that its user says it is of.
+        trust: run code that comes with the model.
+        bare: whether to ignore what may lie beside the file.
+
+    Returns:
+        the checkpoint.
+
+    Raises:
+        OSError: a tensor is not where it is said to be.
+    """
+    config = architecture.content(folder)
+    files = sorted(headers)
     lost = [n for n, file in places.items() if n not in headers[file].names]
     if lost:
         name = min(lost)
@@ -202,7 +255,7 @@ def read_checkpoint(
             folder,
             stored,
             override=override,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust,
         )
         model_type = config.get("model_type")
         if nested := [file for file in files if headers[file].nested]:
@@ -223,7 +276,7 @@ def read_checkpoint(
         label=label,
         tensors={names.get(name, name): tensor for name, tensor in stored.items()},
         tied_names={w.name: tuple(w.tied_names) for w in known.weights if w.tied_names},
-        identity=tuple(FileIdentity.of(file) for file in files),
+        identity=identity,
         model_type=model_type if isinstance(model_type, str) else None,
         folder=None if bare else folder,
         others=frozenset(places).difference(stored),

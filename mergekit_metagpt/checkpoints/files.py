@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,16 +121,34 @@ def read_header(label: str, file: Path) -> FileHeader:
 
 def _safetensors_header(label: str, file: Path) -> FileHeader:
     handle = _open_safetensors(file)
-    names, tensors = handle.offset_keys(), []
-    for name in names:
-        view = handle.get_slice(name)
-        kind = view.get_dtype()
+    names = handle.offset_keys()
+    slices = ((name, handle.get_slice(name)) for name in names)
+    tensors, packed = classified(
+        file, ((n, view.get_dtype(), tuple(view.get_shape())) for n, view in slices)
+    )
+    if packed:
+        raise quantised(label, packed)
+    return FileHeader(frozenset(names), tuple(tensors))
+
+
+def classified(
+    file: Path, entries: Iterable[tuple[str, str, tuple[int, ...]]]
+) -> tuple[list[StoredTensor], str | None]:
+    """Tell a safetensors file's floating-point tensors from packed ones.
+
+    Args:
+        file: the file.
+        entries: name, dtype and shape of every tensor, as the header has them.
+
+    Returns:
+        the tensors of floating point, and which tensor is quantised, if one is.
+    """
+    tensors, packed = [], None
+    for name, kind, shape in entries:
         if kind in SAFETENSORS_FLOATS:
-            shape = tuple(view.get_shape())
-            dtype = SAFETENSORS_FLOATS[kind]
-            tensors.append(StoredTensor(name, file, dtype, shape))
+            tensors.append(StoredTensor(name, file, SAFETENSORS_FLOATS[kind], shape))
         elif kind.startswith("F") or (
             kind in SAFETENSORS_INTEGERS and name.endswith(PACKED_SUFFIXES)
         ):
-            raise quantised(label, f"{name} is stored as {kind}")
-    return FileHeader(frozenset(names), tuple(tensors))
+            packed = packed or f"{name} is stored as {kind}"
+    return tensors, packed

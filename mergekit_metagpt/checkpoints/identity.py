@@ -11,12 +11,17 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What tells one version of a file from the next."""
+    """What tells one version of a file from the next.
+
+    `etag` is the hub's hash of a file that was not downloaded: its path is that on the
+    hub, and it has no time and no inode.
+    """
 
     path: str
     size: int
     modified_ns: int
     inode: int
+    etag: str = ""
 
     @classmethod
     def of(cls, path: Path) -> FileIdentity:
@@ -66,6 +71,8 @@ def fingerprint(file: FileIdentity) -> Fingerprint:
         OSError: the file cannot be read.
     """
     path = Path(file.path)
+    if file.etag:
+        return Fingerprint(path.name, file.size, file.etag, whole=True)
     blob = path.resolve()
     if blob.parent.name == "blobs" and _BLOB.fullmatch(blob.name):
         return Fingerprint(path.name, file.size, blob.name, whole=True)
@@ -97,10 +104,11 @@ def digest_of(files: tuple[FileIdentity, ...]) -> str:
 
 
 def hub_revision(folder: Path) -> str | None:
-    """Return the commit of a downloaded snapshot.
+    """Return the commit of a downloaded snapshot, or of files on the hub.
 
     Args:
-        folder: where the files lie, `.../models--OWNER--NAME/snapshots/COMMIT`.
+        folder: where the files lie, `.../models--OWNER--NAME/snapshots/COMMIT` or
+            `OWNER/NAME/resolve/COMMIT`.
 
     Returns:
         the commit, or None for any other folder.
@@ -109,6 +117,8 @@ def hub_revision(folder: Path) -> str | None:
         >>> hub_revision(Path("m/base")) is None
         True
     """
-    if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name):
+    if folder.parent.name in ("snapshots", "resolve") and re.fullmatch(
+        r"[0-9a-f]{40}", folder.name
+    ):
         return folder.name
     return None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mergekit.options import MergeOptions
 
 # What mergekit looks for, in its order; an index goes before the single file.
-_WEIGHTS = (
+WEIGHTS = (
     "model.safetensors.index.json",
     "model.safetensors",
     "pytorch_model.bin.index.json",
@@ -30,7 +30,7 @@ _WEIGHTS = (
 def _index(label: str, folder: Path) -> ShardedTensorIndex:
     from mergekit.io import ShardedTensorIndex
 
-    found = (folder / name for name in _WEIGHTS if (folder / name).exists())
+    found = (folder / name for name in WEIGHTS if (folder / name).exists())
     file = next(found, folder)
     try:
         return ShardedTensorIndex.from_disk(str(folder))
@@ -119,7 +119,7 @@ def open_checkpoint(
     label, path = str(model), Path(model.model.path)
     if path.is_file():
         raise ValueError(f"{label} is a file; expected a model's folder")
-    if path.is_dir() and not any((path / name).exists() for name in _WEIGHTS):
+    if path.is_dir() and not any((path / name).exists() for name in WEIGHTS):
         if (path / "adapter_config.json").is_file():
             raise ValueError(
                 f"{label} is a bare LoRA adapter; write it as base+adapter "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,9 +86,11 @@ def check_distinct(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
     Raises:
         ValueError: two of them are the same files.
     """
-    owners: dict[frozenset[tuple[int, ...]], Checkpoint] = {}
+    owners: dict[frozenset[tuple[object, ...]], Checkpoint] = {}
     for checkpoint in (base, *models):
-        files = frozenset((f.inode, f.size, f.modified_ns) for f in checkpoint.identity)
+        files = frozenset(
+            (f.inode, f.size, f.modified_ns, f.etag) for f in checkpoint.identity
+        )
         other = owners.setdefault(files, checkpoint)
         if other is base and checkpoint is not base:
             raise ValueError(
@@ -150,7 +153,7 @@ def check_pair(base: Checkpoint, model: Checkpoint) -> None:
 def _roots(
     tensors: Mapping[str, Stored],
     tied_names: Mapping[str, tuple[str, ...]],
-    readers: Readers,
+    same_bits: Callable[[Stored, Stored], bool],
 ) -> dict[str, str]:
     """For each output name, the stored tensor that it is: its own or a tied one."""
     roots = {}
@@ -161,14 +164,27 @@ def _roots(
         own = tensors.get(name)
         for partner in partners:
             other = tensors.get(partner)
-            if other is None or (own and not _same_bits(own, other, readers)):
+            if other is None or (own and not same_bits(own, other)):
                 continue
             roots[name] = roots[partner]
             break
     return roots
 
 
-def _same_bits(first: Stored, second: Stored, readers: Readers) -> bool:
+def same_bits(first: Stored, second: Stored, readers: Readers) -> bool:
+    """Whether two stored tensors are the same weight, such as a head and an embedding.
+
+    Args:
+        first: one tensor.
+        second: the other.
+        readers: the files of this scan.
+
+    Returns:
+        True if precision, shape and all elements are equal.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     ours, theirs = readers.read(first).reshape(-1), readers.read(second).reshape(-1)
@@ -176,7 +192,12 @@ def _same_bits(first: Stored, second: Stored, readers: Readers) -> bool:
     return torch.equal(ours[:PROBE], theirs[:PROBE]) and torch.equal(ours, theirs)
 
 
-def align(base: Checkpoint, model: Checkpoint, readers: Readers) -> Alignment:
+def align(
+    base: Checkpoint,
+    model: Checkpoint,
+    readers: Readers,
+    same: Callable[[Stored, Stored], bool] | None = None,
+) -> Alignment:
     """Pair the tensors of base and model; a weight counts once.
 
     Every floating-point tensor that both store (or stand in for by a tie) is paired by
@@ -188,6 +209,7 @@ def align(base: Checkpoint, model: Checkpoint, readers: Readers) -> Alignment:
         base: the base.
         model: a fine-tune of it.
         readers: the files of this scan.
+        same: tells whether two tensors are the same weight; `same_bits` if None.
 
     Returns:
         the pairs.
@@ -200,8 +222,9 @@ def align(base: Checkpoint, model: Checkpoint, readers: Readers) -> Alignment:
     shared = counterparts(base, model)
     ours = {**base.tensors, **{name: pair[0] for name, pair in shared.items()}}
     theirs = {**model.tensors, **{name: pair[1] for name, pair in shared.items()}}
-    our_roots = _roots(ours, base.tied_names, readers)
-    their_roots = _roots(theirs, model.tied_names, readers)
+    same = same or functools.partial(same_bits, readers=readers)
+    our_roots = _roots(ours, base.tied_names, same)
+    their_roots = _roots(theirs, model.tied_names, same)
     tied = {*base.tied_names, *model.tied_names}
     counted: dict[tuple[str, str], SharedTensor] = {}
     counted_as: dict[str, str] = {}

@@ -6,7 +6,7 @@ import functools
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     from mergekit.options import MergeOptions
     from rich.console import Console
 
+    from mergekit_metagpt.scanning.sampling import Sample
+
 # Table width when stdout is not a terminal, so that rows are not wrapped.
 PIPE_WIDTH = 240
+# What `inspect --remote` reads if nothing else is asked for.
+REMOTE_BUDGET = "200MB"
 # `compiled.built()` would import torch.
 _LOOPS = "yes" if find_spec("_mergekit_metagpt") else "no"
 
@@ -147,6 +151,48 @@ def _check_target(file: str | None, endings: tuple[str, ...] = ()) -> None:
         raise ValueError(f"{file} cannot be written; expected a file in a folder")
 
 
+def _is_zero(share: str | None) -> bool:
+    """Whether --sample asks for no weights at all."""
+    return share is not None and set(share.removesuffix("%")) in ({"0"}, {"0", "."})
+
+
+def _sample(share: str | None, budget: str | None, *, remote: bool) -> Sample | None:
+    """What --sample and --budget ask for; None for an exact scan."""
+    from mergekit_metagpt.scanning.sampling import Sample
+
+    if share is not None and budget is not None:
+        raise ValueError("--sample and --budget are both given; expected one of them")
+    if share is not None:
+        number, scale = (share[:-1], 100) if share.endswith("%") else (share, 1)
+        try:
+            value = float(number) / scale
+        except ValueError:
+            value = 0.0
+        if not 0 < value <= 1:
+            raise ValueError(
+                f"--sample is {share!r}; expected a share above 0 and at most 1, such "
+                "as 0.01 or 1%"
+            )
+        return Sample(share=value) if value < 1 else None
+    if budget is None and remote:
+        budget = REMOTE_BUDGET
+    return None if budget is None else Sample(budget=_bytes(budget))
+
+
+def _bytes(text: str) -> int:
+    """Read a number of bytes, such as 500MB."""
+    number = text.strip().upper().removesuffix("B")
+    scales = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    scale = scales.get(number[-1:], 1)
+    try:
+        value = int(float(number[:-1] if scale > 1 else number) * scale)
+    except (ValueError, OverflowError):
+        value = 0
+    if value < 1:
+        raise ValueError(f"--budget is {text!r}; expected bytes such as 500MB or 2GB")
+    return value
+
+
 @main.command()
 @click.argument("models", nargs=-1, required=True, metavar="CONFIG | MODEL...")
 @click.option("--base", help="The base that MODEL... were fine-tuned from.")
@@ -160,6 +206,23 @@ def _check_target(file: str | None, endings: tuple[str, ...] = ()) -> None:
 @click.option("--json", "json_file", metavar="FILE", help="Write all; - for stdout.")
 @click.option("--csv", "csv_file", metavar="FILE", help="Write a row for each pool.")
 @click.option("--plot", metavar="FILE", help="Draw a figure: .png, .svg or .pdf.")
+@click.option(
+    "--sample",
+    "share",
+    metavar="SHARE",
+    help="Estimate from a share of each tensor, such as 0.01 or 1%.",
+)
+@click.option(
+    "--budget",
+    metavar="BYTES",
+    help="Estimate from as much as this buys, such as 500MB, of all models together.",
+)
+@click.option(
+    "--remote",
+    is_flag=True,
+    help="Read headers and a sample of hub repositories, without downloading them; "
+    "200MB by default, --sample 0 for headers alone.",
+)
 @one_line_errors
 @_loading_options
 def inspect(
@@ -172,6 +235,9 @@ def inspect(
     json_file: str | None,
     csv_file: str | None,
     plot: str | None,
+    share: str | None,
+    budget: str | None,
+    remote: bool,
 ) -> None:
     """Measure the models of CONFIG, or MODEL... against --base, without merging.
 
@@ -186,9 +252,11 @@ def inspect(
     _check_target(csv_file)
 
     from mergekit_metagpt.merge_config import checks, families, jobs, plan
-    from mergekit_metagpt.report import figures, inspecting, tables
+    from mergekit_metagpt.report import figures, headers, inspecting, tables
 
     _check_target(plot, figures.FORMATS)
+    headers_only = remote and _is_zero(share)
+    sample = None if headers_only else _sample(share, budget, remote=remote)
     if base is None and len(models) != 1:
         raise ValueError(
             f"{len(models)} models are given and no base; expected one CONFIG, or "
@@ -212,21 +280,37 @@ def inspect(
     else:
         config = families.config_of(base, models)
     merged = families.of_config(config, **wishes)
-    opened = families.open_models(merged, options)
     planned = refused = None
-    try:
-        planned = jobs.check_plan(config, opened, options)
-    except ValueError as error:
-        refused = str(error)
+    opened: Mapping[Any, Any]
+    seen: tuple[Any, ...] = ()
+    if remote:
+        looked = families.glimpse_models(merged, options)
+        seen = headers.headers_of(merged, looked)
+        opened = {model: at.checkpoint for model, at in looked.items()}
+        refused = next((c.refused for c in opened.values() if c.refused), None)
+        if headers_only or any(header.misfit for header in seen):
+            merged = []
+    else:
+        opened = families.open_models(merged, options)
+        try:
+            planned = jobs.check_plan(config, opened, options)
+        except ValueError as error:
+            refused = str(error)
     report = inspecting.inspect(
         merged,
         opened,
         method=config.merge_method,
         planned=planned,
         refused=refused,
-    )
+        sample=sample,
+    ).model_copy(update={"headers": seen})
     changed = any(value is not None for value in wishes.values())
-    if planned and not changed and any(family.varying for family in merged):
+    if (
+        planned
+        and not changed
+        and not sample
+        and any(family.varying for family in merged)
+    ):
         found = plan.coefficients(planned)
         report = inspecting.with_ranges(report, merged, found)
     if json_file is not None:
@@ -235,13 +319,14 @@ def inspect(
     if csv_file is not None:
         with click.open_file(csv_file, "w", encoding="utf-8") as stream:
             stream.write(tables.as_csv(report))
-    if plot is not None:
+    if plot is not None and report.families:
         figures.report_figure(report, Path(plot))
     if "-" not in (json_file, csv_file):
         console = _console()
         for part in tables.lay_out(report):
             text = printable(part) if isinstance(part, str) else part
             console.print(text, soft_wrap=isinstance(part, str), markup=False)
+    headers.require_fit(seen)
 
 
 @main.command()

@@ -10,6 +10,7 @@ from mergekit.merge_methods.base import ParameterScope
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.opening import open_checkpoints
+from mergekit_metagpt.checkpoints.remote import Glimpse, glimpse
 from mergekit_metagpt.merge_config import checks, merge_yaml
 from mergekit_metagpt.method.parameters import (
     all_zero,
@@ -226,3 +227,31 @@ def open_models(
     """
     models = [m for family in families for m in (family.base, *family.models)]
     return open_checkpoints(models, options)
+
+
+def glimpse_models(
+    families: Sequence[Family], options: MergeOptions
+) -> Mapping[ModelReference, Glimpse]:
+    """Look at every base and model of the families; download none.
+
+    Args:
+        families: who is merged with whom.
+        options: mergekit's; those that say how to load local models.
+
+    Returns:
+        what configurations and headers tell, by model.
+
+    Raises:
+        ValueError: a model cannot be read in part.
+        OSError: a repository or file cannot be read.
+    """
+    models = [m for family in families for m in (family.base, *family.models)]
+    return {
+        model: glimpse(
+            model,
+            lora_merge_cache=options.lora_merge_cache,
+            transformers_cache=options.transformers_cache,
+            trust_remote_code=options.trust_remote_code,
+        )
+        for model in dict.fromkeys(models)
+    }

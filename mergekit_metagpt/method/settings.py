@@ -8,6 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from mergekit_metagpt.arithmetic.closed_form import coefficients, contributes
+from mergekit_metagpt.arithmetic.standard_errors import of_coefficients
 from mergekit_metagpt.scanning.pools import is_excluded, pool_key
 
 Granularity = Literal["model", "layer", "tensor"]
@@ -87,6 +88,22 @@ class Settings(BaseModel):
         if not bool(contributes(sq_norms, weight, power).any()):
             return torch.zeros_like(weight)
         return coefficients(sq_norms, weight, power)
+
+    def share_errors(
+        self, sq_norms: torch.Tensor, covariance: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the standard errors of `shares`, of sampled squared norms.
+
+        Args:
+            sq_norms: estimates of n_t, shape `(K,)`, float64.
+            covariance: of the estimates, shape `(K, K)`.
+            weight: w_t, shape `(K,)`, float64.
+
+        Returns:
+            shape `(K,)`, float64.
+        """
+        shares = self.shares(sq_norms, weight)
+        return of_coefficients(sq_norms, covariance, shares, self.power)
 
     def counts(self, name: str | None) -> bool:
         """Whether a tensor counts in squared norms."""

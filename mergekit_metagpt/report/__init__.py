@@ -7,6 +7,7 @@ __all__ = [
     "card",
     "comparison",
     "figures",
+    "headers",
     "inspecting",
     "parts",
     "schema",

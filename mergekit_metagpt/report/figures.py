@@ -96,18 +96,26 @@ def _draw_coefficients(axes: Axes, family: schema.Family) -> None:
         left=None if one else low,
         color=BLUE,
         edgecolor="black",
+        xerr=_errors(family),
+        capsize=3,
     )
     labels = [
         f"{h:.3g}" if one else f"{b:.3g} to {h:.3g}"
         for b, h in zip(low, high, strict=True)
     ]
-    axes.bar_label(bars, labels, padding=4)
+    axes.bar_label(bars, labels, padding=4)  # beyond an error bar
     axes.set_yticks(rows, _numbered(family))
     axes.invert_yaxis()
     axes.set_xlim(min(0.0, *low) * 1.2, max(0.05, *high) * 1.25)
     pools = "" if one else f" by {family.settings.granularity}"
     axes.set_title(rf"scaling coefficient $\lambda_t${pools}")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _errors(family: schema.Family) -> list[float] | None:
+    """Standard errors of the coefficients; None where they are exact or many."""
+    errors = [model.coefficient_se for model in family.models]
+    return [error or 0.0 for error in errors] if any(errors) else None
 
 
 def _draw_cosines(

@@ -21,7 +21,8 @@ from mergekit_metagpt.report import schema
 from mergekit_metagpt.report.inventory import describe, unshared
 from mergekit_metagpt.report.parts import PARTS, natural, part_of
 from mergekit_metagpt.scanning.once import measure
-from mergekit_metagpt.scanning.results import ScanResult
+from mergekit_metagpt.scanning.results import Pooled, ScanResult
+from mergekit_metagpt.scanning.sampling import Sample
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -37,6 +38,7 @@ def inspect(
     planned: Sequence[Planned] | None = None,
     refused: str | None = None,
     gram: bool | None = True,
+    sample: Sample | None = None,
 ) -> schema.Report:
     """Scan the checkpoints of all families, one pass for each base, and report.
 
@@ -48,6 +50,7 @@ def inspect(
         refused: why the merge cannot be made as it is, or None.
         gram: whether inner products are needed; None takes them from the cache, and
             reports no cosines where it has none.
+        sample: how much to read; all if None.
 
     Returns:
         the report.
@@ -66,7 +69,12 @@ def inspect(
         names = [n for m in (family.base, *family.models) for n in opened[m].names]
         require_named(family.settings.exclude, names)
     scans = {
-        base: measure(opened[base], [opened[model] for model in models], gram=gram)
+        base: measure(
+            opened[base],
+            [opened[model] for model in models],
+            gram=gram,
+            sample=sample,
+        )
         for base, models in of_base.items()
     }
     return schema.Report(
@@ -171,6 +179,9 @@ def _family(
     cosines = None if angles is None else angles.tolist()
     weights = torch.tensor(family.weights, dtype=torch.float64, device="cpu")
     alone = settings.shares(None, weights).tolist()  # where `exclude` leaves no pool
+    one_pool = settings.granularity == "model" and not family.varying
+    cosine_errors = whole.cosine_errors
+    coefficient_errors = pools[0].reported.coefficients_se if one_pool else None
     written = {
         model: None if planned is None else names_in(planned, model)
         for model in (family.base, *family.models)
@@ -188,15 +199,18 @@ def _family(
                 norm=math.sqrt(sq_norm),
                 distance=advice.distance(result, k, whole.members["model"]),
                 relative_norm=_ratio(sq_norm, float(whole.base_sq_norms[k])),
-                coefficient=coefficients[0]
-                if settings.granularity == "model" and not family.varying
-                else None,
+                coefficient=coefficients[0] if one_pool else None,
                 coefficient_range=(min(coefficients), max(coefficients)),
                 weight=family.weights[k],
                 weight_by_hand=family.by_hand[k],
                 parts=_parts(sq_norms, whole.members["model"]),
                 not_in_base=unshared(model, base, result.counted_as[k]),
                 only_in_base=unshared(base, model, result.counted_as[k]),
+                norm_se=_at(whole.norm_errors, k),
+                sq_norm_se=_at(whole.sq_norm_errors, k),
+                relative_norm_se=_at(whole.relative_norm_errors, k),
+                coefficient_se=coefficient_errors[k] if coefficient_errors else None,
+                parts_se=_part_errors(result, k, whole.members["model"]),
             )
         )
     of_base = written[family.base]
@@ -214,11 +228,42 @@ def _family(
         cosines=None
         if cosines is None
         else tuple(tuple(None if math.isnan(v) else v for v in row) for row in cosines),
+        cosines_se=None
+        if cosine_errors is None
+        else tuple(map(tuple, cosine_errors.tolist())),
+        sample=None
+        if result.sampled is None
+        else schema.Sample(
+            share=result.sampled.share,
+            seed=result.sampled.seed,
+            bytes_read=result.sampled.bytes_read,
+            bytes_stored=result.sampled.bytes_stored,
+        ),
         reading=advice.cosine_reading(family.models, cosines),
         pools=tuple(pool.reported for pool in pools),
         layers=tuple(pool.reported for pool in _pools(family, result, "layer")),
         warnings=tuple(_warnings(family, result, models, pools, left, base.warning)),
     )
+
+
+@dataclass(frozen=True)
+class _PoolErrors:
+    """Of G pools: Cov(n_s, n_t), shape `(G, K, K)`, and `(G, K)` standard errors."""
+
+    covariances: torch.Tensor
+    sq_norms: list[list[float]]
+    relative_norms: list[list[float]]
+
+    @classmethod
+    def of(cls, pooled: Pooled, shape: tuple[int, int]) -> _PoolErrors | None:
+        own, of_ratios = pooled.sq_norm_errors, pooled.relative_norm_errors
+        if pooled.covariances is None or own is None or of_ratios is None:
+            return None
+        return cls(
+            pooled.covariances.sq_norms.reshape(*shape, shape[1]),
+            own.reshape(shape).tolist(),
+            of_ratios.reshape(shape).tolist(),
+        )
 
 
 def _pools(family: Family, result: ScanResult, granularity: str) -> list[_Pool]:
@@ -229,6 +274,7 @@ def _pools(family: Family, result: ScanResult, granularity: str) -> list[_Pool]:
         values.reshape(shape).tolist()
         for values in (pooled.sq_norms, pooled.base_sq_norms)
     )
+    sampled = _PoolErrors.of(pooled, shape)
     counted = [set(names.values()) for names in result.counted_as]
     pools = []
     for key in sorted(pooled.keys, key=_from_input_to_output):
@@ -240,11 +286,21 @@ def _pools(family: Family, result: ScanResult, granularity: str) -> list[_Pool]:
         measured = torch.tensor(sq_norms[row], dtype=torch.float64, device="cpu")
         norms_count = bool(members) and settings.power != 0
         shares = settings.shares(measured if norms_count else None, weight).tolist()
+        errors: dict[str, tuple[float, ...]] = {}
+        if sampled is not None:
+            found = [0.0] * count
+            if norms_count:
+                covariance = sampled.covariances[row]
+                found = settings.share_errors(measured, covariance, weight).tolist()
+            errors["coefficients_se"] = tuple(found)
+            errors["sq_norms_se"] = tuple(sampled.sq_norms[row])
+            errors["relative_norms_se"] = tuple(sampled.relative_norms[row])
         reported = schema.Pool(
             key=key,
             sq_norms=tuple(sq_norms[row]),
             relative_norms=tuple(map(_ratio, sq_norms[row], base_sq_norms[row])),
             coefficients=tuple(shares),
+            **errors,
         )
         taking_part = {
             model: share
@@ -268,12 +324,42 @@ def _ratio(sq_norm: float, base_sq_norm: float) -> float | None:
     return math.sqrt(sq_norm / base_sq_norm) if base_sq_norm else None
 
 
+def _at(errors: torch.Tensor | None, model: int) -> float | None:
+    return None if errors is None else float(errors[model])
+
+
 def _parts(sq_norms: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
     parts = dict.fromkeys(PARTS, 0.0)
     for name in names:
         parts[part_of(name)] += sq_norms[name]
     total = sum(parts.values())
     return {part: value / total if total else 0.0 for part, value in parts.items()}
+
+
+def _part_errors(
+    result: ScanResult, model: int, names: Sequence[str]
+) -> dict[str, float] | None:
+    """Standard errors of `_parts`: of p = n_part / n by the delta method."""
+    if result.sampled is None:
+        return None
+    variances = dict(
+        zip(
+            result.names,
+            result.sampled.covariances.sq_norms[:, model, model].tolist(),
+            strict=True,
+        )
+    )
+    sq_norms = dict(zip(result.names, result.sq_norms[:, model].tolist(), strict=True))
+    total = sum(sq_norms[name] for name in names)
+    inside, varying = dict.fromkeys(PARTS, 0.0), sum(variances[n] for n in names)
+    for name in names:
+        inside[part_of(name)] += variances[name]
+    errors = {}
+    for part, share in _parts(sq_norms, names).items():
+        rest = varying - inside[part]
+        variance = (1 - share) ** 2 * inside[part] + share**2 * max(rest, 0.0)
+        errors[part] = math.sqrt(variance) / total if total else 0.0
+    return errors
 
 
 def _warnings(

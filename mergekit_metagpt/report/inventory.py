@@ -31,18 +31,30 @@ def describe(
         OSError: a file cannot be read.
     """
     tensors = model.tensors.values()
-    precisions: dict[str, int] = {}
-    for tensor in tensors:
-        name = str(tensor.dtype).removeprefix("torch.")
-        precisions[name] = precisions.get(name, 0) + tensor.numel
     return schema.Stored(
         name=model.label,
         source=_source(model),
         parameters=sum(tensor.numel for tensor in tensors),
         bytes=sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors),
-        precisions=dict(sorted(precisions.items(), key=lambda found: -found[1])),
+        precisions=precisions(model),
         not_written=_not_written(model, written, sq_norms),
     )
+
+
+def precisions(model: Checkpoint) -> dict[str, int]:
+    """Count the elements of each stored dtype.
+
+    Args:
+        model: the checkpoint.
+
+    Returns:
+        the counts by the dtype's name, the largest first.
+    """
+    counts: dict[str, int] = {}
+    for tensor in model.tensors.values():
+        name = str(tensor.dtype).removeprefix("torch.")
+        counts[name] = counts.get(name, 0) + tensor.numel
+    return dict(sorted(counts.items(), key=lambda count: -count[1]))
 
 
 def _source(model: Checkpoint) -> schema.Source:

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_metagpt.method import settings
 
+SE = "standard error of {}; null where exact"
+
 
 class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -86,6 +88,17 @@ class Model(Stored):
     parts: dict[str, float] = Field(description="share of each part in n_t")
     not_in_base: Tensors
     only_in_base: Tensors
+    norm_se: float | None = Field(default=None, description=SE.format("`norm`"))
+    sq_norm_se: float | None = Field(default=None, description=SE.format("`sq_norm`"))
+    relative_norm_se: float | None = Field(
+        default=None, description=SE.format("`relative_norm`")
+    )
+    coefficient_se: float | None = Field(
+        default=None, description=SE.format("`coefficient`")
+    )
+    parts_se: dict[str, float] | None = Field(
+        default=None, description=SE.format("`parts`")
+    )
 
 
 class Pool(_Schema):
@@ -97,6 +110,15 @@ class Pool(_Schema):
     coefficients: tuple[float, ...] = Field(
         description="share of each model on this pool"
     )
+    sq_norms_se: tuple[float, ...] | None = Field(
+        default=None, description=SE.format("`sq_norms`")
+    )
+    relative_norms_se: tuple[float, ...] | None = Field(
+        default=None, description=SE.format("`relative_norms`")
+    )
+    coefficients_se: tuple[float, ...] | None = Field(
+        default=None, description=SE.format("`coefficients`")
+    )
 
 
 class Settings(settings.Settings):
@@ -106,6 +128,15 @@ class Settings(settings.Settings):
         description="parameters that the YAML sets tensor by tensor; the figures here "
         "are for their defaults"
     )
+
+
+class Sample(_Schema):
+    """How much of the weights the estimates rest on."""
+
+    share: float = Field(description="of each large tensor that was read")
+    seed: int = Field(description="of the positions that were read")
+    bytes_read: int = Field(description="of base and models")
+    bytes_stored: int = Field(description="what an exact scan reads")
 
 
 class Family(_Schema):
@@ -119,10 +150,35 @@ class Family(_Schema):
         description="between task vectors, null where one is zero; null as a whole "
         "where inner products were not measured, as by `merge`"
     )
+    cosines_se: tuple[tuple[float, ...], ...] | None = Field(
+        default=None, description=SE.format("`cosines`")
+    )
+    sample: Sample | None = Field(
+        default=None, description="how much was read; null where the scan was exact"
+    )
     reading: str = Field(description="the cosines in words")
     pools: tuple[Pool, ...] = Field(description="at the granularity of the settings")
     layers: tuple[Pool, ...] = Field(description="at granularity layer, always")
     warnings: tuple[str, ...]
+
+
+class Header(_Schema):
+    """What the configuration and headers of a model tell, without its weights."""
+
+    name: str
+    base: str | None = Field(description="its base; null for the base itself")
+    commit: str | None = Field(description="of the repository; null for a folder")
+    download: int = Field(description="bytes of weights that are not here")
+    parameters: int = Field(description="elements of all floating-point tensors")
+    precisions: dict[str, int] = Field(description="elements by stored dtype")
+    quantised: str | None = Field(description="what is quantised in it, or null")
+    vocabulary: int | None = Field(description="entries of its embeddings")
+    tied: bool | None = Field(
+        description="whether the embeddings stand in for a head that is not stored"
+    )
+    misfit: str | None = Field(description="why it does not fit its base, or null")
+    not_in_base: Tensors | None
+    only_in_base: Tensors | None
 
 
 class Options(_Schema):
@@ -145,6 +201,9 @@ class Report(_Schema):
     method: str = Field(description="merge_method of the YAML, or metagpt")
     refused: str | None = Field(
         default=None, description="why this can be measured, but not merged; else null"
+    )
+    headers: tuple[Header, ...] = Field(
+        default=(), description="of base and models, by `inspect --remote`"
     )
     options: Options | None = Field(
         default=None, description="of the merge; null where nothing was merged"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -33,10 +34,46 @@ def lay_out(found: schema.Report) -> Iterator[str | Table]:
     """
     if found.refused:
         yield f"Can be measured, but not merged as it is: {found.refused}\n"
+    if found.headers:
+        yield from _headers(found.headers)
     for family in found.families:
         if len(found.families) > 1:
             yield f"Merged with each other: {', '.join(family.places)}"
         yield from _family(family)
+
+
+def _headers(headers: Sequence[schema.Header]) -> Iterator[str | Table]:
+    """What configurations and headers tell: a table, then reasons and differences."""
+    total = {header.name: header.download for header in headers}
+    yield f"Headers ({sum(total.values()) / 1e9:,.2f} GB to download in all)"
+    names = ("model", "commit", "stored", "quantised", "head", "fits")
+    headings = ["model", "commit", "parameters", "stored", "GB to download"]
+    table = _table([*headings, "quantised", "vocabulary", "head", "fits"], names=names)
+    for header in headers:
+        fits = "no" if header.misfit else "yes"
+        _add(
+            table,
+            [
+                header.name,
+                (header.commit or "a folder")[:8],
+                f"{header.parameters:,}",
+                _precisions(header),
+                f"{header.download / 1e9:,.2f}",
+                "yes" if header.quantised else "no",
+                "-" if header.vocabulary is None else f"{header.vocabulary:,}",
+                {None: "-", True: "the embeddings", False: "its own"}[header.tied],
+                "the base" if header.base is None else fits,
+            ],
+        )
+    yield table
+    for header in headers:
+        if header.misfit:
+            yield f"{header.name} does not fit: {header.misfit}"
+        if header.not_in_base and header.not_in_base.count:
+            yield f"{header.name}: {_tensors(header.not_in_base)} the base lacks"
+        if header.only_in_base and header.only_in_base.count:
+            yield f"{header.base}: {_tensors(header.only_in_base)} {header.name} lacks"
+    yield ""
 
 
 def _family(family: schema.Family) -> Iterator[str | Table]:
@@ -45,6 +82,12 @@ def _family(family: schema.Family) -> Iterator[str | Table]:
         f"Base {base.name}: {base.parameters:,} parameters, {_precisions(base)}, "
         f"||theta_0|| {base.norm:.4g}"
     )
+    if sample := family.sample:
+        yield (
+            f"Estimated from {sample.bytes_read / 1e6:,.1f} of "
+            f"{sample.bytes_stored / 1e6:,.1f} MB ({sample.share:.3g} of each large "
+            "tensor); ± is one standard error"
+        )
     yield f"\nTask vectors ({_settings(family.settings)})"
     yield _task_vectors(family)
     wide = len(models) > MOST_COLUMNS
@@ -66,7 +109,7 @@ def _family(family: schema.Family) -> Iterator[str | Table]:
         yield f"Warning: {warning}"
 
 
-def _precisions(stored: schema.Stored) -> str:
+def _precisions(stored: schema.Stored | schema.Header) -> str:
     total = stored.parameters or 1
     if len(stored.precisions) == 1:
         return next(iter(stored.precisions))
@@ -75,8 +118,18 @@ def _precisions(stored: schema.Stored) -> str:
 
 def _coefficient(model: schema.Model) -> str:
     if model.coefficient is not None:
-        return _four(model.coefficient)
+        return _estimate(model.coefficient, model.coefficient_se, _four)
     return " to ".join(map(_four, model.coefficient_range))
+
+
+def _estimate(
+    value: float, error: float | None, exact: Callable[[float], str] = "{:.4g}".format
+) -> str:
+    """A value to the first digit of its standard error, or as if it were exact."""
+    if not error:
+        return exact(value)
+    digits = max(0, -math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def _four(value: float) -> str:
@@ -134,8 +187,10 @@ def _task_vectors(family: schema.Family) -> Table:
             model.name,
             f"{model.parameters:,}",
             _precisions(model),
-            f"{model.norm:.4g}",
-            "-" if relative is None else _four(relative),
+            _estimate(model.norm, model.norm_se),
+            "-"
+            if relative is None
+            else _estimate(relative, model.relative_norm_se, _four),
             _coefficient(model),
         ]
         row += [f"{model.weight:g}"] * weighted
@@ -146,12 +201,21 @@ def _task_vectors(family: schema.Family) -> Table:
 
 def _cosines(family: schema.Family) -> Table:
     table = _table(["#", *_numbers(family)])
-    for number, row in zip(_numbers(family), family.cosines or (), strict=True):
-        # Plus 0.0, which makes -0.0 positive.
-        rounded = (None if value is None else round(value, 2) + 0.0 for value in row)
-        cells = ("-" if value is None else f"{value:+.2f}" for value in rounded)
+    errors = family.cosines_se or ((None,) * len(family.models),) * len(family.models)
+    rows = zip(_numbers(family), family.cosines or (), errors, strict=True)
+    for number, row, of_row in rows:
+        cells = map(_cosine, row, of_row)
         _add(table, [number, *cells])
     return table
+
+
+def _cosine(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
+    digits = max(2, -math.floor(math.log10(error))) if error else 2
+    # Plus 0.0, which makes -0.0 positive.
+    shown = f"{round(value, digits) + 0.0:+.{digits}f}"
+    return f"{shown} ± {error:.{digits}f}" if error else shown
 
 
 def _parts(family: schema.Family) -> Table:
@@ -162,8 +226,15 @@ def _parts(family: schema.Family) -> Table:
     ]
     table = _table(["#", *shown])
     for number, model in zip(_numbers(family), family.models, strict=True):
-        _add(table, [number, *(f"{model.parts[part]:.1%}" for part in shown)])
+        cells = (_share(model, part) for part in shown)
+        _add(table, [number, *cells])
     return table
+
+
+def _share(model: schema.Model, part: str) -> str:
+    shown = f"{model.parts[part]:.1%}"
+    error = model.parts_se[part] if model.parts_se else 0.0
+    return f"{shown} ± {error:.1%}" if error >= 5e-4 else shown
 
 
 def _pools(family: schema.Family) -> Table:
@@ -172,9 +243,13 @@ def _pools(family: schema.Family) -> Table:
     table = _table([granularity, *headings], names=(granularity,))
     for pool in family.pools:
         cells = [
-            f"{_four(value)} ({'-' if relative is None else _four(relative)})"
-            for value, relative in zip(
-                pool.coefficients, pool.relative_norms, strict=True
+            f"{_estimate(value, error, _four)} "
+            f"({'-' if relative is None else _four(relative)})"
+            for value, error, relative in zip(
+                pool.coefficients,
+                pool.coefficients_se or (None,) * len(family.models),
+                pool.relative_norms,
+                strict=True,
             )
         ]
         _add(table, [pool.key, *cells])
@@ -255,7 +330,12 @@ def remembered(entries: Sequence[Remembered]) -> Table:
     """
     names = ("written", "holds", "base", "models")
     table = _table([*names, "kB"], names=names)
-    kinds = {"pair": "squared norms", "gram": "inner products", "losses": "losses"}
+    kinds = {
+        "pair": "squared norms",
+        "gram": "inner products",
+        "sample": "estimates from a sample",
+        "losses": "losses",
+    }
     for entry in entries:
         _add(
             table,

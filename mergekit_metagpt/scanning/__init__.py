@@ -8,4 +8,5 @@ __all__ = [
     "once",
     "pools",
     "results",
+    "sampling",
 ]

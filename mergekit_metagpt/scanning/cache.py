@@ -18,8 +18,9 @@ from typing import Annotated, Literal, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mergekit_metagpt.arithmetic.standard_errors import Covariances
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
-from mergekit_metagpt.scanning.results import ScanResult
+from mergekit_metagpt.scanning.results import Sampled, ScanResult
 
 LOG = logging.getLogger("mergekit_metagpt")
 VARIABLE = "MERGEKIT_METAGPT_CACHE"
@@ -68,6 +69,25 @@ class _Gram(BaseModel):
     gram: dict[str, list[Finite]]
 
 
+class _Estimates(BaseModel):
+    """A `ScanResult` from a sample: nested lists by tensor and model."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    names: list[str]
+    sq_norms: list[list[SqNorm]]
+    base_sq_norms: list[list[SqNorm]]
+    gram: list[list[list[Finite]]] | None
+    counted_as: list[dict[str, str]]
+    layers: list[dict[str, str]]
+    share: float
+    seed: int
+    bytes_read: int
+    bytes_stored: int
+    of_models: list[list[list[Finite]]]
+    of_pairs: list[list[list[list[Finite]]]]
+
+
 class ChunkLosses(BaseModel):
     """What a model loses on a text, chunk by chunk.
 
@@ -82,7 +102,7 @@ class ChunkLosses(BaseModel):
     bytes: list[int]
 
 
-C = TypeVar("C", _Pair, _Gram, ChunkLosses)
+C = TypeVar("C", _Pair, _Gram, _Estimates, ChunkLosses)
 
 
 def folder() -> Path | None:
@@ -196,6 +216,86 @@ def write_gram(
     upper = result.gram[:, rows, columns].tolist()
     content = _Gram(gram=dict(zip(result.names, upper, strict=True)))
     _write("gram", base, models, content)
+
+
+def read_sample(
+    base: Checkpoint, models: Sequence[Checkpoint], request: str
+) -> ScanResult | None:
+    """Look up what an earlier sample of these models estimated.
+
+    Args:
+        base: the base.
+        models: K fine-tunes of it, in the order of the scan.
+        request: what was asked for: share or budget, seed, inner products.
+
+    Returns:
+        the estimates, with the same bits, or None.
+    """
+    content = _read("sample", base, models, _Estimates, request)
+    if content is None:
+        return None
+    n, k = len(content.names), len(models)
+
+    def tensor(values: Sequence[object], *shape: int) -> torch.Tensor:
+        made = torch.tensor(values, dtype=torch.float64, device="cpu")
+        return made.reshape(shape)
+
+    try:
+        of_models = tensor(content.of_models, 2, n, k)
+        of_pairs = tensor(content.of_pairs, len(content.of_pairs), n, k, k)
+        return ScanResult(
+            base=base.label,
+            models=tuple(model.label for model in models),
+            names=tuple(content.names),
+            sq_norms=tensor(content.sq_norms, n, k),
+            base_sq_norms=tensor(content.base_sq_norms, n, k),
+            counted_as=tuple(content.counted_as),
+            layers=tuple(content.layers),
+            gram=None if content.gram is None else tensor(content.gram, n, k, k),
+            sampled=Sampled(
+                share=content.share,
+                seed=content.seed,
+                bytes_read=content.bytes_read,
+                bytes_stored=content.bytes_stored,
+                covariances=Covariances(of_pairs[0], *of_models, *of_pairs[1:]),
+            ),
+        )
+    except (ValueError, RuntimeError, TypeError, IndexError) as error:
+        LOG.info("cache entry not used: %s", error)
+        return None
+
+
+def write_sample(
+    base: Checkpoint, models: Sequence[Checkpoint], request: str, result: ScanResult
+) -> None:
+    """Remember what a sample estimated.
+
+    Args:
+        base: the base.
+        models: K fine-tunes of it, in the order of the scan.
+        request: as for `read_sample`.
+        result: of the sample.
+    """
+    sampled = result.sampled
+    if sampled is None or not bool(torch.isfinite(result.base_sq_norms).all()):
+        return
+    own = sampled.covariances
+    of_pairs = [own.sq_norms, own.gram, own.gram_and_sq_norms]
+    content = _Estimates(
+        names=list(result.names),
+        sq_norms=result.sq_norms.tolist(),
+        base_sq_norms=result.base_sq_norms.tolist(),
+        gram=None if result.gram is None else result.gram.tolist(),
+        counted_as=[dict(names) for names in result.counted_as],
+        layers=[dict(names) for names in result.layers],
+        share=sampled.share,
+        seed=sampled.seed,
+        bytes_read=sampled.bytes_read,
+        bytes_stored=sampled.bytes_stored,
+        of_models=[own.base_sq_norms.tolist(), own.sq_norms_and_base.tolist()],
+        of_pairs=[values.tolist() for values in of_pairs if values is not None],
+    )
+    _write("sample", base, models, content, request)
 
 
 def read_losses(models: Sequence[Checkpoint], about: str) -> ChunkLosses | None:
@@ -326,7 +426,7 @@ class Remembered:
 
     Attributes:
         file: where it lies.
-        kind: `pair`, `gram` or `losses`; empty if it cannot be read.
+        kind: `pair`, `gram`, `sample` or `losses`; empty if it cannot be read.
         base: the base, as its user wrote it.
         models: the models.
         bytes: its size.

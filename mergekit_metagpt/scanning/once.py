@@ -13,6 +13,7 @@ from mergekit_metagpt.checkpoints.opening import open_checkpoint
 from mergekit_metagpt.scanning import cache
 from mergekit_metagpt.scanning.one_pass import scan_checkpoints
 from mergekit_metagpt.scanning.results import ScanResult
+from mergekit_metagpt.scanning.sampling import Sample, sample_checkpoints
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -34,6 +35,7 @@ def measure(
     *,
     gram: bool | None = False,
     workers: int | None = None,
+    sample: Sample | None = None,
 ) -> ScanResult:
     """Measure each model against the base, scanning what was not scanned before.
 
@@ -46,6 +48,7 @@ def measure(
         gram: whether inner products are needed; None takes those that an earlier scan
             left in the cache, and does without otherwise.
         workers: threads; the CPUs at hand if None.
+        sample: estimate from a sample, unless an earlier exact scan is remembered.
 
     Returns:
         the result, with the models in their order; named as when it was measured.
@@ -61,14 +64,17 @@ def measure(
         # Another thread may have scanned for us while we waited.
         if (earlier := _remembered(request, gram)) is not None:
             return earlier
-        if request in _FAILURES:
-            raise _FAILURES[request]
+        attempt = (*request, sample)
+        if attempt in _FAILURES:
+            raise _FAILURES[attempt]
         try:
-            measured = _measured(base, models, gram, workers)
+            measured = _measured(base, models, gram, workers, sample)
             result = replace(measured, vocabulary=base.vocabulary)
         except Exception as error:
-            _FAILURES[request] = error
+            _FAILURES[attempt] = error
             raise
+        if result.sampled is not None:
+            return result  # only the cache keeps it: an exact one may be asked for next
         for at, model in enumerate(models):
             pair = replace(result.select([at]), gram=None)
             _PAIRS.setdefault((base.identity, model.identity), pair)
@@ -89,6 +95,7 @@ def _measured(
     models: Sequence[Checkpoint],
     gram: bool | None,
     workers: int | None,
+    sample: Sample | None,
 ) -> ScanResult:
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
@@ -102,6 +109,15 @@ def _measured(
         products = cache.read_gram(base, models, result.names)
         if products is not None or gram is None:
             return replace(result, gram=products)
+    if sample is not None and (missing or gram):
+        request = f"{sample.share} {sample.budget} {sample.seed} {bool(gram)}"
+        estimated = cache.read_sample(base, models, request)
+        if estimated is None:
+            estimated = sample_checkpoints(
+                base, models, sample, gram=bool(gram), workers=workers
+            )
+            cache.write_sample(base, models, request, estimated)
+        return estimated
     scanned = list(range(len(models))) if gram else missing
     if scanned:
         new = scan_checkpoints(

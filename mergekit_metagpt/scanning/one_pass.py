@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from mergekit_metagpt.arithmetic import in_parts, squared_norms
 from mergekit_metagpt.arithmetic.in_parts import scratch
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
-from mergekit_metagpt.checkpoints.files import Readers
 from mergekit_metagpt.checkpoints.pairs import Alignment, SharedTensor, align
+from mergekit_metagpt.checkpoints.ranges import AT_ONCE, RemoteFile
 from mergekit_metagpt.scanning.pieces import Files
 from mergekit_metagpt.scanning.results import ScanResult
 from mergekit_metagpt.scanning.threads import default_workers, run
@@ -26,7 +27,7 @@ BATCH = 8
 
 
 @dataclass(frozen=True)
-class _Sums:
+class Sums:
     """Sums over a part of a tensor group of K models.
 
     `sq_norms` has shape `(K,)`, `base` is ||theta_0||^2, shape `()`, and `gram` has
@@ -37,9 +38,9 @@ class _Sums:
     base: torch.Tensor
     gram: torch.Tensor | None = None
 
-    def __add__(self, other: _Sums) -> _Sums:
+    def __add__(self, other: Sums) -> Sums:
         both = self.gram is not None and other.gram is not None
-        return _Sums(
+        return Sums(
             self.sq_norms + other.sq_norms,
             self.base + other.base,
             self.gram + other.gram if both else None,  # type: ignore[operator]
@@ -47,7 +48,7 @@ class _Sums:
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """Models that share one stored base tensor, and what is summed over it."""
 
     name: str
@@ -69,7 +70,7 @@ class _Group:
         stored = [self.pairs[0].base, *(pair.model for pair in self.pairs)]
         return sum(tensor.dtype.itemsize for tensor in stored)
 
-    def sums(self, files: Files, part: slice) -> _Sums:
+    def sums(self, files: Files, part: slice) -> Sums:
         """Sum over a part of the flattened overlap, piece by piece.
 
         Without inner products, the pieces of a few models are in memory at a time.
@@ -107,18 +108,25 @@ class _Group:
                     for k, value in enumerate(sums, start=first):
                         totals[k] += value
         sq_norms = torch.tensor(totals, dtype=torch.float64, device="cpu")
-        return _Sums(
+        return Sums(
             sq_norms if gram is None else gram.diagonal().clone(),
             torch.tensor(base_total, dtype=torch.float64, device="cpu"),
             gram,
         )
 
 
-def _groups(alignments: Sequence[Alignment], *, gram: bool) -> list[_Group]:
+def groups_of(alignments: Sequence[Alignment], *, gram: bool) -> list[Group]:
     """Group the pairs of all models, in the reverse of the order of a merge.
 
     mergekit merges tensors in the order of their names. What is scanned last is still
     in the page cache then, even where the cache does not hold all files.
+
+    Args:
+        alignments: of K models with one base.
+        gram: whether inner products are needed.
+
+    Returns:
+        the groups; of one name, the group with inner products comes first.
     """
     shapes: dict[tuple[str, str], dict[tuple[int, ...], list[int]]] = {}
     pairs: dict[tuple[str, int], SharedTensor] = {}
@@ -128,7 +136,7 @@ def _groups(alignments: Sequence[Alignment], *, gram: bool) -> list[_Group]:
             by_shape = shapes.setdefault((pair.name, pair.base.name), {})
             by_shape.setdefault(pair.shape, []).append(k)
 
-    groups: list[_Group] = []
+    groups: list[Group] = []
     for (name, _), by_shape in shapes.items():
         calls = [(shape, members, False) for shape, members in by_shape.items()]
         if gram:
@@ -139,7 +147,7 @@ def _groups(alignments: Sequence[Alignment], *, gram: bool) -> list[_Group]:
             longer = [call for call in calls if call[0] != common]
             calls = [(common, everyone, True), *longer]
         groups += [
-            _Group(
+            Group(
                 name,
                 tuple(members),
                 tuple(replace(pairs[name, k], shape=shape) for k in members),
@@ -148,6 +156,57 @@ def _groups(alignments: Sequence[Alignment], *, gram: bool) -> list[_Group]:
             for shape, members, products in calls
         ]
     return sorted(groups, key=lambda group: group.name, reverse=True)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Sums by tensor and model, filled group by group; see `ScanResult`."""
+
+    names: tuple[str, ...]
+    norms: torch.Tensor
+    gram: torch.Tensor | None
+
+    @classmethod
+    def empty(cls, groups: Sequence[Group], models: int, *, gram: bool) -> Table:
+        """Return one of zeros."""
+        names = tuple(sorted({group.name for group in groups}))
+        norms = torch.zeros(2, len(names), models, dtype=torch.float64, device="cpu")
+        products = norms.new_zeros(len(names), models, models) if gram else None
+        return cls(names, norms, products)
+
+    @functools.cached_property
+    def rows(self) -> Mapping[str, int]:
+        """The row of each tensor."""
+        return {name: at for at, name in enumerate(self.names)}
+
+    def add(self, group: Group, sums: Sums) -> None:
+        """Fill in a group's sums; those of a longer overlap replace the common ones."""
+        row, members = self.rows[group.name], torch.tensor(group.members, device="cpu")
+        self.norms[0, row, members] = sums.sq_norms
+        self.norms[1, row, members] = sums.base
+        if self.gram is not None:
+            inner = self.gram[row]
+            if sums.gram is not None:
+                inner[members[:, None], members] += sums.gram
+            inner[members, members] = sums.sq_norms
+
+    def result(
+        self,
+        base: Checkpoint,
+        models: Sequence[Checkpoint],
+        alignments: Sequence[Alignment],
+    ) -> ScanResult:
+        """Freeze what was filled in."""
+        return ScanResult(
+            base=base.label,
+            models=tuple(model.label for model in models),
+            names=self.names,
+            sq_norms=self.norms[0],
+            base_sq_norms=self.norms[1],
+            counted_as=tuple(alignment.counted_as for alignment in alignments),
+            layers=tuple(alignment.layers for alignment in alignments),
+            gram=self.gram,
+        )
 
 
 def scan_checkpoints(
@@ -172,9 +231,15 @@ def scan_checkpoints(
         ValueError: base and model do not fit, or a weight is NaN or infinite.
         OSError: a file cannot be read or has changed since it was opened.
     """
-    workers = workers or default_workers()
-    with Files(workers) as files:
+    remote = remote_files(base, *models)
+    workers = workers or (AT_ONCE if remote else default_workers())
+    with Files(workers, remote) as files:
         return _scan(base, models, files, gram=gram, workers=workers)
+
+
+def remote_files(*checkpoints: Checkpoint) -> Mapping[Path, RemoteFile]:
+    """Return what reads the files of models that were not downloaded."""
+    return {path: file for c in checkpoints for path, file in c.remote.items()}
 
 
 def _scan(
@@ -188,7 +253,7 @@ def _scan(
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
     alignments = [align(base, model, files.readers) for model in models]
-    groups = _groups(alignments, gram=gram)
+    groups = groups_of(alignments, gram=gram)
     tasks = [
         (
             (part.stop - part.start) * group.bytes_per_element,
@@ -198,65 +263,83 @@ def _scan(
         for part in group.segments
     ]
     results = iter(run(tasks, workers))
-    names = sorted({group.name for group in groups})
-    row = {name: at for at, name in enumerate(names)}
-    count = len(models)
-    norms = torch.zeros(2, len(names), count, dtype=torch.float64, device="cpu")
-    products = norms.new_zeros(len(names), count, count) if gram else None
+    table = Table.empty(groups, len(models), gram=gram)
     for group in groups:
         parts = [next(results) for _ in group.segments]
-        sums = sum(parts[1:], parts[0])
-        if not bool(torch.isfinite(sums.sq_norms).all()):
-            _require_equal(sums.sq_norms, group, base, models, files.readers)
-            sums = _Sums(
-                torch.zeros_like(sums.sq_norms), torch.zeros_like(sums.base), None
-            )
-        members = torch.tensor(group.members, device="cpu")
-        norms[0, row[group.name], members] = sums.sq_norms
-        norms[1, row[group.name], members] = sums.base
-        if products is not None:
-            inner = products[row[group.name]]
-            if sums.gram is not None:
-                inner[members[:, None], members] += sums.gram
-            inner[members, members] = sums.sq_norms
+        table.add(group, total(parts, group, base, models, files))
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
-    return ScanResult(
-        base=base.label,
-        models=tuple(model.label for model in models),
-        names=tuple(names),
-        sq_norms=norms[0],
-        base_sq_norms=norms[1],
-        counted_as=tuple(alignment.counted_as for alignment in alignments),
-        layers=tuple(alignment.layers for alignment in alignments),
-        gram=products,
-    )
+    return table.result(base, models, alignments)
 
 
-def _require_equal(
-    values: torch.Tensor,
-    group: _Group,
+def total(
+    parts: Sequence[Sums],
+    group: Group,
     base: Checkpoint,
     models: Sequence[Checkpoint],
-    readers: Readers,
-) -> None:
-    """Explain squared norms that are not finite: name the tensor and the model.
+    files: Files,
+) -> Sums:
+    """Add up the sums over all segments of a group.
 
-    Infinities that base and models share, as in masks, are no learning.
+    Args:
+        parts: in the order of the segments.
+        group: of K models.
+        base: the base.
+        models: all models of the scan.
+        files: those of the scan.
+
+    Returns:
+        the sums; zeros where base and models share infinities, as in masks.
+
+    Raises:
+        ValueError: a weight is NaN or infinite.
     """
+    sums = sum(parts[1:], parts[0])
+    if bool(torch.isfinite(sums.sq_norms).all()):
+        return sums
     for k, pair, finite in zip(
-        group.members, group.pairs, torch.isfinite(values).tolist(), strict=True
+        group.members,
+        group.pairs,
+        torch.isfinite(sums.sq_norms).tolist(),
+        strict=True,
     ):
-        if finite:
-            continue
-        owners = ((base, pair.base), (models[k], pair.model))
-        first, second = (pair.cut(readers.read(stored)) for _, stored in owners)
-        if torch.equal(first, second):
-            continue
-        for owner, stored in owners:
-            if not bool(torch.isfinite(pair.cut(readers.read(stored))).all()):
-                raise ValueError(
-                    f"{stored.name} of {owner.label} holds NaN or infinity (in "
-                    f"{stored.file}); a merge would spread it. Repair or replace it"
-                )
-        raise ValueError(squared_norms.too_far(f"{pair.name} of {models[k].label}"))
+        if not finite:
+            sides = (files.source(pair, side) for side in (pair.base, pair.model))
+            require_equal(
+                *(side.all(pair.numel) for side in sides),
+                pair=pair,
+                owners=(base, models[k]),
+            )
+    return Sums(torch.zeros_like(sums.sq_norms), torch.zeros_like(sums.base), None)
+
+
+def require_equal(
+    first: torch.Tensor,
+    second: torch.Tensor,
+    *,
+    pair: SharedTensor,
+    owners: tuple[Checkpoint, Checkpoint],
+) -> None:
+    """Explain a squared norm that is not finite: name the tensor and the model.
+
+    Infinities that base and model share, as in masks, are no learning.
+
+    Args:
+        first: values of the base.
+        second: values of the model, in the same places.
+        pair: where they are stored.
+        owners: base and model.
+
+    Raises:
+        ValueError: the values differ.
+    """
+    if torch.equal(first, second):
+        return
+    sides = (pair.base, pair.model)
+    for owner, stored, values in zip(owners, sides, (first, second), strict=True):
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(
+                f"{stored.name} of {owner.label} holds NaN or infinity (in "
+                f"{stored.file}); a merge would spread it. Repair or replace it"
+            )
+    raise ValueError(squared_norms.too_far(f"{pair.name} of {owners[1].label}"))

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ import torch
 from mergekit_metagpt.checkpoints.files import Readers
 from mergekit_metagpt.checkpoints.layouts import Stored
 from mergekit_metagpt.checkpoints.pairs import SharedTensor
+from mergekit_metagpt.checkpoints.ranges import RemoteFile
 from mergekit_metagpt.checkpoints.stored import ConvertedTensor, StoredTensor
 
 # Files that one thread keeps open, at most, and the share of those allowed that all
@@ -43,12 +45,15 @@ class Streams:
     an error instead of the end of the process.
     """
 
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(
+        self, threads: int = 1, remote: Mapping[Path, RemoteFile] | None = None
+    ) -> None:
+        self.remote = remote or {}
         self._most = max(1, min(OPEN_FILES, _allowed() // SHARE // threads))
         self._here = threading.local()
         self._lock = threading.Lock()
         self._open: list[OrderedDict[Path, int]] = []
-        self._starts: dict[Path, dict[str, tuple[int, int]]] = {}
+        self._starts: dict[Path, Mapping[str, tuple[int, int]]] = {}
 
     def close(self) -> None:
         """Close all files; no thread may be reading."""
@@ -73,6 +78,9 @@ class Streams:
         if at + len(into) > size:
             raise ValueError(f"{stored.name} has {size} bytes; asked for more")
         position, filled = first + at, 0
+        if stored.file in self.remote:
+            self.remote[stored.file].read_into(position, into)
+            return
         handle = self._handle(stored.file)
         while filled < len(into):
             try:
@@ -87,7 +95,9 @@ class Streams:
         """First byte of a tensor in its file, and their number."""
         with self._lock:
             if stored.file not in self._starts:
-                self._starts[stored.file] = _starts(stored.file)
+                remote = self.remote.get(stored.file)
+                starts = remote.starts if remote else _starts(stored.file)
+                self._starts[stored.file] = starts
         place = self._starts[stored.file].get(stored.name)
         if place is None or place[1] != stored.numel * stored.dtype.itemsize:
             raise _unreadable(stored, "its header has changed or is corrupt")
@@ -191,13 +201,21 @@ class Source:
         streams.read(stored, piece.start, memoryview(into.numpy().data))
         return into.view(self.dtype)
 
+    def all(self, numel: int) -> torch.Tensor:
+        """Return the whole flattened overlap, of `numel` elements."""
+        size = numel * self.dtype.itemsize
+        room = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return self.read(slice(0, numel), room)
+
 
 class Files:
     """The files of one scan: read piece by piece where possible, else mapped."""
 
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(
+        self, threads: int = 1, remote: Mapping[Path, RemoteFile] | None = None
+    ) -> None:
         self.readers = Readers()
-        self.streams = Streams(threads)
+        self.streams = Streams(threads, remote)
 
     def __enter__(self) -> Files:
         return self
@@ -209,6 +227,10 @@ class Files:
         trace: TracebackType | None,
     ) -> None:
         self.streams.close()
+
+    def in_parts(self, stored: Stored) -> bool:
+        """Whether a tensor can be read in parts: from a file here, or on the hub."""
+        return can_stream(stored) or stored.file in self.streams.remote
 
     def source(self, pair: SharedTensor, stored: Stored) -> Source:
         """Prepare one side of a shared tensor for reading.
@@ -225,6 +247,12 @@ class Files:
         """
         # The overlap lies in one row where the first axis alone is cut.
         in_order = stored.shape[1:] == pair.shape[1:]
-        if isinstance(stored, StoredTensor) and can_stream(stored) and in_order:
+        if isinstance(stored, StoredTensor) and in_order and self.in_parts(stored):
             return Source(stored.dtype, streamed=(self.streams, stored))
+        if stored.file in self.streams.remote:
+            raise ValueError(
+                f"{stored.name} of {stored.file.parent} is stored in another layout "
+                "than in the other model, and cannot be read in part. Download both, "
+                "or give --sample 0"
+            )
         return Source(stored.dtype, whole=pair.cut(self.readers.read(stored)))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from mergekit_metagpt.arithmetic import standard_errors
 from mergekit_metagpt.arithmetic.closed_form import cosines
+from mergekit_metagpt.arithmetic.standard_errors import Covariances
 from mergekit_metagpt.checkpoints.stored import layer_key
 from mergekit_metagpt.scanning.pools import is_excluded, pool_key
 
@@ -25,6 +27,7 @@ class Pooled:
         embeddings: part of `sq_norms` that embeddings and heads hold, same shape.
         members: names of the tensors of each pool, in name order.
         granularity: over which tensors is pooled.
+        covariances: of the sums, where they are estimated from a sample.
     """
 
     keys: tuple[str, ...]
@@ -34,6 +37,7 @@ class Pooled:
     embeddings: torch.Tensor
     members: Mapping[str, tuple[str, ...]]
     granularity: str
+    covariances: Covariances | None = None
 
     @functools.cached_property
     def rows(self) -> Mapping[str, int]:
@@ -48,6 +52,55 @@ class Pooled:
     def cosines(self) -> torch.Tensor | None:
         """Cosines between task vectors, shape of `gram`, or None; see `closed_form`."""
         return None if self.gram is None else cosines(self.gram)
+
+    @property
+    def norm_errors(self) -> torch.Tensor | None:
+        """Standard errors of ||tau_t||, shape of `sq_norms`; None if exact."""
+        if self.covariances is None:
+            return None
+        return standard_errors.of_norms(self.sq_norms, self.covariances)
+
+    @property
+    def sq_norm_errors(self) -> torch.Tensor | None:
+        """Standard errors of `sq_norms`, same shape; None if exact."""
+        if self.covariances is None:
+            return None
+        return standard_errors.of_sq_norms(self.covariances)
+
+    @property
+    def relative_norm_errors(self) -> torch.Tensor | None:
+        """Standard errors of ||tau_t|| / ||theta_0||, same shape; None if exact."""
+        if self.covariances is None:
+            return None
+        return standard_errors.of_relative_norms(
+            self.sq_norms, self.base_sq_norms, self.covariances
+        )
+
+    @property
+    def cosine_errors(self) -> torch.Tensor | None:
+        """Standard errors of the cosines of a whole model; None if exact."""
+        if self.covariances is None or self.gram is None:
+            return None
+        return standard_errors.of_cosines(self.gram, self.covariances)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """How much of the weights estimates rest on.
+
+    Attributes:
+        share: of each large tensor that was read.
+        seed: of the positions.
+        bytes_read: of base and models.
+        bytes_stored: what an exact scan would read.
+        covariances: of the estimates, by tensor.
+    """
+
+    share: float
+    seed: int
+    bytes_read: int
+    bytes_stored: int
+    covariances: Covariances
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +120,7 @@ class ScanResult:
             which they count.
         gram: <tau_s, tau_t> per tensor, shape `(N, K, K)`, float64, or None.
         vocabulary: names of the base's tensors with an entry for each token.
+        sampled: how they were estimated, where not all weights were read.
     """
 
     base: str
@@ -78,6 +132,7 @@ class ScanResult:
     layers: tuple[Mapping[str, str], ...]
     gram: torch.Tensor | None = None
     vocabulary: frozenset[str] = frozenset()
+    sampled: Sampled | None = None
     _pools: dict[tuple[str, tuple[str, ...]], Pooled] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -95,7 +150,13 @@ class ScanResult:
         kept = [n for n, name in enumerate(self.names) if any(name in o for o in own)]
         models = torch.tensor(rows, dtype=torch.long, device="cpu")
         tensors = torch.tensor(kept, dtype=torch.long, device="cpu")
-        gram = self.gram
+        gram, sampled = self.gram, self.sampled
+        if sampled is not None:
+            covariances = sampled.covariances.each(
+                lambda of_models: of_models[tensors][:, models],
+                lambda of_pairs: of_pairs[tensors][:, models][:, :, models],
+            )
+            sampled = replace(sampled, covariances=covariances)
         return ScanResult(
             base=self.base,
             models=tuple(self.models[k] for k in rows),
@@ -106,6 +167,7 @@ class ScanResult:
             layers=tuple(self.layers[k] for k in rows),
             gram=None if gram is None else gram[tensors][:, models][:, :, models],
             vocabulary=self.vocabulary,
+            sampled=sampled,
         )
 
     @staticmethod
@@ -189,6 +251,9 @@ class ScanResult:
             base_sq_norms=summed(self.base_sq_norms),
             embeddings=summed(self.sq_norms * heads[:, None]),
             granularity=granularity,
+            covariances=None
+            if self.sampled is None
+            else self.sampled.covariances.each(summed, summed),
             members={
                 key: tuple(self.names[row] for row in rows)
                 for key, rows in pools.items()

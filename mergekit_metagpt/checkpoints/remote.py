@@ -1,0 +1,247 @@
+"""Looks at models on the hub by configuration and headers, without a download."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mergekit_metagpt.checkpoints import architecture
+from mergekit_metagpt.checkpoints.checkpoint import Checkpoint, made_of
+from mergekit_metagpt.checkpoints.files import classified
+from mergekit_metagpt.checkpoints.identity import FileIdentity
+from mergekit_metagpt.checkpoints.opening import WEIGHTS, open_checkpoint
+from mergekit_metagpt.checkpoints.ranges import (
+    AT_ONCE,
+    TIMEOUT_S,
+    RemoteFile,
+    request,
+)
+from mergekit_metagpt.checkpoints.stored import FileHeader, quantised
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
+
+T = TypeVar("T")
+
+
+def _explained(label: str, work: Callable[[], T]) -> T:
+    """Turn the hub's answers about a repository into one sentence."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    login = "log in with `hf auth login`, or set HF_TOKEN"
+    try:
+        return work()
+    except OfflineModeIsEnabled as error:
+        raise OSError(
+            f"{label} cannot be read: HF_HUB_OFFLINE is set. Unset it, or name a local "
+            "folder"
+        ) from error
+    except GatedRepoError as error:
+        raise OSError(
+            f"{label} is gated: accept its conditions on {constants.ENDPOINT}, then "
+            f"{login}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise OSError(
+            f"{label} is no repository on {constants.ENDPOINT}, or a private one. "
+            f"Check its name; if it is private, {login}"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise OSError(
+            f"{label}: the repository has no such revision; expected a branch, a tag "
+            "or a commit"
+        ) from error
+    except EntryNotFoundError as error:
+        raise OSError(
+            f"{label} lacks a file that it lists: {str(error).splitlines()[-1]}"
+        ) from error
+    except HFValidationError as error:
+        raise ValueError(
+            f"{label} is neither a local folder (then write ./{label}) nor the name of "
+            "a repository"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        denied = f"; {login}" if status in (401, 403) else ""
+        raise OSError(
+            f"{label} cannot be read: {constants.ENDPOINT} answered with status "
+            f"{status}{denied}"
+        ) from error
+    except HTTPError as error:
+        raise OSError(
+            f"{label} cannot be read: {constants.ENDPOINT} cannot be reached "
+            f"({str(error) or type(error).__name__}). Check the network, or name a "
+            "local folder"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Glimpse:
+    """A model as far as its configuration and headers tell.
+
+    Attributes:
+        checkpoint: the header; without a folder if it was read from the hub.
+        commit: of a repository; None for a local folder.
+        download: bytes of its weights, if they would have to be downloaded, else 0.
+        quantised: what is quantised in it, or None.
+    """
+
+    checkpoint: Checkpoint
+    commit: str | None = None
+    download: int = 0
+    quantised: str | None = None
+
+
+def glimpse(model: ModelReference, **options: Any) -> Glimpse:
+    """Open a local folder, or look at a hub repository without downloading it.
+
+    Args:
+        model: a folder or `repository@revision`.
+        **options: of `open_checkpoint`, for local folders.
+
+    Returns:
+        what its configuration and headers tell.
+
+    Raises:
+        ValueError: it stores pickles, which cannot be read in part; or is an adapter.
+        OSError: the repository or a file of it cannot be read.
+    """
+    label, path = str(model), Path(model.model.path)
+    if path.exists() or path.is_absolute() or label.startswith((".", "~")):
+        return Glimpse(open_checkpoint(model, **options))
+    if model.lora:
+        raise ValueError(
+            f"{label} has a LoRA adapter, which cannot be merged remotely. Leave out "
+            "--remote, or name the adapter's merged model"
+        )
+    return _explained(label, functools.partial(_glimpse, model))
+
+
+def _glimpse(model: ModelReference) -> Glimpse:
+    from huggingface_hub import HfApi, hf_hub_url
+
+    label, repository = str(model), model.model.path
+    info = HfApi().model_info(
+        repository, revision=model.model.revision, timeout=TIMEOUT_S
+    )
+    commit, names = str(info.sha), {f.rfilename for f in info.siblings or ()}
+
+    def place(name: str) -> Path:
+        return Path(repository, "resolve", commit, name)
+
+    def remote(name: str) -> RemoteFile:
+        url = hf_hub_url(repository, name, revision=commit)
+        return RemoteFile(str(place(name)), url)
+
+    def content(name: str) -> bytes:
+        file = remote(name)
+        return request(file.label, file.url, None).content
+
+    weights = next((name for name in WEIGHTS if name in names), "")
+    if not weights.startswith("model.safetensors"):
+        raise ValueError(_nothing_to_read(label, weights, names))
+    config = content(architecture.FILE) if architecture.FILE in names else None
+    places: dict[str, str] | None = None
+    if weights.endswith(".index.json"):
+        places = _weight_map(label, content(weights), names)
+    files = {name: remote(name) for name in sorted(set((places or {}).values()))}
+    if places is None:
+        files = {weights: remote(weights)}
+    with ThreadPoolExecutor(AT_ONCE) as executor:
+        read = executor.map(RemoteFile.read_header, files.values())
+        entries = dict(zip(files, read, strict=True))
+    if places is None:
+        places = dict.fromkeys(entries[weights], weights)
+    packed, headers = None, {}
+    for name, of_file in entries.items():
+        kinds = ((n, e["dtype"], tuple(e["shape"])) for n, e in of_file.items())
+        floats, odd = classified(place(name), kinds)
+        headers[place(name)] = FileHeader(frozenset(of_file), tuple(floats))
+        packed = packed or odd
+    checkpoint = _checkpoint(
+        label,
+        {name: place(file) for name, file in places.items()},
+        headers,
+        [_identity(place(name), file, commit) for name, file in files.items()],
+        config,
+    )
+    method = architecture.quantisation(config)
+    return Glimpse(
+        checkpoint=replace(
+            checkpoint, remote={place(name): file for name, file in files.items()}
+        ),
+        commit=commit,
+        download=sum(file.size or 0 for file in files.values()),
+        quantised=str(quantised(label, packed)) if packed else method,
+    )
+
+
+def _nothing_to_read(label: str, weights: str, names: set[str]) -> str:
+    if weights:
+        return (
+            f"{label} stores pickles ({weights}), which cannot be read in part. "
+            "Download it, and name its folder"
+        )
+    if "adapter_config.json" in names:
+        return (
+            f"{label} is a bare LoRA adapter, which cannot be measured remotely. Merge "
+            "it into its base, and name the merged model"
+        )
+    return f"{label} holds no weights; expected model.safetensors or its .index.json"
+
+
+def _weight_map(label: str, index: bytes, names: set[str]) -> dict[str, str]:
+    try:
+        places = dict(json.loads(index)["weight_map"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise OSError(f"the index of {label} is corrupt: {error}") from error
+    for file in places.values():
+        if file not in names or PurePosixPath(file).suffix != ".safetensors":
+            raise OSError(
+                f"the index of {label} names {file!r}; expected a safetensors file of "
+                "the repository"
+            )
+    return places
+
+
+def _identity(place: Path, file: RemoteFile, commit: str) -> FileIdentity:
+    etag = file.linked or f"{commit}:{place.name}"
+    return FileIdentity(str(place), file.size or 0, 0, 0, etag)
+
+
+def _checkpoint(
+    label: str,
+    places: Mapping[str, Path],
+    headers: Mapping[Path, FileHeader],
+    identity: Sequence[FileIdentity],
+    config: bytes | None,
+) -> Checkpoint:
+    """A checkpoint whose configuration lies in a folder for as long as it is read."""
+    with tempfile.TemporaryDirectory() as folder:
+        if config is not None:
+            Path(folder, architecture.FILE).write_bytes(config)
+        made = made_of(
+            label, places, headers, tuple(identity), Path(folder), trust=False
+        )
+        where = str(next(iter(headers)).parent)
+        refused, warning = (
+            None if text is None else text.replace(folder, where)
+            for text in (made.refused, made.warning)
+        )
+        return replace(made, folder=None, refused=refused, warning=warning)

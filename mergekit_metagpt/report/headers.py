@@ -1,0 +1,102 @@
+"""Says whether models fit their base, from configurations and headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
+from mergekit_metagpt.checkpoints.layouts import counterparts
+from mergekit_metagpt.checkpoints.pairs import check_distinct, check_pair
+from mergekit_metagpt.checkpoints.remote import Glimpse
+from mergekit_metagpt.merge_config.families import Family
+from mergekit_metagpt.report import schema
+from mergekit_metagpt.report.inventory import precisions, unshared
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
+
+
+def headers_of(
+    families: Sequence[Family], seen: Mapping[ModelReference, Glimpse]
+) -> tuple[schema.Header, ...]:
+    """Describe bases and models, each once for each base.
+
+    Args:
+        families: who is merged with whom.
+        seen: every base and model of the families.
+
+    Returns:
+        a base, its models, and so on.
+    """
+    found = {(header.name, header.base): header for header in _headers(families, seen)}
+    return tuple(found.values())
+
+
+def _headers(
+    families: Sequence[Family], seen: Mapping[ModelReference, Glimpse]
+) -> Iterator[schema.Header]:
+    for family in families:
+        base = seen[family.base]
+        yield _header(base, None)
+        for model in family.models:
+            yield _header(seen[model], base)
+
+
+def _header(model: Glimpse, base: Glimpse | None) -> schema.Header:
+    own = model.checkpoint
+    tied = [name in own.tensors for name in own.tied_names]
+    sizes = [
+        max(own.tensors[name].shape)
+        for name in own.vocabulary
+        if name in own.tensors and own.tensors[name].shape
+    ]
+    return schema.Header(
+        name=own.label,
+        base=None if base is None else base.checkpoint.label,
+        commit=model.commit,
+        download=model.download,
+        parameters=sum(tensor.numel for tensor in own.tensors.values()),
+        precisions=precisions(own),
+        quantised=model.quantised,
+        vocabulary=max(sizes, default=None),
+        tied=not all(tied) if tied else None,
+        misfit=model.quantised if base is None else _misfit(base, model),
+        not_in_base=None if base is None else _unshared(own, base.checkpoint),
+        only_in_base=None if base is None else _unshared(base.checkpoint, own),
+    )
+
+
+def _unshared(one: Checkpoint, other: Checkpoint) -> schema.Tensors:
+    tied = (
+        name
+        for name in one.tensors
+        if any(own in other.tensors for own in other.tied_names.get(name, ()))
+    )
+    shared = [*counterparts(one, other), *tied]
+    return unshared(one, other, dict(zip(shared, shared, strict=True)))
+
+
+def _misfit(base: Glimpse, model: Glimpse) -> str | None:
+    if model.quantised:
+        return model.quantised
+    try:
+        check_distinct(base.checkpoint, [model.checkpoint])
+        check_pair(base.checkpoint, model.checkpoint)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def require_fit(headers: Sequence[schema.Header]) -> None:
+    """Refuse to measure models that do not fit their base.
+
+    Args:
+        headers: of all bases and models.
+
+    Raises:
+        ValueError: one of them does not; names it and the reason.
+    """
+    for header in headers:
+        if header.misfit:
+            raise ValueError(f"{header.name} cannot be measured: {header.misfit}")
