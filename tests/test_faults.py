@@ -234,7 +234,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "during the scan": (squared_norms, "flat_sq_norms"),
     "after the scan": (merging.plain_yaml, "export"),
     "before the merge": (merging, "report_figure"),
-    "while tensors are merged": (scaled_sums, "scaled_sum"),
+    "while tensors are merged": (scaled_sums, "merged_and_finite"),
 }
 
 
@@ -341,7 +341,7 @@ def test_shards_of_two_versions_are_noticed_without_a_scan(
     """The model is replaced after its first tensors were merged."""
     config = merge_config(pair.base, pair.models, parameters=parameters)
     before(
-        monkeypatch, scaled_sums, "scaled_sum", lambda: rewrite(pair.models[1], pair)
+        monkeypatch, scaled_sums, "merged_and_finite", lambda: rewrite(pair.models[1], pair)
     )
     with pytest.raises(OSError, match="has changed since"):
         run_mergekit(config, tmp_path / "out")
@@ -360,7 +360,7 @@ def in_place(folder: Path) -> None:
 def test_a_model_that_changes_under_the_last_sum_is_noticed(
     pair: Family, job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scaled_sum, left = scaled_sums.scaled_sum, [len(pair.base_state)]
+    scaled_sum, left = scaled_sums.merged_and_finite, [len(pair.base_state)]
 
     def last(*args: Any) -> torch.Tensor:
         left[0] -= 1
@@ -368,7 +368,7 @@ def test_a_model_that_changes_under_the_last_sum_is_noticed(
             in_place(pair.models[0])
         return scaled_sum(*args)
 
-    monkeypatch.setattr(scaled_sums, "scaled_sum", last)
+    monkeypatch.setattr(scaled_sums, "merged_and_finite", last)
     assert merge(job) == 2
     assert not job.with_name("out").exists()
 
