@@ -607,7 +607,7 @@ MERGEKIT_FIRST = [
     Row(
         "no-tokenizer-to-be-had",
         broken.settings(tokenizer_source="base"),
-        ours="mergekit cannot make the tokenizer of this merge: … tokenizer_source, …",
+        ours="mergekit cannot make the tokenizer …: … tokenizer_source or …",
         mergekit="…",
         error=Exception,
         mergekit_after=LATE,
@@ -615,7 +615,7 @@ MERGEKIT_FIRST = [
     Row(
         "no-such-chat-template",
         broken.settings(chat_template="qwen2.5"),
-        ours="mergekit cannot make the tokenizer …: … qwen2.5. … chat_template …",
+        ours="chat_template is 'qwen2.5'; expected auto, … one of …, chatml, …",
         mergekit=None,
     ),
     Row(

@@ -276,7 +276,7 @@ def test_equal_merges_are_made_once_and_never_differ(
     rows = {"t": [equal], "one": [equal], "two": [equal]}
     shown = comparison.compare([text], rows, merges, about)
     assert not any(row.beyond_noise for row in shown.candidates)
-    assert shown.verdict.endswith("below two: no difference beyond noise.")
+    assert shown.verdict.endswith("than two: no difference beyond noise.")
 
 
 def test_what_is_printed_fits_80_columns(
@@ -642,12 +642,13 @@ def test_what_a_model_cannot_predict(family: Path, tmp_path: Path) -> None:
         ({"a": 1.0}, "one merge was compared: a, ALD 0.0000."),
         (
             {"a": 1.0, "b": 2.0},
-            "a, 1.0000±0.0000 nats per token below b: beyond noise.",
+            "a, lower by 1.0000±0.0000 nats per token than b: beyond noise.",
         ),
         (
             {"b": 3.0, "a": 1.0, "c": 1.0},
-            "0.0000±0.0000 nats per token below c: no difference beyond noise.",
+            "0.0000±0.0000 nats per token than c: no difference beyond noise.",
         ),
+        ({"a": 2.0}, "t alone has a lower ALD: do not merge for these texts."),
     ],
 )
 def test_the_last_line(values: dict[str, float], verdict: str) -> None:

@@ -341,7 +341,10 @@ def test_shards_of_two_versions_are_noticed_without_a_scan(
     """The model is replaced after its first tensors were merged."""
     config = merge_config(pair.base, pair.models, parameters=parameters)
     before(
-        monkeypatch, scaled_sums, "merged_and_finite", lambda: rewrite(pair.models[1], pair)
+        monkeypatch,
+        scaled_sums,
+        "merged_and_finite",
+        lambda: rewrite(pair.models[1], pair),
     )
     with pytest.raises(OSError, match="has changed since"):
         run_mergekit(config, tmp_path / "out")

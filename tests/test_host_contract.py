@@ -762,12 +762,15 @@ def test_the_configuration_of_the_result_can_be_had_beforehand() -> None:
     assert_takes(_model_out_config, "outputs", None, None, trust_remote_code=False)
 
 
+@uses("mergekit._data.chat_templates")
 @uses("mergekit.merge._set_chat_template")
 @uses("mergekit.merge._get_donor_model")
 @uses("mergekit.tokenizer.PermutedVocabulary")
 def test_the_tokenizer_of_the_result_can_be_tried_beforehand(family: Family) -> None:
+    from importlib.resources import files
     from types import SimpleNamespace
 
+    from mergekit._data import chat_templates
     from mergekit.config import MergeConfiguration
     from mergekit.merge import _get_donor_model, _set_chat_template
     from mergekit.options import MergeOptions
@@ -778,6 +781,7 @@ def test_the_tokenizer_of_the_result_can_be_tried_beforehand(family: Family) -> 
     tokenizer = SimpleNamespace(chat_template=None)
     _set_chat_template(tokenizer, config)
     assert "{" in tokenizer.chat_template
+    assert "chatml.jinja" in {file.name for file in files(chat_templates).iterdir()}
     donor, folder = _get_donor_model(config, MergeOptions())
     assert (str(donor), folder) == (str(family.base), str(family.base))
     assert_has(

@@ -24,6 +24,7 @@ from tests.families import (
     read_model,
     run_command,
     run_mergekit,
+    said,
     tuned,
     write_model,
 )
@@ -187,10 +188,15 @@ def test_the_section_of_the_card(
     assert str(work) not in section
 
 
-def test_a_composed_method_and_a_random_seed(work: Path) -> None:
+def test_a_composed_method_and_a_random_seed(
+    work: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = write_config(merge_method="metagpt_dare_ties", parameters={"density": 0.5})
     seed = ("--random-seed", "5")
     assert run_command("merge", "merge.yml", "out", *QUIET, *seed) == 0
+    assert not said(caplog, "--random-seed")
+    assert run_command("merge", "merge.yml", "unseeded", *QUIET) == 0
+    assert said(caplog, "give --random-seed N")
     config["base_model"] = str(work / "m/base")
     config["models"] = [{"model": str(work / "m" / name)} for name in "ab"]
     theirs = run_mergekit(config, work.parent / "plain" / "out", *seed)

@@ -46,6 +46,9 @@ def test_degenerate(shares: list[float], begins: str | None) -> None:
         assert part in said
     assert "left over" not in said
     weighted = advice.degenerate("the-base", models, shares, "here", weighted=True)
+    if said is not None:
+        milder = advice.degenerate("the-base", models, shares, "here", power=1.0)
+        assert "power: 1" in said and "power: 1" not in str(milder)
     assert weighted is not None and "a weight left over in the YAML" in weighted
 
 

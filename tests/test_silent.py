@@ -339,6 +339,23 @@ def test_a_dequantised_model_is_merged_and_its_configuration_warned_of(
     assert not any(t.isnan().any() for t in read_model(work / "theirs").values())
 
 
+# ---- the day after
+
+
+def test_a_merged_folder_tells_its_coefficients(work: Path) -> None:
+    run_mergekit(merge_config("./base", ["./a", "./b"]), work / "out")
+    assert report_of("./out") == report_of("./out/mergekit_config.yml")
+
+
+def test_inspect_tells_of_a_chat_template_that_merge_would_refuse(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_merge(work / "c.yml", "./base", ["./a", "./b"], chat_template="chatlm")
+    reason = report_of("c.yml")["refused"]
+    assert "chatml" in reason
+    assert reason in refused("merge", "c.yml", "out", *QUIET, capsys=capsys)
+
+
 # ---- layers that are not there
 
 

@@ -268,7 +268,10 @@ def inspect(
         "exclude": exclude,
     }
     if base is None:
-        if Path(models[0]).is_dir():
+        yaml_inside = Path(models[0], "mergekit_config.yml")
+        if yaml_inside.is_file():  # a merged model
+            models = (str(yaml_inside),)
+        elif Path(models[0]).is_dir():
             raise ValueError(
                 f"{models[0]} is a folder; expected a merge YAML, or --base BASE and "
                 "the models"

@@ -296,7 +296,8 @@ def _cut(
         raise ValueError(
             f"{file} ({name}) gives {len(chunks)} chunks of {context} tokens; expected "
             f"{losses.FEWEST_CHUNKS} or more, for a standard error. Give more text, a "
-            f"smaller --context or more --tokens (now {tokens})"
+            f"smaller --context or more --tokens (now {tokens}). If the text is long "
+            f"enough, does the tokenizer of {base} split it into words?"
         )
     return chunks
 

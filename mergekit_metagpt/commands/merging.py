@@ -89,6 +89,12 @@ def merge(
         for line in dict.fromkeys(warnings):
             LOG.warning("%s", line)
 
+    if config.merge_method in checks.RANDOM_METHODS and options.random_seed is None:
+        LOG.warning(
+            "%s draws random numbers: give --random-seed N, or nobody can repeat or "
+            "verify this merge",
+            config.merge_method,
+        )
     with workplace(out) as parent:
         # Write these first: they should fail before hours of merging, not after.
         beside = parent / "beside"

@@ -14,7 +14,7 @@ from mergekit_metagpt.merge_config.merge_yaml import (
     slices_of,
     values_of,
 )
-from mergekit_metagpt.method.composed import COMPOSED
+from mergekit_metagpt.method.composed import COMPOSED, RANDOM
 from mergekit_metagpt.method.parameters import no_base, only_base, own_parameters
 from mergekit_metagpt.method.registration import register
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("mergekit_metagpt")
 METHODS = ("metagpt", *(f"metagpt_{name}" for name in COMPOSED))
+# Their results depend on --random-seed.
+RANDOM_METHODS = tuple(f"metagpt_{name}" for name in RANDOM)
 # Methods of mergekit that convert to `metagpt` itself, and all that convert.
 _ALIKE = ("task_arithmetic", "linear", "model_stock", "sce")
 CONVERTIBLE = (*_ALIKE, *COMPOSED)

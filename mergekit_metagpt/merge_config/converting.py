@@ -134,12 +134,16 @@ def experience(method: str) -> str:
     Returns:
         one sentence.
     """
-    found = MEASURED[method]
-    mean = f" (mean difference {found.difference})" if found.difference else ""
+    measured = MEASURED[method]
+    worse = COMPARISONS - measured.lower
+    word, count = (
+        ("worse", worse) if worse > measured.lower else ("better", measured.lower)
+    )
+    mean = f", on average by {measured.difference}" if measured.difference else ""
     return (
-        "measured on small language models (docs/evaluation.md): the average loss "
-        f"difference of {checks.recipe_for(method)} was lower, so better, than that of "
-        f"{found.other} in {found.lower} of {COMPARISONS} comparisons{mean}"
+        f"measured on small language models (docs/evaluation.md): "
+        f"{checks.recipe_for(method)} had a {word} average loss difference than "
+        f"{measured.other} in {count} of {COMPARISONS} comparisons{mean}"
     )
 
 

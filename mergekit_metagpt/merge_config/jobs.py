@@ -94,7 +94,6 @@ def check(config: MergeConfiguration, options: MergeOptions) -> Job:
             for checkpoint in tuned:
                 check_pair(opened[part.base], checkpoint)
     planned = check_plan(config, opened, options)
-    _check_tokenizer(planned, config, opened)
     return Job(config, opened, planned)
 
 
@@ -140,7 +139,7 @@ def check_any(
     else:
         check_names(config)
         opened = open_checkpoints(merge_yaml.models(config), options)
-        _check_tokenizer(check_plan(config, opened, options), config, opened)
+        check_plan(config, opened, options)
     check_copied_tokenizer(config, options)
     return opened
 
@@ -190,6 +189,7 @@ def check_plan(
             raise ValueError(message)
     if config.merge_method in METHODS:
         _check_parameters(planned, opened)
+    _check_tokenizer(planned, config, opened)
     return planned
 
 
@@ -199,8 +199,21 @@ def _check_tokenizer(
     opened: Mapping[ModelReference, Checkpoint],
 ) -> None:
     """Let mergekit do beforehand what it would do with a tokenizer after the merge."""
+    from importlib.resources import files
+
+    from mergekit._data import chat_templates
     from mergekit.merge import _set_chat_template
 
+    try:
+        if config.chat_template != "auto":
+            _set_chat_template(SimpleNamespace(), config)
+    except RuntimeError as error:
+        templates = (Path(file.name).stem for file in files(chat_templates).iterdir())
+        names = sorted(name for name in templates if not name.startswith("_"))
+        raise ValueError(
+            f"chat_template is {config.chat_template!r}; expected auto, a template in "
+            f"Jinja, or one of {', '.join(names)}"
+        ) from error
     inputs = [tensor.task.gather_tensors for tensor in planned]
     vocabularies = [at for at in inputs if isinstance(at, PermutedVocabulary)]
     try:
@@ -208,15 +221,13 @@ def _check_tokenizer(
             first = vocabularies[0]
             built = first.tokenizer_task.execute()
             first.execute(built, _narrow(first, opened))
-        if config.chat_template != "auto":
-            _set_chat_template(SimpleNamespace(), config)
     except Exception as error:  # whatever mergekit and the tokenizers' classes raise
         said = str(error)
         if not isinstance(error, RuntimeError | ValueError | AssertionError):
             said = f"{type(error).__name__}: {said}"
         raise ValueError(
             f"mergekit cannot make the tokenizer of this merge: {said}. Change "
-            "tokenizer_source, tokenizer or chat_template in the YAML"
+            "tokenizer_source or tokenizer in the YAML"
         ) from error
 
 

@@ -31,6 +31,7 @@ def degenerate(
     where: str,
     *,
     weighted: bool = False,
+    power: float = 2.0,
 ) -> str | None:
     """Say whether one model takes almost all, or gets almost nothing.
 
@@ -40,6 +41,7 @@ def degenerate(
         shares: their coefficients, summing to 1.
         where: the pool of tensors, for the reader.
         weighted: whether the configuration gives them different weights.
+        power: of the norms.
 
     Returns:
         the sentence, or None if max <= 0.9 and min >= 0.1 / K.
@@ -56,11 +58,12 @@ def degenerate(
         correction = "a weight above 1 for it"
     else:
         return None
+    milder = "power: 1, " if power > 1 else ""
     weights = "a weight left over in the YAML, " if weighted else ""
     return (
         f"{found} of the merge ({where}). Usual causes: {weights}a LoRA beside full "
         f"fine-tunes, a wrong base (here {base}), a resized or reordered "
-        f"vocabulary. Ways out: power: 1, {correction}, or exclude"
+        f"vocabulary. Ways out: {milder}{correction}, or exclude"
     )
 
 

@@ -250,6 +250,7 @@ class MetaGPTMerge(GroupMergeMethod):
             shares.detach()[rows].tolist(),
             where,
             weighted=weighted,
+            power=settings.power,
         )
         announcer.warn("degenerate", warning)
         return shares

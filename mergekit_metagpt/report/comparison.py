@@ -174,15 +174,16 @@ def compare(
             )
         rows[name] = row
     ranked = sorted((rows[name] for name in candidates), key=lambda row: row.ald)
+    models = [row for name, row in rows.items() if name not in candidates]
     return Comparison.model_validate(
         {
             **about,
             "unit": unit,
             "texts": texts,
-            "models": [row for name, row in rows.items() if name not in candidates],
+            "models": models,
             "candidates": ranked,
             "best": best,
-            "verdict": _verdict(ranked, unit),
+            "verdict": _verdict(ranked, unit) + _better_alone(models, ranked[0]),
         }
     )
 
@@ -206,7 +207,8 @@ def _verdict(ranked: Sequence[Row], unit: str) -> str:
     second = others[0]
     gap = _with_error(second.above_best or 0.0, second.above_best_error or 0.0)
     by = (
-        f"Best on these texts: {best.name}, {gap} nats per {unit} below {second.name}: "
+        f"Best on these texts: {best.name}, lower by {gap} nats per {unit} than "
+        f"{second.name}: "
     )
     if not near:
         return f"{by}beyond noise."
@@ -216,6 +218,18 @@ def _verdict(ranked: Sequence[Row], unit: str) -> str:
     if second.name not in near:
         return f"{by}beyond noise; but {NOISE} with {names}."
     return f"{by}{NOISE}, as with {names}."
+
+
+def _better_alone(models: Sequence[Row], best: Row) -> str:
+    """Say so where a model alone does better than every merge."""
+    names = [row.name for row in models if row.ald < best.ald]
+    if not names:
+        return ""
+    return (
+        f" But without any merge, {' and '.join(names)} alone "
+        f"{'has' if len(names) == 1 else 'have'} a lower ALD: do not merge for these "
+        "texts."
+    )
 
 
 def lay_out(found: Comparison) -> Iterator[str | Table]:

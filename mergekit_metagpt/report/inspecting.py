@@ -391,7 +391,7 @@ def _warnings(
         unmoved = [m for k, m in enumerate(family.models) if k not in moved]
         warnings.append(advice.left_out(base, unmoved, settings.power, WHOLE))
     weighted = len({w for w in family.weights if w > 0}) > 1
-    warnings.append(_degenerate(base, pools, weighted=weighted))
+    warnings.append(_degenerate(base, pools, weighted=weighted, power=settings.power))
     warnings += advice.whole_model(base, family.models, result, settings.exclude, left)
     angles = whole.cosines
     if angles is not None:
@@ -401,7 +401,7 @@ def _warnings(
 
 
 def _degenerate(
-    base: ModelReference, pools: Sequence[_Pool], *, weighted: bool
+    base: ModelReference, pools: Sequence[_Pool], *, weighted: bool, power: float
 ) -> str | None:
     """Warn of the first pool of which one model takes almost all or next to nothing."""
 
@@ -410,7 +410,9 @@ def _degenerate(
         if not any(shares):
             return None
         names = list(pool.shares)
-        return advice.degenerate(base, names, shares, where, weighted=weighted)
+        return advice.degenerate(
+            base, names, shares, where, weighted=weighted, power=power
+        )
 
     degenerate = [pool for pool in pools if warning(pool, "")]
     if not degenerate:
