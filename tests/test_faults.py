@@ -363,13 +363,13 @@ def in_place(folder: Path) -> None:
 def test_a_model_that_changes_under_the_last_sum_is_noticed(
     pair: Family, job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scaled_sum, left = scaled_sums.merged_and_finite, [len(pair.base_state)]
+    merged, left = scaled_sums.merged_and_finite, [len(pair.base_state)]
 
-    def last(*args: Any) -> torch.Tensor:
+    def last(*args: Any) -> tuple[torch.Tensor, bool]:
         left[0] -= 1
         if not left[0]:
             in_place(pair.models[0])
-        return scaled_sum(*args)
+        return merged(*args)
 
     monkeypatch.setattr(scaled_sums, "merged_and_finite", last)
     assert merge(job) == 2

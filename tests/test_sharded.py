@@ -157,15 +157,15 @@ def test_sharded_merge_has_the_bits_of_the_single_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     sums: list[tuple[int, tuple[float, ...]]] = []
-    scaled_sum = scaled_sums.scaled_sum
+    merged = scaled_sums.merged_and_finite
 
     def noted(
         base: torch.Tensor, tuned: list[torch.Tensor], lambdas: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, bool]:
         sums.append((threading.get_ident(), tuple(lambdas.tolist())))
-        return scaled_sum(base, tuned, lambdas)
+        return merged(base, tuned, lambdas)
 
-    monkeypatch.setattr(scaled_sums, "scaled_sum", noted)
+    monkeypatch.setattr(scaled_sums, "merged_and_finite", noted)
     parameters = {"granularity": granularity}
     config = merge_config(fresh_family.base, fresh_family.models, parameters=parameters)
     sharded = run_mergekit(config, tmp_path / "sharded", "--multi-gpu")
