@@ -105,8 +105,7 @@ def _loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _config(file: str) -> Any:
     from mergekit_metagpt.merge_config import merge_yaml
 
-    with _named(file):
-        return merge_yaml.read(merge_yaml.text_of(Path(file)))
+    return merge_yaml.read_file(Path(file))[1]
 
 
 @contextmanager

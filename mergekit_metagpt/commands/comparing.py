@@ -113,7 +113,7 @@ def compare(
 
     if options.random_seed is None:
         options = options.model_copy(update={"random_seed": 0})
-    text, config = _read(request.config)
+    text, config = merge_yaml.read_file(request.config)
     if keep is not None:
         merging.check_place(keep.resolve(), request.config, config, force=force)
     if write is not None and write.exists() and not force:
@@ -144,7 +144,9 @@ def compare(
         request.powers,
         request.scales,
     )
-    given = {name: _read(file)[0] for name, file in request.candidates.items()}
+    given = {
+        name: merge_yaml.read_file(file)[0] for name, file in request.candidates.items()
+    }
     own = [merges.of_text(name, written) for name, written in given.items()]
     listed = merges.distinct([*wanted, *own])
     inputs = {candidate.name: _check(candidate, options) for candidate in listed}
@@ -196,14 +198,6 @@ def compare(
     if keep is not None:
         _keep(best, source, keep, options, force=force)
     return found
-
-
-def _read(file: Path) -> tuple[str, Any]:
-    try:
-        text = file.read_text(encoding="utf-8")
-        return text, merge_yaml.read(text)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
 
 
 def _check(candidate: Candidate, options: MergeOptions) -> Mapping[Any, Any]:

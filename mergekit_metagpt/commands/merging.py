@@ -56,11 +56,7 @@ def merge(
         ValueError: the configuration or a model is refused; `out` is not empty.
         OSError: a file cannot be read or written.
     """
-    try:
-        text = merge_yaml.text_of(config_file)
-        config = merge_yaml.read(text)
-    except ValueError as error:
-        raise ValueError(f"{config_file}: {error}") from error
+    text, config = merge_yaml.read_file(config_file)
     checks.check_yaml(config, config_file)
     out = out.resolve()
     check_place(out, config_file, config, force=force)

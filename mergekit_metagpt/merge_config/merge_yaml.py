@@ -76,6 +76,26 @@ def text_of(file: Path) -> str:
         ) from error
 
 
+def read_file(file: Path) -> tuple[str, MergeConfiguration]:
+    """Read and parse the file of a merge YAML.
+
+    Args:
+        file: the YAML.
+
+    Returns:
+        its text, and mergekit's configuration.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: as `read`, with the name of the file.
+    """
+    try:
+        text = text_of(file)
+        return text, read(text)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
 def read(text: str) -> MergeConfiguration:
     """Parse a merge YAML; local models in it are marked as such (`./out/base`).
 
