@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import os
 import shlex
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,18 +11,26 @@ import click
 
 from mergekit_metagpt import __version__, autoload
 from mergekit_metagpt.commands.errors import Differs, Unverified, one_line_errors
+from mergekit_metagpt.commands.options import (
+    check_new,
+    check_target,
+    is_zero,
+    loading_options,
+    numbers,
+    pairs,
+    sample_of,
+)
+from mergekit_metagpt.commands.printing import (
+    show,
+    write_json,
+    write_text,
+    write_yaml,
+)
 from mergekit_metagpt.report.parts import printable
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
-    from rich.console import Console
 
-    from mergekit_metagpt.scanning.sampling import Sample
-
-# Table width when stdout is not a terminal, so that rows are not wrapped.
-PIPE_WIDTH = 240
-# What `inspect --remote` reads if nothing else is asked for.
-REMOTE_BUDGET = "200MB"
 # `compiled.built()` would import torch.
 _LOOPS = "yes" if find_spec("_mergekit_metagpt") else "no"
 
@@ -38,158 +41,6 @@ _LOOPS = "yes" if find_spec("_mergekit_metagpt") else "no"
 )
 def main() -> None:
     """MetaGPT merging for mergekit: no weights to guess, no data, no search."""
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    fixed = sys.stdout.isatty() or "COLUMNS" in os.environ
-    width = None if fixed else PIPE_WIDTH
-    return Console(width=width, highlight=False, emoji=False)
-
-
-def _loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """mergekit's options that say how to load models, collected in MergeOptions."""
-
-    @functools.wraps(command)
-    def wrapper(
-        lora_merge_cache: str | None,
-        transformers_cache: str | None,
-        trust_remote_code: bool,
-        lazy_unpickle: bool,
-        allow_crimes: bool,
-        **others: Any,
-    ) -> Any:
-        import logging
-
-        from mergekit.options import MergeOptions
-
-        logging.basicConfig(level=logging.WARNING)
-        options = MergeOptions(
-            lora_merge_cache=lora_merge_cache,
-            transformers_cache=transformers_cache,
-            trust_remote_code=trust_remote_code,
-            lazy_unpickle=lazy_unpickle,
-            allow_crimes=allow_crimes,
-        )
-        return command(options=options, **others)
-
-    for option in (
-        click.option(
-            "--allow-crimes/--no-allow-crimes",
-            default=False,
-            help="Mix architectures, as in mergekit, and models far from their base.",
-        ),
-        click.option(
-            "--lazy-unpickle/--no-lazy-unpickle",
-            default=False,
-            help="As in mergekit. (A scan maps pickles into memory either way.)",
-        ),
-        click.option(
-            "--trust-remote-code/--no-trust-remote-code",
-            default=False,
-            help="Run code that comes with a model, for its configuration (danger).",
-        ),
-        click.option(
-            "--transformers-cache", help="Folder of downloaded models, as in mergekit."
-        ),
-        click.option(
-            "--lora-merge-cache",
-            help="Folder for merged LoRA models; needed for base+adapter.",
-        ),
-    ):
-        wrapper = option(wrapper)
-    return wrapper
-
-
-def _config(file: str) -> Any:
-    from mergekit_metagpt.merge_config import merge_yaml
-
-    return merge_yaml.read_file(Path(file))[1]
-
-
-@contextmanager
-def _named(file: str) -> Iterator[None]:
-    """Say which file it is that a ValueError is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def _check_new(out: str, *, force: bool) -> None:
-    """Refuse an output file that is there already, or cannot be written."""
-    _check_target(out)
-    if out != "-" and Path(out).exists() and not force:
-        raise ValueError(f"{out} exists; choose another name, or --force")
-
-
-def _write(out: str, text: str, *, then: str) -> None:
-    """Write a YAML all or nothing; say on stderr what is where, and what to do next."""
-    with click.open_file(out, "w", encoding="utf-8", atomic=True) as stream:
-        stream.write(text)
-    place = "stdout" if out == "-" else out
-    size = len(text.encode("utf-8"))
-    click.echo(printable(f"Wrote {place} ({size:,} bytes). {then}"), err=True)
-
-
-def _check_target(file: str | None, endings: tuple[str, ...] = ()) -> None:
-    """Refuse a file that cannot be written, before the work that it is to hold."""
-    if file is None:
-        return
-    if file == "-":
-        if endings:
-            raise ValueError("--plot - is no file; expected one to draw the figure in")
-        return
-    path = Path(file)
-    if endings and path.suffix.lower() not in endings:
-        raise ValueError(
-            f"{file} ends in {path.suffix!r}; expected one of {', '.join(endings)}"
-        )
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"{file} cannot be written; expected a file in a folder")
-
-
-def _is_zero(share: str | None) -> bool:
-    """Whether --sample asks for no weights at all."""
-    return share is not None and set(share.removesuffix("%")) in ({"0"}, {"0", "."})
-
-
-def _sample(share: str | None, budget: str | None, *, remote: bool) -> Sample | None:
-    """What --sample and --budget ask for; None for an exact scan."""
-    from mergekit_metagpt.scanning.sampling import Sample
-
-    if share is not None and budget is not None:
-        raise ValueError("--sample and --budget are both given; expected one of them")
-    if share is not None:
-        number, scale = (share[:-1], 100) if share.endswith("%") else (share, 1)
-        try:
-            value = float(number) / scale
-        except ValueError:
-            value = 0.0
-        if not 0 < value <= 1:
-            raise ValueError(
-                f"--sample is {share!r}; expected a share above 0 and at most 1, such "
-                "as 0.01 or 1%"
-            )
-        return Sample(share=value) if value < 1 else None
-    if budget is None and remote:
-        budget = REMOTE_BUDGET
-    return None if budget is None else Sample(budget=_bytes(budget))
-
-
-def _bytes(text: str) -> int:
-    """Read a number of bytes, such as 500MB."""
-    number = text.strip().upper().removesuffix("B")
-    scales = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-    scale = scales.get(number[-1:], 1)
-    try:
-        value = int(float(number[:-1] if scale > 1 else number) * scale)
-    except (ValueError, OverflowError):
-        value = 0
-    if value < 1:
-        raise ValueError(f"--budget is {text!r}; expected bytes such as 500MB or 2GB")
-    return value
 
 
 @main.command()
@@ -223,7 +74,7 @@ def _bytes(text: str) -> int:
     "200MB by default, --sample 0 for headers alone.",
 )
 @one_line_errors
-@_loading_options
+@loading_options
 def inspect(
     options: MergeOptions,
     models: tuple[str, ...],
@@ -247,88 +98,32 @@ def inspect(
     """
     if json_file == csv_file == "-":
         raise ValueError("--json and --csv are both -; one of them can go to stdout")
-    _check_target(json_file)
-    _check_target(csv_file)
+    check_target(json_file)
+    check_target(csv_file)
 
-    from mergekit_metagpt.merge_config import checks, families, jobs, plan
-    from mergekit_metagpt.report import figures, headers, inspecting, tables
+    from mergekit_metagpt.commands import measuring
+    from mergekit_metagpt.report import figures, headers, tables
 
-    _check_target(plot, figures.FORMATS)
-    headers_only = remote and _is_zero(share)
-    sample = None if headers_only else _sample(share, budget, remote=remote)
-    if base is None and len(models) != 1:
-        raise ValueError(
-            f"{len(models)} models are given and no base; expected one CONFIG, or "
-            "--base BASE and the models"
-        )
-    wishes: dict[str, Any] = {
-        "granularity": granularity,
-        "power": power,
-        "exclude": exclude,
-    }
-    if base is None:
-        yaml_inside = Path(models[0], "mergekit_config.yml")
-        if yaml_inside.is_file():  # a merged model
-            models = (str(yaml_inside),)
-        elif Path(models[0]).is_dir():
-            raise ValueError(
-                f"{models[0]} is a folder; expected a merge YAML, or --base BASE and "
-                "the models"
-            )
-        config = _config(models[0])
-        checks.check_method(config)
-        if config.merge_method in checks.METHODS:
-            checks.check_names(config)
-    else:
-        config = families.config_of(base, models)
-    merged = families.of_config(config, **wishes)
-    planned = refused = None
-    opened: Mapping[Any, Any]
-    seen: tuple[Any, ...] = ()
-    if remote:
-        looked = families.glimpse_models(merged, options)
-        seen = headers.headers_of(merged, looked)
-        opened = {model: at.checkpoint for model, at in looked.items()}
-        refused = next((c.refused for c in opened.values() if c.refused), None)
-        if headers_only or any(header.misfit for header in seen):
-            merged = []
-    else:
-        opened = families.open_models(merged, options)
-        try:
-            planned = jobs.check_plan(config, opened, options)
-        except ValueError as error:
-            refused = str(error)
-    report = inspecting.inspect(
-        merged,
-        opened,
-        method=config.merge_method,
-        planned=planned,
-        refused=refused,
+    check_target(plot, figures.FORMATS)
+    headers_only = remote and is_zero(share)
+    sample = None if headers_only else sample_of(share, budget, remote=remote)
+    measure = measuring.remote_report_of if remote else measuring.report_of
+    report = measure(
+        measuring.config_of(models, base),
+        options,
         sample=sample,
-    ).model_copy(update={"headers": seen})
-    changed = any(value is not None for value in wishes.values())
-    if (
-        planned
-        and not changed
-        and not sample
-        and any(family.varying for family in merged)
-    ):
-        found = plan.coefficients(planned)
-        report = inspecting.with_ranges(report, merged, found)
-    if json_file is not None:
-        with click.open_file(json_file, "w", encoding="utf-8") as stream:
-            stream.write(report.model_dump_json(indent=2) + "\n")
+        granularity=granularity,
+        power=power,
+        exclude=exclude,
+    )
+    write_json(json_file, report)
     if csv_file is not None:
-        with click.open_file(csv_file, "w", encoding="utf-8") as stream:
-            stream.write(tables.as_csv(report))
+        write_text(csv_file, tables.as_csv(report))
     if plot is not None and report.families:
         figures.report_figure(report, Path(plot))
     if "-" not in (json_file, csv_file):
-        console = _console()
-        for part in tables.lay_out(report):
-            text = printable(part) if isinstance(part, str) else part
-            console.print(text, soft_wrap=isinstance(part, str), markup=False)
-    headers.require_fit(seen)
+        show(tables.lay_out(report))
+    headers.require_fit(report.headers)
 
 
 @main.command()
@@ -336,19 +131,25 @@ def inspect(
 @click.argument("out", metavar="OUT.yml")
 @click.option("--force", is_flag=True, help="Replace OUT.yml if it exists.")
 @one_line_errors
-@_loading_options
+@loading_options
 def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     """Write the metagpt merge CONFIG as plain mergekit YAML with fixed weights.
 
     Anyone can merge OUT.yml (- for stdout) with mergekit alone and gets the same model
     but for rounding in the last place. Scans, and does not merge.
     """
-    _check_new(out, force=force)
+    check_new(out, force=force)
 
-    from mergekit_metagpt.merge_config import checks, families, jobs, plain_yaml
+    from mergekit_metagpt.merge_config import (
+        checks,
+        families,
+        jobs,
+        merge_yaml,
+        plain_yaml,
+    )
     from mergekit_metagpt.report import inspecting
 
-    read = _config(config)
+    read = merge_yaml.read_file(Path(config))[1]
     checks.check_yaml(read, config)
     job = jobs.check(read, options)
     report = inspecting.inspect(families.of_config(read), job.opened, gram=None)
@@ -359,7 +160,7 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
         click.echo(f"Differs from {read.merge_method}: {change}.", err=True)
     name = "OUT.yml" if out == "-" else shlex.quote(out)
     then = f"It needs no plugin: mergekit-yaml {name} ./merged"
-    _write(out, exported.text, then=then)
+    write_yaml(out, exported.text, then=then)
 
 
 @main.command()
@@ -375,18 +176,20 @@ def convert(config: str, out: str, base: str | None, force: bool) -> None:
     breadcrumbs*. Drops the weights, says each change on stderr, and opens no model.
     NEW.yml may be - for stdout.
     """
-    _check_new(out, force=force)
+    check_new(out, force=force)
 
     from mergekit_metagpt.merge_config import converting, merge_yaml
 
-    with _named(config):
+    try:
         converted = converting.convert(merge_yaml.text_of(Path(config)), base)
+    except ValueError as error:
+        raise ValueError(f"{config}: {error}") from error
     for change in converted.changes:
         click.echo(printable(change), err=True)
     for note in converted.notes:
         click.echo(f"Note: {printable(note)}.", err=True)
     name = "NEW.yml" if out == "-" else shlex.quote(out)
-    _write(out, converted.text, then=f"Look first: mergekit-metagpt inspect {name}")
+    write_yaml(out, converted.text, then=f"Look first: mergekit-metagpt inspect {name}")
 
 
 @main.command()
@@ -400,7 +203,7 @@ def convert(config: str, out: str, base: str | None, force: bool) -> None:
 )
 @click.option("--json", "json_file", metavar="FILE", help="Write all; - for stdout.")
 @one_line_errors
-@_loading_options
+@loading_options
 def verify(
     options: MergeOptions,
     out: Path,
@@ -416,16 +219,14 @@ def verify(
     bit, with tensors that mergekit merges again from the inputs. Ends with status 0 if
     all agree, 1 if something differs, and 3 if something could not be checked.
     """
-    _check_target(json_file)
+    check_target(json_file)
 
     from mergekit_metagpt.commands import verifying
     from mergekit_metagpt.report import tables
 
     options = options.model_copy(update={"random_seed": random_seed})
     found = verifying.verify(out, options, full=full, seed=seed)
-    if json_file is not None:
-        with click.open_file(json_file, "w", encoding="utf-8") as stream:
-            stream.write(found.model_dump_json(indent=2) + "\n")
+    write_json(json_file, found)
     if json_file != "-":
         for line in tables.verified(found):
             click.echo(line)
@@ -450,46 +251,25 @@ def demo(folder: Path) -> None:
 
     from mergekit_metagpt.commands import demo as family
 
-    chatter, console = Console(stderr=True), _console()
+    chatter = Console(stderr=True)
     result = family.run(folder, say=lambda line: chatter.print(line, highlight=False))
-    console.print(family.task_vectors(result))
-    console.print(family.losses(result))
     figure = folder / "demo.png"
     family.draw(result, figure)
     best = min(result.ald, key=result.ald.__getitem__)
-    console.print(
+    note = (
         f"Lowest ALD here: {best}. Which it is depends on text, seed and training "
-        f"lengths: no evidence for a method. Figure: {figure}",
-        soft_wrap=True,
+        f"lengths: no evidence for a method. Figure: {figure}"
     )
-    console.print("Merge again by hand, with mergekit's own command:", soft_wrap=True)
     place = shlex.quote(str(folder))
-    command = f"(cd {place} && mergekit-yaml metagpt.yml ./merged-by-hand)"
-    console.print(command, soft_wrap=True, highlight=False)
-
-
-def _pairs(option: str, given: tuple[str, ...]) -> dict[str, Path]:
-    """Read NAME=FILE options; every file must exist."""
-    files: dict[str, Path] = {}
-    for pair in given:
-        name, equals, file = pair.partition("=")
-        if not (name and equals and file):
-            raise ValueError(f"{option} {pair}: expected NAME=FILE")
-        if name in files:
-            raise ValueError(f"{option} {name} is given twice; give each name once")
-        if not Path(file).is_file():
-            raise ValueError(f"{option} {pair}: there is no file {file}")
-        files[name] = Path(file)
-    return files
-
-
-def _numbers(option: str, given: str | None) -> list[float]:
-    try:
-        return [float(number) for number in given.split(",")] if given else []
-    except ValueError as error:
-        raise ValueError(
-            f"{option} {given}: expected numbers with commas between them"
-        ) from error
+    show(
+        [
+            family.task_vectors(result),
+            family.losses(result),
+            note,
+            "Merge again by hand, with mergekit's own command:",
+            f"(cd {place} && mergekit-yaml metagpt.yml ./merged-by-hand)",
+        ]
+    )
 
 
 @main.command()
@@ -536,7 +316,7 @@ def _numbers(option: str, given: str | None) -> list[float]:
 @click.option("--keep", metavar="DIR", help="Merge the best one again, into DIR.")
 @click.option("--force", is_flag=True, help="Replace BEST.yml and DIR if they exist.")
 @one_line_errors
-@_loading_options
+@loading_options
 def compare(
     options: MergeOptions,
     config: str,
@@ -558,19 +338,19 @@ def compare(
     than the specialists do. Merges are removed again. A second run goes on where the
     first one ended.
     """
-    _check_target(json_file)
-    _check_target(write)
+    check_target(json_file)
+    check_target(write)
 
     from mergekit_metagpt.commands import comparing
     from mergekit_metagpt.report import comparison, figures
 
-    _check_target(plot, figures.FORMATS)
+    check_target(plot, figures.FORMATS)
     request = comparing.Request(
         config=Path(config),
-        texts=_pairs("--text", texts),
-        candidates=_pairs("--candidate", candidates),
-        powers=_numbers("--power", power),
-        scales=_numbers("--lambda", scale),
+        texts=pairs("--text", texts),
+        candidates=pairs("--candidate", candidates),
+        powers=numbers("--power", power),
+        scales=numbers("--lambda", scale),
         **settings,
     )
     compared = comparing.compare(
@@ -580,17 +360,11 @@ def compare(
         write=Path(write) if write else None,
         force=force,
     )
-    if json_file is not None:
-        with click.open_file(json_file, "w", encoding="utf-8") as stream:
-            stream.write(compared.model_dump_json(indent=2) + "\n")
+    write_json(json_file, compared)
     if plot is not None:
         figures.comparison_figure(compared, Path(plot))
     if json_file != "-":
-        console = _console()
-        for part in comparison.lay_out(compared):
-            text = printable(part) if isinstance(part, str) else part
-            console.print(text, soft_wrap=isinstance(part, str), markup=False)
-        console.print(printable(compared.verdict), soft_wrap=True, markup=False)
+        show([*comparison.lay_out(compared), compared.verdict])
 
 
 @main.command()
@@ -616,7 +390,7 @@ def cache(clear: bool) -> None:
     size = sum(entry.bytes for entry in entries)
     click.echo(f"{folder}: {len(entries)} entries, {size / 1e6:.1f} MB")
     if entries:
-        _console().print(tables.remembered(entries), markup=False)
+        show([tables.remembered(entries)])
 
 
 @main.command()

@@ -1,0 +1,126 @@
+"""Measures what a user names, from disk or from the hub, without merging it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_metagpt.merge_config import checks, families, jobs, merge_yaml, plan
+from mergekit_metagpt.report import headers, inspecting, schema
+
+if TYPE_CHECKING:
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+    from mergekit_metagpt.scanning.sampling import Sample
+
+
+def config_of(models: Sequence[str], base: str | None) -> MergeConfiguration:
+    """Return the merge that is named: by its YAML, its output, or base and models.
+
+    Args:
+        models: one YAML or output folder, or the models of `base`.
+        base: what the models were fine-tuned from, or None.
+
+    Returns:
+        the merge.
+
+    Raises:
+        ValueError: neither is named, or the YAML is not one that can be measured.
+    """
+    if base is not None:
+        return families.config_of(base, models)
+    if len(models) != 1:
+        raise ValueError(
+            f"{len(models)} models are given and no base; expected one CONFIG, or "
+            "--base BASE and the models"
+        )
+    file = Path(models[0])
+    if file.is_dir():
+        yaml_of_merge = file / "mergekit_config.yml"
+        if not yaml_of_merge.is_file():
+            raise ValueError(
+                f"{file} is a folder; expected a merge YAML, or --base BASE and "
+                "the models"
+            )
+        file = yaml_of_merge
+    config = merge_yaml.read_file(file)[1]
+    checks.check_method(config)
+    if config.merge_method in checks.METHODS:
+        checks.check_names(config)
+    return config
+
+
+def report_of(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    *,
+    sample: Sample | None = None,
+    **wishes: Any,
+) -> schema.Report:
+    """Measure the models of a merge that lie on disk, or that mergekit downloads.
+
+    Args:
+        config: who is merged with whom.
+        options: how models are loaded.
+        sample: how much to read; all if None.
+        **wishes: settings that replace those of `config`, where they are not None.
+
+    Returns:
+        what was measured.
+    """
+    merged = families.of_config(config, **wishes)
+    opened = families.open_models(merged, options)
+    planned = refused = None
+    try:
+        planned = jobs.check_plan(config, opened, options)
+    except ValueError as error:
+        refused = str(error)
+    report = inspecting.inspect(
+        merged,
+        opened,
+        method=config.merge_method,
+        planned=planned,
+        refused=refused,
+        sample=sample,
+    )
+    changed = any(value is not None for value in wishes.values())
+    varying = any(family.varying for family in merged)
+    if planned and varying and not changed and not sample:
+        return inspecting.with_ranges(report, merged, plan.coefficients(planned))
+    return report
+
+
+def remote_report_of(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    *,
+    sample: Sample | None,
+    **wishes: Any,
+) -> schema.Report:
+    """Measure the models of a merge by a sample of their files on the hub.
+
+    Args:
+        config: who is merged with whom.
+        options: how models are loaded.
+        sample: how much to read; only headers if None.
+        **wishes: settings that replace those of `config`, where they are not None.
+
+    Returns:
+        what was measured.
+    """
+    merged = families.of_config(config, **wishes)
+    looked = families.glimpse_models(merged, options)
+    seen = headers.headers_of(merged, looked)
+    opened = {model: at.checkpoint for model, at in looked.items()}
+    if sample is None or any(header.misfit for header in seen):
+        merged = []
+    report = inspecting.inspect(
+        merged,
+        opened,
+        method=config.merge_method,
+        refused=next((c.refused for c in opened.values() if c.refused), None),
+        sample=sample,
+    )
+    return report.model_copy(update={"headers": seen})

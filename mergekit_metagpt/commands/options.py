@@ -1,0 +1,160 @@
+"""Reads the options that commands share; bad values are ValueErrors that say why."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mergekit_metagpt.scanning.sampling import Sample
+
+# What `inspect --remote` reads if nothing else is asked for.
+REMOTE_BUDGET = "200MB"
+
+
+def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """mergekit's options that say how to load models, collected in MergeOptions."""
+
+    @functools.wraps(command)
+    def wrapper(
+        lora_merge_cache: str | None,
+        transformers_cache: str | None,
+        trust_remote_code: bool,
+        lazy_unpickle: bool,
+        allow_crimes: bool,
+        **others: Any,
+    ) -> Any:
+        import logging
+
+        from mergekit.options import MergeOptions
+
+        logging.basicConfig(level=logging.WARNING)
+        options = MergeOptions(
+            lora_merge_cache=lora_merge_cache,
+            transformers_cache=transformers_cache,
+            trust_remote_code=trust_remote_code,
+            lazy_unpickle=lazy_unpickle,
+            allow_crimes=allow_crimes,
+        )
+        return command(options=options, **others)
+
+    for option in (
+        click.option(
+            "--allow-crimes/--no-allow-crimes",
+            default=False,
+            help="Mix architectures, as in mergekit, and models far from their base.",
+        ),
+        click.option(
+            "--lazy-unpickle/--no-lazy-unpickle",
+            default=False,
+            help="As in mergekit. (A scan maps pickles into memory either way.)",
+        ),
+        click.option(
+            "--trust-remote-code/--no-trust-remote-code",
+            default=False,
+            help="Run code that comes with a model, for its configuration (danger).",
+        ),
+        click.option(
+            "--transformers-cache", help="Folder of downloaded models, as in mergekit."
+        ),
+        click.option(
+            "--lora-merge-cache",
+            help="Folder for merged LoRA models; needed for base+adapter.",
+        ),
+    ):
+        wrapper = option(wrapper)
+    return wrapper
+
+
+def check_new(out: str, *, force: bool) -> None:
+    """Refuse an output file that is there already, or cannot be written."""
+    check_target(out)
+    if out != "-" and Path(out).exists() and not force:
+        raise ValueError(f"{out} exists; choose another name, or --force")
+
+
+def check_target(file: str | None, endings: tuple[str, ...] = ()) -> None:
+    """Refuse a file that cannot be written, before the work that it is to hold."""
+    if file is None:
+        return
+    if file == "-":
+        if endings:
+            raise ValueError("--plot - is no file; expected one to draw the figure in")
+        return
+    path = Path(file)
+    if endings and path.suffix.lower() not in endings:
+        raise ValueError(
+            f"{file} ends in {path.suffix!r}; expected one of {', '.join(endings)}"
+        )
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"{file} cannot be written; expected a file in a folder")
+
+
+def is_zero(share: str | None) -> bool:
+    """Whether --sample asks for no weights at all."""
+    return share is not None and set(share.removesuffix("%")) in ({"0"}, {"0", "."})
+
+
+def sample_of(share: str | None, budget: str | None, *, remote: bool) -> Sample | None:
+    """What --sample and --budget ask for; None for an exact scan."""
+    from mergekit_metagpt.scanning.sampling import Sample
+
+    if share is not None and budget is not None:
+        raise ValueError("--sample and --budget are both given; expected one of them")
+    if share is not None:
+        number, scale = (share[:-1], 100) if share.endswith("%") else (share, 1)
+        try:
+            value = float(number) / scale
+        except ValueError:
+            value = 0.0
+        if not 0 < value <= 1:
+            raise ValueError(
+                f"--sample is {share!r}; expected a share above 0 and at most 1, such "
+                "as 0.01 or 1%"
+            )
+        return Sample(share=value) if value < 1 else None
+    if budget is None and remote:
+        budget = REMOTE_BUDGET
+    return None if budget is None else Sample(budget=_bytes(budget))
+
+
+def _bytes(text: str) -> int:
+    """Read a number of bytes, such as 500MB."""
+    number = text.strip().upper().removesuffix("B")
+    scales = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    scale = scales.get(number[-1:], 1)
+    try:
+        value = int(float(number[:-1] if scale > 1 else number) * scale)
+    except (ValueError, OverflowError):
+        value = 0
+    if value < 1:
+        raise ValueError(f"--budget is {text!r}; expected bytes such as 500MB or 2GB")
+    return value
+
+
+def pairs(option: str, given: tuple[str, ...]) -> dict[str, Path]:
+    """Read NAME=FILE options; every file must exist."""
+    files: dict[str, Path] = {}
+    for pair in given:
+        name, equals, file = pair.partition("=")
+        if not (name and equals and file):
+            raise ValueError(f"{option} {pair}: expected NAME=FILE")
+        if name in files:
+            raise ValueError(f"{option} {name} is given twice; give each name once")
+        if not Path(file).is_file():
+            raise ValueError(f"{option} {pair}: there is no file {file}")
+        files[name] = Path(file)
+    return files
+
+
+def numbers(option: str, given: str | None) -> list[float]:
+    try:
+        return [float(number) for number in given.split(",")] if given else []
+    except ValueError as error:
+        raise ValueError(
+            f"{option} {given}: expected numbers with commas between them"
+        ) from error
