@@ -102,9 +102,9 @@ def inspect(
     check_target(csv_file)
 
     from mergekit_metagpt.commands import measuring
-    from mergekit_metagpt.report import figures, headers, tables
+    from mergekit_metagpt.report import drawing, figures, headers, tables
 
-    check_target(plot, figures.FORMATS)
+    check_target(plot, drawing.FORMATS)
     headers_only = remote and is_zero(share)
     sample = None if headers_only else sample_of(share, budget, remote=remote)
     measure = measuring.remote_report_of if remote else measuring.report_of
@@ -342,9 +342,9 @@ def compare(
     check_target(write)
 
     from mergekit_metagpt.commands import comparing
-    from mergekit_metagpt.report import comparison, figures
+    from mergekit_metagpt.report import comparison, drawing, figures
 
-    check_target(plot, figures.FORMATS)
+    check_target(plot, drawing.FORMATS)
     request = comparing.Request(
         config=Path(config),
         texts=pairs("--text", texts),
