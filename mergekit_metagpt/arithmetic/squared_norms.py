@@ -94,6 +94,17 @@ def _task_vectors(
                 yield k, step
 
 
+def _whole_task_vectors(
+    base: torch.Tensor, tuned: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """As `_task_vectors`, each as a whole, and differentiable."""
+    grids = [_common_grid(base.dtype, tensor.dtype) for tensor in tuned]
+    return [
+        _rounded(tensor, grid) - _rounded(base, grid)
+        for tensor, grid in zip(tuned, grids, strict=True)
+    ]
+
+
 def _sum(values: torch.Tensor) -> torch.Tensor:
     """Sum in rows of fixed length: the same bits for any number of torch's threads."""
     whole = values.numel() // ROW * ROW
@@ -122,11 +133,7 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
     if not tuned:
         return torch.zeros(0, dtype=torch.float64, device="cpu")
     if needs_grad([base, *tuned]):
-        grids = [_common_grid(base.dtype, tensor.dtype) for tensor in tuned]
-        taus = [
-            _rounded(tensor, grid) - _rounded(base, grid)
-            for tensor, grid in zip(tuned, grids, strict=True)
-        ]
+        taus = _whole_task_vectors(base, tuned)
         return torch.stack([tau.square().sum() for tau in taus]).cpu()
     flat = base.detach().reshape(-1)
     flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
@@ -185,7 +192,7 @@ def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tens
     """Gram matrix of the task vectors on one tensor.
 
     G_ij = <tau_i, tau_j>, with the same differences as `sq_norms`; its diagonal has
-    the bits of `sq_norms`.
+    the bits of `sq_norms`. Differentiable where an input requires a gradient.
 
     Args:
         base: theta_0, any shape, floating point.
@@ -202,6 +209,9 @@ def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tens
     count = len(tuned)
     if not count:
         return torch.zeros(0, 0, dtype=torch.float64, device="cpu")
+    if needs_grad([base, *tuned]):
+        rows = torch.stack([t.reshape(-1) for t in _whole_task_vectors(base, tuned)])
+        return (rows @ rows.T).cpu()
     flat = base.detach().reshape(-1)
     flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
 

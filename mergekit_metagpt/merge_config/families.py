@@ -37,6 +37,7 @@ class Family:
             they stand in `settings` and `weights` with their defaults.
         weights: importance of each model, 1 unless a metagpt YAML says otherwise.
         by_hand: the `weight` of each model as a YAML of another method has it.
+        keeps_length: whether `lambda` is `keep` anywhere.
     """
 
     places: tuple[str, ...]
@@ -46,6 +47,7 @@ class Family:
     varying: tuple[str, ...]
     weights: tuple[float, ...]
     by_hand: tuple[str | None, ...]
+    keeps_length: bool
 
 
 def checked(name: str, value: Any) -> Any:
@@ -149,6 +151,7 @@ def of_config(
                 "it, or name the models: inspect --base BASE MODEL..."
             )
         settings, varying = _settings(part) if ours else (Settings(), ())
+        scales = [merge_yaml.values_of(level.get("lambda")) for level in part.shared]
         models, weights, by_hand = [], [], []
         for model, levels in zip(part.models, part.settings, strict=True):
             if model == part.base or model in models:
@@ -169,6 +172,7 @@ def of_config(
             varying=varying,
             weights=tuple(weights),
             by_hand=tuple(by_hand),
+            keeps_length=ours and any("keep" in values for values in scales),
         )
         same = families.setdefault(family, family)
         families[family] = replace(same, places=(*same.places, part.place))

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from mergekit.merge_methods.base import TensorGroup
 
-from mergekit_metagpt.method.group_norms import Measured, of_tensors
+from mergekit_metagpt.method.group_norms import Measured, gram_of, of_tensors
 from mergekit_metagpt.method.inputs import base_of
 from mergekit_metagpt.method.settings import Settings
 from mergekit_metagpt.scanning.results import ScanResult
@@ -32,28 +32,35 @@ def of_call(
         TypeError: an input is not floating point.
         ValueError: a weight is NaN or infinite.
     """
-    result, columns = _measured(groups)
+    keep = any(chosen.keeps_length for chosen in settings)
+    result, columns = _measured(groups, gram=keep)
     answers: list[Measured | None] = []
     for at, (group, chosen) in enumerate(zip(groups, settings, strict=True)):
         pooled = result.pool(chosen.granularity, chosen.exclude)
         norms = pooled.sq_norms.reshape(len(pooled.keys), len(result.models))
-        own = []
-        for entry in group.non_base:
-            column = columns[base_of(group).id, entry.id]
+        own, keys = [], []
+        at_columns = [columns[base_of(group).id, entry.id] for entry in group.non_base]
+        for column in at_columns:
             name = result.counted_as[column][_name(group, at)]
             key = pooled.key_of(name)
+            keys.append(key)
             measured = bool(pooled.members.get(key))
             own.append(norms[pooled.rows[key], column] if measured else None)
-        if chosen.power == 0 or all(value is None for value in own):
+        if not chosen.needs_norms or all(value is None for value in own):
             answers.append(None)
             continue
         zero = torch.zeros((), dtype=torch.float64, device="cpu")
-        answers.append(Measured(torch.stack([zero if n is None else n for n in own])))
+        answers.append(
+            Measured(
+                torch.stack([zero if n is None else n for n in own]),
+                gram=pooled.products(keys, at_columns) if chosen.keeps_length else None,
+            )
+        )
     return answers
 
 
 def _measured(
-    groups: Sequence[TensorGroup],
+    groups: Sequence[TensorGroup], *, gram: bool
 ) -> tuple[ScanResult, dict[tuple[Hashable, Hashable], int]]:
     """Squared norms of every pair of base and model, and the column of each pair."""
     columns: dict[tuple[Hashable, Hashable], int] = {}
@@ -62,6 +69,7 @@ def _measured(
             columns.setdefault((base_of(group).id, entry.id), len(columns))
     names = [_name(group, at) for at, group in enumerate(groups)]
     own = [of_tensors(group) for group in groups]
+    products = [gram_of(group) for group in groups] if gram else []
     # Groups without a name in the order of their norms, so that the order of the call
     # does not show in the last bits.
     order = sorted(
@@ -73,18 +81,25 @@ def _measured(
         [torch.zeros((), dtype=torch.float64, device="cpu")] * len(columns)
         for _ in groups
     ]
+    grams = torch.zeros(
+        len(groups), len(columns), len(columns), dtype=torch.float64, device="cpu"
+    )
     counted_as: list[dict[str, str]] = [{} for _ in columns]
     places: dict[tuple[Hashable, ...], str] = {}
     # A shared weight goes by one of its names, whatever the order of the groups: a
     # tied head by its embedding's.
     for at in sorted(order, key=lambda at: ("head" in names[at], row[at])):
-        group = groups[at]
-        for entry, value in zip(group.non_base, own[at], strict=True):
+        group, counted = groups[at], []
+        for k, (entry, value) in enumerate(zip(group.non_base, own[at], strict=True)):
             column = columns[base_of(group).id, entry.id]
             place = column, _place(base_of(group).tensor), _place(entry.tensor)
             counted_as[column][names[at]] = places.setdefault(place, names[at])
             if places[place] == names[at]:
                 cells[row[at]][column] = value
+                counted.append((k, column))
+        for k, column in counted if gram else ():
+            for other, other_column in counted:
+                grams[row[at], column, other_column] = products[at][k, other]
     shape = len(groups), len(columns)
     values = [value for cell in cells for value in cell]
     sums = (
@@ -101,6 +116,7 @@ def _measured(
             base_sq_norms=torch.zeros(shape, dtype=torch.float64, device="cpu"),
             counted_as=tuple(counted_as),
             layers=({},) * len(columns),
+            gram=grams if gram else None,
         ),
         columns,
     )

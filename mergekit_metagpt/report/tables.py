@@ -90,6 +90,8 @@ def _family(family: schema.Family) -> Iterator[str | Table]:
         )
     yield f"\nTask vectors ({_settings(family.settings)})"
     yield _task_vectors(family)
+    if lengths := lengths_of(family):
+        yield f"{lengths}\n"
     wide = len(models) > MOST_COLUMNS
     if len(models) > 1:
         if family.cosines is not None and not wide:
@@ -107,6 +109,43 @@ def _family(family: schema.Family) -> Iterator[str | Table]:
     yield from _left_out(family)
     for warning in family.warnings:
         yield f"Warning: {warning}"
+    if family.advice:
+        yield family.advice
+
+
+def scale_of(settings: schema.Settings) -> str:
+    """Return `lambda` as it stands in a YAML."""
+    return settings.scale if isinstance(settings.scale, str) else f"{settings.scale:g}"
+
+
+def keep_of(family: schema.Family) -> str:
+    """Say what `lambda: keep` comes to in a family: a number, or the range of pools."""
+    values = [pool.keep for pool in family.pools if pool.keep is not None]
+    ends = dict.fromkeys(f"{end(values):.4g}" for end in (min, max) if values)
+    return " to ".join(ends) or "undefined"
+
+
+def lengths_of(family: schema.Family) -> str | None:
+    """Say how long the merged task vector is, as far as that was measured.
+
+    Args:
+        family: of a report.
+
+    Returns:
+        one line, or None where one model is merged, or none moved.
+    """
+    lengths = family.lengths
+    if lengths is None:
+        return None
+    gamma = "" if lengths.gamma is None else f", ACE's gamma {lengths.gamma:.3g}"
+    norms = f"Norms {lengths.disparity:.2f} to 1 apart{gamma}."
+    if lengths.merged is None:
+        return norms
+    return (
+        f"Merged task vector: length {lengths.merged:.4g}, "
+        f"{lengths.merged / lengths.inputs:.2f} of the mean of its inputs "
+        f"(lambda: keep is {keep_of(family)}). {norms}"
+    )
 
 
 def _precisions(stored: schema.Stored | schema.Header) -> str:
@@ -142,7 +181,7 @@ def _settings(settings: schema.Settings) -> str:
     if settings.exclude:
         chosen.append(f"without {', '.join(settings.exclude)}")
     if settings.scale != 1:
-        chosen.append(f"the sum scaled by lambda {settings.scale:g}")
+        chosen.append(f"the sum scaled by lambda {scale_of(settings)}")
     return ", ".join(chosen)
 
 
