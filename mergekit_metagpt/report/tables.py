@@ -374,6 +374,7 @@ def remembered(entries: Sequence[Remembered]) -> Table:
         "gram": "inner products",
         "sample": "estimates from a sample",
         "losses": "losses",
+        "scores": "scores on a task",
     }
     for entry in entries:
         _add(
