@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import click
@@ -839,6 +839,16 @@ def holders(methods: Sequence[str]) -> str:
     return ", ".join(f"`{method}`" for method in methods)
 
 
+def type_of(parameter: Any) -> str:
+    """A parameter's type, for readers."""
+    kinds = get_args(parameter.value_type) or (parameter.value_type,)
+    names = [
+        " or ".join(f"`{value}`" for value in get_args(kind)) or kind.__name__
+        for kind in kinds
+    ]
+    return " or ".join(names)
+
+
 def parameters_table() -> str:
     """A row for each parameter of any method."""
     rows = ["| parameter | default | type | scope | methods |", "|---|---|---|---|---|"]
@@ -853,7 +863,7 @@ def parameters_table() -> str:
         assert len(kinds) == 1, f"{name} has several types"
         default = defaults.pop() if len(defaults) == 1 else "see below"
         scope = {"shared": "shared", "non_base": "per model"}[first.scope.value]
-        row = (f"`{name}`", default, first.value_type.__name__, scope)
+        row = (f"`{name}`", default, type_of(first), scope)
         rows.append(f"| {' | '.join(row)} | {holders([*parameters])} |")
     return "\n".join(rows)
 

@@ -95,6 +95,17 @@ def _task_vectors(
                 yield k, step
 
 
+def _whole_task_vectors(
+    base: torch.Tensor, tuned: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """As `_task_vectors`, each as a whole, and differentiable."""
+    grids = [_common_grid(base.dtype, tensor.dtype) for tensor in tuned]
+    return [
+        _rounded(tensor, grid) - _rounded(base, grid)
+        for tensor, grid in zip(tuned, grids, strict=True)
+    ]
+
+
 def _sum(values: torch.Tensor) -> torch.Tensor:
     """Sum in rows of fixed length: the same bits for any number of torch's threads."""
     whole = values.numel() // ROW * ROW
@@ -133,11 +144,7 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
     total = sum(found[1:], found[0])
     if not needs_grad([base, *tuned]):
         return total
-    grids = [_common_grid(base.dtype, tensor.dtype) for tensor in tuned]
-    taus = [
-        _rounded(tensor, grid) - _rounded(base, grid)
-        for tensor, grid in zip(tuned, grids, strict=True)
-    ]
+    taus = _whole_task_vectors(base, tuned)
     return with_value(torch.stack([tau.square().sum() for tau in taus]).cpu(), total)
 
 
@@ -187,7 +194,7 @@ def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tens
     """Gram matrix of the task vectors on one tensor.
 
     G_ij = <tau_i, tau_j>, with the same differences as `sq_norms`; its diagonal has
-    the bits of `sq_norms`.
+    the bits of `sq_norms`. Differentiable where an input requires a gradient.
 
     Args:
         base: theta_0, any shape, floating point.
@@ -225,7 +232,11 @@ def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tens
         return gram
 
     found = results_of_parts(flat, of_part, compiled=by_loops)
-    return sum(found[1:], found[0]).cpu()
+    total = sum(found[1:], found[0]).cpu()
+    if not needs_grad([base, *tuned]):
+        return total
+    taus = torch.stack([t.reshape(-1) for t in _whole_task_vectors(base, tuned)])
+    return with_value((taus @ taus.T).cpu(), total)
 
 
 def gram_of_rows(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -20,6 +20,7 @@ from mergekit_metagpt.commands.options import (
     numbers,
     pairs,
     sample_of,
+    scales,
     weights_of,
 )
 from mergekit_metagpt.commands.printing import (
@@ -289,10 +290,16 @@ def demo(folder: Path) -> None:
     "--text",
     "texts",
     multiple=True,
-    required=True,
     metavar="MODEL=FILE",
     help="Text that a model of CONFIG is for: plain, or .jsonl with `text` or "
     "`messages`. Under another name it is measured, and does not count.",
+)
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="TASK",
+    help="Score on this task of lm-eval, or on that in a YAML file of a task.",
 )
 @click.option(
     "--candidate",
@@ -302,7 +309,9 @@ def demo(folder: Path) -> None:
     help="Compare with this merge too; any method of mergekit.",
 )
 @click.option("--power", metavar="P,P", help="Compare metagpt with these powers too.")
-@click.option("--lambda", "scale", metavar="L,L", help="And with these lambda.")
+@click.option(
+    "--lambda", "scale", metavar="L,L", help="And with these lambda, or keep."
+)
 @click.option(
     "--tokens",
     type=click.IntRange(1),
@@ -314,6 +323,9 @@ def demo(folder: Path) -> None:
     "--context",
     type=click.IntRange(8),
     help="Tokens of a chunk; 512 by default, or what the base can take.",
+)
+@click.option(
+    "--limit", type=click.IntRange(2), help="Documents of each task, at most."
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option(
@@ -342,7 +354,7 @@ def compare(
     force: bool,
     **settings: Any,
 ) -> None:
-    """Merge by several weights and measure each merge on your own text.
+    """Merge by several weights and measure each merge on your own text or tasks.
 
     Compares CONFIG with metagpt, power 1, the plain average, task arithmetic 0.3 and
     metagpt without embeddings: the loss on each text, and how much more a merge loses
@@ -353,14 +365,16 @@ def compare(
     check_target(write)
 
     from mergekit_metagpt.commands import comparing
-    from mergekit_metagpt.report import comparison, figures
+    from mergekit_metagpt.report import comparison, figures, scoring
 
+    if plot is not None and not texts:
+        raise ValueError("--plot draws losses on texts; expected --text MODEL=FILE")
     request = comparing.Request(
         config=Path(config),
         texts=pairs("--text", texts, "MODEL=FILE"),
         candidates=pairs("--candidate", candidates, "NAME=FILE.yml"),
         powers=numbers("--power", power),
-        scales=numbers("--lambda", scale),
+        scales=scales("--lambda", scale),
         **settings,
     )
     compared = comparing.compare(
@@ -374,7 +388,10 @@ def compare(
     if plot is not None:
         figures.comparison_figure(compared, Path(plot))
     if json_file != "-":
-        show([*comparison.lay_out(compared), compared.verdict])
+        if compared.texts:
+            show([*comparison.lay_out(compared), compared.verdict])
+        if compared.scoring is not None:
+            show(scoring.lay_out(compared.scoring))
 
 
 @main.command()

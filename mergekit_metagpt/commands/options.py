@@ -218,3 +218,10 @@ def numbers(option: str, given: str | None) -> list[float]:
         raise ValueError(
             f"{option} {given}: expected numbers with commas between them"
         ) from error
+
+
+def scales(option: str, given: str | None) -> list[float | str]:
+    """Read numbers with commas between them, or `keep` in their place."""
+    parts = given.split(",") if given else []
+    read = [["keep"] if part == "keep" else numbers(option, part) for part in parts]
+    return [scale for one in read for scale in one]

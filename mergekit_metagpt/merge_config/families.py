@@ -38,6 +38,7 @@ class Family:
             they stand in `settings` and `weights` with their defaults.
         weights: importance of each model, 1 unless a metagpt YAML says otherwise.
         by_hand: the `weight` of each model as a YAML of another method has it.
+        keeps_length: whether `lambda` is `keep` anywhere.
     """
 
     places: tuple[str, ...]
@@ -47,6 +48,7 @@ class Family:
     varying: tuple[str, ...]
     weights: tuple[float, ...]
     by_hand: tuple[str | None, ...]
+    keeps_length: bool
 
 
 def checked(name: str, value: Any) -> Any:
@@ -155,6 +157,7 @@ def of_config(
             )
         settings, varying = _settings(part) if ours else (Settings(), ())
         models, own, by_hand = [], [], []
+        scales = [merge_yaml.values_of(level.get("lambda")) for level in part.shared]
         for model, levels in zip(part.models, part.settings, strict=True):
             if model == part.base or model in models:
                 continue
@@ -176,6 +179,7 @@ def of_config(
             varying=varying,
             weights=tuple(own),
             by_hand=tuple(by_hand),
+            keeps_length=ours and any("keep" in values for values in scales),
         )
         same = families.setdefault(family, family)
         families[family] = replace(same, places=(*same.places, part.place))

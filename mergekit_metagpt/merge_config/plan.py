@@ -76,11 +76,21 @@ class Planned:
 class Coefficients:
     """The coefficients of one output tensor, before `lambda` scales them.
 
-    `shares` holds the models that have the tensor; none if only the base does.
+    `shares` holds the models that have the tensor; none if only the base does. `scale`
+    is `lambda`, or what `lambda: keep` comes to.
     """
 
     planned: Planned
     shares: Mapping[ModelReference, float]
+    scale: float
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    """Coefficients of a tensor that is yet to be named."""
+
+    shares: Mapping[ModelReference, float]
+    scale: float
 
 
 class _Planner(MergePlanner):
@@ -200,23 +210,26 @@ def coefficients(planned: Sequence[Planned]) -> list[Coefficients]:
         ValueError: as the merge itself.
         OSError: as the merge itself.
     """
-    shares: dict[int, Mapping[ModelReference, float]] = {}
+    weighted: dict[int, _Weighted] = {}
     reading: dict[Task[Any], int] = {}
     for at, tensor in enumerate(planned):
         task = tensor.task
         if tensor.settings.granularity == "tensor" or task.output_weight.optional:
-            reading[_Shares(planned=task)] = at
+            reading[_Weighing(planned=task)] = at
         else:
             names = dict.fromkeys(tensor.input_names, torch.empty(0, device="cpu"))
-            shares[at] = _shares(task, names)
+            weighted[at] = _weighted(task, names)
     if reading:
         executor = Executor(list(reading), math_device="cpu", storage_device="cpu")
-        for task, values in executor.run(quiet=True):
-            shares[reading[task]] = values
-    return [Coefficients(tensor, shares[at]) for at, tensor in enumerate(planned)]
+        for task, found in executor.run(quiet=True):
+            weighted[reading[task]] = found
+    return [
+        Coefficients(tensor, weighted[at].shares, weighted[at].scale)
+        for at, tensor in enumerate(planned)
+    ]
 
 
-class _Shares(Task[dict[Any, float]]):
+class _Weighing(Task[_Weighted]):
     """Gathers the inputs of a tensor as the merge does, and weights them."""
 
     planned: ExecuteMergeMethodTask
@@ -224,13 +237,13 @@ class _Shares(Task[dict[Any, float]]):
     def arguments(self) -> dict[str, Task[Any]]:
         return {"tensors": self.planned.gather_tensors}
 
-    def execute(self, tensors: Mapping[Any, torch.Tensor]) -> dict[Any, float]:
-        return _shares(self.planned, tensors)
+    def execute(self, tensors: Mapping[Any, torch.Tensor]) -> _Weighted:
+        return _weighted(self.planned, tensors)
 
 
-def _shares(
+def _weighted(
     task: ExecuteMergeMethodTask, tensors: Mapping[ModelReference, torch.Tensor]
-) -> dict[ModelReference, float]:
+) -> _Weighted:
     present: Sequence[ModelReference] = [m for m in task.model_order if m in tensors]
     method = merge_methods.get(task.method_name)
     method.validate_inputs(present, task.base_model, group_name=task.output_weight.name)
@@ -242,14 +255,15 @@ def _shares(
         TensorMetadata.from_weight_info(task.output_weight),
     )
     if not group.non_base or not all(t.is_floating_point() for t in tensors.values()):
-        return {}
+        return _Weighted({}, 1.0)
     models = [entry.id for entry in group.non_base]
     weights = [task.input_parameters[model]["weight"] for model in models]
     settings = Settings.of(task.parameters)
     measured = group_norms.of_group(group, settings)
     weight = torch.tensor(weights, dtype=torch.float64, device="cpu")
     shares = settings.shares(measured.sq_norms if measured else None, weight)
-    return dict(zip(models, shares.tolist(), strict=True))
+    scale = settings.factor(shares, measured.gram if measured else None)
+    return _Weighted(dict(zip(models, shares.tolist(), strict=True)), scale.item())
 
 
 @contextmanager

@@ -7,6 +7,7 @@ __all__ = [
     "advice",
     "composed",
     "group_norms",
+    "lengths",
     "parameters",
     "registration",
     "settings",

@@ -23,6 +23,10 @@ FAR = 0.5
 APART = 1.0
 SIBLINGS = 0.5
 ORTHOGONAL = 0.1
+COMPARE = "Compare on your own text: mergekit-metagpt compare CONFIG --text MODEL=FILE"
+# Largest norm over the smallest. docs/evaluation.md has comparisons up to 1.5 and from
+# 2.3 on.
+APART_NORMS = 2.0
 
 
 def degenerate(
@@ -299,6 +303,28 @@ def siblings(base: Hashable, cosines: Sequence[float]) -> str | None:
         f"models share training that {base} has not seen. Is one of their common "
         "ancestors the base to take?"
     )
+
+
+def which_weights(disparity: float) -> str | None:
+    """Say what norms tell of the weights, by docs/evaluation.md.
+
+    Args:
+        disparity: largest norm over the smallest, of the models that are merged.
+
+    Returns:
+        sentences that end with the command to find out.
+    """
+    found = (
+        "Below 2 to 1, MetaGPT and the plain average were close in our experiment on "
+        "small models: MetaGPT was better in 7 of 9 comparisons, by 0.003 on average."
+    )
+    if disparity > APART_NORMS:
+        found = (
+            "Above 2 to 1, MetaGPT was worse than the plain average in 16 of 18 "
+            "comparisons of our experiment on small models, and power: 1 was better "
+            "than MetaGPT in 18 of 18. Try power: 1 and power: 0."
+        )
+    return f"Norms are {disparity:.2f} to 1 apart. {found} {COMPARE}"
 
 
 def cosine_reading(

@@ -61,6 +61,7 @@ class Announcer:
         where: str,
         *,
         settings: Settings,
+        scale: float,
         weight: Sequence[float],
         varying: bool,
         visible: bool,
@@ -74,6 +75,7 @@ class Announcer:
             sq_norms: their squared norms, or None where none were measured.
             where: the pool of tensors, for the reader.
             settings: of the closed form.
+            scale: the factor on the sum.
             weight: of each model, by the configuration; said where it is not 1.
             varying: whether the configuration sets parameters tensor by tensor.
             visible: whether to show the line at WARNING (merges from files).
@@ -83,8 +85,10 @@ class Announcer:
                 f"{share:.4g} {model}" + (f" (weight {w:g})" if w != 1 else "")
                 for share, model, w in zip(shares, models, weight, strict=True)
             )
-            if settings.scale != 1:
-                line += f", their sum scaled by lambda {settings.scale:g}"
+            if settings.keeps_length:
+                line += f", their sum scaled by lambda {scale:.4g} (keep)"
+            elif scale != 1:
+                line += f", their sum scaled by lambda {scale:g}"
             how = f"power {settings.power:g}"
             if settings.exclude:
                 how += f", without {', '.join(settings.exclude)}"

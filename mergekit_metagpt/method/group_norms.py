@@ -25,10 +25,12 @@ class Measured:
     Attributes:
         sq_norms: n_t, shape `(K,)`, float64, on the CPU.
         whole: what was measured of whole stored models, where they are the pool.
+        gram: inner products, shape `(K, K)`, float64, where `lambda` needs them.
     """
 
     sq_norms: torch.Tensor
     whole: ScanResult | None = None
+    gram: torch.Tensor | None = None
 
 
 def of_group(group: TensorGroup, settings: Settings) -> Measured | None:
@@ -49,14 +51,15 @@ def of_group(group: TensorGroup, settings: Settings) -> Measured | None:
     """
     if not group.non_base:
         return None
-    if settings.power == 0:
+    if not settings.needs_norms:
         require_finite(group)
         return None
     if settings.granularity == "tensor":
         if not settings.counts(group.metadata.name):
             require_finite(group)
             return None
-        return Measured(of_tensors(group))
+        norms = of_tensors(group)
+        return Measured(norms, gram=gram_of(group) if settings.keeps_length else None)
     return _of_checkpoints(group, settings)
 
 
@@ -89,6 +92,20 @@ def of_tensors(group: TensorGroup) -> torch.Tensor:
     return norms
 
 
+def gram_of(group: TensorGroup) -> torch.Tensor:
+    """Inner products of the task vectors of one group, from the tensors at hand.
+
+    Args:
+        group: the inputs that make one output tensor, known to be finite.
+
+    Returns:
+        shape `(K, K)`, float64, on the CPU; differentiable where an input requires it.
+    """
+    tuned = [entry.tensor for entry in group.non_base]
+    gram = squared_norms.gram_matrix(base_of(group).tensor, tuned)
+    return torch.where(torch.isfinite(gram), gram, 0.0)  # infinite where unchanged
+
+
 def _of_checkpoints(group: TensorGroup, settings: Settings) -> Measured | None:
     # Imported here: they need transformers, which `import mergekit` does not wait for.
     from mergekit_metagpt.checkpoints.opening import already_open
@@ -104,12 +121,13 @@ def _of_checkpoints(group: TensorGroup, settings: Settings) -> Measured | None:
     checkpoints = {model: at for model, at in opened.items() if at is not None}
     _check_exclude(settings.exclude, tuple(at.names for at in checkpoints.values()))
     base = checkpoints.pop(base_of(group).id)
-    result = once.measure(base, list(checkpoints.values()))
+    keep = settings.keeps_length
+    result = once.measure(base, list(checkpoints.values()), gram=keep)
     if settings.granularity == "model":
         pooled = result.pool("model", settings.exclude)
         if not pooled.members["model"]:
             return None
-        return Measured(pooled.sq_norms, result)
+        return Measured(pooled.sq_norms, result, pooled.gram if keep else None)
     name = group.metadata.name or ""
     keys = [result.layer_of(name, at) for at in range(len(checkpoints))]
     stored = result.pool("layer")
@@ -125,7 +143,10 @@ def _of_checkpoints(group: TensorGroup, settings: Settings) -> Measured | None:
         pooled.sq_norms[pooled.rows[key], at].item() if key in pooled.members else 0.0
         for at, key in enumerate(keys)
     ]
-    return Measured(torch.tensor(values, dtype=torch.float64, device="cpu"))
+    return Measured(
+        torch.tensor(values, dtype=torch.float64, device="cpu"),
+        gram=pooled.products(keys, range(len(keys))) if keep else None,
+    )
 
 
 # Called for every tensor: the names are those of the last few merges.

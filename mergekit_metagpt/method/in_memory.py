@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from mergekit.merge_methods.base import TensorGroup
 
-from mergekit_metagpt.method.group_norms import Measured, of_tensors
+from mergekit_metagpt.method.group_norms import Measured, gram_of, of_tensors
 from mergekit_metagpt.method.inputs import base_of
 from mergekit_metagpt.method.settings import Settings
 from mergekit_metagpt.scanning.at_hand import Row, result_of
@@ -33,28 +33,35 @@ def of_call(
         TypeError: an input is not floating point.
         ValueError: a weight is NaN or infinite.
     """
-    result, columns = _measured(groups)
+    keep = any(chosen.keeps_length for chosen in settings)
+    result, columns = _measured(groups, gram=keep)
     answers: list[Measured | None] = []
     for at, (group, chosen) in enumerate(zip(groups, settings, strict=True)):
         pooled = result.pool(chosen.granularity, chosen.exclude)
         norms = pooled.sq_norms.reshape(len(pooled.keys), len(result.models))
-        own = []
-        for entry in group.non_base:
-            column = columns[base_of(group).id, entry.id]
+        own, keys = [], []
+        at_columns = [columns[base_of(group).id, entry.id] for entry in group.non_base]
+        for column in at_columns:
             name = result.counted_as[column][_name(group, at)]
             key = pooled.key_of(name)
+            keys.append(key)
             measured = bool(pooled.members.get(key))
             own.append(norms[pooled.rows[key], column] if measured else None)
-        if chosen.power == 0 or all(value is None for value in own):
+        if not chosen.needs_norms or all(value is None for value in own):
             answers.append(None)
             continue
         zero = torch.zeros((), dtype=torch.float64, device="cpu")
-        answers.append(Measured(torch.stack([zero if n is None else n for n in own])))
+        answers.append(
+            Measured(
+                torch.stack([zero if n is None else n for n in own]),
+                gram=pooled.products(keys, at_columns) if chosen.keeps_length else None,
+            )
+        )
     return answers
 
 
 def _measured(
-    groups: Sequence[TensorGroup],
+    groups: Sequence[TensorGroup], *, gram: bool
 ) -> tuple[ScanResult, dict[tuple[Hashable, Hashable], int]]:
     """Squared norms of every pair of base and model, and the column of each pair."""
     columns: dict[tuple[Hashable, Hashable], int] = {}
@@ -70,11 +77,13 @@ def _measured(
                 for entry in group.non_base
             },
             sq_norms=of_tensors(group),
+            gram=gram_of(group) if gram else None,
             sort_key=group.metadata.name or "",
         )
         for at, group in enumerate(groups)
     ]
-    return result_of(rows, [str(model) for _, model in columns]), columns
+    labels = [str(model) for _, model in columns]
+    return result_of(rows, labels, gram=gram), columns
 
 
 def _name(group: TensorGroup, at: int) -> str:

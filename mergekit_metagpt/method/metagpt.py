@@ -135,11 +135,17 @@ class MetaGPTMerge(GroupMergeMethod):
             self._coefficients(*arguments)
             for arguments in zip(groups, settings, weights, measured, strict=True)
         ]
+        scales = [
+            chosen.factor(values, found.gram if found else None)
+            for chosen, values, found in zip(settings, lambdas, measured, strict=True)
+        ]
         return super()._execute(
             groups,
             [
-                {**bound, "coefficients": values}
-                for bound, values in zip(parameters, lambdas, strict=True)
+                {**bound, "coefficients": values, "lambda": scale}
+                for bound, values, scale in zip(
+                    parameters, lambdas, scales, strict=True
+                )
             ],
             options,
             input_dtypes=input_dtypes,
@@ -238,6 +244,7 @@ class MetaGPTMerge(GroupMergeMethod):
             None if sq_norms is None else sq_norms.detach().tolist(),
             where,
             settings=settings,
+            scale=settings.factor(shares, measured.gram if measured else None).item(),
             weight=weight.tolist(),
             varying=self.watch.parameters_vary(base),
             visible=self.from_files,

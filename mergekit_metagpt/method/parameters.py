@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec, TensorGroup
@@ -82,11 +82,11 @@ def own_parameters(
         ),
         CheckedParameter(
             "lambda",
-            float,
+            float | Literal["keep"],
             shared,
             default=1.0,
-            description="scale of the merged task vector",
-            legal="a finite number",
+            description="scale of the merged task vector; keep restores its length",
+            legal="a finite number or 'keep'",
             saw=saw,
         ),
         CheckedParameter(

@@ -12,5 +12,6 @@ __all__ = [
     "inspecting",
     "parts",
     "schema",
+    "scoring",
     "tables",
 ]

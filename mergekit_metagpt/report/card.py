@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergekit_metagpt.report import schema
+from mergekit_metagpt.report import schema, tables
 
 PAPER = "https://arxiv.org/abs/2406.11385"
 
@@ -63,7 +63,9 @@ def _family(family: schema.Family) -> list[str]:
     if settings.varying:
         chosen.append(f"{', '.join(settings.varying)} set tensor by tensor")
     if settings.scale != 1:
-        chosen.append(f"the merged task vector scaled by `lambda: {settings.scale:g}`")
+        scale = tables.scale_of(settings)
+        is_ = f" ({tables.keep_of(family)})" if settings.keeps_length else ""
+        chosen.append(f"the merged task vector scaled by `lambda: {scale}`{is_}")
     lines = [
         f"Base: `{family.base.name}` ({_version(family.base)}). {', '.join(chosen)}.",
         "",
@@ -78,7 +80,8 @@ def _family(family: schema.Family) -> list[str]:
             f"| `{model.name}` | {value} | {model.weight:g} | {model.norm:.5g} "
             f"| {relative} | {_version(model)} |"
         )
-    return [*lines, ""]
+    said = [text for text in (tables.lengths_of(family), family.advice) if text]
+    return [*lines, "", *(part for text in said for part in (text, ""))]
 
 
 def _version(stored: schema.Stored) -> str:

@@ -16,6 +16,7 @@ from mergekit_metagpt.checkpoints.unwritten import left_out
 from mergekit_metagpt.merge_config.families import Family
 from mergekit_metagpt.merge_config.plan import Coefficients, Planned, names_in
 from mergekit_metagpt.method import advice
+from mergekit_metagpt.method.lengths import Lengths, Spread
 from mergekit_metagpt.method.parameters import require_named
 from mergekit_metagpt.report import schema
 from mergekit_metagpt.report.inventory import describe, unshared
@@ -49,7 +50,7 @@ def inspect(
         planned: every tensor that mergekit would write, where it can plan the merge.
         refused: why the merge cannot be made as it is, or None.
         gram: whether inner products are needed; None takes them from the cache, and
-            reports no cosines where it has none.
+            reports no cosines where it has none, unless `lambda: keep` needs them.
         sample: how much to read; all if None.
 
     Returns:
@@ -59,6 +60,8 @@ def inspect(
         ValueError: a model does not fit its base, is quantised, or holds NaN.
         OSError: a file cannot be read.
     """
+    if any(family.keeps_length for family in families):
+        gram = True
     of_base: dict[ModelReference, list[ModelReference]] = {}
     for family in families:
         models = of_base.setdefault(family.base, [])
@@ -165,6 +168,7 @@ class _Pool:
     reported: schema.Pool
     weights: tuple[float, ...]
     counts: bool
+    lengths: Lengths
 
 
 def _family(
@@ -214,6 +218,7 @@ def _family(
                 parts_se=_part_errors(result, k, whole.members["model"]),
             )
         )
+    lengths = None if family.varying else _lengths(family, pools, whole)
     of_base = written[family.base]
     left = () if of_base is None else left_out(base, of_base)
     own = [result.names.index(name) for name in whole.members["model"]]
@@ -241,9 +246,27 @@ def _family(
             bytes_stored=result.sampled.bytes_stored,
         ),
         reading=advice.cosine_reading(family.models, cosines),
+        lengths=lengths,
+        advice=None if lengths is None else advice.which_weights(lengths.disparity),
         pools=tuple(pool.reported for pool in pools),
         layers=tuple(pool.reported for pool in _pools(family, result, "layer")),
         warnings=tuple(_warnings(family, result, models, pools, left, base.warning)),
+    )
+
+
+def _lengths(
+    family: Family, pools: Sequence[_Pool], whole: Pooled
+) -> schema.Lengths | None:
+    """How long the merged task vector is, and how far apart its inputs are."""
+    spread = Spread.of(whole.sq_norms, torch.tensor(family.weights, device="cpu"))
+    if spread is None or len(family.models) < 2:
+        return None
+    merged = [at.lengths.merged for at in pools if at.lengths.merged is not None]
+    return schema.Lengths(
+        inputs=math.hypot(*(pool.lengths.inputs for pool in pools)),
+        merged=math.hypot(*merged) if whole.gram is not None else None,
+        disparity=spread.disparity,
+        gamma=spread.gamma,
     )
 
 
@@ -275,6 +298,7 @@ def _pools(family: Family, result: ScanResult, granularity: str) -> list[_Pool]:
         values.reshape(shape).tolist()
         for values in (pooled.sq_norms, pooled.base_sq_norms)
     )
+    grams = None if pooled.gram is None else pooled.gram.reshape(-1, count, count)
     sampled = _PoolErrors.of(pooled, shape)
     counted = [set(names.values()) for names in result.counted_as]
     pools = []
@@ -286,7 +310,9 @@ def _pools(family: Family, result: ScanResult, granularity: str) -> list[_Pool]:
         weight *= torch.tensor(merged, device="cpu")
         measured = torch.tensor(sq_norms[row], dtype=torch.float64, device="cpu")
         norms_count = bool(members) and settings.power != 0
-        shares = settings.shares(measured if norms_count else None, weight).tolist()
+        lambdas = settings.shares(measured if norms_count else None, weight)
+        shares = lambdas.tolist()
+        lengths = Lengths.of(lambdas, measured, None if grams is None else grams[row])
         errors: dict[str, tuple[float, ...]] = {}
         if sampled is not None:
             found = [0.0] * count
@@ -301,10 +327,11 @@ def _pools(family: Family, result: ScanResult, granularity: str) -> list[_Pool]:
             sq_norms=tuple(sq_norms[row]),
             relative_norms=tuple(map(_ratio, sq_norms[row], base_sq_norms[row])),
             coefficients=tuple(shares),
+            keep=lengths.keep,
             **errors,
         )
         weights = (w * here for w, here in zip(family.weights, present, strict=True))
-        pools.append(_Pool(reported, tuple(weights), norms_count))
+        pools.append(_Pool(reported, tuple(weights), norms_count, lengths))
     return pools
 
 

@@ -94,6 +94,8 @@ def _family(family: schema.Family) -> Iterator[str | Table]:
     how = _settings(family.settings)
     yield f"\nTask vectors ({how}); relative: ||tau|| / ||theta_0||\n"
     yield _task_vectors(family)
+    if lengths := lengths_of(family):
+        yield f"\n{lengths}"
     wide = len(models) > MOST_COLUMNS
     if len(models) > 1:
         if family.cosines is not None and not wide:
@@ -108,12 +110,50 @@ def _family(family: schema.Family) -> Iterator[str | Table]:
         yield _pools(family)
     if wide:
         yield f"\n{len(models)} models are too many for a table: use --json or --csv"
-    if lines := [*_left_out(family), *(f"Warning: {w}" for w in family.warnings)]:
+    lines = [*_left_out(family), *(f"Warning: {w}" for w in family.warnings)]
+    if family.advice:
+        lines.append(family.advice)
+    if lines:
         yield "\n" + "\n".join(lines)
 
 
 def _stored(stored: schema.Stored) -> str:
     return f"{stored.parameters:,} parameters, {_precisions(stored)}"
+
+
+def scale_of(settings: schema.Settings) -> str:
+    """Return `lambda` as it stands in a YAML."""
+    return settings.scale if isinstance(settings.scale, str) else f"{settings.scale:g}"
+
+
+def keep_of(family: schema.Family) -> str:
+    """Say what `lambda: keep` comes to in a family: a number, or the range of pools."""
+    values = [pool.keep for pool in family.pools if pool.keep is not None]
+    ends = dict.fromkeys(f"{end(values):.4g}" for end in (min, max) if values)
+    return " to ".join(ends) or "undefined"
+
+
+def lengths_of(family: schema.Family) -> str | None:
+    """Say how long the merged task vector is, as far as that was measured.
+
+    Args:
+        family: of a report.
+
+    Returns:
+        one line, or None where one model is merged, or none moved.
+    """
+    lengths = family.lengths
+    if lengths is None:
+        return None
+    gamma = "" if lengths.gamma is None else f", ACE's gamma {lengths.gamma:.3g}"
+    norms = f"Norms {lengths.disparity:.2f} to 1 apart{gamma}."
+    if lengths.merged is None:
+        return norms
+    return (
+        f"Merged task vector: length {lengths.merged:.4g}, "
+        f"{lengths.merged / lengths.inputs:.2f} of the mean of its inputs "
+        f"(lambda: keep is {keep_of(family)}). {norms}"
+    )
 
 
 def _precisions(stored: schema.Stored | schema.Header) -> str:
@@ -149,7 +189,7 @@ def _settings(settings: schema.Settings) -> str:
     if settings.exclude:
         chosen.append(f"without {', '.join(settings.exclude)}")
     if settings.scale != 1:
-        chosen.append(f"the sum scaled by lambda {settings.scale:g}")
+        chosen.append(f"the sum scaled by lambda {scale_of(settings)}")
     return ", ".join(chosen)
 
 
@@ -340,6 +380,7 @@ def remembered(entries: Sequence[Remembered]) -> Table:
         "gram": "inner products",
         "sample": "estimates from a sample",
         "losses": "losses",
+        "scores": "scores on a task",
     }
     for entry in entries:
         _add(
