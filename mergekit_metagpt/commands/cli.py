@@ -400,7 +400,8 @@ def compare(
 def cache(clear: bool) -> None:
     """Show, or with --clear remove, what is remembered of earlier scans.
 
-    Entries hold squared norms, inner products and losses, no weights and no text.
+    Entries hold squared norms, inner products, losses and scores, no weights and no
+    text.
     MERGEKIT_METAGPT_CACHE names another folder for them, or 0 for none.
     """
     from mergekit_metagpt.report import tables
