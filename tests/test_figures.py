@@ -122,6 +122,7 @@ REPORTS: dict[str, schema.Report] = {
     ),
     "two families": report(family(2), family(12, name=LONG)),
     "another scale": report(family(3, scale=-0.5)),
+    "wide letters": report(family(3, name="W" * 60, granularity="layer")),
     "no layers": report(family(3, layers=0)),
 }
 
@@ -185,7 +186,7 @@ def test_texts_can_be_read(
     assert_readable(figure)
     shown = [re.sub(r"^\W*\d+ {2}", "", words) for words in words_in(figure)]
     for one in found.families:
-        names = figures.labels([model.name for model in one.models])
+        names = drawing.fitting(drawing.Page(), [model.name for model in one.models])
         assert len(set(names)) == len(names) and {*names} <= {*shown}
 
 
@@ -280,6 +281,8 @@ def test_weights_by_hand_are_shown(drawn: list[Figure], tmp_path: Path) -> None:
     assert "weight set by hand" in words and "times its weight" in words
     found = changed([{"weight_by_hand": "0.2-0.7"}, {}])
     words = words_of(found, drawn, tmp_path, method="ties")
+    long = changed([{"weight_by_hand": "-".join(["0.125"] * 20)}, {}])
+    assert "0.125-0.1..." in words_of(long, drawn, tmp_path, method="ties")
     assert "weight in the YAML" in words and "0.2-0.7" in words
     assert "by MetaGPT's weights" in words
     assert "weight" not in words_of(REPORTS["2 models"], drawn, tmp_path)
@@ -308,12 +311,24 @@ def test_cells_that_did_not_move_have_a_legend(
     drawn: list[Figure], tmp_path: Path
 ) -> None:
     plain = family(2)
-    for value, legend in ((0.0, "did not move"), (None, "not in the model")):
+    for value, legend in ((0.0, "did not move"), (None, "not comparable")):
         assert legend not in words_of(report(plain), drawn, tmp_path)
-        norms = {"relative_norms": (value, 0.1)}
+        norms = {"relative_norms": (value, 30.0)}
         layers = (plain.layers[0].model_copy(update=norms), *plain.layers[1:])
         found = report(plain.model_copy(update={"layers": layers}))
         assert legend in words_of(found, drawn, tmp_path)
+
+
+def test_a_legend_of_all_has_room(drawn: list[Figure], tmp_path: Path) -> None:
+    plain = family(2)
+    norms: dict[str, Any] = {"relative_norms": (0.0, 1000.0)}
+    first = plain.layers[0].model_copy(update=norms)
+    second = plain.layers[1].model_copy(update={"relative_norms": (None, 0.1)})
+    layers = (first, second, *plain.layers[2:])
+    found = report(plain.model_copy(update={"layers": layers}))
+    words = words_of(found, drawn, tmp_path)
+    for legend in ("(log scale)", "100,000% of", "did not move", "not comparable"):
+        assert legend in words
 
 
 def test_cosines_near_0_are_a_line(drawn: list[Figure], tmp_path: Path) -> None:
@@ -445,6 +460,20 @@ def test_a_comparison_can_be_read(
         assert any(label in word for word in words)
         assert f"{row.ald:.4f}" in words
     assert ("(not counted)" in joined) == (len(found.texts) > 1)
+
+
+def test_a_loss_that_is_no_number_is_drawn(tmp_path: Path) -> None:
+    found = compared(2, 3)
+    bad = comparison.Loss(
+        per_token=math.nan, per_token_error=0, per_byte=math.inf, per_byte_error=0
+    )
+    worst = found.candidates[-1].model_copy(
+        update={"ald": math.inf, "above_best": math.inf, "losses": (bad, bad)}
+    )
+    candidates = (*found.candidates[:-1], worst)
+    changed = found.model_copy(update={"candidates": candidates})
+    figures.comparison_figure(changed, tmp_path / "figure.png")
+    assert png_size(tmp_path / "figure.png")[0] >= 1200
 
 
 def marks(figure: Figure) -> list[Line2D]:

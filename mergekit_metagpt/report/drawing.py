@@ -381,6 +381,24 @@ def labels(names: Sequence[str], limit: int = LONGEST_LABEL) -> list[str]:
     return [f"{number} {label}" for number, label in enumerate(short, 1)]
 
 
+def fitting(page: Page, names: Sequence[str], room: float = 3.2) -> list[str]:
+    """Shorten names to labels that leave enough of a page.
+
+    Args:
+        page: to be drawn on.
+        names: as in `labels`.
+        room: for the labels, in inches.
+
+    Returns:
+        a label for each name.
+    """
+    for limit in range(LONGEST_LABEL, 12, -4):
+        found = labels(names, limit)
+        if max(page.width(label) for label in found) <= room:
+            break
+    return found
+
+
 def _tail(name: str, parts: int) -> str:
     """The last parts of a path; hub names keep their owner."""
     hub = re.fullmatch(r"[^./~\\][^/]*/[^/]+", name)

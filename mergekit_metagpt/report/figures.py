@@ -24,6 +24,7 @@ from mergekit_metagpt.report.drawing import (
     WIDTH,
     Page,
     Rows,
+    fitting,
     labels,
 )
 
@@ -38,6 +39,7 @@ ALONE = 0.14
 FIGURE_SPACE, MINUS = "\N{FIGURE SPACE}", "\N{MINUS SIGN}"
 LIGHTEST = 0.22  # the smallest change is blue enough to tell from none
 TEXTS_BESIDE, LONGEST_NAME, LONGEST_TITLE = 5, 26, 20
+LONGEST_WEIGHT = 14
 
 
 def report_figure(found: schema.Report, file: Path) -> None:
@@ -59,7 +61,7 @@ def report_figure(found: schema.Report, file: Path) -> None:
 
 
 def _draw_family(page: Page, y: float, family: schema.Family, method: str) -> float:
-    names = labels([model.name for model in family.models])
+    names = fitting(page, [model.name for model in family.models])
     drawn = _has_angles(family)
     if drawn:
         digits = len(str(len(names)))
@@ -69,7 +71,7 @@ def _draw_family(page: Page, y: float, family: schema.Family, method: str) -> fl
             for number, name in enumerate(names, 1)
         ]
     rows = Rows.of(page, names)
-    base = labels([family.base.name], 60)[0]
+    base = fitting(page, [family.base.name], 4.5)[0]
     count = "1 model" if len(names) == 1 else f"{len(names)} models"
     title = f"Merge of {count} fine-tuned from {base}"
     y = page.paragraph(y, title, size=11, color=INK, bold=True) + GAP / 2
@@ -127,7 +129,7 @@ def _draw_shares(
     columns = [(cells, heading)]
     by_hand = [model.weight_by_hand for model in models]
     if any(by_hand):
-        weights = [weight or "-" for weight in by_hand]
+        weights = [_gradient(weight or "-") for weight in by_hand]
         columns.append((weights, "weight in the YAML"))
     elif any(model.weight != 1 for model in models):
         weights = [f"{model.weight:g}" for model in models]
@@ -154,6 +156,11 @@ def _draw_shares(
         x = rows.left + unit / len(models)
         page.line([x, x], [y, bottom], color=INK, style=":")
     return bottom
+
+
+def _gradient(weight: str) -> str:
+    """As much of a long gradient as a column has room for."""
+    return weight if len(weight) <= LONGEST_WEIGHT else f"{weight[:9]}..."
 
 
 def _rule(family: schema.Family) -> str:
@@ -208,13 +215,16 @@ def _draw_layers(
             return value / high
         return max(0.0, math.log(value / low) / math.log(high / low))
 
-    y = _draw_scale(page, y, low, high, values, nothing, of_what, wide=wide) + LINE / 4
+    end = _draw_scale(page, y, low, high, values, nothing, of_what, wide=wide)
+    y += 1.25 * LINE
     whole = [model.relative_norm for model in family.models]
     known = [value for value in whole if value]
     digits = 1 - math.floor(math.log10(100 * min(known))) if known else 1
     errors = [model.relative_norm_se for model in family.models]
     cells = _percents(whole, errors, min(max(digits, 1), 3))
     right = WIDTH - MARGIN
+    if end > right - page.width("whole model", SMALL):
+        y += 0.75 * LINE
     if shares is None:
         rows.column(page, y, right, cells, "whole model")
     right -= rows.room(page, cells, "whole model")
@@ -246,7 +256,7 @@ def _draw_scale(
     *,
     wide: bool,
 ) -> float:
-    """Explain the shades in a line."""
+    """Explain the shades in a line, and return its right end."""
     at, tall = y + LINE / 2, 0.1
     x = MARGIN
 
@@ -261,7 +271,7 @@ def _draw_scale(
         page.box(x, at - tall / 2, 0.2, tall, color, FAINT)
         x += 0.26
 
-    word(f"{100 * low:.2g}%")
+    word(_percent(low))
     steps, long = 24, 1.1
     page.cells(
         [x + long * step / steps for step in range(steps + 1)],
@@ -270,14 +280,18 @@ def _draw_scale(
         lightest=LIGHTEST,
     )
     x += long + 0.06
-    word(f"{100 * high:.2g}%{of_what}{' (logarithmic)' if wide else ''}")
+    word(f"{_percent(high)}{of_what}{' (log scale)' if wide else ''}")
     if any(value == 0 for row in values for value in row):
         patch("white")
         word(nothing)
     if any(value is None for row in values for value in row):
         patch(FAINT)
-        word("not in the model")
-    return y + LINE
+        word("not comparable")
+    return x
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2g}%" if value < 0.995 else f"{100 * value:,.0f}%"
 
 
 def _prefix(key: str) -> str:
@@ -537,7 +551,8 @@ class _Axis:
 
     @classmethod
     def over(cls, values: Sequence[float], left: float, right: float) -> _Axis:
-        low, high = min(values), max(values)
+        finite = [value for value in values if math.isfinite(value)] or [0.0]
+        low, high = min(finite), max(finite)
         more = (high - low) / 20 or abs(high) / 20 or 1.0
         return cls(low - more, high + more, left, right)
 
@@ -580,10 +595,10 @@ def _draw_marks(
             shape, color = "o", BLUE if near else INK
             inside = "white" if near and row else color
         x = axis.at(value)
-        if x > axis.right:
-            x, shape, inside = axis.right - 0.04, ">", color
         if x < axis.left:
             x, shape, inside = axis.left + 0.04, "<", color
+        elif not x <= axis.right:  # NaN too
+            x, shape, inside = axis.right - 0.04, ">", color
         page.mark(x, at, shape, color, inside)
     between = y + rows.height * candidates
     page.line([MARGIN, axis.right], [between, between], color=FAINT)
