@@ -66,7 +66,7 @@ def hub(
 ) -> Iterator[Hub]:
     """The family on a hub, a process that has measured nothing, and no long waits."""
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
-    for name in ("_PAIRS", "_REQUESTS", "_FAILURES"):
+    for name in ("_PAIRS", "_REQUESTS", "_SAMPLES", "_FAILURES"):
         monkeypatch.setattr(once, name, {})
     monkeypatch.setattr(ranges, "FIRST_WAIT_S", 0.01)
     monkeypatch.delenv("HF_TOKEN", raising=False)

@@ -343,7 +343,7 @@ def test_the_delta_method_by_a_small_step() -> None:
 def remembering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own, and a process that has measured nothing."""
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
-    for name in ("_PAIRS", "_REQUESTS", "_FAILURES"):
+    for name in ("_PAIRS", "_REQUESTS", "_SAMPLES", "_FAILURES"):
         monkeypatch.setattr(once, name, {})
     return tmp_path / "cache"
 
@@ -371,6 +371,8 @@ def test_the_cache_tells_a_sample_from_a_scan(
         return sample_checkpoints(*given, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(once, "sample_checkpoints", counted)
+    assert once.measure(base, models, gram=True, sample=sample) is first
+    once._SAMPLES.clear()
     assert_same(first, once.measure(base, models, gram=True, sample=sample))
     assert not read
     other = Sample(share=0.3, seed=1)
@@ -380,8 +382,8 @@ def test_the_cache_tells_a_sample_from_a_scan(
     assert exact.sampled is None
     for forget in (False, True):  # what this process holds, then what the disk does
         if forget:
-            once._REQUESTS.clear()
-            once._PAIRS.clear()
+            for known in (once._REQUESTS, once._PAIRS, once._SAMPLES):
+                known.clear()
         served = once.measure(base, models, gram=True, sample=Sample(share=0.2))
         assert served.sampled is None
         assert_same_bits(served.sq_norms, exact.sq_norms)

@@ -76,11 +76,21 @@ class Planned:
 class Coefficients:
     """The coefficients of one output tensor, before `lambda` scales them.
 
-    `shares` holds the models that have the tensor; none if only the base does.
+    `shares` holds the models that have the tensor; none if only the base does. `error`
+    is the largest standard error of any; None if they are exact.
     """
 
     planned: Planned
     shares: Mapping[ModelReference, float]
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What `Coefficients` has beside the tensor."""
+
+    shares: Mapping[ModelReference, float]
+    error: float | None = None
 
 
 class _Planner(MergePlanner):
@@ -200,7 +210,7 @@ def coefficients(planned: Sequence[Planned]) -> list[Coefficients]:
         ValueError: as the merge itself.
         OSError: as the merge itself.
     """
-    shares: dict[int, Mapping[ModelReference, float]] = {}
+    found: dict[int, _Found] = {}
     reading: dict[Task[Any], int] = {}
     for at, tensor in enumerate(planned):
         task = tensor.task
@@ -208,15 +218,18 @@ def coefficients(planned: Sequence[Planned]) -> list[Coefficients]:
             reading[_Shares(planned=task)] = at
         else:
             names = dict.fromkeys(tensor.input_names, torch.empty(0, device="cpu"))
-            shares[at] = _shares(task, names)
+            found[at] = _shares(task, names)
     if reading:
         executor = Executor(list(reading), math_device="cpu", storage_device="cpu")
         for task, values in executor.run(quiet=True):
-            shares[reading[task]] = values
-    return [Coefficients(tensor, shares[at]) for at, tensor in enumerate(planned)]
+            found[reading[task]] = values
+    return [
+        Coefficients(tensor, found[at].shares, found[at].error)
+        for at, tensor in enumerate(planned)
+    ]
 
 
-class _Shares(Task[dict[Any, float]]):
+class _Shares(Task[_Found]):
     """Gathers the inputs of a tensor as the merge does, and weights them."""
 
     planned: ExecuteMergeMethodTask
@@ -224,13 +237,13 @@ class _Shares(Task[dict[Any, float]]):
     def arguments(self) -> dict[str, Task[Any]]:
         return {"tensors": self.planned.gather_tensors}
 
-    def execute(self, tensors: Mapping[Any, torch.Tensor]) -> dict[Any, float]:
+    def execute(self, tensors: Mapping[Any, torch.Tensor]) -> _Found:
         return _shares(self.planned, tensors)
 
 
 def _shares(
     task: ExecuteMergeMethodTask, tensors: Mapping[ModelReference, torch.Tensor]
-) -> dict[ModelReference, float]:
+) -> _Found:
     present: Sequence[ModelReference] = [m for m in task.model_order if m in tensors]
     method = merge_methods.get(task.method_name)
     method.validate_inputs(present, task.base_model, group_name=task.output_weight.name)
@@ -242,14 +255,18 @@ def _shares(
         TensorMetadata.from_weight_info(task.output_weight),
     )
     if not group.non_base or not all(t.is_floating_point() for t in tensors.values()):
-        return {}
+        return _Found({})
     models = [entry.id for entry in group.non_base]
     weights = [task.input_parameters[model]["weight"] for model in models]
     settings = Settings.of(task.parameters)
     measured = group_norms.of_group(group, settings)
     weight = torch.tensor(weights, dtype=torch.float64, device="cpu")
     shares = settings.shares(measured.sq_norms if measured else None, weight)
-    return dict(zip(models, shares.tolist(), strict=True))
+    error = None
+    if measured and measured.covariance is not None:
+        errors = settings.share_errors(measured.sq_norms, measured.covariance, weight)
+        error = float(errors.max())
+    return _Found(dict(zip(models, shares.tolist(), strict=True)), error)
 
 
 @contextmanager

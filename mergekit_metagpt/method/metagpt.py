@@ -215,6 +215,12 @@ class MetaGPTMerge(GroupMergeMethod):
         announcer = self._announcer(base)
         sq_norms = measured.sq_norms if measured else None
         shares = settings.shares(sq_norms, weight)
+        errors = None
+        if measured and measured.covariance is not None:
+            found = settings.share_errors(
+                measured.sq_norms, measured.covariance, weight
+            )
+            errors = found.tolist()
         if not models or not bool((weight > 0).any()):
             return shares
         if not bool((shares > 0).any()):
@@ -238,6 +244,7 @@ class MetaGPTMerge(GroupMergeMethod):
             None if sq_norms is None else sq_norms.detach().tolist(),
             where,
             settings=settings,
+            errors=errors,
             weight=weight.tolist(),
             varying=self.watch.parameters_vary(base),
             visible=self.from_files,

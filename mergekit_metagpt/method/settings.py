@@ -14,6 +14,7 @@ from mergekit_metagpt.scanning.pools import is_excluded, pool_key
 Granularity = Literal["model", "layer", "tensor"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 _LEGAL: dict[str, TypeAdapter[Any]] = {
     "granularity": TypeAdapter(Granularity),
@@ -21,6 +22,7 @@ _LEGAL: dict[str, TypeAdapter[Any]] = {
     "power": TypeAdapter(Finite),
     "lambda": TypeAdapter(Finite),
     "exclude": TypeAdapter(str),
+    "sample": TypeAdapter(Share),
 }
 
 
@@ -51,6 +53,9 @@ class Settings(BaseModel):
     power: Finite = 2.0
     exclude: tuple[str, ...] = ()
     scale: Finite = Field(default=1.0, description="`lambda` of the YAML")
+    sample: Share = Field(
+        default=1.0, description="share of the weights that was asked for"
+    )
 
     @classmethod
     def of(cls, bound: Any) -> Settings:
@@ -67,6 +72,7 @@ class Settings(BaseModel):
             power=bound["power"],
             exclude=split_exclude(bound["exclude"]),
             scale=bound["lambda"],
+            sample=bound["sample"],
         )
 
     def shares(
