@@ -171,6 +171,7 @@ def compare(
         _embeddings(opened, base),
         request.powers,
         request.scales,
+        merged[0].settings.sample,
     )
     given = {
         name: merge_yaml.read_file(file)[0] for name, file in request.candidates.items()

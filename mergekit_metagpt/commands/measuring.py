@@ -64,7 +64,7 @@ def report_of(
     Args:
         config: who is merged with whom.
         options: how models are loaded.
-        sample: how much to read; all if None.
+        sample: how much to read; as `config` says if None.
         **wishes: settings that replace those of `config`, where they are not None.
 
     Returns:
@@ -87,7 +87,7 @@ def report_of(
     )
     changed = any(value is not None for value in wishes.values())
     varying = any(family.varying for family in merged)
-    if planned and varying and not changed and not sample:
+    if planned and varying and not changed and sample is None:
         return inspecting.with_ranges(report, merged, plan.coefficients(planned))
     return report
 

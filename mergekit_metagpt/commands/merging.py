@@ -22,6 +22,7 @@ from mergekit_metagpt.merge_config import (
 )
 from mergekit_metagpt.report import card, inspecting, schema
 from mergekit_metagpt.report.figures import report_figure
+from mergekit_metagpt.scanning import once
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -74,7 +75,9 @@ def merge(
     )
     if not options.allow_crimes:
         inspecting.require_near(report)
-    found = plan.coefficients(job.planned)
+    estimated = is_estimated(report)
+    with once.again(estimated=estimated):
+        found = plan.coefficients(job.planned)
     report = inspecting.with_ranges(report, merged, found)
     report = report.model_copy(update={"options": _recorded(options)})
     exported = plain_yaml.export(job, found)
@@ -105,7 +108,8 @@ def merge(
         made = parent / "made" / out.name
         late = None
         try:
-            plan.run(config, str(made), options, source=text, warned=warned)
+            with once.again(estimated=estimated):
+                plan.run(config, str(made), options, source=text, warned=warned)
         except (ValueError, OSError) as error:
             if _unwritten(made, job):
                 raise
@@ -125,6 +129,18 @@ def merge(
             with (made / "README.md").open("a", encoding="utf-8") as stream:
                 stream.write(f"\n{about}")
         _put(made, out, aside=parent / ASIDE)
+
+
+def is_estimated(report: schema.Report) -> bool:
+    """Whether a merge was made from estimates, not from exact figures.
+
+    Args:
+        report: of the merge.
+
+    Returns:
+        whether any weight was not read for it.
+    """
+    return any(family.sample is not None for family in report.families)
 
 
 def _recorded(options: MergeOptions) -> schema.Options:

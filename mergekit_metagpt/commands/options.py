@@ -176,7 +176,7 @@ def sample_of(share: str | None, budget: str | None, *, remote: bool) -> Sample 
                 f"--sample is {share!r}; expected a share above 0 and at most 1, such "
                 "as 0.01 or 1%"
             )
-        return Sample(share=value) if value < 1 else None
+        return Sample(share=value)
     if budget is None and remote:
         budget = REMOTE_BUDGET
     return None if budget is None else Sample(budget=_bytes(budget))

@@ -77,12 +77,14 @@ class Coefficients:
     """The coefficients of one output tensor, before `lambda` scales them.
 
     `shares` holds the models that have the tensor; none if only the base does. `scale`
-    is `lambda`, or what `lambda: keep` comes to.
+    is `lambda`, or what `lambda: keep` comes to. `error` is the largest standard error
+    of any share; None if they are exact.
     """
 
     planned: Planned
     shares: Mapping[ModelReference, float]
     scale: float
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class _Weighted:
 
     shares: Mapping[ModelReference, float]
     scale: float
+    error: float | None = None
 
 
 class _Planner(MergePlanner):
@@ -224,7 +227,9 @@ def coefficients(planned: Sequence[Planned]) -> list[Coefficients]:
         for task, found in executor.run(quiet=True):
             weighted[reading[task]] = found
     return [
-        Coefficients(tensor, weighted[at].shares, weighted[at].scale)
+        Coefficients(
+            tensor, weighted[at].shares, weighted[at].scale, weighted[at].error
+        )
         for at, tensor in enumerate(planned)
     ]
 
@@ -262,8 +267,12 @@ def _weighted(
     measured = group_norms.of_group(group, settings)
     weight = torch.tensor(weights, dtype=torch.float64, device="cpu")
     shares = settings.shares(measured.sq_norms if measured else None, weight)
-    scale = settings.factor(shares, measured.gram if measured else None)
-    return _Weighted(dict(zip(models, shares.tolist(), strict=True)), scale.item())
+    error = None
+    if measured and measured.covariance is not None:
+        errors = settings.share_errors(measured.sq_norms, measured.covariance, weight)
+        error = float(errors.max())
+    scale = settings.factor(shares, measured.gram if measured else None).item()
+    return _Weighted(dict(zip(models, shares.tolist(), strict=True)), scale, error)
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def inspect(
         refused: why the merge cannot be made as it is, or None.
         gram: whether inner products are needed; None takes them from the cache, and
             reports no cosines where it has none, unless `lambda: keep` needs them.
-        sample: how much to read; all if None.
+        sample: how much to read; as the settings of the families say if None.
 
     Returns:
         the report.
@@ -63,6 +63,9 @@ def inspect(
     if any(family.keeps_length for family in families):
         gram = True
     of_base: dict[ModelReference, list[ModelReference]] = {}
+    if sample is None:
+        # One number for the whole merge.
+        sample = Sample(share=min((f.settings.sample for f in families), default=1.0))
     for family in families:
         models = of_base.setdefault(family.base, [])
         models += [model for model in family.models if model not in models]

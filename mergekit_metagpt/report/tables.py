@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from mergekit_metagpt.method.announcing import estimate
 from mergekit_metagpt.report.parts import printable
 
 if TYPE_CHECKING:
@@ -165,18 +166,8 @@ def _precisions(stored: schema.Stored | schema.Header) -> str:
 
 def _coefficient(model: schema.Model) -> str:
     if model.coefficient is not None:
-        return _estimate(model.coefficient, model.coefficient_se, _four)
+        return estimate(model.coefficient, model.coefficient_se, _four)
     return " to ".join(map(_four, model.coefficient_range))
-
-
-def _estimate(
-    value: float, error: float | None, exact: Callable[[float], str] = "{:.4g}".format
-) -> str:
-    """A value to the first digit of its standard error, or as if it were exact."""
-    if not error:
-        return exact(value)
-    digits = max(0, -math.floor(math.log10(error)))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def _four(value: float) -> str:
@@ -233,11 +224,11 @@ def _task_vectors(family: schema.Family) -> Table:
     for number, model in zip(_numbers(family), models, strict=True):
         relative = "-"
         if model.relative_norm is not None:
-            relative = _estimate(model.relative_norm, model.relative_norm_se, _four)
+            relative = estimate(model.relative_norm, model.relative_norm_se, _four)
         row = [number, model.name, _coefficient(model)]
         row += [f"{model.weight:g}"] * weighted
         row += [model.weight_by_hand or "-"] * by_hand
-        row += [_estimate(model.norm, model.norm_se), relative]
+        row += [estimate(model.norm, model.norm_se), relative]
         _add(table, row)
     return table
 
@@ -286,7 +277,7 @@ def _pools(family: schema.Family) -> Table:
     table = _table([granularity, *headings], names=(granularity,))
     for pool in family.pools:
         cells = [
-            f"{_estimate(value, error, _four)} "
+            f"{estimate(value, error, _four)} "
             f"({'-' if relative is None else _four(relative)})"
             for value, error, relative in zip(
                 pool.coefficients,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -29,14 +30,19 @@ if TYPE_CHECKING:
     )
 
 # Results of one model each by the identities of base and model, and of all models of a
-# request by its identities. Reading needs no lock; scanning and writing need `_LOCK`.
+# request by its identities; of a sampled one by its sample, too. Reading needs no
+# lock; scanning and writing need `_LOCK`.
 _Identities = tuple[object, ...]
 _PAIRS: dict[_Identities, ScanResult] = {}
 _REQUESTS: dict[_Identities, ScanResult] = {}
+_SAMPLES: dict[_Identities, ScanResult] = {}
 _FAILURES: dict[_Identities, Exception] = {}
 _MOST_PAIRS = 1024
 _MOST_REQUESTS = 64
 _LOCK = threading.Lock()
+# Whether requests for a sample are answered by a sample (False: by a scan); None takes
+# what is known. Of the process: a merge may run on threads of mergekit's.
+_estimated: bool | None = None
 
 
 def measure(
@@ -58,7 +64,8 @@ def measure(
         gram: whether inner products are needed; None takes those that an earlier scan
             left in the cache, and does without otherwise.
         workers: threads; the CPUs at hand if None.
-        sample: estimate from a sample, unless an earlier exact scan is remembered.
+        sample: estimate from a sample, unless an earlier exact scan is remembered. What
+            was estimated once stays so in this process: a merge has one result.
 
     Returns:
         the result, with the models in their order; named as when it was measured.
@@ -67,14 +74,16 @@ def measure(
         ValueError: base and model do not fit, or a weight is NaN or infinite.
         OSError: a file cannot be read or has changed since it was opened.
     """
+    if sample is not None and (sample.share == 1 or _estimated is False):
+        sample = None
     request = (base.identity, *(model.identity for model in models))
-    if (earlier := _remembered(request, gram)) is not None:
+    if (earlier := _remembered(request, sample, gram)) is not None:
         return earlier
     with _LOCK:
         # Another thread may have scanned for us while we waited.
-        if (earlier := _remembered(request, gram)) is not None:
+        if (earlier := _remembered(request, sample, gram)) is not None:
             return earlier
-        attempt = (*request, sample)
+        attempt = (*request, sample, bool(gram))
         if attempt in _FAILURES:
             raise _FAILURES[attempt]
         try:
@@ -83,19 +92,44 @@ def measure(
         except Exception as error:
             _FAILURES[attempt] = error
             raise
-        if result.sampled is not None:
-            return result  # only the cache keeps it: an exact one may be asked for next
-        for at, model in enumerate(models):
-            pair = replace(result.select([at]), gram=None)
-            _PAIRS.setdefault((base.identity, model.identity), pair)
-        _REQUESTS[request] = result
-        for kept, most in ((_PAIRS, _MOST_PAIRS), (_REQUESTS, _MOST_REQUESTS)):
-            while len(kept) > most:
+        if sample is not None:
+            _SAMPLES[attempt] = result
+        if result.sampled is None:
+            for at, model in enumerate(models):
+                pair = replace(result.select([at]), gram=None)
+                _PAIRS.setdefault((base.identity, model.identity), pair)
+            _REQUESTS[request] = result
+        for kept in (_PAIRS, _REQUESTS, _SAMPLES):
+            while len(kept) > (_MOST_PAIRS if kept is _PAIRS else _MOST_REQUESTS):
                 del kept[next(iter(kept))]
     return result
 
 
-def _remembered(request: _Identities, gram: bool | None) -> ScanResult | None:
+@contextmanager
+def again(*, estimated: bool) -> Iterator[None]:
+    """Answer requests for a sample as an earlier merge was answered.
+
+    Args:
+        estimated: by a sample, whatever exact results are remembered; else by a scan.
+
+    Yields:
+        while the merge is made again.
+    """
+    global _estimated
+    before, _estimated = _estimated, estimated
+    try:
+        yield
+    finally:
+        _estimated = before
+
+
+def _remembered(
+    request: _Identities, sample: Sample | None, gram: bool | None
+) -> ScanResult | None:
+    if sample is not None:
+        answer = _SAMPLES.get((*request, sample, bool(gram)))
+        if answer is not None or _estimated:
+            return answer
     result = _REQUESTS.get(request)
     return result if result and (gram is False or result.gram is not None) else None
 
@@ -109,8 +143,11 @@ def _measured(
 ) -> ScanResult:
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
+    only_estimates = sample is not None and _estimated
     pairs = [
-        _PAIRS.get((base.identity, model.identity)) or cache.read_pair(base, model)
+        None
+        if only_estimates
+        else _PAIRS.get((base.identity, model.identity)) or cache.read_pair(base, model)
         for model in models
     ]
     missing = [at for at, pair in enumerate(pairs) if pair is None]
@@ -120,7 +157,7 @@ def _measured(
         if products is not None or gram is None:
             return replace(result, gram=products)
     if sample is not None and (missing or gram):
-        request = f"{sample.share} {sample.budget} {sample.seed} {bool(gram)}"
+        request = f"{sample} {bool(gram)}"
         estimated = cache.read_sample(base, models, request)
         if estimated is None:
             estimated = sample_checkpoints(
