@@ -713,6 +713,22 @@ def test_a_page_without_a_link_to_it_is_noticed() -> None:
     assert unreachable({**pages, middle: "`[c](c.md)`"}, start) == {end}
 
 
+# ---- length
+
+
+def test_the_readme_is_short() -> None:
+    assert 80 <= len(page("README.md").splitlines()) <= 100
+
+
+def test_what_a_user_reads_is_short() -> None:
+    """The README and the pages of its line on merging, in words."""
+    (line,) = re.findall(r"(?s)\n- Merge your models: (.*?)\n- ", page("README.md"))
+    linked = [target for target in links_of(line) if target.endswith(".md")]
+    assert len(linked) >= 9
+    pages = ["README.md", *linked]
+    assert sum(len(page(name).split()) for name in pages) <= 12_000
+
+
 # ---- names
 
 
