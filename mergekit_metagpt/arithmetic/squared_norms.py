@@ -13,6 +13,7 @@ from mergekit_metagpt.arithmetic.in_parts import (
     needs_grad,
     results_of_parts,
     scratch,
+    with_value,
 )
 
 ROW = 1 << 10
@@ -121,13 +122,6 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     if not tuned:
         return torch.zeros(0, dtype=torch.float64, device="cpu")
-    if needs_grad([base, *tuned]):
-        grids = [_common_grid(base.dtype, tensor.dtype) for tensor in tuned]
-        taus = [
-            _rounded(tensor, grid) - _rounded(base, grid)
-            for tensor, grid in zip(tuned, grids, strict=True)
-        ]
-        return torch.stack([tau.square().sum() for tau in taus]).cpu()
     flat = base.detach().reshape(-1)
     flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
 
@@ -136,7 +130,15 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.tensor(found, dtype=torch.float64, device="cpu")
 
     found = results_of_parts(flat, of_part, compiled=compiled.serves(flat, *flat_tuned))
-    return sum(found[1:], found[0])
+    total = sum(found[1:], found[0])
+    if not needs_grad([base, *tuned]):
+        return total
+    grids = [_common_grid(base.dtype, tensor.dtype) for tensor in tuned]
+    taus = [
+        _rounded(tensor, grid) - _rounded(base, grid)
+        for tensor, grid in zip(tuned, grids, strict=True)
+    ]
+    return with_value(torch.stack([tau.square().sum() for tau in taus]).cpu(), total)
 
 
 def too_far(what: str) -> str:

@@ -13,12 +13,14 @@ from mergekit_metagpt import __version__, autoload
 from mergekit_metagpt.commands.errors import Differs, Unverified, one_line_errors
 from mergekit_metagpt.commands.options import (
     check_new,
+    check_reports,
     check_target,
     is_zero,
     loading_options,
     numbers,
     pairs,
     sample_of,
+    weights_of,
 )
 from mergekit_metagpt.commands.printing import (
     show,
@@ -53,6 +55,13 @@ def main() -> None:
 )
 @click.option("--power", type=float, help="Exponent of the norms; 2 is MetaGPT.")
 @click.option("--exclude", help="Comma-separated parts of names that do not count.")
+@click.option(
+    "--weight",
+    "weights",
+    multiple=True,
+    metavar="MODEL=W",
+    help="Importance of a model, by its name or that of its folder; repeatable.",
+)
 @click.option("--json", "json_file", metavar="FILE", help="Write all; - for stdout.")
 @click.option("--csv", "csv_file", metavar="FILE", help="Write a row for each pool.")
 @click.option("--plot", metavar="FILE", help="Draw a figure: .png, .svg or .pdf.")
@@ -73,6 +82,7 @@ def main() -> None:
     help="Read headers and a sample of hub repositories, without downloading them; "
     "200MB by default, --sample 0 for headers alone.",
 )
+@click.option("--force", is_flag=True, help="Replace files that exist.")
 @one_line_errors
 @loading_options
 def inspect(
@@ -82,12 +92,14 @@ def inspect(
     granularity: str | None,
     power: float | None,
     exclude: str | None,
+    weights: tuple[str, ...],
     json_file: str | None,
     csv_file: str | None,
     plot: str | None,
     share: str | None,
     budget: str | None,
     remote: bool,
+    force: bool,
 ) -> None:
     """Measure the models of CONFIG, or MODEL... against --base, without merging.
 
@@ -96,15 +108,11 @@ def inspect(
     part of the model, tensors that a merge leaves out, and warnings. One pass over
     the files.
     """
-    if json_file == csv_file == "-":
-        raise ValueError("--json and --csv are both -; one of them can go to stdout")
-    check_target(json_file)
-    check_target(csv_file)
+    check_reports(json=json_file, csv=csv_file, plot=plot, force=force)
 
     from mergekit_metagpt.commands import measuring
     from mergekit_metagpt.report import figures, headers, tables
 
-    check_target(plot, figures.FORMATS)
     headers_only = remote and is_zero(share)
     sample = None if headers_only else sample_of(share, budget, remote=remote)
     measure = measuring.remote_report_of if remote else measuring.report_of
@@ -115,6 +123,7 @@ def inspect(
         granularity=granularity,
         power=power,
         exclude=exclude,
+        weights=weights_of(weights),
     )
     write_json(json_file, report)
     if csv_file is not None:
@@ -202,6 +211,7 @@ def convert(config: str, out: str, base: str | None, force: bool) -> None:
     "--random-seed", type=int, help="Of the merge, if mergekit-yaml was given one."
 )
 @click.option("--json", "json_file", metavar="FILE", help="Write all; - for stdout.")
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @one_line_errors
 @loading_options
 def verify(
@@ -211,6 +221,7 @@ def verify(
     seed: int,
     random_seed: int | None,
     json_file: str | None,
+    force: bool,
 ) -> None:
     """Prove that the model in OUT is the merge that it says it is.
 
@@ -219,7 +230,7 @@ def verify(
     bit, with tensors that mergekit merges again from the inputs. Ends with status 0 if
     all agree, 1 if something differs, and 3 if something could not be checked.
     """
-    check_target(json_file)
+    check_reports(json=json_file, force=force)
 
     from mergekit_metagpt.commands import verifying
     from mergekit_metagpt.report import tables
@@ -267,9 +278,9 @@ def demo(folder: Path) -> None:
             family.losses(result),
             note,
             "Merge again by hand, with mergekit's own command:",
-            f"(cd {place} && mergekit-yaml metagpt.yml ./merged-by-hand)",
         ]
     )
+    click.echo(f"(cd {place} && mergekit-yaml metagpt.yml ./merged-by-hand)")
 
 
 @main.command()
@@ -314,7 +325,7 @@ def demo(folder: Path) -> None:
 @click.option("--plot", metavar="FILE", help="Draw a figure: .png, .svg or .pdf.")
 @click.option("--write", metavar="BEST.yml", help="Write the YAML of the best merge.")
 @click.option("--keep", metavar="DIR", help="Merge the best one again, into DIR.")
-@click.option("--force", is_flag=True, help="Replace BEST.yml and DIR if they exist.")
+@click.option("--force", is_flag=True, help="Replace what exists of files and DIR.")
 @one_line_errors
 @loading_options
 def compare(
@@ -338,17 +349,16 @@ def compare(
     than the specialists do. Merges are removed again. A second run goes on where the
     first one ended.
     """
-    check_target(json_file)
+    check_reports(json=json_file, plot=plot, force=force)
     check_target(write)
 
     from mergekit_metagpt.commands import comparing
     from mergekit_metagpt.report import comparison, figures
 
-    check_target(plot, figures.FORMATS)
     request = comparing.Request(
         config=Path(config),
-        texts=pairs("--text", texts),
-        candidates=pairs("--candidate", candidates),
+        texts=pairs("--text", texts, "MODEL=FILE"),
+        candidates=pairs("--candidate", candidates, "NAME=FILE.yml"),
         powers=numbers("--power", power),
         scales=numbers("--lambda", scale),
         **settings,
@@ -390,7 +400,7 @@ def cache(clear: bool) -> None:
     size = sum(entry.bytes for entry in entries)
     click.echo(f"{folder}: {len(entries)} entries, {size / 1e6:.1f} MB")
     if entries:
-        show([tables.remembered(entries)])
+        show(["", tables.remembered(entries)])
 
 
 @main.command()

@@ -95,8 +95,7 @@ def merge(
         # Write these first: they should fail before hours of merging, not after.
         beside = parent / "beside"
         beside.mkdir()
-        json_text = report.model_dump_json(indent=2)
-        (beside / REPORT).write_text(f"{json_text}\n", encoding="utf-8")
+        (beside / REPORT).write_text(schema.as_json(report), encoding="ascii")
         (beside / PLAIN).write_text(exported.text, encoding="utf-8")
         report_figure(report, beside / FIGURE)
         about = card.section(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit.merge_methods.base import ParameterScope
@@ -116,6 +117,7 @@ def of_config(
     granularity: str | None = None,
     power: float | None = None,
     exclude: str | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> list[Family]:
     """Return the families of a merge YAML of any method, each once.
 
@@ -124,12 +126,14 @@ def of_config(
         granularity: instead of the YAML's.
         power: instead of the YAML's.
         exclude: instead of the YAML's.
+        weights: instead of the YAML's, by names of models or of their folders.
 
     Returns:
         the families, in the order of the YAML.
 
     Raises:
-        ValueError: no base, nothing beside it, or an illegal parameter.
+        ValueError: no base, nothing beside it, an illegal parameter, or a weight of a
+            model that is not there.
     """
     ours = config.merge_method in checks.METHODS
     if ours:
@@ -141,6 +145,7 @@ def of_config(
         wishes["power"] = checked("power", power)
     if exclude is not None:
         wishes["exclude"] = split_exclude(exclude)
+    by_name = _named(weights or {}, config)
     families: dict[Any, Family] = {}
     for part in merge_yaml.slices_of(config):
         if part.base is None:
@@ -149,15 +154,17 @@ def of_config(
                 "it, or name the models: inspect --base BASE MODEL..."
             )
         settings, varying = _settings(part) if ours else (Settings(), ())
-        models, weights, by_hand = [], [], []
+        models, own, by_hand = [], [], []
         for model, levels in zip(part.models, part.settings, strict=True):
             if model == part.base or model in models:
                 continue
-            weight, constant = _constant(levels, "weight", 1.0) if ours else (1.0, True)
+            weight, constant = by_name.get(model, 1.0), True
+            if ours and model not in by_name:
+                weight, constant = _constant(levels, "weight", 1.0)
             if not constant and "weight" not in varying:
                 varying = (*varying, "weight")
             models.append(model)
-            weights.append(weight)
+            own.append(weight)
             by_hand.append(None if ours else _by_hand(levels))
         if not models:
             continue
@@ -167,7 +174,7 @@ def of_config(
             models=tuple(models),
             settings=settings.model_copy(update=wishes),
             varying=varying,
-            weights=tuple(weights),
+            weights=tuple(own),
             by_hand=tuple(by_hand),
         )
         same = families.setdefault(family, family)
@@ -182,6 +189,38 @@ def of_config(
     if not varies and not any(any(family.weights) for family in every):
         raise ValueError(all_zero())
     return every
+
+
+def _named(
+    weights: Mapping[str, float], config: MergeConfiguration
+) -> dict[ModelReference, float]:
+    """Find the models that are named: as the YAML does, or by a folder's name."""
+    tuned = {
+        model: None
+        for part in merge_yaml.slices_of(config)
+        for model in part.models
+        if model != part.base
+    }
+    found = {}
+    for name, weight in weights.items():
+        same = [model for model in tuned if str(model) == merge_yaml.as_local(name)]
+        same = same or [model for model in tuned if name in _folders(model)]
+        if len(same) != 1:
+            count = f"{len(same)} models" if same else "no model"
+            names = ", ".join(map(str, tuned))
+            raise ValueError(f"--weight {name} names {count}; expected one of {names}")
+        try:
+            found[same[0]] = checked("weight", weight)
+        except ValueError as error:
+            said = str(error).removeprefix("weight ")
+            raise ValueError(f"weight of {same[0]} {said}") from error
+    return found
+
+
+def _folders(model: ModelReference) -> set[str]:
+    """Last parts of the paths of a model: of its adapter, or else its own."""
+    path = (model.lora or model.model).path
+    return {path, Path(path).name}
 
 
 def config_of(base: str, models: Sequence[str]) -> MergeConfiguration:

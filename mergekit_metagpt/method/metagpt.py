@@ -242,15 +242,16 @@ class MetaGPTMerge(GroupMergeMethod):
             varying=self.watch.parameters_vary(base),
             visible=self.from_files,
         )
-        rows = (weight > 0).nonzero().flatten().tolist()
-        weighted = len(set(weight[rows].tolist())) > 1
         warning = advice.degenerate(
             base,
-            [models[k] for k in rows],
-            shares.detach()[rows].tolist(),
+            models,
+            shares.detach().tolist(),
+            weight.tolist(),
             where,
-            weighted=weighted,
+            sq_norms=None if sq_norms is None else sq_norms.detach().tolist(),
             power=settings.power,
+            whole=measured.whole if measured else None,
+            exclude=settings.exclude,
         )
         announcer.warn("degenerate", warning)
         return shares

@@ -24,8 +24,8 @@ def section(
     lines = [
         "## MetaGPT coefficients",
         "",
-        f"By [MetaGPT]({PAPER}), from the checkpoints alone: each task vector's share",
-        "of the sum of squared norms,",
+        f"By [MetaGPT]({PAPER}), from the checkpoints alone: each model is weighted by",
+        "how far it moved from the base theta_0,",
         "",
         _formula(report),
         "",
@@ -34,7 +34,7 @@ def section(
         lines += _family(family)
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     lines += [
-        f"![coefficients, cosines and layers]({figure})",
+        f"![share of each model in the merge, and how far its layers moved]({figure})",
         "",
         f"Made with {versions}. All figures are in `metagpt.json`. `{plain}` is the "
         "same merge with explicit weights, for mergekit without the plugin"

@@ -160,10 +160,11 @@ def with_ranges(
 
 @dataclass(frozen=True)
 class _Pool:
-    """A pool as reported, and the shares of the models that are merged in it."""
+    """A pool as reported, and the weights of the models; 0 for those not in it."""
 
     reported: schema.Pool
-    shares: Mapping[ModelReference, float]
+    weights: tuple[float, ...]
+    counts: bool
 
 
 def _family(
@@ -302,14 +303,8 @@ def _pools(family: Family, result: ScanResult, granularity: str) -> list[_Pool]:
             coefficients=tuple(shares),
             **errors,
         )
-        taking_part = {
-            model: share
-            for model, share, w, here in zip(
-                family.models, shares, family.weights, present, strict=True
-            )
-            if w and here
-        }
-        pools.append(_Pool(reported, taking_part))
+        weights = (w * here for w, here in zip(family.weights, present, strict=True))
+        pools.append(_Pool(reported, tuple(weights), norms_count))
     return pools
 
 
@@ -390,8 +385,7 @@ def _warnings(
     if settings.power < 0:
         unmoved = [m for k, m in enumerate(family.models) if k not in moved]
         warnings.append(advice.left_out(base, unmoved, settings.power, WHOLE))
-    weighted = len({w for w in family.weights if w > 0}) > 1
-    warnings.append(_degenerate(base, pools, weighted=weighted, power=settings.power))
+    warnings.append(_degenerate(family, pools, result))
     warnings += advice.whole_model(base, family.models, result, settings.exclude, left)
     angles = whole.cosines
     if angles is not None:
@@ -401,17 +395,22 @@ def _warnings(
 
 
 def _degenerate(
-    base: ModelReference, pools: Sequence[_Pool], *, weighted: bool, power: float
+    family: Family, pools: Sequence[_Pool], result: ScanResult
 ) -> str | None:
     """Warn of the first pool of which one model takes almost all or next to nothing."""
+    settings = family.settings
 
     def warning(pool: _Pool, where: str) -> str | None:
-        shares = list(pool.shares.values())
-        if not any(shares):
-            return None
-        names = list(pool.shares)
         return advice.degenerate(
-            base, names, shares, where, weighted=weighted, power=power
+            family.base,
+            family.models,
+            pool.reported.coefficients,
+            pool.weights,
+            where,
+            sq_norms=pool.reported.sq_norms if pool.counts else None,
+            power=settings.power,
+            whole=result if settings.granularity == "model" else None,
+            exclude=settings.exclude,
         )
 
     degenerate = [pool for pool in pools if warning(pool, "")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,6 +10,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from mergekit_metagpt.method import settings
 
 SE = "standard error of {}; null where exact"
+
+
+def as_json(found: BaseModel) -> str:
+    """Write a report as JSON in ASCII, which every locale reads alike.
+
+    Args:
+        found: a report.
+
+    Returns:
+        the text, indented, with a newline at its end.
+    """
+    return json.dumps(json.loads(found.model_dump_json()), indent=2) + "\n"
 
 
 class _Schema(BaseModel):

@@ -30,13 +30,15 @@ def lay_out(found: schema.Report) -> Iterator[str | Table]:
         found: the report.
 
     Yields:
-        tables, and lines of text to be printed without wrapping.
+        tables, and paragraphs.
     """
     if found.refused:
         yield f"Can be measured, but not merged as it is: {found.refused}\n"
     if found.headers:
         yield from _headers(found.headers)
-    for family in found.families:
+    for number, family in enumerate(found.families):
+        if number or found.headers:
+            yield ""
         if len(found.families) > 1:
             yield f"Merged with each other: {', '.join(family.places)}"
         yield from _family(family)
@@ -45,7 +47,7 @@ def lay_out(found: schema.Report) -> Iterator[str | Table]:
 def _headers(headers: Sequence[schema.Header]) -> Iterator[str | Table]:
     """What configurations and headers tell: a table, then reasons and differences."""
     total = {header.name: header.download for header in headers}
-    yield f"Headers ({sum(total.values()) / 1e9:,.2f} GB to download in all)"
+    yield f"Headers ({sum(total.values()) / 1e9:,.2f} GB to download in all)\n"
     names = ("model", "commit", "stored", "quantised", "head", "fits")
     headings = ["model", "commit", "parameters", "stored", "GB to download"]
     table = _table([*headings, "quantised", "vocabulary", "head", "fits"], names=names)
@@ -66,6 +68,7 @@ def _headers(headers: Sequence[schema.Header]) -> Iterator[str | Table]:
             ],
         )
     yield table
+    yield ""
     for header in headers:
         if header.misfit:
             yield f"{header.name} does not fit: {header.misfit}"
@@ -73,40 +76,44 @@ def _headers(headers: Sequence[schema.Header]) -> Iterator[str | Table]:
             yield f"{header.name}: {_tensors(header.not_in_base)} the base lacks"
         if header.only_in_base and header.only_in_base.count:
             yield f"{header.base}: {_tensors(header.only_in_base)} {header.name} lacks"
-    yield ""
 
 
 def _family(family: schema.Family) -> Iterator[str | Table]:
     base, models = family.base, family.models
-    yield (
-        f"Base {base.name}: {base.parameters:,} parameters, {_precisions(base)}, "
-        f"||theta_0|| {base.norm:.4g}"
-    )
+    others = [model for model in models if model.precisions != base.precisions]
+    as_all = "" if others else " (as all models)"
+    yield f"Base {base.name}: {_stored(base)}{as_all}, ||theta_0|| {base.norm:.4g}"
+    for model in others:
+        yield f"{model.name}: {_stored(model)}"
     if sample := family.sample:
         yield (
             f"Estimated from {sample.bytes_read / 1e6:,.1f} of "
             f"{sample.bytes_stored / 1e6:,.1f} MB ({sample.share:.3g} of each large "
             "tensor); ± is one standard error"
         )
-    yield f"\nTask vectors ({_settings(family.settings)})"
+    how = _settings(family.settings)
+    yield f"\nTask vectors ({how}); relative: ||tau|| / ||theta_0||\n"
     yield _task_vectors(family)
     wide = len(models) > MOST_COLUMNS
     if len(models) > 1:
         if family.cosines is not None and not wide:
-            yield "Cosines between task vectors"
+            yield "\nCosines between task vectors\n"
             yield _cosines(family)
-        yield f"{family.reading}\n"
-    yield "Share of each part in ||tau||^2"
+        yield f"\n{family.reading}"
+    yield "\nShare of each part in ||tau||^2\n"
     yield _parts(family)
     if family.settings.granularity != "model" and not wide:
         of_what = family.settings.granularity
-        yield f"Coefficients by {of_what}, and in brackets ||tau|| / ||theta_0||"
+        yield f"\nCoefficients by {of_what}, and in brackets ||tau|| / ||theta_0||\n"
         yield _pools(family)
     if wide:
-        yield f"{len(models)} models are too many for a table: use --json or --csv\n"
-    yield from _left_out(family)
-    for warning in family.warnings:
-        yield f"Warning: {warning}"
+        yield f"\n{len(models)} models are too many for a table: use --json or --csv"
+    if lines := [*_left_out(family), *(f"Warning: {w}" for w in family.warnings)]:
+        yield "\n" + "\n".join(lines)
+
+
+def _stored(stored: schema.Stored) -> str:
+    return f"{stored.parameters:,} parameters, {_precisions(stored)}"
 
 
 def _precisions(stored: schema.Stored | schema.Header) -> str:
@@ -156,7 +163,9 @@ def _table(headings: Sequence[str], *, names: Sequence[str] = ()) -> Table:
     Returns:
         the table.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for heading in headings:
         side: Literal["left", "right"] = "left" if heading in names else "right"
         table.add_column(Text(heading), justify=side, overflow="fold")
@@ -173,28 +182,22 @@ def _numbers(family: schema.Family) -> list[str]:
 
 
 def _task_vectors(family: schema.Family) -> Table:
+    """What a reader asks for stands first: a narrow terminal folds names only."""
     models = family.models
     weighted = any(model.weight != 1 for model in models)
     by_hand = any(model.weight_by_hand for model in models)
-    headings = ["#", "model", "parameters", "stored"]
-    headings += ["||tau||", "/ ||theta_0||", "coefficient"]
-    headings += ["weight"] * weighted + ["weight in YAML"] * by_hand
-    table = _table(headings, names=("model", "stored", "weight in YAML"))
+    headings = ["#", "model", "coefficient"]
+    headings += ["weight"] * weighted + ["YAML weight"] * by_hand
+    headings += ["||tau||", "relative"]
+    table = _table(headings, names=("model",))
     for number, model in zip(_numbers(family), models, strict=True):
-        relative = model.relative_norm
-        row = [
-            number,
-            model.name,
-            f"{model.parameters:,}",
-            _precisions(model),
-            _estimate(model.norm, model.norm_se),
-            "-"
-            if relative is None
-            else _estimate(relative, model.relative_norm_se, _four),
-            _coefficient(model),
-        ]
+        relative = "-"
+        if model.relative_norm is not None:
+            relative = _estimate(model.relative_norm, model.relative_norm_se, _four)
+        row = [number, model.name, _coefficient(model)]
         row += [f"{model.weight:g}"] * weighted
         row += [model.weight_by_hand or "-"] * by_hand
+        row += [_estimate(model.norm, model.norm_se), relative]
         _add(table, row)
     return table
 
@@ -287,6 +290,7 @@ COLUMNS = (
     "norm",
     "relative_norm",
     "coefficient",
+    "weight",
 )
 
 
@@ -314,6 +318,7 @@ def as_csv(found: schema.Report) -> str:
                         pool.sq_norms[k] ** 0.5,
                         pool.relative_norms[k],
                         pool.coefficients[k],
+                        model.weight,
                     ]
                 )
     return stream.getvalue()

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.opening import open_checkpoint
-from mergekit_metagpt.scanning import cache
+from mergekit_metagpt.scanning import at_hand, cache
 from mergekit_metagpt.scanning.one_pass import scan_checkpoints
 from mergekit_metagpt.scanning.results import ScanResult
 from mergekit_metagpt.scanning.sampling import Sample, sample_checkpoints
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
+
+    Model: TypeAlias = (
+        str
+        | os.PathLike[str]
+        | ModelReference
+        | torch.nn.Module
+        | Mapping[str, torch.Tensor]
+    )
 
 # Results of one model each by the identities of base and model, and of all models of a
 # request by its identities. Reading needs no lock; scanning and writing need `_LOCK`.
@@ -137,9 +147,16 @@ def forget_failures() -> None:
     _FAILURES.clear()
 
 
+def _state_of(model: Model) -> Mapping[str, torch.Tensor] | None:
+    """The tensors of a model in memory; None of another one."""
+    if isinstance(model, torch.nn.Module):
+        return model.state_dict()
+    return model if isinstance(model, Mapping) else None
+
+
 def scan(
-    base: str | os.PathLike[str] | ModelReference,
-    models: Sequence[str | os.PathLike[str] | ModelReference],
+    base: Model,
+    models: Sequence[Model],
     *,
     gram: bool = False,
     workers: int | None = None,
@@ -153,9 +170,13 @@ def scan(
     t both store, at the coarser of the two stored precisions. A tied weight counts
     once; of resized vocabularies the common rows count. One pass over the files.
 
+    Of tensors in memory, those that share storage count once, shapes must be equal, and
+    the result has the bits of a merge by mergekit's `merge_state_dicts`.
+
     Args:
-        base: theta_0: a folder, a hub repository or a `ModelReference`.
-        models: the K fine-tunes; `model+adapter` for a LoRA.
+        base: theta_0: a folder, a hub repository, a `ModelReference`, or a module or
+            state dict in memory.
+        models: the K fine-tunes, likewise; `model+adapter` for a LoRA.
         gram: also compute <tau_s, tau_t>, for cosines.
         workers: threads; by default the number of CPUs at hand.
         lora_merge_cache: folder for merged adapters, needed for LoRA models.
@@ -166,6 +187,7 @@ def scan(
         the squared norms per tensor group; the same bits for any number of workers.
 
     Raises:
+        TypeError: some models are in memory, and some are not.
         ValueError: no models, models that do not fit the base, quantised or bare
             adapters, a weight that is NaN or infinite.
         OSError: a file is missing, truncated, or changes during the scan.
@@ -174,6 +196,15 @@ def scan(
         raise ValueError("no models to measure against the base; give at least one")
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; expected a number >= 1 or None")
+    states = [_state_of(model) for model in (base, *models)]
+    held = [state for state in states if state is not None]
+    if len(held) == len(states):
+        return at_hand.measure_states(held[0], held[1:], gram=gram)
+    if held:
+        raise TypeError(
+            f"{len(held)} of {len(states)} models are in memory; expected all of them, "
+            "or none: give the others as state dicts, or these as folders"
+        )
     opened, *tuned = (
         open_checkpoint(
             model,
@@ -182,6 +213,7 @@ def scan(
             trust_remote_code=trust_remote_code,
         )
         for model in (base, *models)
+        if not isinstance(model, Mapping | torch.nn.Module)
     )
     forget_failures()
     result = measure(opened, tuned, gram=gram, workers=workers)
