@@ -102,20 +102,19 @@ def inspect(
     check_target(csv_file)
 
     from mergekit_metagpt.commands import measuring
+    from mergekit_metagpt.merge_config import families
     from mergekit_metagpt.report import figures, headers, tables
 
     check_target(plot, figures.FORMATS)
     headers_only = remote and is_zero(share)
     sample = None if headers_only else sample_of(share, budget, remote=remote)
-    measure = measuring.remote_report_of if remote else measuring.report_of
-    report = measure(
-        measuring.config_of(models, base),
-        options,
-        sample=sample,
-        granularity=granularity,
-        power=power,
-        exclude=exclude,
-    )
+    wishes = {"granularity": granularity, "power": power, "exclude": exclude}
+    if families.are_adapters(models, base, remote=remote):
+        report = measuring.report_of_adapters(models, **wishes)
+    else:
+        measure = measuring.remote_report_of if remote else measuring.report_of
+        config = measuring.config_of(models, base)
+        report = measure(config, options, sample=sample, **wishes)
     write_json(json_file, report)
     if csv_file is not None:
         write_text(csv_file, tables.as_csv(report))

@@ -78,10 +78,14 @@ def _headers(headers: Sequence[schema.Header]) -> Iterator[str | Table]:
 
 def _family(family: schema.Family) -> Iterator[str | Table]:
     base, models = family.base, family.models
-    yield (
-        f"Base {base.name}: {base.parameters:,} parameters, {_precisions(base)}, "
-        f"||theta_0|| {base.norm:.4g}"
-    )
+    if base.parameters:
+        norm = "was not read" if base.norm is None else f"{base.norm:.4g}"
+        yield (
+            f"Base {base.name}: {base.parameters:,} parameters, {_precisions(base)}, "
+            f"||theta_0|| {norm}"
+        )
+    else:
+        yield f"Base {base.name}: not opened, adapters are measured from their factors"
     if sample := family.sample:
         yield (
             f"Estimated from {sample.bytes_read / 1e6:,.1f} of "
