@@ -180,8 +180,7 @@ def _factors(
             (side,) = {"A", "B"}.difference(pair)
             raise OSError(f"{label} lacks lora_{side} of {module}. Fetch it again")
         depths.setdefault(module, {})[depth] = embedding
-    embeddings = {name for name, levels in depths.items() if any(levels.values())}
-    if alone := sorted(copies.keys() - embeddings):
+    if alone := sorted(copies.keys() - depths.keys()):
         raise ValueError(_refusal(label, f"stores the weight of {alone[0]} itself"))
     for module, levels in depths.items():
         ordered = [sides[module, depth, levels[depth]] for depth in sorted(levels)]

@@ -73,6 +73,9 @@ def main() -> None:
     help="Read headers and a sample of hub repositories, without downloading them; "
     "200MB by default, --sample 0 for headers alone.",
 )
+@click.option(
+    "--peft", is_flag=True, help="Print the Python lines by which PEFT adds adapters."
+)
 @one_line_errors
 @loading_options
 def inspect(
@@ -88,22 +91,28 @@ def inspect(
     share: str | None,
     budget: str | None,
     remote: bool,
+    peft: bool,
 ) -> None:
     """Measure the models of CONFIG, or MODEL... against --base, without merging.
 
     CONFIG is a merge YAML of any method with a base_model. Prints norms of the task
     vectors, the coefficients that MetaGPT gives them, their cosines, the share of each
     part of the model, tensors that a merge leaves out, and warnings. One pass over
-    the files.
+    the files. LoRA adapters are measured from their factors; where all of MODEL... are
+    adapters, --base is not needed.
     """
     if json_file == csv_file == "-":
         raise ValueError("--json and --csv are both -; one of them can go to stdout")
+    if peft and "-" in (json_file, csv_file):
+        raise ValueError(
+            "--peft prints to stdout; expected a file for --json and --csv"
+        )
     check_target(json_file)
     check_target(csv_file)
 
     from mergekit_metagpt.commands import measuring
     from mergekit_metagpt.merge_config import families
-    from mergekit_metagpt.report import figures, headers, tables
+    from mergekit_metagpt.report import figures, headers, peft_call, tables
 
     check_target(plot, figures.FORMATS)
     headers_only = remote and is_zero(share)
@@ -122,6 +131,8 @@ def inspect(
         figures.report_figure(report, Path(plot))
     if "-" not in (json_file, csv_file):
         show(tables.lay_out(report))
+        if peft:
+            click.echo(peft_call.call(report))
     headers.require_fit(report.headers)
 
 

@@ -274,7 +274,7 @@ def open_adapters(
         for model in opened.values()
         if model.adapter
     )
-    name = next((name for name in named if name), "of unknown name")
+    name = next((name for name in named if name), "BASE")
     base = ModelReference.model_validate({"model": {"path": name}})
     family = replace(family, base=base, models=tuple(models))
     return family, {**opened, base: unopened(name)}

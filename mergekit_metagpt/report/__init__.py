@@ -10,6 +10,7 @@ __all__ = [
     "headers",
     "inspecting",
     "parts",
+    "peft_call",
     "schema",
     "tables",
 ]
