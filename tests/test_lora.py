@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from tests.adapters import (
     taus_of,
     write_tuned,
 )
-from tests.families import State
+from tests.families import State, run_command
 
 pytestmark = [
     pytest.mark.usefixtures("one_torch_thread", "own_cache"),
@@ -180,3 +183,182 @@ def test_beside_a_full_fine_tune(
     monkeypatch.setattr(once.factors, "scan_adapters", None)
     again = mergekit_metagpt.scan(family.base, models, gram=True)
     assert torch.equal(again.pool("model").gram, result.pool("model").gram)
+
+
+# ---- PEFT's call ---------------------------------------------------------------------
+
+
+def combined_by(lines: str, base: Path) -> State:
+    """The parameters after the printed lines were run on a base in float64."""
+    import peft
+
+    class Auto:
+        from_pretrained = staticmethod(lambda name: loaded(Path(name)))
+
+    class Peft:
+        @staticmethod
+        def from_pretrained(model: Any, path: str, **options: Any) -> Any:
+            options["autocast_adapter_dtype"] = False
+            return peft.PeftModel.from_pretrained(model, path, **options)
+
+    lines = re.sub(r"^from .*", "", lines, flags=re.MULTILINE)
+    names = {"PeftModel": Peft, "AutoModelForCausalLM": Auto}
+    exec(lines, names)
+    return distinct(names["model"].merge_and_unload())  # type: ignore[attr-defined]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, Any]:
+    """The lines that `inspect --peft` prints, and the report."""
+    file = Path(str(arguments[-1]))
+    assert run_command("inspect", *arguments[:-1], "--peft", "--json", file) == 0
+    text = capsys.readouterr().out
+    return text[text.index("from peft import") :], json.loads(file.read_text())
+
+
+COMBINED: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "ranks, modules and patterns": ("llama", list(SETTINGS["llama"])),
+    "rank-stabilised, all of them": (
+        "llama",
+        [
+            {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "v_proj"]},
+            {"r": 2, "use_rslora": True, "target_modules": ["v_proj"]},
+            {"r": 3, "use_rslora": True, "target_modules": ["gate_proj"]},
+        ],
+    ),
+    "rank-stabilised, one of them": (
+        "llama",
+        [
+            {"r": 4, "use_rslora": True, "target_modules": ["q_proj"]},
+            {"r": 2, "target_modules": ["q_proj"]},
+        ],
+    ),
+    "transposed weights": (
+        "gpt2",
+        [
+            {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True},
+            {"r": 3, "target_modules": ["c_proj"], "fan_in_fan_out": True},
+        ],
+    ),
+    "embeddings": (
+        "llama",
+        [
+            {"r": 4, "target_modules": ["embed_tokens"]},
+            {"r": 3, "target_modules": ["embed_tokens", "k_proj"]},
+        ],
+    ),
+    "patterns of names": (
+        "llama",
+        [{"r": 4, "target_modules": r".*\.[qk]_proj"}, {"target_modules": ".*v_proj"}],
+    ),
+    "one alone": ("llama", [{"r": 4, "target_modules": ["q_proj"]}]),
+}
+
+
+@pytest.mark.parametrize("case", COMBINED)
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+def test_the_printed_call_gives_the_sum(
+    case: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, settings = COMBINED[case]
+    family = write_tuned(tmp_path, architectures()[name], *settings)
+    lines, report = printed(capsys, *family.adapters, tmp_path / "report.json")
+    if kind == "svd":
+        (rank,) = re.findall(r"svd_rank=(\d+)", lines)
+        lines = lines.replace('"cat"', f'"svd", svd_rank={rank}')
+    models = report["families"][0]["models"]
+    weights = [model["coefficient"] for model in models]
+    assert math.isclose(sum(weights), 1)
+    taus, base = taus_of(family), distinct(loaded(family.base))
+    combined = combined_by(lines, family.base)
+    for weight, before in base.items():
+        tau = sum(w * tau[weight] for w, tau in zip(weights, taus, strict=True))
+        torch.testing.assert_close(combined[weight], before + tau, rtol=1e-6, atol=1e-6)
+
+
+def test_linear_is_not_the_sum(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [{"r": 4, "target_modules": ["q_proj"]}] * 2
+    family = write_tuned(tmp_path, architectures()["llama"], *settings)
+    lines, report = printed(capsys, *family.adapters, tmp_path / "report.json")
+    base, taus = distinct(loaded(family.base)), taus_of(family)
+    weights = [m["coefficient"] for m in report["families"][0]["models"]]
+
+    def off(kind: str) -> float:
+        combined = combined_by(lines.replace('"cat"', f'"{kind}"'), family.base)
+        squares = 0.0
+        for name, before in base.items():
+            tau = sum(w * t[name] for w, t in zip(weights, taus, strict=True))
+            squares += float((combined[name] - before - tau).square().sum())
+        return math.sqrt(squares)
+
+    length = math.sqrt(float(gram_of(taus).diagonal().max()))
+    assert off("cat") < 1e-6 * length
+    assert off("linear") > 0.1 * length
+
+
+def test_lambda_scales_the_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [{"r": 4, "target_modules": ["q_proj"]}] * 2
+    family = write_tuned(tmp_path, architectures()["llama"], *settings)
+    config = {
+        "merge_method": "metagpt",
+        "base_model": str(family.base),
+        "models": [{"model": f"{family.base}+{at}"} for at in family.adapters],
+        "parameters": {"lambda": 1.5},
+    }
+    (tmp_path / "merge.yml").write_text(json.dumps(config))
+    lines, report = printed(capsys, tmp_path / "merge.yml", tmp_path / "report.json")
+    (weights,) = re.findall(r"weights=\[(.*)\]", lines)
+    models = report["families"][0]["models"]
+    assert list(map(float, weights.split(", "))) == [
+        1.5 * model["coefficient"] for model in models
+    ]
+    assert report["refused"] is None
+    assert report["families"][0]["base"]["not_written"]["count"] == 0
+    assert [name for name, _ in re.findall(r"(\w+)=\['(.*?)'", lines)] == ["adapters"]
+
+
+NOT_COMBINED: dict[str, tuple[str, list[dict[str, Any]], Sequence[str], str]] = {
+    "experts": ("gpt_oss", [{"r": 4, **STACK}], (), "adapts parameters"),
+    "layers": (
+        "llama",
+        [
+            {"target_modules": ["q_proj"], "layers_to_transform": [0]},
+            {"target_modules": ["q_proj"]},
+        ],
+        (),
+        "another layers_to_transform than",
+    ),
+    "a pattern and a list": (
+        "llama",
+        [{"target_modules": [".*q_proj"]}, {"target_modules": ".*q_proj"}],
+        (),
+        "is a pattern and that of",
+    ),
+    "by layer": (
+        "llama",
+        [{"target_modules": ["q_proj"]}, {"target_modules": ["q_proj"]}],
+        ("--granularity", "layer"),
+        "Give --granularity model",
+    ),
+    "beside JSON": (
+        "llama",
+        [{"target_modules": ["q_proj"]}],
+        ("--json", "-"),
+        "--peft prints to stdout",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_COMBINED)
+def test_what_peft_cannot_combine_is_refused(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, settings, options, words = NOT_COMBINED[case]
+    if case == "a pattern and a list":
+        settings = [{"target_modules": ["q_proj"]}, settings[1]]
+    family = write_tuned(tmp_path, architectures()[name], *settings)
+    assert run_command("inspect", *family.adapters, "--peft", *options) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
