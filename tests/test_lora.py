@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import constants
 
 import mergekit_metagpt
 from mergekit_metagpt.merge_config import families
@@ -26,7 +28,15 @@ from tests.adapters import (
     taus_of,
     write_tuned,
 )
-from tests.families import State, run_command
+from tests.families import (
+    State,
+    merge_config,
+    read_model,
+    run_command,
+    run_mergekit,
+)
+from tests.hub import Hub, point_to, serving
+from tests.processes import PACKAGE, ask_python
 
 pytestmark = [
     pytest.mark.usefixtures("one_torch_thread", "own_cache"),
@@ -362,3 +372,340 @@ def test_what_peft_cannot_combine_is_refused(
     family = write_tuned(tmp_path, architectures()[name], *settings)
     assert run_command("inspect", *family.adapters, "--peft", *options) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- merges --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_merge_agrees_within_the_rounding_of_its_copies(
+    dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = write_tuned(tmp_path, architectures()["llama"], *SETTINGS["llama"])
+    config = merge_config(
+        family.base, [f"{family.base}+{adapter}" for adapter in family.adapters]
+    )
+    file = tmp_path / "merge.yml"
+    file.write_text(yaml.safe_dump(config))
+    assert run_command("inspect", file, "--json", tmp_path / "exact.json") == 0
+    options = ("--lora-merge-cache", str(tmp_path / "cache"))
+    name = str(dtype).removeprefix("torch.")
+    run_mergekit(config, tmp_path / "out", *options, "--lora-merge-dtype", name)
+    (exact,) = json.loads((tmp_path / "exact.json").read_text())["families"]
+    copies = [
+        next((tmp_path / "cache").glob(f"*_{adapter.name}_*"))
+        for adapter in family.adapters
+    ]
+    of_copies = mergekit_metagpt.scan(family.base, copies).pool("model")
+    unit = torch.finfo(dtype).eps / 2
+    low, high = [], []
+    for k, model in enumerate(exact["models"]):
+        norm = math.sqrt(float(of_copies.sq_norms[k]))
+        # Base, task vector and their sum are rounded once each; B A in float32.
+        bound = 2.1 * unit * (exact["base"]["norm"] + model["norm"])
+        bound += 1e-5 * model["norm"]
+        assert abs(norm - model["norm"]) <= bound
+        low.append(max(0.0, model["norm"] - bound) ** 2)
+        high.append((model["norm"] + bound) ** 2)
+    shares = of_copies.sq_norms / of_copies.sq_norms.sum()
+    for k, model in enumerate(exact["models"]):
+        others = [j for j in range(len(low)) if j != k]
+        least = low[k] / (low[k] + sum(high[j] for j in others))
+        most = high[k] / (high[k] + sum(low[j] for j in others))
+        assert least <= float(shares[k]) <= most
+        assert least <= model["coefficient"] <= most
+    if dtype == torch.float32:
+        merged = read_model(tmp_path / "out")
+        taus, base = taus_of(family), distinct(loaded(family.base))
+        for weight, before in base.items():
+            tau = sum(
+                m["coefficient"] * t[weight]
+                for m, t in zip(exact["models"], taus, strict=True)
+            )
+            torch.testing.assert_close(
+                merged[weight].double(), before + tau, rtol=1e-5, atol=1e-5
+            )
+
+
+def test_settings_by_tensor_need_merged_copies(
+    tuned: Callable[[str], Tuned], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = tuned("llama")
+    models = [f"{family.base}+{adapter}" for adapter in family.adapters]
+    config = merge_config(family.base, models)
+    config["parameters"] = {"power": [{"filter": "mlp", "value": 1}, {"value": 2}]}
+    file = tmp_path / "merge.yml"
+    file.write_text(yaml.safe_dump(config))
+    assert run_command("inspect", file) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "has a LoRA adapter; give --lora-merge-cache FOLDER" in said
+    assert run_command("inspect", file, "--lora-merge-cache", tmp_path / "cache") == 0
+
+
+# ---- the hub -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(
+    tuned: Callable[[str], Tuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Hub]:
+    """Base and adapters on a hub."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    family = tuned("llama")
+    with serving(Hub()) as made:
+        point_to(made.address, monkeypatch)
+        made.add("org/base", family.base)
+        for number, adapter in enumerate(family.adapters):
+            made.add(f"org/adapter{number}", adapter)
+        yield made
+
+
+def test_adapters_on_the_hub(
+    hub: Hub,
+    tuned: Callable[[str], Tuned],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    exact = gram_of(taus_of(tuned("llama"))).diagonal().tolist()
+    names = ["org/adapter0", "org/adapter1"]
+    for models in (
+        ["--remote", *names],
+        names,
+        ["--remote", "--base", "org/base", *names],
+        ["--remote", "--base", "org/base", *(f"org/base+{name}" for name in names)],
+    ):
+        assert run_command("inspect", *models, "--json", tmp_path / "found.json") == 0
+        (family,) = json.loads((tmp_path / "found.json").read_text())["families"]
+        assert [m["sq_norm"] for m in family["models"]] == pytest.approx(exact)
+        assert family["sample"] is None
+        assert [m["relative_norm"] for m in family["models"]] == [None, None]
+    # Of the base, no weights were read.
+    large = [asked for asked in hub.asked if "/org/base/" in asked.path]
+    assert sum(asked.range is not None for asked in large) <= 4
+    assert run_command("inspect", "--remote", "org/none", "org/adapter0") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "org/none is no repository" in said
+
+
+def test_adapters_beside_models_that_are_sampled_are_refused(
+    hub: Hub,
+    tuned: Callable[[str], Tuned],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    model = loaded(tuned("llama").base).float()
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.01)
+    model.save_pretrained(tmp_path / "full")
+    hub.add("org/full", tmp_path / "full")
+    models = ("--base", "org/base", "org/full", "org/adapter0")
+    assert run_command("inspect", "--remote", *models) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "org/full would be estimated from a sample" in said
+
+
+# ---- what factors alone do not tell --------------------------------------------------
+
+ODD: dict[str, tuple[dict[str, Any], str]] = {
+    "DoRA": ({"use_dora": True}, "has DoRA (use_dora)"),
+    "whole modules": ({"modules_to_save": ["lm_head"]}, "whole modules"),
+    "biases": ({"bias": "all"}, "has trained biases (bias: all)"),
+    "PiSSA": ({"init_lora_weights": "pissa"}, "begins from a changed base"),
+    "tokens": ({"trainable_token_indices": [1, 2]}, "has trained tokens"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_what_has_more_than_factors_is_refused_or_merged(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, words = ODD[case]
+    family = write_tuned(
+        tmp_path, architectures()["llama"], {"target_modules": ["q_proj"], **settings}
+    )
+    (adapter,) = family.adapters
+    for models in ((adapter,), ("--base", family.base, adapter)):
+        assert run_command("inspect", *models) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert words in said and "--lora-merge-cache FOLDER" in said
+    options = ("--lora-merge-cache", tmp_path / "cache", "--json", "-")
+    assert run_command("inspect", "--base", family.base, adapter, *options) == 0
+    (model,) = json.loads(capsys.readouterr().out)["families"][0]["models"]
+    if case not in ("tokens", "PiSSA"):  # which PEFT does not merge in float64
+        exact = math.sqrt(gram_of(taus_of(family)).item())
+        # The copy is made and measured in float32.
+        assert model["norm"] == pytest.approx(exact, rel=1e-4)
+    assert model["adapter"] is None
+
+
+def rewritten(
+    folder: Path, change: Callable[[State], State] | None = None, **config: Any
+) -> None:
+    """Change what an adapter stores, and its configuration."""
+    from safetensors.torch import load_file, save_file
+
+    file, settings = (
+        folder / "adapter_model.safetensors",
+        folder / "adapter_config.json",
+    )
+    if change is not None:
+        save_file(change(load_file(file)), file)
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **config}))
+
+
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def without_a_factor(state: State) -> State:
+    return {name: t for name, t in state.items() if name != f"{Q_PROJ}.lora_B.weight"}
+
+
+def with_nan(state: State) -> State:
+    state[f"{Q_PROJ}.lora_A.weight"][0, 0] = float("nan")
+    return state
+
+
+def with_a_whole_weight(state: State) -> State:
+    return {**state, "base_model.model.lm_head.weight": torch.ones(96, 32)}
+
+
+def with_a_convolution(state: State) -> State:
+    name = f"{Q_PROJ}.lora_A.weight"
+    return {**state, name: state[name][:, :, None, None].clone()}
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "another type": (lambda at: rewritten(at, peft_type="VERA"), "another type (VERA)"),
+    "another rank": (lambda at: rewritten(at, r=5), "factors of rank 8 and 8"),
+    "a factor is missing": (lambda at: rewritten(at, without_a_factor), "lacks lora_B"),
+    "NaN": (lambda at: rewritten(at, with_nan), "holds NaN or infinity"),
+    "a whole weight": (
+        lambda at: rewritten(at, with_a_whole_weight),
+        "stores base_model.model.lm_head.weight, which is no factor",
+    ),
+    "a convolution": (lambda at: rewritten(at, with_a_convolution), "a convolution"),
+    "no JSON": (
+        lambda at: (at / "adapter_config.json").write_text("{") and None,
+        "adapter_config.json is corrupt",
+    ),
+    "no weights": (
+        lambda at: (at / "adapter_model.safetensors").unlink(),
+        "holds no weights; expected adapter_model.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_adapters_are_named(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, words = BROKEN[case]
+    family = write_tuned(
+        tmp_path, architectures()["llama"], {"target_modules": ["q_proj"]}
+    )
+    spoil(family.adapters[0])
+    assert run_command("inspect", family.adapters[0]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert words in said and str(family.adapters[0]) in said
+
+
+def test_adapters_that_do_not_fit_are_refused(
+    tuned: Callable[[str], Tuned], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama, other = tuned("llama"), tuned("gpt2")
+
+    def said(*models: object) -> str:
+        assert run_command("inspect", *models) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    foreign = said("--base", llama.base, other.adapters[0])
+    assert "which" in foreign and "does not store. Does it belong to this" in foreign
+    wide = architectures()["llama"]
+    wide.hidden_size, wide.head_dim = 64, 16
+    larger = write_tuned(tmp_path, wide, {"target_modules": ["q_proj"]})
+    misfit = said("--base", llama.base, larger.adapters[0])
+    assert "as [64, 64], which is [32, 32] in" in misfit
+    assert "Do they have one base?" in said(llama.adapters[0], larger.adapters[0])
+    assert "is no LoRA adapter, and no base" in said(llama.adapters[0], llama.base)
+    assert "is given twice" in said(llama.adapters[0], llama.adapters[0])
+
+    def renamed(state: State) -> State:
+        return {n.replace("model.layers", "text.layers"): t for n, t in state.items()}
+
+    rewritten(larger.adapters[0], renamed)
+    assert "adapt layers of other names" in said(llama.adapters[0], larger.adapters[0])
+
+
+def test_a_copy_of_the_embeddings_must_be_that_of_the_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = write_tuned(
+        tmp_path, architectures()["llama"], {"target_modules": ["embed_tokens"]}
+    )
+    (adapter,) = family.adapters
+    assert run_command("inspect", adapter) == 0
+    assert "stores a copy of its base's embeddings" in capsys.readouterr().out
+    assert run_command("inspect", "--base", family.base, adapter) == 0
+    assert "stores a copy" not in capsys.readouterr().out
+
+    def moved(state: State) -> State:
+        return {n: t + 1 if "base_layer" in n else t for n, t in state.items()}
+
+    rewritten(adapter, moved)
+    assert run_command("inspect", "--base", family.base, adapter) == 2
+    assert "which is not that of" in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- without a base, nothing grows with it -------------------------------------------
+
+
+def write_large(folder: Path, seed: int) -> None:
+    """Write an adapter of rank 16 for three weights in 80 layers of width 8192."""
+    from safetensors.torch import save_file
+
+    random = torch.Generator().manual_seed(seed)
+    sides = {"self_attn.q_proj": (8192, 8192), "mlp.down_proj": (8192, 28672)}
+    state = {}
+    for layer in range(80):
+        for module, (rows, columns) in sides.items():
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            for side, shape in (("A", (16, columns)), ("B", (rows, 16))):
+                values = torch.rand(shape, generator=random).bfloat16()
+                state[f"{name}.lora_{side}.weight"] = values
+    folder.mkdir()
+    save_file(state, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 32}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_memory_does_not_grow_with_the_base(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_large(tmp_path / f"adapter{seed}", seed)
+    names = [str(tmp_path / f"adapter{seed}") for seed in range(2)]
+    grown, sq_norms, layers = ask_python(
+        f"""
+        import resource
+        from mergekit_metagpt.merge_config import families
+        from mergekit_metagpt.scanning.once import measure
+
+        def peak():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+        family, opened = families.open_adapters({names!r})
+        models = [opened[model] for model in family.models]
+        before = peak()
+        result = measure(opened[family.base], models, gram=True)
+        norms = result.pool("model").sq_norms.tolist()
+        answer([peak() - before, norms, len(result.pool("layer").keys)])
+        """,
+        path=[PACKAGE.parent],
+        MERGEKIT_METAGPT_CACHE="0",
+    )
+    assert layers == 80
+    assert all(norm > 0 for norm in sq_norms)
+    # In bfloat16 the adapters have 272 MB, and the weights that they adapt 48 GB.
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) > 2.7e8
+    assert grown < 1.5e8

@@ -59,7 +59,6 @@ class Term:
             shapes `(E, m, r)` and `(E, r, n)`; the first holds the scale.
 
         Raises:
-            ValueError: a factor holds NaN or infinity.
             OSError: the file is missing, truncated or corrupt.
         """
         factors = self.factors
@@ -75,11 +74,6 @@ class Term:
     def _read(self, files: Files, stored: StoredTensor) -> torch.Tensor:
         alone = SharedTensor(stored.name, stored, stored, stored.shape)
         values = files.source(alone, stored).all(stored.numel).double()
-        if not bool(torch.isfinite(values).all()):
-            raise ValueError(
-                f"{stored.name} of {self.owner.label} holds NaN or infinity (in "
-                f"{stored.file}); a merge would spread it. Repair or replace it"
-            )
         return values.reshape(stored.shape)
 
 
@@ -251,11 +245,25 @@ def _gram(terms: Sequence[Term], files: Files, count: int) -> torch.Tensor:
     """Gram matrix of all adapters on one weight."""
     lefts, rights = zip(*(term.matrices(files) for term in terms), strict=True)
     of_terms = low_rank.gram_of_products(lefts, rights)
+    if not bool(torch.isfinite(of_terms).all()):
+        raise ValueError(_not_finite(terms, files))
     owners = torch.tensor([term.model for term in terms], device="cpu")
     gram = of_terms.new_zeros(count, count)
     return gram.index_put_(
         (owners[:, None], owners[None, :]), of_terms, accumulate=True
     )
+
+
+def _not_finite(terms: Sequence[Term], files: Files) -> str:
+    """What to say of factors whose products are not finite."""
+    for term in terms:
+        for stored in (term.factors.down, term.factors.up):
+            if not bool(torch.isfinite(files.readers.read(stored)).all()):
+                return (
+                    f"{stored.name} of {term.owner.label} holds NaN or infinity (in "
+                    f"{stored.file}); a merge would spread it. Repair or replace it"
+                )
+    return squared_norms.too_far(f"{terms[0].name} of {terms[0].owner.label}")
 
 
 def _with_stacks(
