@@ -28,7 +28,7 @@ from tests.families import (
     tuned,
     write_model,
 )
-from tests.hub import Asked, Hub, serving
+from tests.hub import Asked, Hub, point_to, serving
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 SIZES = {
@@ -79,12 +79,6 @@ def hub(
             made.add(f"org/{name}", folder)
         yield made
         close_session()
-
-
-def point_to(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 FAMILY = ("--base", "org/base", "org/math", "org/code", "org/chat")

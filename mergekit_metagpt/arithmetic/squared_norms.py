@@ -8,6 +8,7 @@ import torch
 
 from mergekit_metagpt.arithmetic import compiled
 from mergekit_metagpt.arithmetic.in_parts import (
+    CHUNK,
     chunk_size,
     chunks,
     needs_grad,
@@ -237,6 +238,35 @@ def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tens
         return total
     taus = torch.stack([t.reshape(-1) for t in _whole_task_vectors(base, tuned)])
     return with_value((taus @ taus.T).cpu(), total)
+
+
+def products_with(
+    base: torch.Tensor, tuned: Sequence[torch.Tensor], others: torch.Tensor
+) -> torch.Tensor:
+    """Inner products of task vectors with other vectors on a piece of a tensor.
+
+    P_ka = <tau_k, others_a>, with the same differences as `sq_norms`.
+
+    Args:
+        base: theta_0, shape `(n,)`, on the CPU.
+        tuned: K tensors of the base's shape.
+        others: shape `(A, n)`, float64.
+
+    Returns:
+        shape `(K, A)`, float64.
+
+    Example:
+        >>> others = torch.tensor([[1.0, 1.0]], dtype=torch.float64)
+        >>> products_with(torch.zeros(2), [torch.tensor([3.0, 4.0])], others)
+        tensor([[7.]], dtype=torch.float64)
+    """
+    products = torch.zeros(len(tuned), len(others), dtype=torch.float64, device="cpu")
+    for start in range(0, base.numel(), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        pieces = [tensor[chunk] for tensor in tuned]
+        for k, tau in _task_vectors(base[chunk], pieces):
+            products[k] += others[:, chunk] @ tau
+    return products
 
 
 def gram_of_rows(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -84,6 +84,9 @@ def main() -> None:
     "200MB by default, --sample 0 for headers alone.",
 )
 @click.option("--force", is_flag=True, help="Replace files that exist.")
+@click.option(
+    "--peft", is_flag=True, help="Print the Python lines by which PEFT adds adapters."
+)
 @one_line_errors
 @loading_options
 def inspect(
@@ -101,31 +104,40 @@ def inspect(
     budget: str | None,
     remote: bool,
     force: bool,
+    peft: bool,
 ) -> None:
     """Measure the models of CONFIG, or MODEL... against --base, without merging.
 
     CONFIG is a merge YAML of any method with a base_model. Prints norms of the task
     vectors, the coefficients that MetaGPT gives them, their cosines, the share of each
     part of the model, tensors that a merge leaves out, and warnings. One pass over
-    the files.
+    the files. LoRA adapters are measured from their factors; where all of MODEL... are
+    adapters, --base is not needed.
     """
+    if peft and "-" in (json_file, csv_file):
+        raise ValueError(
+            "--peft prints to stdout; expected a file for --json and --csv"
+        )
     check_reports(json=json_file, csv=csv_file, plot=plot, force=force)
 
     from mergekit_metagpt.commands import measuring
-    from mergekit_metagpt.report import figures, headers, tables
+    from mergekit_metagpt.merge_config import families
+    from mergekit_metagpt.report import figures, headers, peft_call, tables
 
     headers_only = remote and is_zero(share)
     sample = None if headers_only else sample_of(share, budget, remote=remote)
-    measure = measuring.remote_report_of if remote else measuring.report_of
-    report = measure(
-        measuring.config_of(models, base),
-        options,
-        sample=sample,
-        granularity=granularity,
-        power=power,
-        exclude=exclude,
-        weights=weights_of(weights),
-    )
+    wishes = {
+        "granularity": granularity,
+        "power": power,
+        "exclude": exclude,
+        "weights": weights_of(weights),
+    }
+    if families.are_adapters(models, base, remote=remote):
+        report = measuring.report_of_adapters(models, **wishes)
+    else:
+        measure = measuring.remote_report_of if remote else measuring.report_of
+        config = measuring.config_of(models, base)
+        report = measure(config, options, sample=sample, **wishes)
     write_json(json_file, report)
     if csv_file is not None:
         write_text(csv_file, tables.as_csv(report))
@@ -133,6 +145,8 @@ def inspect(
         figures.report_figure(report, Path(plot))
     if "-" not in (json_file, csv_file):
         show(tables.lay_out(report))
+        if peft:
+            click.echo(peft_call.call(report))
     headers.require_fit(report.headers)
 
 

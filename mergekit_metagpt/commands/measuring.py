@@ -52,6 +52,20 @@ def config_of(models: Sequence[str], base: str | None) -> MergeConfiguration:
     return config
 
 
+def report_of_adapters(adapters: Sequence[str], **wishes: Any) -> schema.Report:
+    """Measure LoRA adapters without their base.
+
+    Args:
+        adapters: folders, or hub repositories, which are fetched whole.
+        **wishes: settings, where they are not None.
+
+    Returns:
+        what was measured; nothing relative to the base.
+    """
+    family, opened = families.open_adapters(adapters, **wishes)
+    return inspecting.inspect([family], opened)
+
+
 def report_of(
     config: MergeConfiguration,
     options: MergeOptions,

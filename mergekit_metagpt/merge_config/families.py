@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit.merge_methods.base import ParameterScope
 
+from mergekit_metagpt.checkpoints.adapters import is_adapter
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
-from mergekit_metagpt.checkpoints.opening import open_checkpoints
-from mergekit_metagpt.checkpoints.remote import Glimpse, glimpse
+from mergekit_metagpt.checkpoints.opening import (
+    is_adapter_of,
+    open_checkpoints,
+    unopened,
+)
+from mergekit_metagpt.checkpoints.remote import Glimpse, glimpse, open_adapter
 from mergekit_metagpt.merge_config import checks, merge_yaml
 from mergekit_metagpt.method.parameters import (
     all_zero,
@@ -232,7 +237,7 @@ def config_of(base: str, models: Sequence[str]) -> MergeConfiguration:
 
     Args:
         base: theta_0: a folder or hub repository.
-        models: the fine-tunes.
+        models: the fine-tunes; adapters of the base may be named without it.
 
     Returns:
         mergekit's configuration, with every parameter at its default.
@@ -244,18 +249,86 @@ def config_of(base: str, models: Sequence[str]) -> MergeConfiguration:
 
     if twice := [model for model in models if models.count(model) > 1]:
         raise ValueError(f"{twice[0]} is given twice. List it once")
+    spelt = [f"{base}+{m}" if is_adapter(Path(m)) else m for m in models]
     data = {
         "merge_method": "metagpt",
         "base_model": base,
-        "models": [{"model": model} for model in models],
+        "models": [{"model": model} for model in spelt],
     }
     return MergeConfiguration.model_validate(data)
+
+
+def are_adapters(models: Sequence[str], base: str | None, *, remote: bool) -> bool:
+    """Whether LoRA adapters are named, and no base of theirs.
+
+    Args:
+        models: what is named.
+        base: the base that is named, or None.
+        remote: whether a single name may be a hub repository.
+
+    Returns:
+        False for a YAML and for the folder of a model.
+
+    Raises:
+        ValueError: some of several are adapters, and no base is named.
+    """
+    if base is not None:
+        return False
+    paths = [Path(model) for model in models]
+    if len(paths) == 1:
+        return is_adapter(paths[0]) or (remote and not paths[0].exists())
+    others = [path for path in paths if path.exists() and not is_adapter(path)]
+    if others and len(others) < len(paths):
+        raise ValueError(
+            f"{others[0]} is no LoRA adapter, and no base is given; expected --base "
+            "BASE and the models, or adapters alone"
+        )
+    return not others
+
+
+def open_adapters(
+    adapters: Sequence[str], **wishes: Any
+) -> tuple[Family, Mapping[ModelReference, Checkpoint]]:
+    """Open LoRA adapters whose base is not at hand, reading headers only.
+
+    Args:
+        adapters: folders, or hub repositories, which are fetched whole.
+        **wishes: granularity, power and exclude, where they are not None.
+
+    Returns:
+        their family, and headers by model; the base has none.
+
+    Raises:
+        ValueError: an adapter is given twice, or factors alone do not tell how far it
+            moved.
+        OSError: a file or repository cannot be read.
+    """
+    from mergekit.common import ModelReference
+
+    (family,) = of_config(config_of("base", adapters), **wishes)
+    models = [ModelReference.model_validate({"model": name}) for name in adapters]
+    opened = {}
+    for model in models:
+        if (adapter := open_adapter(model)) is not None:
+            opened[model] = adapter
+    named = (
+        model.adapter.config.get("base_model_name_or_path")
+        for model in opened.values()
+        if model.adapter
+    )
+    name = next((name for name in named if name), "BASE")
+    base = ModelReference.model_validate({"model": {"path": name}})
+    family = replace(family, base=base, models=tuple(models))
+    return family, {**opened, base: unopened(name)}
 
 
 def open_models(
     families: Sequence[Family], options: MergeOptions
 ) -> Mapping[ModelReference, Checkpoint]:
     """Open every base and model of the families, reading headers only.
+
+    An adapter of its family's base is opened as such, so that it is measured from its
+    factors, unless its task vector is not their product or settings vary by tensor.
 
     Args:
         families: who is merged with whom.
@@ -268,8 +341,27 @@ def open_models(
         ValueError: a model is not there, or cannot be measured.
         OSError: a file is missing, truncated or corrupt.
     """
+    adapters = {}
+    for model in _adapters_of_their_base(families):
+        opened = open_adapter(model, merged=bool(options.lora_merge_cache))
+        if opened is not None:
+            adapters[model] = opened
     models = [m for family in families for m in (family.base, *family.models)]
-    return open_checkpoints(models, options)
+    others = [model for model in models if model not in adapters]
+    return {**open_checkpoints(others, options), **adapters}
+
+
+def _adapters_of_their_base(families: Sequence[Family]) -> list[ModelReference]:
+    """Models that can be measured from factors in every family that they are in."""
+    if any(family.varying for family in families):
+        return []  # coefficients of single tensors rest on what mergekit would read
+    adapters: dict[ModelReference, bool] = {}
+    for family in families:
+        for model in family.models:
+            own = is_adapter_of(model, family.base)
+            adapters[model] = own and adapters.get(model, True)
+    bases = {family.base for family in families}
+    return [model for model, own in adapters.items() if own and model not in bases]
 
 
 def glimpse_models(
@@ -289,9 +381,11 @@ def glimpse_models(
         OSError: a repository or file cannot be read.
     """
     models = [m for family in families for m in (family.base, *family.models)]
+    adapters = _adapters_of_their_base(families)
     return {
         model: glimpse(
             model,
+            is_own_adapter=model in adapters,
             lora_merge_cache=options.lora_merge_cache,
             transformers_cache=options.transformers_cache,
             trust_remote_code=options.trust_remote_code,

@@ -286,6 +286,23 @@ def far(base: Hashable, model: Hashable, relative_norm: float) -> str | None:
     )
 
 
+def other_bases(bases: Sequence[str]) -> str:
+    """Say that adapters name different bases in their configurations."""
+    return (
+        f"by their adapter_config.json the adapters have different bases "
+        f"({', '.join(bases)}): their coefficients mean something only if these are "
+        "one model under several names"
+    )
+
+
+def copied_embeddings(adapter: Hashable) -> str:
+    """Say that an adapter stores weights of its base, which are taken for unchanged."""
+    return (
+        f"{adapter} stores a copy of its base's embeddings, taken as unchanged. Give "
+        "--base BASE to compare them"
+    )
+
+
 def siblings(base: Hashable, cosines: Sequence[float]) -> str | None:
     """Say that all task vectors point the same way.
 

@@ -11,6 +11,7 @@ __all__ = [
     "headers",
     "inspecting",
     "parts",
+    "peft_call",
     "schema",
     "scoring",
     "tables",

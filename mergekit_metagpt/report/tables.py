@@ -81,9 +81,14 @@ def _headers(headers: Sequence[schema.Header]) -> Iterator[str | Table]:
 
 def _family(family: schema.Family) -> Iterator[str | Table]:
     base, models = family.base, family.models
-    others = [model for model in models if model.precisions != base.precisions]
-    as_all = "" if others else " (as all models)"
-    yield f"Base {base.name}: {_stored(base)}{as_all}, ||theta_0|| {base.norm:.4g}"
+    if base.parameters:
+        others = [model for model in models if model.precisions != base.precisions]
+        as_all = "" if others else " (as all models)"
+        norm = "was not read" if base.norm is None else f"{base.norm:.4g}"
+        yield f"Base {base.name}: {_stored(base)}{as_all}, ||theta_0|| {norm}"
+    else:
+        others = list(models)
+        yield f"Base {base.name}: not opened, adapters are measured from their factors"
     for model in others:
         yield f"{model.name}: {_stored(model)}"
     if sample := family.sample:

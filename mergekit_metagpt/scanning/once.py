@@ -7,13 +7,21 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from mergekit_metagpt.checkpoints.adapters import is_adapter
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
-from mergekit_metagpt.checkpoints.opening import open_checkpoint
-from mergekit_metagpt.scanning import at_hand, cache
+from mergekit_metagpt.checkpoints.opening import (
+    is_adapter_of,
+    open_checkpoint,
+    unopened,
+)
+from mergekit_metagpt.checkpoints.pairs import check_pair
+from mergekit_metagpt.checkpoints.remote import open_adapter
+from mergekit_metagpt.scanning import at_hand, cache, factors
 from mergekit_metagpt.scanning.one_pass import scan_checkpoints
 from mergekit_metagpt.scanning.results import ScanResult
 from mergekit_metagpt.scanning.sampling import Sample, sample_checkpoints
@@ -58,9 +66,12 @@ def measure(
     One thread scans; others that ask meanwhile wait for it. An error of the scan is
     raised in all that ask for the same models, until `forget_failures`.
 
+    Adapters are measured from their factors, and never from a sample. The base is read
+    for the norms of its own tensors, unless there is a sample or it was not opened.
+
     Args:
         base: the base.
-        models: K fine-tunes of it.
+        models: K fine-tunes of it, or adapters.
         gram: whether inner products are needed; None takes those that an earlier scan
             left in the cache, and does without otherwise.
         workers: threads; the CPUs at hand if None.
@@ -71,11 +82,14 @@ def measure(
         the result, with the models in their order; named as when it was measured.
 
     Raises:
-        ValueError: base and model do not fit, or a weight is NaN or infinite.
+        ValueError: base and model do not fit, a weight is NaN or infinite, or both
+            adapters and a sample of other models are asked for.
         OSError: a file cannot be read or has changed since it was opened.
     """
     if sample is not None and (sample.share == 1 or _estimated is False):
         sample = None
+    if sample is not None and any(model.adapter for model in models):
+        base, sample = _without(base, models), None
     request = (base.identity, *(model.identity for model in models))
     if (earlier := _remembered(request, sample, gram)) is not None:
         return earlier
@@ -88,7 +102,8 @@ def measure(
             raise _FAILURES[attempt]
         try:
             measured = _measured(base, models, gram, workers, sample)
-            result = replace(measured, vocabulary=base.vocabulary)
+            adapted = (model.vocabulary for model in models if model.adapter)
+            result = replace(measured, vocabulary=base.vocabulary.union(*adapted))
         except Exception as error:
             _FAILURES[attempt] = error
             raise
@@ -103,6 +118,17 @@ def measure(
             while len(kept) > (_MOST_PAIRS if kept is _PAIRS else _MOST_REQUESTS):
                 del kept[next(iter(kept))]
     return result
+
+
+def _without(base: Checkpoint, models: Sequence[Checkpoint]) -> Checkpoint:
+    """What stands for a base that is not to be read for its adapters."""
+    if full := [model.label for model in models if not model.adapter]:
+        raise ValueError(
+            f"{full[0]} would be estimated from a sample, and adapters beside it are "
+            "measured exactly: their inner products cannot be. Measure all of them "
+            "without --remote, --sample and --budget, or the adapters alone"
+        )
+    return unopened(base.label)
 
 
 @contextmanager
@@ -167,9 +193,7 @@ def _measured(
         return estimated
     scanned = list(range(len(models))) if gram else missing
     if scanned:
-        new = scan_checkpoints(
-            base, [models[at] for at in scanned], gram=bool(gram), workers=workers
-        )
+        new = _scanned(base, [models[at] for at in scanned], bool(gram), workers)
         for row, at in enumerate(scanned):
             pairs[at] = pair = replace(new.select([row]), gram=None)
             cache.write_pair(base, models[at], pair)
@@ -177,6 +201,53 @@ def _measured(
             cache.write_gram(base, models, new)
             return new
     return ScanResult.joined([pair for pair in pairs if pair is not None])
+
+
+def _scanned(
+    base: Checkpoint, models: Sequence[Checkpoint], gram: bool, workers: int | None
+) -> ScanResult:
+    """Measure fine-tunes in one pass over the files, adapters from their factors."""
+    full = [at for at, model in enumerate(models) if not model.adapter]
+    tuned = [models[at] for at in full]
+    if len(full) == len(models):
+        return scan_checkpoints(base, tuned, gram=gram, workers=workers)
+    added = [at for at, model in enumerate(models) if model.adapter]
+    adapters = [models[at] for at in added]
+    own = _PAIRS.get((base.identity, base.identity)) or cache.read_pair(base, base)
+    crossing = factors.Crossing(base, adapters) if gram and full else None
+    result = None
+    if full or (own is None and base.tensors):
+        # Without an earlier scan the base is measured against itself, which gives what
+        # all adapters share: the tensors that count, and their norms.
+        again = [] if own else [base]
+        result = scan_checkpoints(
+            base,
+            [*tuned, *again],
+            gram=gram and bool(full),
+            workers=workers,
+            crossing=crossing,
+        )
+        if own is None:
+            own = replace(result.select([len(tuned)]), gram=None)
+            _PAIRS[base.identity, base.identity] = own
+            cache.write_pair(base, base, own)
+        result = result.select(range(len(tuned))) if full else None
+    exact = factors.scan_adapters(
+        base, adapters, own if base.tensors else None, workers=workers
+    )
+    place = {at: number for number, at in enumerate([*full, *added])}
+    order = [place[at] for at in range(len(models))]
+    found = crossing.found if crossing else {}
+    return factors.joined(result, exact, found, order, gram=gram)
+
+
+def _opened_adapter(
+    model: ModelReference, base: ModelReference, *, merged: bool
+) -> Checkpoint | None:
+    """The adapter that a model is, if it is one of this base; see `open_adapter`."""
+    alone = model is not base and is_adapter(Path(model.model.path))
+    own = alone or is_adapter_of(model, base)
+    return open_adapter(model, merged=merged) if own else None
 
 
 def forget_failures() -> None:
@@ -213,10 +284,12 @@ def scan(
     Args:
         base: theta_0: a folder, a hub repository, a `ModelReference`, or a module or
             state dict in memory.
-        models: the K fine-tunes, likewise; `model+adapter` for a LoRA.
+        models: the K fine-tunes, likewise; `base+adapter` or the folder of an adapter
+            for a LoRA, which is measured from its factors.
         gram: also compute <tau_s, tau_t>, for cosines.
         workers: threads; by default the number of CPUs at hand.
-        lora_merge_cache: folder for merged adapters, needed for LoRA models.
+        lora_merge_cache: folder for merged adapters, needed for those whose task
+            vector is not the product of factors.
         transformers_cache: folder of downloaded models.
         trust_remote_code: run code that comes with a model, for its architecture.
 
@@ -225,8 +298,8 @@ def scan(
 
     Raises:
         TypeError: some models are in memory, and some are not.
-        ValueError: no models, models that do not fit the base, quantised or bare
-            adapters, a weight that is NaN or infinite.
+        ValueError: no models, models that do not fit the base, quantised models,
+            adapters that need a merged copy, a weight that is NaN or infinite.
         OSError: a file is missing, truncated, or changes during the scan.
     """
     if not models:
@@ -242,16 +315,25 @@ def scan(
             f"{len(held)} of {len(states)} models are in memory; expected all of them, "
             "or none: give the others as state dicts, or these as folders"
         )
+    from mergekit.common import ModelReference
+
+    references = [
+        model if isinstance(model, ModelReference) else ModelReference.parse(f"{model}")
+        for model in (base, *models)
+    ]
     opened, *tuned = (
-        open_checkpoint(
+        _opened_adapter(model, references[0], merged=lora_merge_cache is not None)
+        or open_checkpoint(
             model,
             lora_merge_cache=lora_merge_cache,
             transformers_cache=transformers_cache,
             trust_remote_code=trust_remote_code,
         )
-        for model in (base, *models)
-        if not isinstance(model, Mapping | torch.nn.Module)
+        for model in references
     )
+    for model in tuned:
+        if model.adapter:
+            check_pair(opened, model)
     forget_failures()
     result = measure(opened, tuned, gram=gram, workers=workers)
     return replace(
