@@ -101,21 +101,23 @@ def inspect(
     check_target(json_file)
     check_target(csv_file)
 
-    from mergekit_metagpt.commands import measuring
+    from mergekit_metagpt.commands import measuring, together
     from mergekit_metagpt.report import figures, headers, tables
 
     check_target(plot, figures.FORMATS)
     headers_only = remote and is_zero(share)
     sample = None if headers_only else sample_of(share, budget, remote=remote)
     measure = measuring.remote_report_of if remote else measuring.report_of
-    report = measure(
-        measuring.config_of(models, base),
-        options,
-        sample=sample,
-        granularity=granularity,
-        power=power,
-        exclude=exclude,
-    )
+    with together.as_rank() as group:
+        report = measure(
+            measuring.config_of(models, base),
+            options,
+            sample=sample,
+            granularity=granularity,
+            power=power,
+            exclude=exclude,
+        )
+        together.only_leader(group)
     write_json(json_file, report)
     if csv_file is not None:
         write_text(csv_file, tables.as_csv(report))
@@ -341,7 +343,7 @@ def compare(
     check_target(json_file)
     check_target(write)
 
-    from mergekit_metagpt.commands import comparing
+    from mergekit_metagpt.commands import comparing, together
     from mergekit_metagpt.report import comparison, figures
 
     check_target(plot, figures.FORMATS)
@@ -353,13 +355,14 @@ def compare(
         scales=numbers("--lambda", scale),
         **settings,
     )
-    compared = comparing.compare(
-        request,
-        options,
-        keep=Path(keep) if keep else None,
-        write=Path(write) if write else None,
-        force=force,
-    )
+    with together.as_rank():
+        compared = comparing.compare(
+            request,
+            options,
+            keep=Path(keep) if keep else None,
+            write=Path(write) if write else None,
+            force=force,
+        )
     write_json(json_file, compared)
     if plot is not None:
         figures.comparison_figure(compared, Path(plot))
@@ -432,23 +435,40 @@ def merge(context: click.Context, arguments: tuple[str, ...]) -> None:
 def _merge_command() -> click.Command:
     from mergekit.options import PrettyPrintHelp, add_merge_options
 
-    from mergekit_metagpt.commands import merging
+    from mergekit_metagpt.commands import merging, splitting, together
 
     @click.command("merge", cls=PrettyPrintHelp)
     @click.argument("config", type=click.Path())
     @click.argument("out", type=click.Path(file_okay=False))
     @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+    @click.option(
+        "--resume",
+        is_flag=True,
+        help="Work as a rank, and go on from the finished files of an earlier run.",
+    )
     @add_merge_options  # type: ignore[untyped-decorator]
     @one_line_errors
     def command(
-        config: str, out: str, force: bool, merge_options: MergeOptions
+        config: str, out: str, force: bool, resume: bool, merge_options: MergeOptions
     ) -> None:
         """Merge CONFIG into OUT as mergekit-yaml does, for metagpt configurations.
 
         The YAML, the headers of all models and the weights are checked before mergekit
         starts. OUT appears only once it is complete. Needs no autoload.
         """
-        merging.merge(Path(config), Path(out), merge_options, force=force)
+        with together.as_rank(resumable=resume) as group:
+            if group is None:
+                merging.merge(Path(config), Path(out), merge_options, force=force)
+            else:
+                splitting.merge(
+                    Path(config),
+                    Path(out),
+                    merge_options,
+                    group,
+                    force=force,
+                    resume=resume,
+                )
+            together.only_leader(group)
         if autoload.failure:
             click.echo(
                 f"mergekit-yaml does not know metagpt: {autoload.failure}", err=True

@@ -14,13 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_metagpt.commands import losses, merging
+from mergekit_metagpt.commands import losses, merging, together
 from mergekit_metagpt.commands.losses import Tokenized
 from mergekit_metagpt.merge_config import candidates as merges
 from mergekit_metagpt.merge_config import checks, families, jobs, merge_yaml, plan
 from mergekit_metagpt.merge_config.candidates import Candidate
 from mergekit_metagpt.report import comparison, inspecting
-from mergekit_metagpt.scanning import cache, pools
+from mergekit_metagpt.scanning import cache, pools, ranks
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -122,7 +122,8 @@ def compare(
     models = list(dict.fromkeys(m for f in merged for m in (f.base, *f.models)))
     base, *specialists = models
     of_text = _models_by_text(request.texts, specialists)
-    opened = families.open_models(merged, options)
+    with ranks.leader_first():
+        opened = families.open_models(merged, options)
     device = request.device
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here. Give --device cpu")
@@ -151,6 +152,7 @@ def compare(
     listed = merges.distinct([*wanted, *own])
     inputs = {candidate.name: _check(candidate, options) for candidate in listed}
     report = inspecting.inspect(merged, opened, gram=None)
+    together.only_leader(ranks.group())
     if not options.allow_crimes:
         inspecting.require_near(report)
     for line in dict.fromkeys(w for family in report.families for w in family.warnings):

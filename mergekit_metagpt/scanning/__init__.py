@@ -7,6 +7,7 @@ __all__ = [
     "cache",
     "once",
     "pools",
+    "ranks",
     "results",
     "sampling",
 ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.opening import open_checkpoint
-from mergekit_metagpt.scanning import cache
+from mergekit_metagpt.scanning import cache, ranks
 from mergekit_metagpt.scanning.one_pass import scan_checkpoints
 from mergekit_metagpt.scanning.results import ScanResult
 from mergekit_metagpt.scanning.sampling import Sample, sample_checkpoints
@@ -99,25 +99,29 @@ def _measured(
 ) -> ScanResult:
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
-    pairs = [
-        _PAIRS.get((base.identity, model.identity)) or cache.read_pair(base, model)
-        for model in models
-    ]
+    # Of several ranks, rank 0 says what is known, and keeps what is new: the caches of
+    # nodes may differ.
+    group = ranks.group()
+    leads = group is None or group.leads
+    pairs = ranks.from_leader(
+        lambda: [
+            _PAIRS.get((base.identity, model.identity)) or cache.read_pair(base, model)
+            for model in models
+        ]
+    )
     missing = [at for at, pair in enumerate(pairs) if pair is None]
     if gram is not False and not missing:
         result = ScanResult.joined([pair for pair in pairs if pair is not None])
-        products = cache.read_gram(base, models, result.names)
+        products = ranks.from_leader(
+            lambda: cache.read_gram(base, models, result.names)
+        )
         if products is not None or gram is None:
             return replace(result, gram=products)
     if sample is not None and (missing or gram):
         request = f"{sample.share} {sample.budget} {sample.seed} {bool(gram)}"
-        estimated = cache.read_sample(base, models, request)
-        if estimated is None:
-            estimated = sample_checkpoints(
-                base, models, sample, gram=bool(gram), workers=workers
-            )
-            cache.write_sample(base, models, request, estimated)
-        return estimated
+        return ranks.from_leader(
+            lambda: _estimated(base, models, sample, request, bool(gram), workers)
+        )
     scanned = list(range(len(models))) if gram else missing
     if scanned:
         new = scan_checkpoints(
@@ -125,11 +129,28 @@ def _measured(
         )
         for row, at in enumerate(scanned):
             pairs[at] = pair = replace(new.select([row]), gram=None)
-            cache.write_pair(base, models[at], pair)
+            if leads:
+                cache.write_pair(base, models[at], pair)
         if gram:
-            cache.write_gram(base, models, new)
+            if leads:
+                cache.write_gram(base, models, new)
             return new
     return ScanResult.joined([pair for pair in pairs if pair is not None])
+
+
+def _estimated(
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    sample: Sample,
+    request: str,
+    gram: bool,
+    workers: int | None,
+) -> ScanResult:
+    estimated = cache.read_sample(base, models, request)
+    if estimated is None:
+        estimated = sample_checkpoints(base, models, sample, gram=gram, workers=workers)
+        cache.write_sample(base, models, request, estimated)
+    return estimated
 
 
 def forget_failures() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from mergekit_metagpt.arithmetic.in_parts import scratch
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.pairs import Alignment, SharedTensor, align
 from mergekit_metagpt.checkpoints.ranges import AT_ONCE, RemoteFile
+from mergekit_metagpt.scanning import ranks
 from mergekit_metagpt.scanning.pieces import Files
 from mergekit_metagpt.scanning.results import ScanResult
 from mergekit_metagpt.scanning.threads import default_workers, run
@@ -44,6 +45,24 @@ class Sums:
             self.sq_norms + other.sq_norms,
             self.base + other.base,
             self.gram + other.gram if both else None,  # type: ignore[operator]
+        )
+
+    def numbers(self) -> tuple[list[float], float, list[list[float]] | None]:
+        """The same bits as plain numbers, to be sent to other ranks."""
+        gram = None if self.gram is None else self.gram.tolist()
+        return self.sq_norms.tolist(), self.base.item(), gram
+
+    @classmethod
+    def of(
+        cls, sq_norms: list[float], base: float, gram: list[list[float]] | None
+    ) -> Sums:
+        """The sums that `numbers` tells."""
+
+        def tensor(values: object) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+        return cls(
+            tensor(sq_norms), tensor(base), None if gram is None else tensor(gram)
         )
 
 
@@ -262,7 +281,7 @@ def _scan(
         for group in groups
         for part in group.segments
     ]
-    results = iter(run(tasks, workers))
+    results = iter(_run_shared(tasks, workers))
     table = Table.empty(groups, len(models), gram=gram)
     for group in groups:
         parts = [next(results) for _ in group.segments]
@@ -270,6 +289,22 @@ def _scan(
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
     return table.result(base, models, alignments)
+
+
+def _run_shared(
+    tasks: Sequence[tuple[int, Callable[[], Sums]]], workers: int
+) -> list[Sums]:
+    """Run the tasks; where ranks share a scan, each a part, and all get all results."""
+    sharers = ranks.group()
+    if sharers is None:
+        return run(tasks, workers)
+    owners = ranks.owners([size for size, _ in tasks], sharers.size)
+    mine = [
+        task for task, owner in zip(tasks, owners, strict=True) if owner == sharers.rank
+    ]
+    parts = sharers.gather([sums.numbers() for sums in run(mine, workers)])
+    following = [iter(part) for part in parts]
+    return [Sums.of(*next(following[owner])) for owner in owners]
 
 
 def total(
