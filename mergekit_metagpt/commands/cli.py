@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +42,9 @@ _LOOPS = "yes" if find_spec("_mergekit_metagpt") else "no"
 )
 def main() -> None:
     """MetaGPT merging for mergekit: no weights to guess, no data, no search."""
+    if "RANK" in os.environ:
+        # torch, when it is imported: no stacks of C++ beside our one line.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 @main.command()

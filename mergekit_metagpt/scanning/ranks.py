@@ -157,6 +157,7 @@ class Group:
     def __init__(self, store: Store, rank: int, size: int, address: str = "") -> None:
         self._store, self.rank, self.size = store, rank, size
         self._address, self._limit = address, timeout()
+        self._silence = max(10 * BEAT_S, min(SILENT_S, self._limit))
         self._exchanges = self._steps = 0
         self._failure: str | None = None
         self._ended = threading.Event()
@@ -185,19 +186,26 @@ class Group:
         with self._connected():
             self._store.set(f"beat/{self.rank}", "")
             self._put(keys[self.rank], self._here)
-            until = time.monotonic() + self._limit
+            # Rank 0 says it to the others, which wait a little longer for that.
+            until = time.monotonic() + self._limit + (0 if self.leads else 5)
             while not self._store.check(keys):
                 if time.monotonic() > until:
                     missing = [n for n, k in enumerate(keys) if not self._has(k)]
-                    numbers = ", ".join(map(str, missing[:10]))
-                    raise ValueError(
-                        f"rank {numbers} of {self.size} did not come within "
-                        f"{self._limit:g} s ({len(missing)} missing in all). See that "
-                        f"all nodes start, and reach {self._address}; {VARIABLE} sets "
-                        "the seconds"
-                    )
+                    self.fail(self._missed(missing))
+                    if self.leads:
+                        time.sleep(1)
+                if self._has(_FAILED):
+                    raise ValueError(self._store.get(_FAILED).decode())
                 time.sleep(0.05)
             self._peers = [_loaded(peer) for peer in self._store.multi_get(keys)]
+
+    def _missed(self, missing: Sequence[int]) -> str:
+        numbers = ", ".join(map(str, missing[:10]))
+        return (
+            f"rank {numbers} of {self.size} did not come within {self._limit:g} s "
+            f"({len(missing)} missing in all). See that all nodes start, and reach "
+            f"{self._address}; {VARIABLE} sets the seconds"
+        )
 
     def _has(self, key: str) -> bool:
         return bool(self._store.check([key]))
@@ -209,12 +217,18 @@ class Group:
         try:
             yield
         except DistError as error:
-            raise ValueError(self._lost()) from error
+            self._failure = self._failure or self._lost()
+            raise ValueError(self._failure) from error
 
     def _lost(self) -> str:
+        """What to say when the store does not answer, which lives with rank 0."""
+        met = len(self._peers) == self.size
+        if met and self._peers[0].is_gone(self._here):
+            return self._gone(0)
+        where = f" on {self._peers[0].host}" if met else ""
         return (
-            f"{self.me} lost its connection to {self._address}: rank 0, its launcher "
-            "or its node has ended. Its log says why"
+            f"rank 0 of {self.size}{where} is not to be reached any more at "
+            f"{self._address}: it, its launcher or its node has ended. Its log says why"
         )
 
     def check(self) -> None:
@@ -390,7 +404,7 @@ class Group:
             beats = self._store.multi_get(keys)
         except DistError:
             if not self._ended.is_set():
-                self._failure = self._lost()
+                self._failure = self._failure or self._lost()
             return
         now = time.monotonic()
         for (rank, last), text in zip(heard.items(), beats, strict=True):
@@ -399,7 +413,7 @@ class Group:
                 last.beat, last.beat_at = text, now
             if steps != last.steps:
                 last.steps, last.steps_at = steps, now
-            silent = now - last.beat_at > min(SILENT_S, self._limit)
+            silent = now - last.beat_at > self._silence
             stuck = now - last.steps_at > self._limit
             if (silent or stuck) and not self._left(rank):
                 self.fail(self._given_up(rank, silent=silent))
@@ -408,8 +422,8 @@ class Group:
     def _given_up(self, rank: int, *, silent: bool) -> str:
         if silent:
             return (
-                f"{self._named(rank)} was not heard of for "
-                f"{min(SILENT_S, self._limit):g} s: its node or the network is down"
+                f"{self._named(rank)} was not heard of for {self._silence:g} s: its "
+                "node or the network is down"
             )
         return (
             f"{self._named(rank)} made no progress for {self._limit:g} s: see whether "

@@ -1,0 +1,97 @@
+"""Kills random ranks at random moments, and merges by every method; prints counts.
+
+    python -m tests.long.ranked [--kills 20] [--seed 0]
+
+Takes some minutes. Nothing hangs, nothing wrong appears, and `--resume` completes the
+model with the tensors that one process makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+from collections import Counter
+
+from tests.families import read_model
+from tests.long.rank_jobs import (
+    OURS,
+    SEED,
+    THEIRS,
+    Place,
+    assert_same_tensors,
+    place,
+)
+
+
+def every_method(found: Place) -> int:
+    """Merge by every method on two and four ranks; return the number of merges."""
+    count = 0
+    for method in (*OURS, *THEIRS):
+        found.config(method)
+        alone = found.alone if method in OURS else found.alone_by_mergekit
+        reference = alone(*SEED)
+        for size in (2, 4):
+            with found.work():
+                all_ended = found.ranks(size, found.merge(*SEED))
+                assert {ended.status for ended in all_ended} == {0}, all_ended
+                assert_same_tensors(read_model(found.out), reference)
+            count += 1
+    for granularity in ("layer", "tensor"):
+        found.config("metagpt", granularity=granularity)
+        reference = found.alone()
+        with found.work():
+            all_ended = found.ranks(4, found.merge())
+            assert {ended.status for ended in all_ended} == {0}, all_ended
+            assert_same_tensors(read_model(found.out), reference)
+        count += 1
+    return count
+
+
+def kill_at_random(found: Place, count: int, number: int, seed: int) -> Counter[str]:
+    """Kill a random rank of four at random moments; return what came of it."""
+    found.config()
+    reference = found.alone()
+    chance = random.Random(seed)
+    outcomes: Counter[str] = Counter()
+    with found.work():
+        took = max(ended.seconds for ended in found.ranks(4, found.merge()))
+    for at in range(count):
+        victim = chance.randrange(4)
+        moment = took * (at + chance.random()) / count
+        with found.work():
+            change = {victim: {"after_s": moment, "number": number}}
+            all_ended = found.ranks(4, found.merge(), change)
+            assert not any(ended.hung for ended in all_ended), all_ended
+            done = found.out.exists()
+            outcomes[
+                f"{'finished' if done else 'ended'} ({all_ended[victim].step})"
+            ] += 1
+            if not done:
+                for rank, ended in enumerate(all_ended):
+                    if rank != victim:
+                        assert ended.status == 2, all_ended
+                        assert ended.said.count("Error: ") == 1, all_ended
+                        assert f"rank {victim} of 4" in ended.said, all_ended
+                all_ended = found.ranks(4, found.merge("--resume"))
+                assert {ended.status for ended in all_ended} == {0}, all_ended
+            assert_same_tensors(read_model(found.out), reference)
+            assert [path.name for path in found.out.parent.iterdir()] == ["out"]
+    return outcomes
+
+
+def main() -> None:
+    """Run all and print what was seen."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    with place() as found:
+        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+            outcomes = kill_at_random(found, given.kills, number, given.seed)
+            print(f"{number.name}: {dict(outcomes)}", flush=True)
+        print(f"merges by every method: {every_method(found)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
