@@ -16,7 +16,7 @@ from mergekit.graph import Executor, TaskUniverse
 from mergekit.io import TensorWriter
 from pydantic import BaseModel, ValidationError
 
-from mergekit_metagpt.merge_config import plan, sharing
+from mergekit_metagpt.merge_config import dividing, plan
 from mergekit_metagpt.scanning import ranks
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ def finished(folder: Path) -> dict[str, Manifest]:
 
 
 def write(
-    parts: Sequence[sharing.Part],
-    shards: Sequence[sharing.Shard],
+    parts: Sequence[dividing.Part],
+    shards: Sequence[dividing.Shard],
     folder: Path,
     options: MergeOptions,
     group: ranks.Group,
@@ -141,7 +141,7 @@ def write(
         with _writer(folder, f"shard-{shard.key}", options) as writer:
             if any(part.drawn for part in parts):
                 for at in shard.parts:
-                    sharing.skip(sum(part.drawn for part in parts[done:at]))
+                    dividing.skip(sum(part.drawn for part in parts[done:at]))
                     done = at + 1
                     _merge(parts, [at], writer, options, group, quiet=True)
             else:
@@ -155,7 +155,7 @@ def write(
 
 
 def _merge(
-    parts: Sequence[sharing.Part],
+    parts: Sequence[dividing.Part],
     positions: Sequence[int],
     writer: TensorWriter,
     options: MergeOptions,
@@ -200,7 +200,7 @@ def _writer(folder: Path, name: str, options: MergeOptions) -> Iterator[TensorWr
         raise
 
 
-def _note(folder: Path, shard: sharing.Shard, writer: TensorWriter) -> Manifest:
+def _note(folder: Path, shard: dividing.Shard, writer: TensorWriter) -> Manifest:
     """Write the manifest of a file, once that is on the disk."""
     # The writer has renamed the one file that it made, if any.
     names = list(writer.weight_map)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergekit_metagpt.commands import merging, shards
-from mergekit_metagpt.merge_config import checks, jobs, merge_yaml, plan, sharing
+from mergekit_metagpt.merge_config import checks, dividing, jobs, merge_yaml, plan
 from mergekit_metagpt.scanning import ranks
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def merge(
     """
     text, config = merge_yaml.read_file(config_file)
     checks.check_method(config)
-    sharing.check_shared(config, options)
+    dividing.check_shared(config, options)
     out = out.resolve()
     folder = group.share(_place(out))
     if group.leads:
@@ -74,12 +74,12 @@ def merge(
         _check_unfinished(folder, resume=resume)
     options.apply_global_options()
     checked = _check(text, config, config_file, options)
-    digest = sharing.digest(config, options, checked.opened)
+    digest = dividing.digest(config, options, checked.opened)
     _require_same(group, digest)
     with _announced(checked):
-        parts = sharing.parts_of(config, options, checked.planned, checked.opened)
+        parts = dividing.parts_of(config, options, checked.planned, checked.opened)
     owners = ranks.owners([part.read + part.written for part in parts], group.size)
-    dealt = list(sharing.shards(parts, owners, options.out_shard_size, digest))
+    dealt = list(dividing.shards_of(parts, owners, options.out_shard_size, digest))
     token, about = secrets.token_hex(16), ""
     try:
         if group.leads:

@@ -345,7 +345,7 @@ def run_without_tensors(
         ValueError: mergekit cannot make them.
         OSError: a file cannot be written.
     """
-    from mergekit import merge
+    from mergekit.merge import run_merge
 
-    with mergekits_errors(), patch.object(merge, "MergePlanner", _WithoutTensors):
-        merge.run_merge(config, out, options, config_source=source)
+    with mergekits_errors(), patch("mergekit.merge.MergePlanner", _WithoutTensors):
+        run_merge(config, out, options, config_source=source)

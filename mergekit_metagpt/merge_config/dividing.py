@@ -213,7 +213,7 @@ def digest(
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def shards(
+def shards_of(
     parts: Sequence[Part], owners: Sequence[int], most: int, digest: str
 ) -> Iterator[Shard]:
     """Put the tensors of each rank into files.
