@@ -775,6 +775,7 @@ def test_run_merge_writes_a_model_and_its_card(family: Family, tmp_path: Path) -
     assert (out / "config.json").is_file()
 
 
+@uses("mergekit.merge.MergePlanner")
 def test_a_planner_without_tensors_leaves_the_rest_to_be_written(
     family: Family, tmp_path: Path
 ) -> None:
