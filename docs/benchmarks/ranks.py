@@ -4,14 +4,16 @@
 
 A rank stands for a node with storage of its own: whatever it reads of the checkpoints,
 in the scan and in the merge, is slowed down to the rate. All ranks run here and share
-the CPUs. Prints Markdown: seconds from start to end, and less what as many processes
-take to import everything. Checks that all results have the same tensors.
+the CPUs. Prints Markdown: seconds from the first read of any rank to the last, of the
+scan and of the merge, and from start to end. Checks that all results have the same
+tensors.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import socket
 import subprocess
@@ -28,36 +30,44 @@ import yaml
 from safetensors import safe_open
 
 CODE = """
-import sys, threading, time
+import json, sys, threading, time
 from mergekit.io import LazyTensorLoader
 from mergekit_metagpt.scanning.pieces import Streams
 from mergekit_metagpt.commands.cli import main
 
 rate, lock, free = float(sys.argv.pop(1)), threading.Lock(), 0.0
+spans = {}
 
-def wait(size):
+def wait(phase, size):
     global free
     with lock:
-        free = max(free, time.monotonic()) + size / rate
+        start = time.monotonic()
+        free = max(free, start) + size / rate
         until = free
     time.sleep(max(0.0, until - time.monotonic()))
+    with lock:
+        first, _ = spans.get(phase, (start, 0))
+        spans[phase] = min(first, start), time.monotonic()
 
 def slowed(read):
     def wrapper(self, stored, start, into):
-        wait(len(into))
+        wait('scan', len(into))
         return read(self, stored, start, into)
     return wrapper
 
 def slowly_loaded(load):
     def wrapper(self, *args, **kwargs):
         tensor = load(self, *args, **kwargs)
-        wait(tensor.numel() * tensor.element_size())
+        wait('merge', tensor.numel() * tensor.element_size())
         return tensor
     return wrapper
 
 Streams.read = slowed(Streams.read)
 LazyTensorLoader.get_tensor = slowly_loaded(LazyTensorLoader.get_tensor)
-main(prog_name="mergekit-metagpt")
+try:
+    main(prog_name="mergekit-metagpt")
+finally:
+    print(json.dumps(spans))
 """
 
 
@@ -72,8 +82,8 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(repr(sorted(tensors.items())).encode()).hexdigest()
 
 
-def run(count: int, arguments: list[str], rate: float) -> float:
-    """Run a command on all ranks at once; return the seconds that it took."""
+def run(count: int, arguments: list[str], rate: float) -> dict[str, float]:
+    """Run a command on all ranks at once; return seconds by phase."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = str(sock.getsockname()[1])
@@ -91,15 +101,23 @@ def run(count: int, arguments: list[str], rate: float) -> float:
         subprocess.Popen(
             [sys.executable, "-c", CODE, str(rate), *arguments],
             env={**common, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
         for rank in range(count)
     ]
+    spans: dict[str, list[tuple[float, float]]] = {}
     for process in started:
-        said = process.communicate()[1]
+        told, said = process.communicate()
         if process.returncode:
             raise SystemExit(said.decode())
-    return time.perf_counter() - start
+        for phase, span in json.loads(told).items():
+            spans.setdefault(phase, []).append(span)
+    took = {
+        phase: max(last for _, last in all_spans) - min(first for first, _ in all_spans)
+        for phase, all_spans in spans.items()
+    }
+    return {**took, "all": time.perf_counter() - start}
 
 
 def main() -> None:
@@ -116,26 +134,23 @@ def main() -> None:
     config = whole_process.configurations(base.resolve(), [t.resolve() for t in tuned])
     print(machine.describe())
     print(f"{size / 1e9:.2f} GB, {given.rate_mb:g} MB/s for each rank\n")
-    print("| ranks | seconds | less imports | reading alone, by the rate |")
-    print("|---|---|---|---|")
+    print("| ranks | scan, s | merge, s | each by the rate alone | from start to end |")
+    print("|---|---|---|---|---|")
     digests = set()
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         file = Path(name, "merge.yml")
         file.write_text(yaml.safe_dump(config["metagpt"]))
         for count in map(int, given.ranks.split(",")):
             out = Path(name, f"out{count}")
-            startup = run(count, ["merge", "--help"], 1e12)
             took = run(
                 count,
                 ["merge", str(file), str(out), "--no-copy-tokenizer", "--quiet"],
                 given.rate_mb * 1e6,
             )
             digests.add(digest(out))
-            reading = 2 * size / count / given.rate_mb / 1e6
-            print(
-                f"| {count} | {took:.1f} | {took - startup:.1f} | {reading:.1f} |",
-                flush=True,
-            )
+            alone = size / count / given.rate_mb / 1e6
+            cells = (took["scan"], took["merge"], alone, took["all"])
+            print(f"| {count} | {' | '.join(f'{s:.1f}' for s in cells)} |", flush=True)
     assert len(digests) == 1, "the tensors differ"
 
 

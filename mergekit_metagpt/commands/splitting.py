@@ -6,7 +6,7 @@ import logging
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +103,8 @@ def merge(
         written = [m for of_rank in group.gather(manifests) for m in of_rank]
     except BaseException:
         if group.leads and not any(folder.glob("shard-*.json")):
-            merging.remove(folder, out)
+            with suppress(OSError):  # others may still be writing there
+                merging.remove(folder, out)
         raise
     if group.leads:
         _finish(checked, options, written, folder, out, about)

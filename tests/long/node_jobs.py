@@ -69,10 +69,12 @@ def run_all(found: Place) -> None:
     for name, text in {"srun": SRUN, "scontrol": "#!/bin/bash\necho 127.0.0.1"}.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
+    no_tokenizer = {"--resume": "--resume --no-copy-tokenizer"}  # the models have none
     here = {"/shared/config.yml": str(config), "/shared/merged": str(found.out)}
 
     def slurm() -> None:
-        script = _changed((JOBS / "slurm.sh").read_text(), {"29511": str(free_port())})
+        changes = {"29511": str(free_port()), **no_tokenizer}
+        script = _changed((JOBS / "slurm.sh").read_text(), changes)
         (tools / "slurm.sh").write_text(script)
         tasks = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
         tasks |= {"SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_NODELIST": "n[1-2]"}
@@ -91,11 +93,12 @@ def run_all(found: Place) -> None:
             },
         )
         nodes = [line.replace("$(JOB_COMPLETION_INDEX)", index) for index in "01"]
-        _run([node.split("\n") for node in nodes], tools, OMP_NUM_THREADS="1")
+        commands = [[*node.split("\n"), "--no-copy-tokenizer"] for node in nodes]
+        _run(commands, tools, OMP_NUM_THREADS="1")
 
     def cloud() -> None:
         changes = {"nproc-per-node=8": "nproc-per-node=1", "29511": str(free_port())}
-        script = _changed(skypilot(), {**changes, **here})
+        script = _changed(skypilot(), {**changes, **here, **no_tokenizer})
         numbers = "export SKYPILOT_NUM_NODES=2 SKYPILOT_NODE_RANK="
         commands = [["bash", "-euc", f"{numbers}{rank}\n{script}"] for rank in "01"]
         _run(commands, tools, SKYPILOT_NODE_IPS="127.0.0.1\n127.0.0.2")

@@ -13,7 +13,10 @@ import random
 import signal
 from collections import Counter
 
-from tests.families import read_model
+import yaml
+
+from mergekit_metagpt.commands import demo
+from tests.families import merge_config, read_model
 from tests.long.rank_jobs import (
     OURS,
     SEED,
@@ -82,6 +85,27 @@ def kill_at_random(found: Place, count: int, number: int, seed: int) -> Counter[
     return outcomes
 
 
+def compare(found: Place) -> None:
+    """Compare merges on two ranks, of which rank 0 evaluates."""
+    folder = found.folder / "trained"
+    folder.mkdir()
+    family = demo.make_family(folder / "m", steps=(40, 10, 15, 20), width=32)
+    models = list(family.specialists.values())
+    file = folder / "merge.yml"
+    file.write_text(yaml.safe_dump(merge_config(family.base, models)))
+    texts = []
+    for name, model in family.specialists.items():
+        (folder / f"{name}.txt").write_text(demo.text(name, 2000, held_out=True))
+        texts += ["--text", f"{model}={folder / name}.txt"]
+    command = ("compare", str(file), *texts, "--context", "64", "--json", "-")
+    (alone,) = found.forks.run(found.job(command))
+    first, second = found.ranks(2, command)
+    assert (alone.status, first.status, second.status) == (0, 0, 0), (first, second)
+    told = [ended.said[ended.said.index("{\n") :] for ended in (alone, first)]
+    assert told[0] == told[1]
+    assert not second.said
+
+
 def main() -> None:
     """Run all and print what was seen."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -92,6 +116,8 @@ def main() -> None:
         for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
             outcomes = kill_at_random(found, given.kills, number, given.seed)
             print(f"{number.name}: {dict(outcomes)}", flush=True)
+        compare(found)
+        print("compare: the same report", flush=True)
         print(f"merges by every method: {every_method(found)}", flush=True)
 
 
