@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,6 +45,9 @@ _LOOPS = "yes" if find_spec("_mergekit_metagpt") else "no"
 )
 def main() -> None:
     """MetaGPT merging for mergekit: no weights to guess, no data, no search."""
+    if "RANK" in os.environ:
+        # torch, when it is imported: no stacks of C++ beside our one line.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 @main.command()
@@ -120,7 +124,7 @@ def inspect(
         )
     check_reports(json=json_file, csv=csv_file, plot=plot, force=force)
 
-    from mergekit_metagpt.commands import measuring
+    from mergekit_metagpt.commands import measuring, together
     from mergekit_metagpt.merge_config import families
     from mergekit_metagpt.report import figures, headers, peft_call, tables
 
@@ -132,12 +136,14 @@ def inspect(
         "exclude": exclude,
         "weights": weights_of(weights),
     }
-    if families.are_adapters(models, base, remote=remote):
-        report = measuring.report_of_adapters(models, **wishes)
-    else:
-        measure = measuring.remote_report_of if remote else measuring.report_of
-        config = measuring.config_of(models, base)
-        report = measure(config, options, sample=sample, **wishes)
+    with together.as_rank() as group:
+        if families.are_adapters(models, base, remote=remote):
+            report = measuring.report_of_adapters(models, **wishes)
+        else:
+            measure = measuring.remote_report_of if remote else measuring.report_of
+            config = measuring.config_of(models, base)
+            report = measure(config, options, sample=sample, **wishes)
+        together.only_leader(group)
     write_json(json_file, report)
     if csv_file is not None:
         write_text(csv_file, tables.as_csv(report))
@@ -378,7 +384,7 @@ def compare(
     check_reports(json=json_file, plot=plot, force=force)
     check_target(write)
 
-    from mergekit_metagpt.commands import comparing
+    from mergekit_metagpt.commands import comparing, together
     from mergekit_metagpt.report import comparison, figures, scoring
 
     if plot is not None and not texts:
@@ -391,13 +397,14 @@ def compare(
         scales=scales("--lambda", scale),
         **settings,
     )
-    compared = comparing.compare(
-        request,
-        options,
-        keep=Path(keep) if keep else None,
-        write=Path(write) if write else None,
-        force=force,
-    )
+    with together.as_rank():
+        compared = comparing.compare(
+            request,
+            options,
+            keep=Path(keep) if keep else None,
+            write=Path(write) if write else None,
+            force=force,
+        )
     write_json(json_file, compared)
     if plot is not None:
         figures.comparison_figure(compared, Path(plot))
@@ -474,23 +481,40 @@ def merge(context: click.Context, arguments: tuple[str, ...]) -> None:
 def _merge_command() -> click.Command:
     from mergekit.options import PrettyPrintHelp, add_merge_options
 
-    from mergekit_metagpt.commands import merging
+    from mergekit_metagpt.commands import merging, splitting, together
 
     @click.command("merge", cls=PrettyPrintHelp)
     @click.argument("config", type=click.Path())
     @click.argument("out", type=click.Path(file_okay=False))
     @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+    @click.option(
+        "--resume",
+        is_flag=True,
+        help="Work as a rank, and go on from the finished files of an earlier run.",
+    )
     @add_merge_options  # type: ignore[untyped-decorator]
     @one_line_errors
     def command(
-        config: str, out: str, force: bool, merge_options: MergeOptions
+        config: str, out: str, force: bool, resume: bool, merge_options: MergeOptions
     ) -> None:
         """Merge CONFIG into OUT as mergekit-yaml does, for metagpt configurations.
 
         The YAML, the headers of all models and the weights are checked before mergekit
         starts. OUT appears only once it is complete. Needs no autoload.
         """
-        merging.merge(Path(config), Path(out), merge_options, force=force)
+        with together.as_rank(resumable=resume) as group:
+            if group is None:
+                merging.merge(Path(config), Path(out), merge_options, force=force)
+            else:
+                splitting.merge(
+                    Path(config),
+                    Path(out),
+                    merge_options,
+                    group,
+                    force=force,
+                    resume=resume,
+                )
+            together.only_leader(group)
         if autoload.failure:
             click.echo(
                 f"mergekit-yaml does not know metagpt: {autoload.failure}", err=True

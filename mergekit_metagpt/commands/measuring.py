@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_metagpt.merge_config import checks, families, jobs, merge_yaml, plan
 from mergekit_metagpt.report import headers, inspecting, schema
+from mergekit_metagpt.scanning import ranks
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -85,7 +86,8 @@ def report_of(
         what was measured.
     """
     merged = families.of_config(config, **wishes)
-    opened = families.open_models(merged, options)
+    with ranks.leader_first():
+        opened = families.open_models(merged, options)
     planned = refused = None
     try:
         planned = jobs.check_plan(config, opened, options)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from mergekit import merge_methods
@@ -301,6 +302,25 @@ def mergekits_errors() -> Iterator[None]:
         raise ValueError(f"mergekit: {type(error).__name__}: {error}") from error
 
 
+def already_warned(
+    config: MergeConfiguration, *, warned: bool
+) -> AbstractContextManager[None]:
+    """Let our method log no warning in the merges that are planned meanwhile.
+
+    Args:
+        config: mergekit's configuration.
+        warned: whether all warnings on the coefficients were logged before.
+
+    Returns:
+        a context.
+    """
+    if not warned:
+        return nullcontext()
+    watch = merge_methods.get(config.merge_method).watch
+    context: AbstractContextManager[None] = watch.already_warned()
+    return context
+
+
 def run(
     config: MergeConfiguration,
     out: str,
@@ -320,7 +340,35 @@ def run(
     """
     from mergekit.merge import run_merge
 
-    method = merge_methods.get(config.merge_method)
-    quiet = method.watch.already_warned() if warned else nullcontext()
-    with quiet, mergekits_errors():
+    with already_warned(config, warned=warned), mergekits_errors():
+        run_merge(config, out, options, config_source=source)
+
+
+class _WithoutTensors(MergePlanner):
+    """mergekit's planner of a merge whose tensors are written already."""
+
+    def plan_to_disk(self, out_path: str) -> list[Task[Any]]:
+        return [self._tokenizer_task] if self._tokenizer_task else []
+
+
+def run_without_tensors(
+    config: MergeConfiguration, out: str, options: MergeOptions, *, source: str
+) -> None:
+    """Let mergekit write what it writes beside the tensors of a merge.
+
+    These are the model's configuration, its tokenizer and its card.
+
+    Args:
+        config: mergekit's configuration.
+        out: folder for them.
+        options: mergekit's own.
+        source: the YAML, for the model card.
+
+    Raises:
+        ValueError: mergekit cannot make them.
+        OSError: a file cannot be written.
+    """
+    from mergekit.merge import run_merge
+
+    with mergekits_errors(), patch("mergekit.merge.MergePlanner", _WithoutTensors):
         run_merge(config, out, options, config_source=source)

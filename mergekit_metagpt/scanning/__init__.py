@@ -8,6 +8,7 @@ __all__ = [
     "cache",
     "once",
     "pools",
+    "ranks",
     "results",
     "sampling",
 ]

@@ -21,7 +21,7 @@ from mergekit_metagpt.checkpoints.opening import (
 )
 from mergekit_metagpt.checkpoints.pairs import check_pair
 from mergekit_metagpt.checkpoints.remote import open_adapter
-from mergekit_metagpt.scanning import at_hand, cache, factors
+from mergekit_metagpt.scanning import at_hand, cache, factors, ranks
 from mergekit_metagpt.scanning.one_pass import scan_checkpoints
 from mergekit_metagpt.scanning.results import ScanResult
 from mergekit_metagpt.scanning.sampling import Sample, sample_checkpoints
@@ -170,35 +170,34 @@ def _measured(
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
     only_estimates = sample is not None and _estimated
-    pairs = [
-        None
-        if only_estimates
-        else _PAIRS.get((base.identity, model.identity)) or cache.read_pair(base, model)
-        for model in models
-    ]
+    # Of several ranks, rank 0 says what is known, and keeps what is new: the caches of
+    # nodes may differ.
+    pairs = ranks.from_leader(
+        lambda: [None if only_estimates else _known(base, model) for model in models]
+    )
+    leads = ranks.leads()
     missing = [at for at, pair in enumerate(pairs) if pair is None]
     if gram is not False and not missing:
         result = ScanResult.joined([pair for pair in pairs if pair is not None])
-        products = cache.read_gram(base, models, result.names)
+        products = ranks.from_leader(
+            lambda: cache.read_gram(base, models, result.names)
+        )
         if products is not None or gram is None:
             return replace(result, gram=products)
     if sample is not None and (missing or gram):
-        request = f"{sample} {bool(gram)}"
-        estimated = cache.read_sample(base, models, request)
-        if estimated is None:
-            estimated = sample_checkpoints(
-                base, models, sample, gram=bool(gram), workers=workers
-            )
-            cache.write_sample(base, models, request, estimated)
-        return estimated
+        return ranks.from_leader(
+            lambda: _sampled(base, models, sample, bool(gram), workers)
+        )
     scanned = list(range(len(models))) if gram else missing
     if scanned:
         new = _scanned(base, [models[at] for at in scanned], bool(gram), workers)
         for row, at in enumerate(scanned):
             pairs[at] = pair = replace(new.select([row]), gram=None)
-            cache.write_pair(base, models[at], pair)
+            if leads:
+                cache.write_pair(base, models[at], pair)
         if gram:
-            cache.write_gram(base, models, new)
+            if leads:
+                cache.write_gram(base, models, new)
             return new
     return ScanResult.joined([pair for pair in pairs if pair is not None])
 
@@ -213,7 +212,7 @@ def _scanned(
         return scan_checkpoints(base, tuned, gram=gram, workers=workers)
     added = [at for at, model in enumerate(models) if model.adapter]
     adapters = [models[at] for at in added]
-    own = _PAIRS.get((base.identity, base.identity)) or cache.read_pair(base, base)
+    own = ranks.from_leader(lambda: _known(base, base))
     crossing = factors.Crossing(base, adapters) if gram and full else None
     result = None
     if full or (own is None and base.tensors):
@@ -230,7 +229,8 @@ def _scanned(
         if own is None:
             own = replace(result.select([len(tuned)]), gram=None)
             _PAIRS[base.identity, base.identity] = own
-            cache.write_pair(base, base, own)
+            if ranks.leads():
+                cache.write_pair(base, base, own)
         result = result.select(range(len(tuned))) if full else None
     exact = factors.scan_adapters(
         base, adapters, own if base.tensors else None, workers=workers
@@ -248,6 +248,25 @@ def _opened_adapter(
     alone = model is not base and is_adapter(Path(model.model.path))
     own = alone or is_adapter_of(model, base)
     return open_adapter(model, merged=merged) if own else None
+
+
+def _known(base: Checkpoint, model: Checkpoint) -> ScanResult | None:
+    return _PAIRS.get((base.identity, model.identity)) or cache.read_pair(base, model)
+
+
+def _sampled(
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    sample: Sample,
+    gram: bool,
+    workers: int | None,
+) -> ScanResult:
+    request = f"{sample} {gram}"
+    estimated = cache.read_sample(base, models, request)
+    if estimated is None:
+        estimated = sample_checkpoints(base, models, sample, gram=gram, workers=workers)
+        cache.write_sample(base, models, request, estimated)
+    return estimated
 
 
 def forget_failures() -> None:
