@@ -265,3 +265,21 @@ def test_two_nodes_by_torchrun(place: Place, expected: State) -> None:
         assert [node.returncode for node in nodes] == [0, 0], said
         assert sum(text.count("Wrote ") for text in said) == 1
         assert_same_tensors(read_model(place.out), expected)
+
+
+def test_numbers_are_skipped_as_mergekit_draws_them() -> None:
+    import torch
+    from mergekit.sparsify import bernoulli
+
+    from mergekit_metagpt.merge_config import dividing
+
+    with torch.random.fork_rng(devices=[]):
+        states = []
+        for draw in (
+            lambda: bernoulli(torch.ones(1500, 1000, dtype=torch.bfloat16), 0.3),
+            lambda: dividing.skip(1_500_000),
+        ):
+            torch.manual_seed(0)
+            draw()
+            states.append(torch.get_rng_state())
+    assert torch.equal(*states)

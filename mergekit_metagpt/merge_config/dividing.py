@@ -178,11 +178,11 @@ def skip(count: int) -> None:
     Args:
         count: numbers that mergekit draws for them, one for each element.
     """
-    largest = 1 << 20
-    half = torch.full((min(count, largest),), 0.5, device="cpu")
+    # Each takes one draw of torch's generator, as in `torch.bernoulli`, in less time.
+    numbers = torch.empty(min(count, 1 << 20), dtype=torch.uint8, device="cpu")
     while count > 0:
-        torch.bernoulli(half[: min(count, largest)])
-        count -= largest
+        numbers[: min(count, 1 << 20)].random_(0, 2)
+        count -= 1 << 20
 
 
 def digest(
