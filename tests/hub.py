@@ -101,6 +101,8 @@ class Hub:
         if name in self.gated and asked.token != f"Bearer {self.token}":
             status = 401 if asked.token is None else 403
             return status, {"X-Error-Code": "GatedRepo"}, b""
+        if name not in self.commits:
+            return 404, {"X-Error-Code": "RepoNotFound"}, b""
         folder = self.commits[name][revision]
         file = folder.joinpath(*rest)
         if not file.is_file():
@@ -174,6 +176,9 @@ def serving(hub: Hub) -> Iterator[Hub]:
             with hub._lock:
                 hub.asked.append(asked)
                 hub.bytes_sent += len(sent)
+            if self.command == "HEAD":  # says where it would go, and goes not
+                more.pop("Location", None)
+                status = 200 if status == 302 else status
             self.send_response(status)
             for name, value in {"Content-Length": str(len(body)), **more}.items():
                 self.send_header(name, value)

@@ -533,7 +533,7 @@ def test_a_tied_head_and_a_larger_vocabulary_are_shown(
     [
         ("pytorch_model.bin", "stores pickles (pytorch_model.bin)"),
         ("pytorch_model.bin.index.json", "stores pickles"),
-        ("adapter_config.json", "bare LoRA adapter"),
+        ("adapter_config.json", "adapter_config.json is corrupt"),
         ("README.md", "holds no weights"),
     ],
 )

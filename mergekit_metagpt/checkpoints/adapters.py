@@ -59,15 +59,32 @@ def adapter_folder(path: str, revision: str | None) -> Path:
         the folder.
 
     Raises:
-        ValueError: it is neither a folder nor to be had from the hub.
+        ValueError: the repository is no adapter.
+        Exception: whatever the client of the hub raises.
     """
     if Path(path).exists() or Path(path).is_absolute() or path.startswith((".", "~")):
         return Path(path)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    return Path(
-        snapshot_download(path, revision=revision, allow_patterns=[CONFIG, *WEIGHTS])
-    )
+    found = None
+    for name in (CONFIG, *WEIGHTS):
+        try:
+            place = hf_hub_download(path, name, revision=revision)
+        except LocalEntryNotFoundError:  # the hub was not asked
+            raise
+        except EntryNotFoundError as error:
+            if name == CONFIG:
+                raise ValueError(
+                    f"{path} is no LoRA adapter: the repository holds no {CONFIG}"
+                ) from error
+            continue
+        found = Path(place).parent
+        if name != CONFIG:
+            break
+        revision = found.name  # the commit, should the branch move meanwhile
+    assert found is not None
+    return found
 
 
 def _config(label: str, folder: Path) -> dict[str, Any]:
