@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import pytest
+from huggingface_hub import constants
+
 
 @functools.lru_cache
 def _digest(file: Path, modified: int) -> str:
@@ -98,14 +101,26 @@ class Hub:
         if name in self.gated and asked.token != f"Bearer {self.token}":
             status = 401 if asked.token is None else 403
             return status, {"X-Error-Code": "GatedRepo"}, b""
-        file = self.commits[name][revision].joinpath(*rest)
+        if name not in self.commits:
+            return 404, {"X-Error-Code": "RepoNotFound"}, b""
+        folder = self.commits[name][revision]
+        file = folder.joinpath(*rest)
         if not file.is_file():
             return 404, {"X-Error-Code": "EntryNotFound"}, b""
+        commit = {
+            "X-Repo-Commit": next(
+                c
+                for c, at in self.commits[name].items()
+                if at == folder and len(c) == 40
+            )
+        }
         if self.redirect and file.suffix == ".safetensors":
             where = f"{self.address}/cdn{file}?signature={self.signature}"
             linked = _digest(file, file.stat().st_mtime_ns)
-            return 302, {"Location": where, "X-Linked-ETag": f'"{linked}"'}, b""
-        return self._part(asked, file)
+            headers = {"Location": where, "X-Linked-ETag": f'"{linked}"', **commit}
+            return 302, {**headers, "X-Linked-Size": str(file.stat().st_size)}, b""
+        status, headers, body = self._part(asked, file)
+        return status, {**headers, **commit}, body
 
     def _part(self, asked: Asked, file: Path) -> tuple[int, dict[str, str], bytes]:
         size = file.stat().st_size
@@ -131,6 +146,13 @@ class Hub:
         ]
 
 
+def point_to(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the hub's client ask this address."""
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
 @contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
     """Serve a hub on a free port of loopback."""
@@ -140,6 +162,9 @@ def serving(hub: Hub) -> Iterator[Hub]:
 
         def log_message(self, *given: Any) -> None:
             pass
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
 
         def do_GET(self) -> None:
             headers = self.headers
@@ -151,14 +176,20 @@ def serving(hub: Hub) -> Iterator[Hub]:
             with hub._lock:
                 hub.asked.append(asked)
                 hub.bytes_sent += len(sent)
+            if self.command == "HEAD":  # says where it would go, and goes not
+                more.pop("Location", None)
+                status = 200 if status == 302 else status
             self.send_response(status)
             for name, value in {"Content-Length": str(len(body)), **more}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(sent)
+            if self.command == "GET":
+                self.wfile.write(sent)
             self.close_connection = len(sent) < len(body)
 
     class Server(ThreadingHTTPServer):
+        request_queue_size = 64
+
         def handle_error(self, *given: Any) -> None:
             """A reader that has seen enough hangs up: nothing to print."""
 

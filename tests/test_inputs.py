@@ -466,16 +466,22 @@ def test_adapters(row: Row, tmp_path: Path) -> None:
             name = "model.layers.0.self_attn.k_proj.bias"
             assert not torch.equal(states[0][name], adapted.state[name])
         oracle = Oracle(adapted.state, [*states, whole])
-        assert_sq_norms(oracle, adapted.base, models, lora_merge_cache=str(cache))
+        copies = [copy_of(cache, adapter) for adapter in adapted.adapters]
+        assert_sq_norms(oracle, adapted.base, [*copies, models[-1]])
         assert_merges_exactly(config, tmp_path, oracle, *options)
         for granularity in GRANULARITIES:
             assert_merges(config, tmp_path, oracle, *options, granularity=granularity)
 
 
+def copy_of(cache: Path, adapter: Path) -> Path:
+    """The merged copy of an adapter in mergekit's cache."""
+    (folder,) = cache.glob(f"*_{adapter.name}_*")
+    return folder
+
+
 def cached_state(cache: Path, adapter: Path) -> State:
     """What mergekit's cache of merged adapters holds of one."""
-    (folder,) = cache.glob(f"*_{adapter.name}_*")
-    return read_model(folder)
+    return read_model(copy_of(cache, adapter))
 
 
 @PEFT_WARNS

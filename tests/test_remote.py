@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 from mergekit_metagpt.checkpoints import ranges
-from mergekit_metagpt.scanning import cache, once
+from mergekit_metagpt.scanning import cache, once, sampling
 from mergekit_metagpt.scanning.sampling import BLOCK
 from tests.families import (
     State,
@@ -28,7 +28,7 @@ from tests.families import (
     tuned,
     write_model,
 )
-from tests.hub import Asked, Hub, serving
+from tests.hub import Asked, Hub, point_to, serving
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 SIZES = {
@@ -66,7 +66,7 @@ def hub(
 ) -> Iterator[Hub]:
     """The family on a hub, a process that has measured nothing, and no long waits."""
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
-    for name in ("_PAIRS", "_REQUESTS", "_FAILURES"):
+    for name in ("_PAIRS", "_REQUESTS", "_SAMPLES", "_FAILURES"):
         monkeypatch.setattr(once, name, {})
     monkeypatch.setattr(ranges, "FIRST_WAIT_S", 0.01)
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -79,12 +79,6 @@ def hub(
             made.add(f"org/{name}", folder)
         yield made
         close_session()
-
-
-def point_to(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 FAMILY = ("--base", "org/base", "org/math", "org/code", "org/chat")
@@ -196,6 +190,31 @@ def test_a_budget_bounds_what_is_sent(
     # Once where the weights lie is known, blocks are read there: no more redirects.
     resolved = [a for a in hub.asked if a.path.endswith(".safetensors")]
     assert len(resolved) == 3 + 3
+
+
+def test_the_number_of_requests_is_bounded(
+    hub: Hub,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sampling, "MOST_READS", 40)
+    sizes = {**SIZES, "vocab_size": 8192, "num_hidden_layers": 1}
+    base = llama_state(**sizes)
+    for seed, name in enumerate(("long", "longer")):
+        state = cast(tuned(base, seed, size=1e-3 * (seed + 1)), torch.bfloat16)
+        folder = write_model(tmp_path / name, state, llama_config(**sizes))
+        hub.add(f"org/{name}", folder)
+    models = ("--base", "org/long", "org/longer")
+    (family,) = report(capsys, *models, "--budget", "1.5MB")["families"]
+    assert 1.2e6 < family["sample"]["bytes_read"] <= 1.5e6
+    assert hub.bytes_sent <= 1.2 * 1.5e6
+    lengths = [last + 1 - first for first, last in hub.ranges()]
+    assert max(lengths) >= 2 * 4 * BLOCK
+    # Beside the blocks, each model's header, its matrices that are read whole, and
+    # heads that are compared with embeddings.
+    whole = sum(t.numel() < sampling.WHOLE for t in base.values())
+    assert len(lengths) <= 40 + 2 * (1 + whole) + 2 * sampling.COMPARED
 
 
 def test_neighbouring_blocks_are_read_at_once(
@@ -514,7 +533,7 @@ def test_a_tied_head_and_a_larger_vocabulary_are_shown(
     [
         ("pytorch_model.bin", "stores pickles (pytorch_model.bin)"),
         ("pytorch_model.bin.index.json", "stores pickles"),
-        ("adapter_config.json", "bare LoRA adapter"),
+        ("adapter_config.json", "adapter_config.json is corrupt"),
         ("README.md", "holds no weights"),
     ],
 )

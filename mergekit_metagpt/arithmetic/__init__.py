@@ -6,6 +6,7 @@ It never touches a file, a name of a tensor, or mergekit.
 __all__ = [
     "closed_form",
     "in_parts",
+    "low_rank",
     "scaled_sums",
     "squared_norms",
     "standard_errors",

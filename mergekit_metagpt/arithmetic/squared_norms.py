@@ -8,11 +8,13 @@ import torch
 
 from mergekit_metagpt.arithmetic import compiled
 from mergekit_metagpt.arithmetic.in_parts import (
+    CHUNK,
     chunk_size,
     chunks,
     needs_grad,
     results_of_parts,
     scratch,
+    with_value,
 )
 
 ROW = 1 << 10
@@ -132,9 +134,6 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     if not tuned:
         return torch.zeros(0, dtype=torch.float64, device="cpu")
-    if needs_grad([base, *tuned]):
-        taus = _whole_task_vectors(base, tuned)
-        return torch.stack([tau.square().sum() for tau in taus]).cpu()
     flat = base.detach().reshape(-1)
     flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
 
@@ -143,7 +142,11 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.tensor(found, dtype=torch.float64, device="cpu")
 
     found = results_of_parts(flat, of_part, compiled=compiled.serves(flat, *flat_tuned))
-    return sum(found[1:], found[0])
+    total = sum(found[1:], found[0])
+    if not needs_grad([base, *tuned]):
+        return total
+    taus = _whole_task_vectors(base, tuned)
+    return with_value(torch.stack([tau.square().sum() for tau in taus]).cpu(), total)
 
 
 def too_far(what: str) -> str:
@@ -209,9 +212,6 @@ def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tens
     count = len(tuned)
     if not count:
         return torch.zeros(0, 0, dtype=torch.float64, device="cpu")
-    if needs_grad([base, *tuned]):
-        rows = torch.stack([t.reshape(-1) for t in _whole_task_vectors(base, tuned)])
-        return (rows @ rows.T).cpu()
     flat = base.detach().reshape(-1)
     flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
 
@@ -233,7 +233,40 @@ def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tens
         return gram
 
     found = results_of_parts(flat, of_part, compiled=by_loops)
-    return sum(found[1:], found[0]).cpu()
+    total = sum(found[1:], found[0]).cpu()
+    if not needs_grad([base, *tuned]):
+        return total
+    taus = torch.stack([t.reshape(-1) for t in _whole_task_vectors(base, tuned)])
+    return with_value((taus @ taus.T).cpu(), total)
+
+
+def products_with(
+    base: torch.Tensor, tuned: Sequence[torch.Tensor], others: torch.Tensor
+) -> torch.Tensor:
+    """Inner products of task vectors with other vectors on a piece of a tensor.
+
+    P_ka = <tau_k, others_a>, with the same differences as `sq_norms`.
+
+    Args:
+        base: theta_0, shape `(n,)`, on the CPU.
+        tuned: K tensors of the base's shape.
+        others: shape `(A, n)`, float64.
+
+    Returns:
+        shape `(K, A)`, float64.
+
+    Example:
+        >>> others = torch.tensor([[1.0, 1.0]], dtype=torch.float64)
+        >>> products_with(torch.zeros(2), [torch.tensor([3.0, 4.0])], others)
+        tensor([[7.]], dtype=torch.float64)
+    """
+    products = torch.zeros(len(tuned), len(others), dtype=torch.float64, device="cpu")
+    for start in range(0, base.numel(), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        pieces = [tensor[chunk] for tensor in tuned]
+        for k, tau in _task_vectors(base[chunk], pieces):
+            products[k] += others[:, chunk] @ tau
+    return products
 
 
 def gram_of_rows(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -4,6 +4,7 @@ It measures nothing, and it never opens a model that the caller did not name.
 """
 
 __all__ = [
+    "adapters",
     "checkpoint",
     "files",
     "identity",

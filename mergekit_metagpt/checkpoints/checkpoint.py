@@ -19,6 +19,7 @@ from mergekit_metagpt.checkpoints import architecture
 from mergekit_metagpt.checkpoints.files import Readers, read_header
 from mergekit_metagpt.checkpoints.identity import FileIdentity, fingerprint
 from mergekit_metagpt.checkpoints.stored import (
+    Adapter,
     FileHeader,
     StoredTensor,
     layer_key,
@@ -52,6 +53,7 @@ class Checkpoint:
         refused: why mergekit could not plan a merge of it, though it can be measured.
         remote: what reads its files, by the paths of its tensors, if it was not
             downloaded.
+        adapter: what a LoRA adapter adds to its base; its `tensors` are factors.
     """
 
     label: str
@@ -66,6 +68,7 @@ class Checkpoint:
     warning: str | None = None
     refused: str | None = None
     remote: Mapping[Path, RemoteFile] = field(default_factory=dict)
+    adapter: Adapter | None = None
 
     @functools.cached_property
     def renamed(self) -> Mapping[str, str]:
@@ -85,7 +88,8 @@ class Checkpoint:
     @functools.cached_property
     def names(self) -> frozenset[str]:
         """Every name by which the model may mean one of its tensors."""
-        return frozenset(self.renamed).union(self.tied_names)
+        adapted = self.adapter.factors if self.adapter else ()
+        return frozenset(self.renamed).union(self.tied_names, adapted)
 
     @functools.cached_property
     def stored_layers(self) -> Mapping[str, tuple[StoredTensor, ...]]:

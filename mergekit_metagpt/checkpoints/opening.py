@@ -6,7 +6,8 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -150,6 +151,35 @@ def open_checkpoint(
     )
 
 
+def is_adapter_of(model: ModelReference, base: ModelReference) -> bool:
+    """Whether a reference names an adapter of just this base.
+
+    Args:
+        model: a model.
+        base: the base that it is measured against.
+
+    Returns:
+        False also where adapter or base belong to other models.
+    """
+    if model.lora is None or base.lora is not None:
+        return False
+    ours, theirs = model.model, base.model
+    paths = (os.path.realpath(place.path) for place in (ours, theirs))
+    return ours == theirs or (Path(ours.path).is_dir() and len({*paths}) == 1)
+
+
+def unopened(label: str) -> Checkpoint:
+    """Return what stands for a base that is known by its name alone.
+
+    Args:
+        label: its name.
+
+    Returns:
+        a checkpoint without tensors.
+    """
+    return Checkpoint(label=label, tensors={}, tied_names={}, identity=())
+
+
 def _downloaded(model: ModelReference, cache: str | None) -> Path:
     try:
         return Path(model.local_path(cache))
@@ -188,6 +218,38 @@ def open_checkpoints(
         )
         for model in dict.fromkeys(models)
     }
+
+
+@contextmanager
+def planned_as_bases(
+    bases: Mapping[ModelReference, ModelReference],
+    opened: Mapping[ModelReference, Checkpoint],
+    options: MergeOptions,
+) -> Iterator[Mapping[ModelReference, Checkpoint]]:
+    """Let mergekit plan with a base where it would merge an adapter into it first.
+
+    The merged copy has the names, shapes and precisions of the base.
+
+    Args:
+        bases: of adapters.
+        opened: adapters and all other models.
+        options: mergekit's own.
+
+    Yields:
+        the headers to plan with.
+    """
+    from mergekit.io.tasks import LoaderCache
+
+    headers = {**opened, **{model: opened[base] for model, base in bases.items()}}
+    hand_to_mergekit({base: opened[base] for base in bases.values()}, options)
+    lent = [model for model in bases if model not in LoaderCache.loaders]
+    for model in lent:
+        LoaderCache.loaders[model] = LoaderCache().get(bases[model])
+    try:
+        yield headers
+    finally:
+        for model in lent:
+            del LoaderCache.loaders[model]
 
 
 def hand_to_mergekit(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mergekit_metagpt.checkpoints.adapters import check_adapter
 from mergekit_metagpt.checkpoints.architecture import prefix_of
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.files import Readers
@@ -108,7 +109,7 @@ def check_pair(base: Checkpoint, model: Checkpoint) -> None:
     """Check from headers that model is a fine-tune of base.
 
     Args:
-        base: the base.
+        base: the base; without tensors where it was not opened, for adapters alone.
         model: the model.
 
     Raises:
@@ -116,6 +117,10 @@ def check_pair(base: Checkpoint, model: Checkpoint) -> None:
             the other lacks, or a tensor differs in more than one axis; names the share
             and the first mismatching tensors.
     """
+    if model.adapter is not None:
+        if base.tensors:
+            check_adapter(base, model)
+        return
     shared = counterparts(base, model)
     covered, differing = 0, []
     for name, (ours, theirs) in sorted(shared.items()):

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mergekit_metagpt.checkpoints import architecture
+from mergekit_metagpt.checkpoints import adapters, architecture
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint, made_of
 from mergekit_metagpt.checkpoints.files import classified
-from mergekit_metagpt.checkpoints.identity import FileIdentity
+from mergekit_metagpt.checkpoints.identity import FileIdentity, hub_revision
 from mergekit_metagpt.checkpoints.opening import WEIGHTS, open_checkpoint
 from mergekit_metagpt.checkpoints.ranges import (
     AT_ONCE,
@@ -108,27 +108,63 @@ class Glimpse:
     quantised: str | None = None
 
 
-def glimpse(model: ModelReference, **options: Any) -> Glimpse:
+def open_adapter(model: ModelReference, *, merged: bool = False) -> Checkpoint | None:
+    """Open a LoRA adapter, which is small: from the hub it is fetched whole.
+
+    Args:
+        model: `base+adapter`, or an adapter alone; folders or `repository@revision`.
+        merged: whether a merged copy can be had, so that None is an answer.
+
+    Returns:
+        a checkpoint of factors; None if its task vector is not their product.
+
+    Raises:
+        ValueError: there is no adapter, or factors alone do not tell its task vector.
+        OSError: the repository or a file of it cannot be read.
+    """
+    place, label = model.lora or model.model, str(model)
+    fetch = functools.partial(adapters.adapter_folder, place.path, place.revision)
+    folder = _explained(str(place), fetch)
+    if not folder.is_dir():
+        raise ValueError(f"{place} does not exist; expected an adapter's folder")
+    if merged and adapters.reason_against(label, folder):
+        return None
+    return adapters.read_adapter(label, folder)
+
+
+def _glimpse_adapter(model: ModelReference) -> Glimpse:
+    opened = open_adapter(model)
+    assert opened is not None and opened.adapter is not None
+    return Glimpse(opened, hub_revision(opened.adapter.folder))
+
+
+def glimpse(
+    model: ModelReference, *, is_own_adapter: bool = False, **options: Any
+) -> Glimpse:
     """Open a local folder, or look at a hub repository without downloading it.
 
     Args:
         model: a folder or `repository@revision`.
+        is_own_adapter: whether it is an adapter of the base that it is measured by.
         **options: of `open_checkpoint`, for local folders.
 
     Returns:
         what its configuration and headers tell.
 
     Raises:
-        ValueError: it stores pickles, which cannot be read in part; or is an adapter.
+        ValueError: it stores pickles, which cannot be read in part, or is an adapter
+            of another base.
         OSError: the repository or a file of it cannot be read.
     """
+    if is_own_adapter:
+        return _glimpse_adapter(model)
     label, path = str(model), Path(model.model.path)
     if path.exists() or path.is_absolute() or label.startswith((".", "~")):
         return Glimpse(open_checkpoint(model, **options))
     if model.lora:
         raise ValueError(
-            f"{label} has a LoRA adapter, which cannot be merged remotely. Leave out "
-            "--remote, or name the adapter's merged model"
+            f"{label} has a LoRA adapter of another model than the base, which cannot "
+            "be merged remotely. Leave out --remote, or name the adapter's merged model"
         )
     return _explained(label, functools.partial(_glimpse, model))
 
@@ -154,8 +190,10 @@ def _glimpse(model: ModelReference) -> Glimpse:
         return request(file.label, file.url, None).content
 
     weights = next((name for name in WEIGHTS if name in names), "")
+    if not weights and adapters.CONFIG in names:
+        return _glimpse_adapter(model)
     if not weights.startswith("model.safetensors"):
-        raise ValueError(_nothing_to_read(label, weights, names))
+        raise ValueError(_nothing_to_read(label, weights))
     config = content(architecture.FILE) if architecture.FILE in names else None
     places: dict[str, str] | None = None
     if weights.endswith(".index.json"):
@@ -192,16 +230,11 @@ def _glimpse(model: ModelReference) -> Glimpse:
     )
 
 
-def _nothing_to_read(label: str, weights: str, names: set[str]) -> str:
+def _nothing_to_read(label: str, weights: str) -> str:
     if weights:
         return (
             f"{label} stores pickles ({weights}), which cannot be read in part. "
             "Download it, and name its folder"
-        )
-    if "adapter_config.json" in names:
-        return (
-            f"{label} is a bare LoRA adapter, which cannot be measured remotely. Merge "
-            "it into its base, and name the merged model"
         )
     return f"{label} holds no weights; expected model.safetensors or its .index.json"
 

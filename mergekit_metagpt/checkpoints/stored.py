@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,6 +57,55 @@ class ConvertedTensor:
     def file(self) -> Path:
         """One of the files that hold it, for messages."""
         return self.sources[0].file
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What an adapter adds to one weight: s B A.
+
+    Attributes:
+        module: whose weight it is.
+        down: A, shape `(r, columns)`; of E experts `(E * r, columns)`.
+        up: B, shape `(rows, r)`; of E experts `(rows, r * E)`.
+        rank: r.
+        scale: s.
+        embedding: whether the weight is that of an embedding, to which (B A)' is added.
+        copy: the weight of the base, where the adapter stores that too.
+    """
+
+    module: str
+    down: StoredTensor
+    up: StoredTensor
+    rank: int
+    scale: float
+    embedding: bool = False
+    copy: StoredTensor | None = None
+
+    @property
+    def experts(self) -> int:
+        """E; 1 for a weight that is no stack of experts."""
+        return self.down.shape[0] // self.rank
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of what is added, (B A)' for an embedding."""
+        sides = self.up.shape[0], self.down.shape[1]
+        return sides[::-1] if self.embedding else sides
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter.
+
+    Attributes:
+        folder: where it lies.
+        factors: by the names of the weights that it adapts.
+        config: its adapter_config.json.
+    """
+
+    folder: Path
+    factors: Mapping[str, Factors]
+    config: Mapping[str, Any]
 
 
 def quantised(label: str, why: str) -> ValueError:

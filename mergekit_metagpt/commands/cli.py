@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ from mergekit_metagpt import __version__, autoload
 from mergekit_metagpt.commands.errors import Differs, Unverified, one_line_errors
 from mergekit_metagpt.commands.options import (
     check_new,
+    check_reports,
     check_target,
     is_zero,
     loading_options,
@@ -20,6 +22,7 @@ from mergekit_metagpt.commands.options import (
     pairs,
     sample_of,
     scales,
+    weights_of,
 )
 from mergekit_metagpt.commands.printing import (
     show,
@@ -42,6 +45,9 @@ _LOOPS = "yes" if find_spec("_mergekit_metagpt") else "no"
 )
 def main() -> None:
     """MetaGPT merging for mergekit: no weights to guess, no data, no search."""
+    if "RANK" in os.environ:
+        # torch, when it is imported: no stacks of C++ beside our one line.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 @main.command()
@@ -54,6 +60,13 @@ def main() -> None:
 )
 @click.option("--power", type=float, help="Exponent of the norms; 2 is MetaGPT.")
 @click.option("--exclude", help="Comma-separated parts of names that do not count.")
+@click.option(
+    "--weight",
+    "weights",
+    multiple=True,
+    metavar="MODEL=W",
+    help="Importance of a model, by its name or that of its folder; repeatable.",
+)
 @click.option("--json", "json_file", metavar="FILE", help="Write all; - for stdout.")
 @click.option("--csv", "csv_file", metavar="FILE", help="Write a row for each pool.")
 @click.option("--plot", metavar="FILE", help="Draw a figure: .png, .svg or .pdf.")
@@ -74,6 +87,10 @@ def main() -> None:
     help="Read headers and a sample of hub repositories, without downloading them; "
     "200MB by default, --sample 0 for headers alone.",
 )
+@click.option("--force", is_flag=True, help="Replace files that exist.")
+@click.option(
+    "--peft", is_flag=True, help="Print the Python lines by which PEFT adds adapters."
+)
 @one_line_errors
 @loading_options
 def inspect(
@@ -83,40 +100,50 @@ def inspect(
     granularity: str | None,
     power: float | None,
     exclude: str | None,
+    weights: tuple[str, ...],
     json_file: str | None,
     csv_file: str | None,
     plot: str | None,
     share: str | None,
     budget: str | None,
     remote: bool,
+    force: bool,
+    peft: bool,
 ) -> None:
     """Measure the models of CONFIG, or MODEL... against --base, without merging.
 
     CONFIG is a merge YAML of any method with a base_model. Prints norms of the task
     vectors, the coefficients that MetaGPT gives them, their cosines, the share of each
     part of the model, tensors that a merge leaves out, and warnings. One pass over
-    the files.
+    the files. LoRA adapters are measured from their factors; where all of MODEL... are
+    adapters, --base is not needed.
     """
-    if json_file == csv_file == "-":
-        raise ValueError("--json and --csv are both -; one of them can go to stdout")
-    check_target(json_file)
-    check_target(csv_file)
+    if peft and "-" in (json_file, csv_file):
+        raise ValueError(
+            "--peft prints to stdout; expected a file for --json and --csv"
+        )
+    check_reports(json=json_file, csv=csv_file, plot=plot, force=force)
 
-    from mergekit_metagpt.commands import measuring
-    from mergekit_metagpt.report import figures, headers, tables
+    from mergekit_metagpt.commands import measuring, together
+    from mergekit_metagpt.merge_config import families
+    from mergekit_metagpt.report import figures, headers, peft_call, tables
 
-    check_target(plot, figures.FORMATS)
     headers_only = remote and is_zero(share)
     sample = None if headers_only else sample_of(share, budget, remote=remote)
-    measure = measuring.remote_report_of if remote else measuring.report_of
-    report = measure(
-        measuring.config_of(models, base),
-        options,
-        sample=sample,
-        granularity=granularity,
-        power=power,
-        exclude=exclude,
-    )
+    wishes = {
+        "granularity": granularity,
+        "power": power,
+        "exclude": exclude,
+        "weights": weights_of(weights),
+    }
+    with together.as_rank() as group:
+        if families.are_adapters(models, base, remote=remote):
+            report = measuring.report_of_adapters(models, **wishes)
+        else:
+            measure = measuring.remote_report_of if remote else measuring.report_of
+            config = measuring.config_of(models, base)
+            report = measure(config, options, sample=sample, **wishes)
+        together.only_leader(group)
     write_json(json_file, report)
     if csv_file is not None:
         write_text(csv_file, tables.as_csv(report))
@@ -124,6 +151,8 @@ def inspect(
         figures.report_figure(report, Path(plot))
     if "-" not in (json_file, csv_file):
         show(tables.lay_out(report))
+        if peft:
+            click.echo(peft_call.call(report))
     headers.require_fit(report.headers)
 
 
@@ -203,6 +232,7 @@ def convert(config: str, out: str, base: str | None, force: bool) -> None:
     "--random-seed", type=int, help="Of the merge, if mergekit-yaml was given one."
 )
 @click.option("--json", "json_file", metavar="FILE", help="Write all; - for stdout.")
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @one_line_errors
 @loading_options
 def verify(
@@ -212,6 +242,7 @@ def verify(
     seed: int,
     random_seed: int | None,
     json_file: str | None,
+    force: bool,
 ) -> None:
     """Prove that the model in OUT is the merge that it says it is.
 
@@ -220,7 +251,7 @@ def verify(
     bit, with tensors that mergekit merges again from the inputs. Ends with status 0 if
     all agree, 1 if something differs, and 3 if something could not be checked.
     """
-    check_target(json_file)
+    check_reports(json=json_file, force=force)
 
     from mergekit_metagpt.commands import verifying
     from mergekit_metagpt.report import tables
@@ -268,9 +299,9 @@ def demo(folder: Path) -> None:
             family.losses(result),
             note,
             "Merge again by hand, with mergekit's own command:",
-            f"(cd {place} && mergekit-yaml metagpt.yml ./merged-by-hand)",
         ]
     )
+    click.echo(f"(cd {place} && mergekit-yaml metagpt.yml ./merged-by-hand)")
 
 
 @main.command()
@@ -326,7 +357,7 @@ def demo(folder: Path) -> None:
 @click.option("--plot", metavar="FILE", help="Draw a figure: .png, .svg or .pdf.")
 @click.option("--write", metavar="BEST.yml", help="Write the YAML of the best merge.")
 @click.option("--keep", metavar="DIR", help="Merge the best one again, into DIR.")
-@click.option("--force", is_flag=True, help="Replace BEST.yml and DIR if they exist.")
+@click.option("--force", is_flag=True, help="Replace what exists of files and DIR.")
 @one_line_errors
 @loading_options
 def compare(
@@ -350,30 +381,30 @@ def compare(
     than the specialists do. Merges are removed again. A second run goes on where the
     first one ended.
     """
-    check_target(json_file)
+    check_reports(json=json_file, plot=plot, force=force)
     check_target(write)
 
-    from mergekit_metagpt.commands import comparing
+    from mergekit_metagpt.commands import comparing, together
     from mergekit_metagpt.report import comparison, figures, scoring
 
-    check_target(plot, figures.FORMATS)
     if plot is not None and not texts:
         raise ValueError("--plot draws losses on texts; expected --text MODEL=FILE")
     request = comparing.Request(
         config=Path(config),
-        texts=pairs("--text", texts),
-        candidates=pairs("--candidate", candidates),
+        texts=pairs("--text", texts, "MODEL=FILE"),
+        candidates=pairs("--candidate", candidates, "NAME=FILE.yml"),
         powers=numbers("--power", power),
         scales=scales("--lambda", scale),
         **settings,
     )
-    compared = comparing.compare(
-        request,
-        options,
-        keep=Path(keep) if keep else None,
-        write=Path(write) if write else None,
-        force=force,
-    )
+    with together.as_rank():
+        compared = comparing.compare(
+            request,
+            options,
+            keep=Path(keep) if keep else None,
+            write=Path(write) if write else None,
+            force=force,
+        )
     write_json(json_file, compared)
     if plot is not None:
         figures.comparison_figure(compared, Path(plot))
@@ -408,7 +439,7 @@ def cache(clear: bool) -> None:
     size = sum(entry.bytes for entry in entries)
     click.echo(f"{folder}: {len(entries)} entries, {size / 1e6:.1f} MB")
     if entries:
-        show([tables.remembered(entries)])
+        show(["", tables.remembered(entries)])
 
 
 @main.command()
@@ -450,23 +481,40 @@ def merge(context: click.Context, arguments: tuple[str, ...]) -> None:
 def _merge_command() -> click.Command:
     from mergekit.options import PrettyPrintHelp, add_merge_options
 
-    from mergekit_metagpt.commands import merging
+    from mergekit_metagpt.commands import merging, splitting, together
 
     @click.command("merge", cls=PrettyPrintHelp)
     @click.argument("config", type=click.Path())
     @click.argument("out", type=click.Path(file_okay=False))
     @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+    @click.option(
+        "--resume",
+        is_flag=True,
+        help="Work as a rank, and go on from the finished files of an earlier run.",
+    )
     @add_merge_options  # type: ignore[untyped-decorator]
     @one_line_errors
     def command(
-        config: str, out: str, force: bool, merge_options: MergeOptions
+        config: str, out: str, force: bool, resume: bool, merge_options: MergeOptions
     ) -> None:
         """Merge CONFIG into OUT as mergekit-yaml does, for metagpt configurations.
 
         The YAML, the headers of all models and the weights are checked before mergekit
         starts. OUT appears only once it is complete. Needs no autoload.
         """
-        merging.merge(Path(config), Path(out), merge_options, force=force)
+        with together.as_rank(resumable=resume) as group:
+            if group is None:
+                merging.merge(Path(config), Path(out), merge_options, force=force)
+            else:
+                splitting.merge(
+                    Path(config),
+                    Path(out),
+                    merge_options,
+                    group,
+                    force=force,
+                    resume=resume,
+                )
+            together.only_leader(group)
         if autoload.failure:
             click.echo(
                 f"mergekit-yaml does not know metagpt: {autoload.failure}", err=True

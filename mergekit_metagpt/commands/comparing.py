@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_metagpt.commands import losses, merging
+from mergekit_metagpt.commands import losses, merging, together
 from mergekit_metagpt.commands import tasks as harness
 from mergekit_metagpt.commands.losses import Tokenized
 from mergekit_metagpt.commands.tasks import Task
@@ -22,7 +22,7 @@ from mergekit_metagpt.merge_config import candidates as merges
 from mergekit_metagpt.merge_config import checks, families, jobs, merge_yaml, plan
 from mergekit_metagpt.merge_config.candidates import Candidate
 from mergekit_metagpt.report import comparison, inspecting, scoring
-from mergekit_metagpt.scanning import cache, pools
+from mergekit_metagpt.scanning import cache, pools, ranks
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -149,7 +149,8 @@ def compare(
     models = list(dict.fromkeys(m for f in merged for m in (f.base, *f.models)))
     base, *specialists = models
     of_text = _models_by_text(request.texts, specialists)
-    opened = families.open_models(merged, options)
+    with ranks.leader_first():
+        opened = families.open_models(merged, options)
     device = request.device
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here. Give --device cpu")
@@ -171,6 +172,7 @@ def compare(
         _embeddings(opened, base),
         request.powers,
         request.scales,
+        merged[0].settings.sample,
     )
     given = {
         name: merge_yaml.read_file(file)[0] for name, file in request.candidates.items()
@@ -180,6 +182,7 @@ def compare(
     inputs = {candidate.name: _check(candidate, options) for candidate in listed}
     gram = True if "keep" in request.scales else None
     report = inspecting.inspect(merged, opened, gram=gram)
+    together.only_leader(ranks.group())
     if not options.allow_crimes:
         inspecting.require_near(report)
     for line in dict.fromkeys(w for family in report.families for w in family.warnings):

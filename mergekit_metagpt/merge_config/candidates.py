@@ -94,6 +94,7 @@ def usual(
     embeddings: str,
     powers: Sequence[float] = (),
     scales: Sequence[float | str] = (),
+    sample: float = 1.0,
 ) -> Iterator[Candidate]:
     """Yield a merge as written and those that it is usually compared with.
 
@@ -103,6 +104,7 @@ def usual(
         embeddings: `exclude` that names the embeddings; empty if there are none.
         powers: further exponents of the norms.
         scales: further values of `lambda`, `keep` among them.
+        sample: of the merge as written, for all that measure norms.
 
     Yields:
         candidates, some of which may be the same merge.
@@ -124,6 +126,8 @@ def usual(
         shown = scale if isinstance(scale, str) else f"{scale:g}"
         derived[f"lambda {shown}"] = {"lambda": scale}
     for name, parameters in derived.items():
+        if sample < 1 and parameters.get("power") != 0.0:
+            parameters = {**parameters, "sample": sample}
         yield of_text(name, by_metagpt(text, parameters))
 
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit.merge_methods.base import ParameterScope
 
+from mergekit_metagpt.checkpoints.adapters import is_adapter
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
-from mergekit_metagpt.checkpoints.opening import open_checkpoints
-from mergekit_metagpt.checkpoints.remote import Glimpse, glimpse
+from mergekit_metagpt.checkpoints.opening import (
+    is_adapter_of,
+    open_checkpoints,
+    unopened,
+)
+from mergekit_metagpt.checkpoints.remote import Glimpse, glimpse, open_adapter
 from mergekit_metagpt.merge_config import checks, merge_yaml
 from mergekit_metagpt.method.parameters import (
     all_zero,
@@ -118,6 +124,7 @@ def of_config(
     granularity: str | None = None,
     power: float | None = None,
     exclude: str | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> list[Family]:
     """Return the families of a merge YAML of any method, each once.
 
@@ -126,12 +133,14 @@ def of_config(
         granularity: instead of the YAML's.
         power: instead of the YAML's.
         exclude: instead of the YAML's.
+        weights: instead of the YAML's, by names of models or of their folders.
 
     Returns:
         the families, in the order of the YAML.
 
     Raises:
-        ValueError: no base, nothing beside it, or an illegal parameter.
+        ValueError: no base, nothing beside it, an illegal parameter, or a weight of a
+            model that is not there.
     """
     ours = config.merge_method in checks.METHODS
     if ours:
@@ -143,6 +152,7 @@ def of_config(
         wishes["power"] = checked("power", power)
     if exclude is not None:
         wishes["exclude"] = split_exclude(exclude)
+    by_name = _named(weights or {}, config)
     families: dict[Any, Family] = {}
     for part in merge_yaml.slices_of(config):
         if part.base is None:
@@ -151,16 +161,18 @@ def of_config(
                 "it, or name the models: inspect --base BASE MODEL..."
             )
         settings, varying = _settings(part) if ours else (Settings(), ())
+        models, own, by_hand = [], [], []
         scales = [merge_yaml.values_of(level.get("lambda")) for level in part.shared]
-        models, weights, by_hand = [], [], []
         for model, levels in zip(part.models, part.settings, strict=True):
             if model == part.base or model in models:
                 continue
-            weight, constant = _constant(levels, "weight", 1.0) if ours else (1.0, True)
+            weight, constant = by_name.get(model, 1.0), True
+            if ours and model not in by_name:
+                weight, constant = _constant(levels, "weight", 1.0)
             if not constant and "weight" not in varying:
                 varying = (*varying, "weight")
             models.append(model)
-            weights.append(weight)
+            own.append(weight)
             by_hand.append(None if ours else _by_hand(levels))
         if not models:
             continue
@@ -170,7 +182,7 @@ def of_config(
             models=tuple(models),
             settings=settings.model_copy(update=wishes),
             varying=varying,
-            weights=tuple(weights),
+            weights=tuple(own),
             by_hand=tuple(by_hand),
             keeps_length=ours and any("keep" in values for values in scales),
         )
@@ -188,12 +200,44 @@ def of_config(
     return every
 
 
+def _named(
+    weights: Mapping[str, float], config: MergeConfiguration
+) -> dict[ModelReference, float]:
+    """Find the models that are named: as the YAML does, or by a folder's name."""
+    tuned = {
+        model: None
+        for part in merge_yaml.slices_of(config)
+        for model in part.models
+        if model != part.base
+    }
+    found = {}
+    for name, weight in weights.items():
+        same = [model for model in tuned if str(model) == merge_yaml.as_local(name)]
+        same = same or [model for model in tuned if name in _folders(model)]
+        if len(same) != 1:
+            count = f"{len(same)} models" if same else "no model"
+            names = ", ".join(map(str, tuned))
+            raise ValueError(f"--weight {name} names {count}; expected one of {names}")
+        try:
+            found[same[0]] = checked("weight", weight)
+        except ValueError as error:
+            said = str(error).removeprefix("weight ")
+            raise ValueError(f"weight of {same[0]} {said}") from error
+    return found
+
+
+def _folders(model: ModelReference) -> set[str]:
+    """Last parts of the paths of a model: of its adapter, or else its own."""
+    path = (model.lora or model.model).path
+    return {path, Path(path).name}
+
+
 def config_of(base: str, models: Sequence[str]) -> MergeConfiguration:
     """Return the merge of a base and models that are named without a YAML.
 
     Args:
         base: theta_0: a folder or hub repository.
-        models: the fine-tunes.
+        models: the fine-tunes; adapters of the base may be named without it.
 
     Returns:
         mergekit's configuration, with every parameter at its default.
@@ -205,18 +249,86 @@ def config_of(base: str, models: Sequence[str]) -> MergeConfiguration:
 
     if twice := [model for model in models if models.count(model) > 1]:
         raise ValueError(f"{twice[0]} is given twice. List it once")
+    spelt = [f"{base}+{m}" if is_adapter(Path(m)) else m for m in models]
     data = {
         "merge_method": "metagpt",
         "base_model": base,
-        "models": [{"model": model} for model in models],
+        "models": [{"model": model} for model in spelt],
     }
     return MergeConfiguration.model_validate(data)
+
+
+def are_adapters(models: Sequence[str], base: str | None, *, remote: bool) -> bool:
+    """Whether LoRA adapters are named, and no base of theirs.
+
+    Args:
+        models: what is named.
+        base: the base that is named, or None.
+        remote: whether a single name may be a hub repository.
+
+    Returns:
+        False for a YAML and for the folder of a model.
+
+    Raises:
+        ValueError: some of several are adapters, and no base is named.
+    """
+    if base is not None:
+        return False
+    paths = [Path(model) for model in models]
+    if len(paths) == 1:
+        return is_adapter(paths[0]) or (remote and not paths[0].exists())
+    others = [path for path in paths if path.exists() and not is_adapter(path)]
+    if others and len(others) < len(paths):
+        raise ValueError(
+            f"{others[0]} is no LoRA adapter, and no base is given; expected --base "
+            "BASE and the models, or adapters alone"
+        )
+    return not others
+
+
+def open_adapters(
+    adapters: Sequence[str], **wishes: Any
+) -> tuple[Family, Mapping[ModelReference, Checkpoint]]:
+    """Open LoRA adapters whose base is not at hand, reading headers only.
+
+    Args:
+        adapters: folders, or hub repositories, which are fetched whole.
+        **wishes: granularity, power and exclude, where they are not None.
+
+    Returns:
+        their family, and headers by model; the base has none.
+
+    Raises:
+        ValueError: an adapter is given twice, or factors alone do not tell how far it
+            moved.
+        OSError: a file or repository cannot be read.
+    """
+    from mergekit.common import ModelReference
+
+    (family,) = of_config(config_of("base", adapters), **wishes)
+    models = [ModelReference.model_validate({"model": name}) for name in adapters]
+    opened = {}
+    for model in models:
+        if (adapter := open_adapter(model)) is not None:
+            opened[model] = adapter
+    named = (
+        model.adapter.config.get("base_model_name_or_path")
+        for model in opened.values()
+        if model.adapter
+    )
+    name = next((name for name in named if name), "BASE")
+    base = ModelReference.model_validate({"model": {"path": name}})
+    family = replace(family, base=base, models=tuple(models))
+    return family, {**opened, base: unopened(name)}
 
 
 def open_models(
     families: Sequence[Family], options: MergeOptions
 ) -> Mapping[ModelReference, Checkpoint]:
     """Open every base and model of the families, reading headers only.
+
+    An adapter of its family's base is opened as such, so that it is measured from its
+    factors, unless its task vector is not their product or settings vary by tensor.
 
     Args:
         families: who is merged with whom.
@@ -229,8 +341,27 @@ def open_models(
         ValueError: a model is not there, or cannot be measured.
         OSError: a file is missing, truncated or corrupt.
     """
+    adapters = {}
+    for model in _adapters_of_their_base(families):
+        opened = open_adapter(model, merged=bool(options.lora_merge_cache))
+        if opened is not None:
+            adapters[model] = opened
     models = [m for family in families for m in (family.base, *family.models)]
-    return open_checkpoints(models, options)
+    others = [model for model in models if model not in adapters]
+    return {**open_checkpoints(others, options), **adapters}
+
+
+def _adapters_of_their_base(families: Sequence[Family]) -> list[ModelReference]:
+    """Models that can be measured from factors in every family that they are in."""
+    if any(family.varying for family in families):
+        return []  # coefficients of single tensors rest on what mergekit would read
+    adapters: dict[ModelReference, bool] = {}
+    for family in families:
+        for model in family.models:
+            own = is_adapter_of(model, family.base)
+            adapters[model] = own and adapters.get(model, True)
+    bases = {family.base for family in families}
+    return [model for model, own in adapters.items() if own and model not in bases]
 
 
 def glimpse_models(
@@ -250,9 +381,11 @@ def glimpse_models(
         OSError: a repository or file cannot be read.
     """
     models = [m for family in families for m in (family.base, *family.models)]
+    adapters = _adapters_of_their_base(families)
     return {
         model: glimpse(
             model,
+            is_own_adapter=model in adapters,
             lora_merge_cache=options.lora_merge_cache,
             transformers_cache=options.transformers_cache,
             trust_remote_code=options.trust_remote_code,

@@ -16,7 +16,11 @@ from mergekit.tokenizer import PermutedVocabulary
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.layouts import stored_as
-from mergekit_metagpt.checkpoints.opening import hand_to_mergekit, open_checkpoints
+from mergekit_metagpt.checkpoints.opening import (
+    hand_to_mergekit,
+    open_checkpoints,
+    planned_as_bases,
+)
 from mergekit_metagpt.checkpoints.pairs import check_distinct, check_pair
 from mergekit_metagpt.checkpoints.stored import FLOATS, layer_key
 from mergekit_metagpt.checkpoints.unwritten import lost, share_of
@@ -153,7 +157,8 @@ def check_plan(
 
     Args:
         config: mergekit's configuration.
-        opened: base and models.
+        opened: base and models; adapters, which mergekit merges into the base first,
+            are planned as the base.
         options: mergekit's own.
 
     Returns:
@@ -163,6 +168,15 @@ def check_plan(
         ValueError: an input lacks a tensor or has it in another shape; weights would be
             lost; a precision is unknown; mergekit refuses the merge.
     """
+    adapted = {
+        model: part.base
+        for part in slices_of(config)
+        for model in part.models
+        if part.base is not None and opened[model].adapter
+    }
+    if adapted:
+        with planned_as_bases(adapted, opened, options) as headers:
+            return check_plan(config, headers, options)
     for checkpoint in opened.values():
         if checkpoint.refused:
             raise ValueError(checkpoint.refused)

@@ -338,5 +338,12 @@ def _comment(
     }
     if given:
         lines.append(f"with parameters of metagpt: {', '.join(sorted(given))}.")
+    errors = [tensor.error for tensor in found if tensor.error is not None]
+    if errors:
+        share = found[0].planned.settings.sample
+        lines.append(
+            f"Estimated from a sample of {share:g} of each large tensor, with standard "
+            f"errors of at most {max(errors):.1g}."
+        )
     lines += [f"Differs from {config.merge_method}: {change}." for change in changes]
     return "".join(f"# {line}\n" for line in lines)

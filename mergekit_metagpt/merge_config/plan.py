@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from mergekit import merge_methods
@@ -77,12 +78,14 @@ class Coefficients:
     """The coefficients of one output tensor, before `lambda` scales them.
 
     `shares` holds the models that have the tensor; none if only the base does. `scale`
-    is `lambda`, or what `lambda: keep` comes to.
+    is `lambda`, or what `lambda: keep` comes to. `error` is the largest standard error
+    of any share; None if they are exact.
     """
 
     planned: Planned
     shares: Mapping[ModelReference, float]
     scale: float
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class _Weighted:
 
     shares: Mapping[ModelReference, float]
     scale: float
+    error: float | None = None
 
 
 class _Planner(MergePlanner):
@@ -224,7 +228,9 @@ def coefficients(planned: Sequence[Planned]) -> list[Coefficients]:
         for task, found in executor.run(quiet=True):
             weighted[reading[task]] = found
     return [
-        Coefficients(tensor, weighted[at].shares, weighted[at].scale)
+        Coefficients(
+            tensor, weighted[at].shares, weighted[at].scale, weighted[at].error
+        )
         for at, tensor in enumerate(planned)
     ]
 
@@ -262,8 +268,12 @@ def _weighted(
     measured = group_norms.of_group(group, settings)
     weight = torch.tensor(weights, dtype=torch.float64, device="cpu")
     shares = settings.shares(measured.sq_norms if measured else None, weight)
-    scale = settings.factor(shares, measured.gram if measured else None)
-    return _Weighted(dict(zip(models, shares.tolist(), strict=True)), scale.item())
+    error = None
+    if measured and measured.covariance is not None:
+        errors = settings.share_errors(measured.sq_norms, measured.covariance, weight)
+        error = float(errors.max())
+    scale = settings.factor(shares, measured.gram if measured else None).item()
+    return _Weighted(dict(zip(models, shares.tolist(), strict=True)), scale, error)
 
 
 @contextmanager
@@ -292,6 +302,25 @@ def mergekits_errors() -> Iterator[None]:
         raise ValueError(f"mergekit: {type(error).__name__}: {error}") from error
 
 
+def already_warned(
+    config: MergeConfiguration, *, warned: bool
+) -> AbstractContextManager[None]:
+    """Let our method log no warning in the merges that are planned meanwhile.
+
+    Args:
+        config: mergekit's configuration.
+        warned: whether all warnings on the coefficients were logged before.
+
+    Returns:
+        a context.
+    """
+    if not warned:
+        return nullcontext()
+    watch = merge_methods.get(config.merge_method).watch
+    context: AbstractContextManager[None] = watch.already_warned()
+    return context
+
+
 def run(
     config: MergeConfiguration,
     out: str,
@@ -311,7 +340,35 @@ def run(
     """
     from mergekit.merge import run_merge
 
-    method = merge_methods.get(config.merge_method)
-    quiet = method.watch.already_warned() if warned else nullcontext()
-    with quiet, mergekits_errors():
+    with already_warned(config, warned=warned), mergekits_errors():
+        run_merge(config, out, options, config_source=source)
+
+
+class _WithoutTensors(MergePlanner):
+    """mergekit's planner of a merge whose tensors are written already."""
+
+    def plan_to_disk(self, out_path: str) -> list[Task[Any]]:
+        return [self._tokenizer_task] if self._tokenizer_task else []
+
+
+def run_without_tensors(
+    config: MergeConfiguration, out: str, options: MergeOptions, *, source: str
+) -> None:
+    """Let mergekit write what it writes beside the tensors of a merge.
+
+    These are the model's configuration, its tokenizer and its card.
+
+    Args:
+        config: mergekit's configuration.
+        out: folder for them.
+        options: mergekit's own.
+        source: the YAML, for the model card.
+
+    Raises:
+        ValueError: mergekit cannot make them.
+        OSError: a file cannot be written.
+    """
+    from mergekit.merge import run_merge
+
+    with mergekits_errors(), patch("mergekit.merge.MergePlanner", _WithoutTensors):
         run_merge(config, out, options, config_source=source)

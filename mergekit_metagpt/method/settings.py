@@ -19,6 +19,7 @@ Granularity = Literal["model", "layer", "tensor"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Scale = Finite | Literal["keep"]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 _LEGAL: dict[str, TypeAdapter[Any]] = {
     "granularity": TypeAdapter(Granularity),
@@ -26,6 +27,7 @@ _LEGAL: dict[str, TypeAdapter[Any]] = {
     "power": TypeAdapter(Finite),
     "lambda": TypeAdapter(Scale),
     "exclude": TypeAdapter(str),
+    "sample": TypeAdapter(Share),
 }
 
 
@@ -56,6 +58,9 @@ class Settings(BaseModel):
     power: Finite = 2.0
     exclude: tuple[str, ...] = ()
     scale: Scale = Field(default=1.0, description="`lambda` of the YAML")
+    sample: Share = Field(
+        default=1.0, description="share of the weights that was asked for"
+    )
 
     @classmethod
     def of(cls, bound: Any) -> Settings:
@@ -72,6 +77,7 @@ class Settings(BaseModel):
             power=bound["power"],
             exclude=split_exclude(bound["exclude"]),
             scale=bound["lambda"],
+            sample=bound["sample"],
         )
 
     def shares(

@@ -68,6 +68,8 @@ def _header(model: Glimpse, base: Glimpse | None) -> schema.Header:
 
 
 def _unshared(one: Checkpoint, other: Checkpoint) -> schema.Tensors:
+    if one.adapter or other.adapter:
+        return unshared(one, other, {})
     tied = (
         name
         for name in one.tensors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -51,7 +51,7 @@ def inspect(
         refused: why the merge cannot be made as it is, or None.
         gram: whether inner products are needed; None takes them from the cache, and
             reports no cosines where it has none, unless `lambda: keep` needs them.
-        sample: how much to read; all if None.
+        sample: how much to read; as the settings of the families say if None.
 
     Returns:
         the report.
@@ -63,6 +63,9 @@ def inspect(
     if any(family.keeps_length for family in families):
         gram = True
     of_base: dict[ModelReference, list[ModelReference]] = {}
+    if sample is None:
+        # One number for the whole merge.
+        sample = Sample(share=min((f.settings.sample for f in families), default=1.0))
     for family in families:
         models = of_base.setdefault(family.base, [])
         models += [model for model in family.models if model not in models]
@@ -119,7 +122,7 @@ def require_near(report: schema.Report) -> None:
     """
     for family in report.families:
         for model in family.models:
-            if model.distance >= advice.APART:
+            if model.distance is not None and model.distance >= advice.APART:
                 text = advice.far(family.base.name, model.name, model.distance)
                 raise ValueError(
                     f"{text} Name the base that it was trained from, or give "
@@ -163,10 +166,11 @@ def with_ranges(
 
 @dataclass(frozen=True)
 class _Pool:
-    """A pool as reported, and the shares of the models that are merged in it."""
+    """A pool as reported, and the weights of the models; 0 for those not in it."""
 
     reported: schema.Pool
-    shares: Mapping[ModelReference, float]
+    weights: tuple[float, ...]
+    counts: bool
     lengths: Lengths
 
 
@@ -187,9 +191,12 @@ def _family(
     cosine_errors = whole.cosine_errors
     coefficient_errors = pools[0].reported.coefficients_se if one_pool else None
     written = {
-        model: None if planned is None else names_in(planned, model)
+        model: None
+        if planned is None or opened[model].adapter
+        else names_in(planned, model)
         for model in (family.base, *family.models)
     }
+    read = bool((whole.base_sq_norms > 0).any())
     models = []
     for k, reference in enumerate(family.models):
         model = opened[reference]
@@ -201,7 +208,9 @@ def _family(
                 **describe(model, written[reference], sq_norms).model_dump(),
                 sq_norm=sq_norm,
                 norm=math.sqrt(sq_norm),
-                distance=advice.distance(result, k, whole.members["model"]),
+                distance=advice.distance(result, k, whole.members["model"])
+                if read
+                else None,
                 relative_norm=_ratio(sq_norm, float(whole.base_sq_norms[k])),
                 coefficient=coefficients[0] if one_pool else None,
                 coefficient_range=(min(coefficients), max(coefficients)),
@@ -215,6 +224,7 @@ def _family(
                 relative_norm_se=_at(whole.relative_norm_errors, k),
                 coefficient_se=coefficient_errors[k] if coefficient_errors else None,
                 parts_se=_part_errors(result, k, whole.members["model"]),
+                adapter=_adapter(reference, model),
             )
         )
     lengths = None if family.varying else _lengths(family, pools, whole)
@@ -227,7 +237,7 @@ def _family(
         settings=schema.Settings(**settings.model_dump(), varying=family.varying),
         base=schema.Base(
             **describe(base, written[family.base], {}).model_dump(),
-            norm=math.sqrt(sum(base_sq_norm)),
+            norm=math.sqrt(sum(base_sq_norm)) if read or base.tensors else None,
         ),
         models=tuple(models),
         cosines=None
@@ -249,7 +259,10 @@ def _family(
         advice=None if lengths is None else advice.which_weights(lengths.disparity),
         pools=tuple(pool.reported for pool in pools),
         layers=tuple(pool.reported for pool in _pools(family, result, "layer")),
-        warnings=tuple(_warnings(family, result, models, pools, left, base.warning)),
+        warnings=(
+            *_adapter_warnings(base, [opened[model] for model in family.models]),
+            *_warnings(family, result, models, pools, left, base.warning),
+        ),
     )
 
 
@@ -267,6 +280,36 @@ def _lengths(
         disparity=spread.disparity,
         gamma=spread.gamma,
     )
+
+
+def _adapter(reference: ModelReference, model: Checkpoint) -> schema.Adapter | None:
+    """What PEFT needs to know of an adapter."""
+    if model.adapter is None:
+        return None
+    place, config = reference.lora or reference.model, model.adapter.config
+    return schema.Adapter(
+        path=place.path,
+        revision=place.revision,
+        base=config.get("base_model_name_or_path") or None,
+        factors=len(model.adapter.factors),
+        config={key: config.get(key) for key in schema.ADAPTER_KEYS},
+    )
+
+
+def _adapter_warnings(base: Checkpoint, models: Sequence[Checkpoint]) -> Iterator[str]:
+    """Say what is assumed of adapters whose base is not at hand."""
+    if base.tensors:
+        return
+    adapters = {model.label: model.adapter for model in models if model.adapter}
+    bases = {
+        str(adapter.config.get("base_model_name_or_path"))
+        for adapter in adapters.values()
+    }
+    if len(bases) > 1:
+        yield advice.other_bases(sorted(bases))
+    for label, adapter in adapters.items():
+        if any(factors.copy for factors in adapter.factors.values()):
+            yield advice.copied_embeddings(label)
 
 
 @dataclass(frozen=True)
@@ -329,14 +372,8 @@ def _pools(family: Family, result: ScanResult, granularity: str) -> list[_Pool]:
             keep=lengths.keep,
             **errors,
         )
-        taking_part = {
-            model: share
-            for model, share, w, here in zip(
-                family.models, shares, family.weights, present, strict=True
-            )
-            if w and here
-        }
-        pools.append(_Pool(reported, taking_part, lengths))
+        weights = (w * here for w, here in zip(family.weights, present, strict=True))
+        pools.append(_Pool(reported, tuple(weights), norms_count, lengths))
     return pools
 
 
@@ -417,8 +454,7 @@ def _warnings(
     if settings.power < 0:
         unmoved = [m for k, m in enumerate(family.models) if k not in moved]
         warnings.append(advice.left_out(base, unmoved, settings.power, WHOLE))
-    weighted = len({w for w in family.weights if w > 0}) > 1
-    warnings.append(_degenerate(base, pools, weighted=weighted, power=settings.power))
+    warnings.append(_degenerate(family, pools, result))
     warnings += advice.whole_model(base, family.models, result, settings.exclude, left)
     angles = whole.cosines
     if angles is not None:
@@ -428,17 +464,22 @@ def _warnings(
 
 
 def _degenerate(
-    base: ModelReference, pools: Sequence[_Pool], *, weighted: bool, power: float
+    family: Family, pools: Sequence[_Pool], result: ScanResult
 ) -> str | None:
     """Warn of the first pool of which one model takes almost all or next to nothing."""
+    settings = family.settings
 
     def warning(pool: _Pool, where: str) -> str | None:
-        shares = list(pool.shares.values())
-        if not any(shares):
-            return None
-        names = list(pool.shares)
         return advice.degenerate(
-            base, names, shares, where, weighted=weighted, power=power
+            family.base,
+            family.models,
+            pool.reported.coefficients,
+            pool.weights,
+            where,
+            sq_norms=pool.reported.sq_norms if pool.counts else None,
+            power=settings.power,
+            whole=result if settings.granularity == "model" else None,
+            exclude=settings.exclude,
         )
 
     degenerate = [pool for pool in pools if warning(pool, "")]

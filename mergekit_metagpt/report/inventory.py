@@ -109,8 +109,11 @@ def unshared(
         counted_as: output names that the two share.
 
     Returns:
-        tensors that neither it nor a tie nor another layout of it matches.
+        tensors that neither it nor a tie nor another layout of it matches; none beside
+        an adapter, which stores factors.
     """
+    if checkpoint.adapter or other.adapter:
+        return _some({})
     used = {tensor.name for n, tensor in checkpoint.tensors.items() if n in counted_as}
     for mine, _ in counterparts(checkpoint, other).values():
         used.update(source.name for source in sources(mine))

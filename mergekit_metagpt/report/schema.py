@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_metagpt.method import settings
 
 SE = "standard error of {}; null where exact"
+
+
+def as_json(found: BaseModel) -> str:
+    """Write a report as JSON in ASCII, which every locale reads alike.
+
+    Args:
+        found: a report.
+
+    Returns:
+        the text, indented, with a newline at its end.
+    """
+    return json.dumps(json.loads(found.model_dump_json()), indent=2) + "\n"
 
 
 class _Schema(BaseModel):
@@ -61,7 +74,34 @@ class Stored(_Schema):
 class Base(Stored):
     """theta_0."""
 
-    norm: float = Field(description="||theta_0|| over all tensors that count")
+    norm: float | None = Field(
+        description="||theta_0|| over all tensors that count; null if it was not read"
+    )
+
+
+# Settings of an adapter that PEFT's `add_weighted_adapter` depends on.
+ADAPTER_KEYS = (
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
+
+
+class Adapter(_Schema):
+    """A LoRA adapter, measured from its factors."""
+
+    path: str = Field(description="folder or hub repository")
+    revision: str | None = Field(description="of the repository, as given")
+    base: str | None = Field(description="the base that its configuration names")
+    factors: int = Field(description="weights that it adapts")
+    config: dict[str, Any] = Field(description="what PEFT combines it by")
 
 
 class Model(Stored):
@@ -72,7 +112,10 @@ class Model(Stored):
     relative_norm: float | None = Field(
         description="||tau_t|| / ||theta_0|| over the tensors of n_t"
     )
-    distance: float = Field(description="median over tensors of ||tau|| / ||theta_0||")
+    distance: float | None = Field(
+        description="median over tensors of ||tau|| / ||theta_0||; null where the base "
+        "was not read"
+    )
     coefficient: float | None = Field(
         description="its share of the merge, before `lambda` scales the sum; null "
         "where it differs by tensor"
@@ -98,6 +141,9 @@ class Model(Stored):
     )
     parts_se: dict[str, float] | None = Field(
         default=None, description=SE.format("`parts`")
+    )
+    adapter: Adapter | None = Field(
+        default=None, description="where it was measured from LoRA factors"
     )
 
 

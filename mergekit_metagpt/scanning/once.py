@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
+import torch
+
+from mergekit_metagpt.checkpoints.adapters import is_adapter
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
-from mergekit_metagpt.checkpoints.opening import open_checkpoint
-from mergekit_metagpt.scanning import cache
+from mergekit_metagpt.checkpoints.opening import (
+    is_adapter_of,
+    open_checkpoint,
+    unopened,
+)
+from mergekit_metagpt.checkpoints.pairs import check_pair
+from mergekit_metagpt.checkpoints.remote import open_adapter
+from mergekit_metagpt.scanning import at_hand, cache, factors, ranks
 from mergekit_metagpt.scanning.one_pass import scan_checkpoints
 from mergekit_metagpt.scanning.results import ScanResult
 from mergekit_metagpt.scanning.sampling import Sample, sample_checkpoints
@@ -18,15 +29,28 @@ from mergekit_metagpt.scanning.sampling import Sample, sample_checkpoints
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
 
+    Model: TypeAlias = (
+        str
+        | os.PathLike[str]
+        | ModelReference
+        | torch.nn.Module
+        | Mapping[str, torch.Tensor]
+    )
+
 # Results of one model each by the identities of base and model, and of all models of a
-# request by its identities. Reading needs no lock; scanning and writing need `_LOCK`.
+# request by its identities; of a sampled one by its sample, too. Reading needs no
+# lock; scanning and writing need `_LOCK`.
 _Identities = tuple[object, ...]
 _PAIRS: dict[_Identities, ScanResult] = {}
 _REQUESTS: dict[_Identities, ScanResult] = {}
+_SAMPLES: dict[_Identities, ScanResult] = {}
 _FAILURES: dict[_Identities, Exception] = {}
 _MOST_PAIRS = 1024
 _MOST_REQUESTS = 64
 _LOCK = threading.Lock()
+# Whether requests for a sample are answered by a sample (False: by a scan); None takes
+# what is known. Of the process: a merge may run on threads of mergekit's.
+_estimated: bool | None = None
 
 
 def measure(
@@ -42,50 +66,96 @@ def measure(
     One thread scans; others that ask meanwhile wait for it. An error of the scan is
     raised in all that ask for the same models, until `forget_failures`.
 
+    Adapters are measured from their factors, and never from a sample. The base is read
+    for the norms of its own tensors, unless there is a sample or it was not opened.
+
     Args:
         base: the base.
-        models: K fine-tunes of it.
+        models: K fine-tunes of it, or adapters.
         gram: whether inner products are needed; None takes those that an earlier scan
             left in the cache, and does without otherwise.
         workers: threads; the CPUs at hand if None.
-        sample: estimate from a sample, unless an earlier exact scan is remembered.
+        sample: estimate from a sample, unless an earlier exact scan is remembered. What
+            was estimated once stays so in this process: a merge has one result.
 
     Returns:
         the result, with the models in their order; named as when it was measured.
 
     Raises:
-        ValueError: base and model do not fit, or a weight is NaN or infinite.
+        ValueError: base and model do not fit, a weight is NaN or infinite, or both
+            adapters and a sample of other models are asked for.
         OSError: a file cannot be read or has changed since it was opened.
     """
+    if sample is not None and (sample.share == 1 or _estimated is False):
+        sample = None
+    if sample is not None and any(model.adapter for model in models):
+        base, sample = _without(base, models), None
     request = (base.identity, *(model.identity for model in models))
-    if (earlier := _remembered(request, gram)) is not None:
+    if (earlier := _remembered(request, sample, gram)) is not None:
         return earlier
     with _LOCK:
         # Another thread may have scanned for us while we waited.
-        if (earlier := _remembered(request, gram)) is not None:
+        if (earlier := _remembered(request, sample, gram)) is not None:
             return earlier
-        attempt = (*request, sample)
+        attempt = (*request, sample, bool(gram))
         if attempt in _FAILURES:
             raise _FAILURES[attempt]
         try:
             measured = _measured(base, models, gram, workers, sample)
-            result = replace(measured, vocabulary=base.vocabulary)
+            adapted = (model.vocabulary for model in models if model.adapter)
+            result = replace(measured, vocabulary=base.vocabulary.union(*adapted))
         except Exception as error:
             _FAILURES[attempt] = error
             raise
-        if result.sampled is not None:
-            return result  # only the cache keeps it: an exact one may be asked for next
-        for at, model in enumerate(models):
-            pair = replace(result.select([at]), gram=None)
-            _PAIRS.setdefault((base.identity, model.identity), pair)
-        _REQUESTS[request] = result
-        for kept, most in ((_PAIRS, _MOST_PAIRS), (_REQUESTS, _MOST_REQUESTS)):
-            while len(kept) > most:
+        if sample is not None:
+            _SAMPLES[attempt] = result
+        if result.sampled is None:
+            for at, model in enumerate(models):
+                pair = replace(result.select([at]), gram=None)
+                _PAIRS.setdefault((base.identity, model.identity), pair)
+            _REQUESTS[request] = result
+        for kept in (_PAIRS, _REQUESTS, _SAMPLES):
+            while len(kept) > (_MOST_PAIRS if kept is _PAIRS else _MOST_REQUESTS):
                 del kept[next(iter(kept))]
     return result
 
 
-def _remembered(request: _Identities, gram: bool | None) -> ScanResult | None:
+def _without(base: Checkpoint, models: Sequence[Checkpoint]) -> Checkpoint:
+    """What stands for a base that is not to be read for its adapters."""
+    if full := [model.label for model in models if not model.adapter]:
+        raise ValueError(
+            f"{full[0]} would be estimated from a sample, and adapters beside it are "
+            "measured exactly: their inner products cannot be. Measure all of them "
+            "without --remote, --sample and --budget, or the adapters alone"
+        )
+    return unopened(base.label)
+
+
+@contextmanager
+def again(*, estimated: bool) -> Iterator[None]:
+    """Answer requests for a sample as an earlier merge was answered.
+
+    Args:
+        estimated: by a sample, whatever exact results are remembered; else by a scan.
+
+    Yields:
+        while the merge is made again.
+    """
+    global _estimated
+    before, _estimated = _estimated, estimated
+    try:
+        yield
+    finally:
+        _estimated = before
+
+
+def _remembered(
+    request: _Identities, sample: Sample | None, gram: bool | None
+) -> ScanResult | None:
+    if sample is not None:
+        answer = _SAMPLES.get((*request, sample, bool(gram)))
+        if answer is not None or _estimated:
+            return answer
     result = _REQUESTS.get(request)
     return result if result and (gram is False or result.gram is not None) else None
 
@@ -99,37 +169,104 @@ def _measured(
 ) -> ScanResult:
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
-    pairs = [
-        _PAIRS.get((base.identity, model.identity)) or cache.read_pair(base, model)
-        for model in models
-    ]
+    only_estimates = sample is not None and _estimated
+    # Of several ranks, rank 0 says what is known, and keeps what is new: the caches of
+    # nodes may differ.
+    pairs = ranks.from_leader(
+        lambda: [None if only_estimates else _known(base, model) for model in models]
+    )
+    leads = ranks.leads()
     missing = [at for at, pair in enumerate(pairs) if pair is None]
     if gram is not False and not missing:
         result = ScanResult.joined([pair for pair in pairs if pair is not None])
-        products = cache.read_gram(base, models, result.names)
+        products = ranks.from_leader(
+            lambda: cache.read_gram(base, models, result.names)
+        )
         if products is not None or gram is None:
             return replace(result, gram=products)
     if sample is not None and (missing or gram):
-        request = f"{sample.share} {sample.budget} {sample.seed} {bool(gram)}"
-        estimated = cache.read_sample(base, models, request)
-        if estimated is None:
-            estimated = sample_checkpoints(
-                base, models, sample, gram=bool(gram), workers=workers
-            )
-            cache.write_sample(base, models, request, estimated)
-        return estimated
+        return ranks.from_leader(
+            lambda: _sampled(base, models, sample, bool(gram), workers)
+        )
     scanned = list(range(len(models))) if gram else missing
     if scanned:
-        new = scan_checkpoints(
-            base, [models[at] for at in scanned], gram=bool(gram), workers=workers
-        )
+        new = _scanned(base, [models[at] for at in scanned], bool(gram), workers)
         for row, at in enumerate(scanned):
             pairs[at] = pair = replace(new.select([row]), gram=None)
-            cache.write_pair(base, models[at], pair)
+            if leads:
+                cache.write_pair(base, models[at], pair)
         if gram:
-            cache.write_gram(base, models, new)
+            if leads:
+                cache.write_gram(base, models, new)
             return new
     return ScanResult.joined([pair for pair in pairs if pair is not None])
+
+
+def _scanned(
+    base: Checkpoint, models: Sequence[Checkpoint], gram: bool, workers: int | None
+) -> ScanResult:
+    """Measure fine-tunes in one pass over the files, adapters from their factors."""
+    full = [at for at, model in enumerate(models) if not model.adapter]
+    tuned = [models[at] for at in full]
+    if len(full) == len(models):
+        return scan_checkpoints(base, tuned, gram=gram, workers=workers)
+    added = [at for at, model in enumerate(models) if model.adapter]
+    adapters = [models[at] for at in added]
+    own = ranks.from_leader(lambda: _known(base, base))
+    crossing = factors.Crossing(base, adapters) if gram and full else None
+    result = None
+    if full or (own is None and base.tensors):
+        # Without an earlier scan the base is measured against itself, which gives what
+        # all adapters share: the tensors that count, and their norms.
+        again = [] if own else [base]
+        result = scan_checkpoints(
+            base,
+            [*tuned, *again],
+            gram=gram and bool(full),
+            workers=workers,
+            crossing=crossing,
+        )
+        if own is None:
+            own = replace(result.select([len(tuned)]), gram=None)
+            _PAIRS[base.identity, base.identity] = own
+            if ranks.leads():
+                cache.write_pair(base, base, own)
+        result = result.select(range(len(tuned))) if full else None
+    exact = factors.scan_adapters(
+        base, adapters, own if base.tensors else None, workers=workers
+    )
+    place = {at: number for number, at in enumerate([*full, *added])}
+    order = [place[at] for at in range(len(models))]
+    found = crossing.found if crossing else {}
+    return factors.joined(result, exact, found, order, gram=gram)
+
+
+def _opened_adapter(
+    model: ModelReference, base: ModelReference, *, merged: bool
+) -> Checkpoint | None:
+    """The adapter that a model is, if it is one of this base; see `open_adapter`."""
+    alone = model is not base and is_adapter(Path(model.model.path))
+    own = alone or is_adapter_of(model, base)
+    return open_adapter(model, merged=merged) if own else None
+
+
+def _known(base: Checkpoint, model: Checkpoint) -> ScanResult | None:
+    return _PAIRS.get((base.identity, model.identity)) or cache.read_pair(base, model)
+
+
+def _sampled(
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    sample: Sample,
+    gram: bool,
+    workers: int | None,
+) -> ScanResult:
+    request = f"{sample} {gram}"
+    estimated = cache.read_sample(base, models, request)
+    if estimated is None:
+        estimated = sample_checkpoints(base, models, sample, gram=gram, workers=workers)
+        cache.write_sample(base, models, request, estimated)
+    return estimated
 
 
 def forget_failures() -> None:
@@ -137,9 +274,16 @@ def forget_failures() -> None:
     _FAILURES.clear()
 
 
+def _state_of(model: Model) -> Mapping[str, torch.Tensor] | None:
+    """The tensors of a model in memory; None of another one."""
+    if isinstance(model, torch.nn.Module):
+        return model.state_dict()
+    return model if isinstance(model, Mapping) else None
+
+
 def scan(
-    base: str | os.PathLike[str] | ModelReference,
-    models: Sequence[str | os.PathLike[str] | ModelReference],
+    base: Model,
+    models: Sequence[Model],
     *,
     gram: bool = False,
     workers: int | None = None,
@@ -153,12 +297,18 @@ def scan(
     t both store, at the coarser of the two stored precisions. A tied weight counts
     once; of resized vocabularies the common rows count. One pass over the files.
 
+    Of tensors in memory, those that share storage count once, shapes must be equal, and
+    the result has the bits of a merge by mergekit's `merge_state_dicts`.
+
     Args:
-        base: theta_0: a folder, a hub repository or a `ModelReference`.
-        models: the K fine-tunes; `model+adapter` for a LoRA.
+        base: theta_0: a folder, a hub repository, a `ModelReference`, or a module or
+            state dict in memory.
+        models: the K fine-tunes, likewise; `base+adapter` or the folder of an adapter
+            for a LoRA, which is measured from its factors.
         gram: also compute <tau_s, tau_t>, for cosines.
         workers: threads; by default the number of CPUs at hand.
-        lora_merge_cache: folder for merged adapters, needed for LoRA models.
+        lora_merge_cache: folder for merged adapters, needed for those whose task
+            vector is not the product of factors.
         transformers_cache: folder of downloaded models.
         trust_remote_code: run code that comes with a model, for its architecture.
 
@@ -166,23 +316,43 @@ def scan(
         the squared norms per tensor group; the same bits for any number of workers.
 
     Raises:
-        ValueError: no models, models that do not fit the base, quantised or bare
-            adapters, a weight that is NaN or infinite.
+        TypeError: some models are in memory, and some are not.
+        ValueError: no models, models that do not fit the base, quantised models,
+            adapters that need a merged copy, a weight that is NaN or infinite.
         OSError: a file is missing, truncated, or changes during the scan.
     """
     if not models:
         raise ValueError("no models to measure against the base; give at least one")
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; expected a number >= 1 or None")
+    states = [_state_of(model) for model in (base, *models)]
+    held = [state for state in states if state is not None]
+    if len(held) == len(states):
+        return at_hand.measure_states(held[0], held[1:], gram=gram)
+    if held:
+        raise TypeError(
+            f"{len(held)} of {len(states)} models are in memory; expected all of them, "
+            "or none: give the others as state dicts, or these as folders"
+        )
+    from mergekit.common import ModelReference
+
+    references = [
+        model if isinstance(model, ModelReference) else ModelReference.parse(f"{model}")
+        for model in (base, *models)
+    ]
     opened, *tuned = (
-        open_checkpoint(
+        _opened_adapter(model, references[0], merged=lora_merge_cache is not None)
+        or open_checkpoint(
             model,
             lora_merge_cache=lora_merge_cache,
             transformers_cache=transformers_cache,
             trust_remote_code=trust_remote_code,
         )
-        for model in (base, *models)
+        for model in references
     )
+    for model in tuned:
+        if model.adapter:
+            check_pair(opened, model)
     forget_failures()
     result = measure(opened, tuned, gram=gram, workers=workers)
     return replace(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,8 @@ from mergekit_metagpt.arithmetic.in_parts import scratch
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.pairs import Alignment, SharedTensor, align
 from mergekit_metagpt.checkpoints.ranges import AT_ONCE, RemoteFile
+from mergekit_metagpt.scanning import ranks
+from mergekit_metagpt.scanning.factors import Crossing
 from mergekit_metagpt.scanning.pieces import Files
 from mergekit_metagpt.scanning.results import ScanResult
 from mergekit_metagpt.scanning.threads import default_workers, run
@@ -31,20 +34,41 @@ class Sums:
     """Sums over a part of a tensor group of K models.
 
     `sq_norms` has shape `(K,)`, `base` is ||theta_0||^2, shape `()`, and `gram` has
-    shape `(K, K)` or is None; all float64.
+    shape `(K, K)` or is None; `cross`, with A adapters, `(K, A)`; all float64.
     """
 
     sq_norms: torch.Tensor
     base: torch.Tensor
     gram: torch.Tensor | None = None
+    cross: torch.Tensor | None = None
 
     def __add__(self, other: Sums) -> Sums:
-        both = self.gram is not None and other.gram is not None
         return Sums(
             self.sq_norms + other.sq_norms,
             self.base + other.base,
-            self.gram + other.gram if both else None,  # type: ignore[operator]
+            _both(self.gram, other.gram),
+            _both(self.cross, other.cross),
         )
+
+    def numbers(self) -> list[Any]:
+        """The same bits as plain numbers, to be sent to other ranks."""
+        parts = self.sq_norms, self.base, self.gram, self.cross
+        return [None if part is None else part.tolist() for part in parts]
+
+    @classmethod
+    def of(cls, numbers: Sequence[Any]) -> Sums:
+        """The sums that `numbers` tells."""
+        parts: list[Any] = [
+            None
+            if part is None
+            else torch.tensor(part, dtype=torch.float64, device="cpu")
+            for part in numbers
+        ]
+        return cls(*parts)
+
+
+def _both(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    return None if one is None or other is None else one + other
 
 
 @dataclass(frozen=True)
@@ -70,18 +94,20 @@ class Group:
         stored = [self.pairs[0].base, *(pair.model for pair in self.pairs)]
         return sum(tensor.dtype.itemsize for tensor in stored)
 
-    def sums(self, files: Files, part: slice) -> Sums:
+    def sums(self, files: Files, part: slice, crossing: Crossing | None = None) -> Sums:
         """Sum over a part of the flattened overlap, piece by piece.
 
         Without inner products, the pieces of a few models are in memory at a time.
         """
+        added = crossing.of(self.name, files) if crossing and self.gram else None
+        columns = self.pairs[0].shape[-1] if self.pairs[0].shape else 1
         base = files.source(self.pairs[0], self.pairs[0].base)
         tuned = [files.source(pair, pair.model) for pair in self.pairs]
         together = len(tuned) if self.gram else min(len(tuned), BATCH)
         widest = max(source.dtype.itemsize for source in (base, *tuned))
         size = max(1, min(PIECE, part.stop - part.start))
         totals = [0.0] * len(tuned)
-        base_total, gram = 0.0, None
+        base_total, gram, cross = 0.0, None, None
         cpu = torch.device("cpu")
         with (
             scratch(1 + together, size * widest, torch.uint8, cpu) as rooms,
@@ -103,6 +129,9 @@ class Group:
                     if self.gram:
                         products = squared_norms.gram_matrix(reference, read)
                         gram = products if gram is None else gram + products
+                        if added is not None:
+                            found = added.with_taus(reference, read, columns, piece)
+                            cross = found if cross is None else cross + found
                         continue
                     sums = squared_norms.flat_sq_norms(reference, read)
                     for k, value in enumerate(sums, start=first):
@@ -112,6 +141,7 @@ class Group:
             sq_norms if gram is None else gram.diagonal().clone(),
             torch.tensor(base_total, dtype=torch.float64, device="cpu"),
             gram,
+            cross,
         )
 
 
@@ -215,6 +245,7 @@ def scan_checkpoints(
     *,
     gram: bool = False,
     workers: int | None = None,
+    crossing: Crossing | None = None,
 ) -> ScanResult:
     """Measure every model against the base in one pass over the files.
 
@@ -223,6 +254,7 @@ def scan_checkpoints(
         models: K fine-tunes of it.
         gram: also sum inner products.
         workers: threads; the CPUs at hand if None.
+        crossing: where to sum inner products with adapters as well, under `gram`.
 
     Returns:
         the result.
@@ -234,7 +266,7 @@ def scan_checkpoints(
     remote = remote_files(base, *models)
     workers = workers or (AT_ONCE if remote else default_workers())
     with Files(workers, remote) as files:
-        return _scan(base, models, files, gram=gram, workers=workers)
+        return _scan(base, models, files, gram=gram, workers=workers, crossing=crossing)
 
 
 def remote_files(*checkpoints: Checkpoint) -> Mapping[Path, RemoteFile]:
@@ -249,27 +281,51 @@ def _scan(
     *,
     gram: bool,
     workers: int,
+    crossing: Crossing | None,
 ) -> ScanResult:
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
     alignments = [align(base, model, files.readers) for model in models]
+    if crossing:
+        crossing.begin(align(base, base, files.readers).counted_as)
     groups = groups_of(alignments, gram=gram)
     tasks = [
         (
             (part.stop - part.start) * group.bytes_per_element,
-            functools.partial(group.sums, files, part),
+            functools.partial(group.sums, files, part, crossing),
         )
         for group in groups
         for part in group.segments
     ]
-    results = iter(run(tasks, workers))
+    results = iter(_run_shared(tasks, workers))
     table = Table.empty(groups, len(models), gram=gram)
     for group in groups:
         parts = [next(results) for _ in group.segments]
-        table.add(group, total(parts, group, base, models, files))
+        sums = total(parts, group, base, models, files)
+        table.add(group, sums)
+        if crossing and sums.cross is not None:
+            crossing.add(group.name, group.members, sums.cross)
+    if crossing:
+        crossing.add_stacks(models, files)
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
     return table.result(base, models, alignments)
+
+
+def _run_shared(
+    tasks: Sequence[tuple[int, Callable[[], Sums]]], workers: int
+) -> list[Sums]:
+    """Run the tasks; where ranks share a scan, each a part, and all get all results."""
+    sharers = ranks.group()
+    if sharers is None:
+        return run(tasks, workers)
+    owners = ranks.owners([size for size, _ in tasks], sharers.size)
+    mine = [
+        task for task, owner in zip(tasks, owners, strict=True) if owner == sharers.rank
+    ]
+    parts = sharers.gather([sums.numbers() for sums in run(mine, workers)])
+    following = [iter(part) for part in parts]
+    return [Sums.of(next(following[owner])) for owner in owners]
 
 
 def total(

@@ -1,0 +1,357 @@
+"""Reads LoRA adapters: of each adapted weight its factors and scale, from headers."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
+from mergekit_metagpt.checkpoints.files import read_header
+from mergekit_metagpt.checkpoints.identity import FileIdentity
+from mergekit_metagpt.checkpoints.layouts import stored_as
+from mergekit_metagpt.checkpoints.stored import Adapter, Factors, StoredTensor
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# Settings by which the task vector is no product of factors, and what they are.
+OTHER_FORMULAS = {
+    "use_dora": "DoRA",
+    "lora_bias": "biases of its factors",
+    "modules_to_save": "whole modules",
+    "trainable_token_indices": "trained tokens",
+    "layer_replication": "replicated layers",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+}
+# Ways to begin that leave the base as it is; others take a part of it into the factors.
+PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+_FACTOR = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+?)(?P<nested>(?:\.base_layer)*)"
+    r"\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.weight)?"
+)
+_COPY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.weight")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a LoRA adapter and no model."""
+    models = (*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*"))
+    return (folder / CONFIG).is_file() and not models
+
+
+def adapter_folder(path: str, revision: str | None) -> Path:
+    """Return the folder of an adapter, which is downloaded whole if it is on the hub.
+
+    Args:
+        path: a folder or hub repository.
+        revision: of the repository.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ValueError: the repository is no adapter.
+        Exception: whatever the client of the hub raises.
+    """
+    if Path(path).exists() or Path(path).is_absolute() or path.startswith((".", "~")):
+        return Path(path)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    found = None
+    for name in (CONFIG, *WEIGHTS):
+        try:
+            place = hf_hub_download(path, name, revision=revision)
+        except LocalEntryNotFoundError:  # the hub was not asked
+            raise
+        except EntryNotFoundError as error:
+            if name == CONFIG:
+                raise ValueError(
+                    f"{path} is no LoRA adapter: the repository holds no {CONFIG}"
+                ) from error
+            continue
+        found = Path(place).parent
+        if name != CONFIG:
+            break
+        revision = found.name  # the commit, should the branch move meanwhile
+    assert found is not None
+    return found
+
+
+def _config(label: str, folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{label} is no LoRA adapter: {folder} holds no {CONFIG}"
+        ) from None
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / CONFIG} is corrupt: {error}. Fetch it again"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG} holds no mapping. Fetch it again")
+    return config
+
+
+def reason_against(label: str, folder: Path) -> str | None:
+    """Say why factors alone do not tell the task vector of an adapter.
+
+    Args:
+        label: the adapter as its user wrote it.
+        folder: where it lies.
+
+    Returns:
+        what it has beside factors, or None where there is nothing.
+
+    Raises:
+        ValueError: there is no adapter, or its configuration cannot be read.
+    """
+    config = _config(label, folder)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        return f"is an adapter of another type ({kind})"
+    for key, what in OTHER_FORMULAS.items():
+        if config.get(key):
+            return f"has {what} ({key})"
+    if config.get("bias", "none") != "none":
+        return f"has trained biases (bias: {config['bias']})"
+    beginning = config.get("init_lora_weights")
+    if beginning not in PLAIN_BEGINNINGS:
+        return f"begins from a changed base (init_lora_weights: {beginning})"
+    return None
+
+
+def read_adapter(label: str, folder: Path) -> Checkpoint:
+    """Read the headers of an adapter.
+
+    Args:
+        label: the adapter as its user wrote it.
+        folder: where it lies.
+
+    Returns:
+        a checkpoint that stores factors.
+
+    Raises:
+        ValueError: the task vector is not the product of the factors, or a factor does
+            not fit its configuration.
+        OSError: a file is missing, truncated or corrupt.
+    """
+    if why := reason_against(label, folder):
+        raise ValueError(_refusal(label, why))
+    config = _config(label, folder)
+    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if file is None:
+        raise ValueError(f"{label} holds no weights; expected {' or '.join(WEIGHTS)}")
+    header = read_header(label, file)
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    if other := sorted(header.names.difference(tensors)):
+        raise ValueError(_refusal(label, f"stores {other[0]}, not in floating point"))
+    factors = dict(_factors(label, tensors, config))
+    if not factors:
+        raise ValueError(f"{label} holds no factors. Fetch it again")
+    return Checkpoint(
+        label=label,
+        tensors=tensors,
+        tied_names={},
+        identity=tuple(FileIdentity.of(path) for path in (folder / CONFIG, file)),
+        vocabulary=frozenset(name for name, f in factors.items() if f.embedding),
+        adapter=Adapter(folder, factors, config),
+    )
+
+
+def _refusal(label: str, why: str) -> str:
+    return (
+        f"{label} {why}: its factors alone do not tell how far it moved. Give "
+        "--lora-merge-cache FOLDER (and write BASE+ADAPTER) to measure a merged copy"
+    )
+
+
+def _factors(
+    label: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]
+) -> Iterator[tuple[str, Factors]]:
+    """Yield the factors of every adapted weight, by its name."""
+    sides: dict[tuple[str, int, bool], dict[str, StoredTensor]] = {}
+    copies: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        if found := _FACTOR.fullmatch(name):
+            depth = found["nested"].count(".base_layer")
+            key = found["module"], depth, bool(found["embedding"])
+            sides.setdefault(key, {})[found["side"]] = tensor
+        elif found := _COPY.fullmatch(name):
+            copies[found["module"]] = tensor
+        else:
+            raise ValueError(_refusal(label, f"stores {name}, which is no factor"))
+    depths: dict[str, dict[int, bool]] = {}
+    for (module, depth, embedding), pair in sides.items():
+        if len(pair) != 2:
+            (side,) = {"A", "B"}.difference(pair)
+            raise OSError(f"{label} lacks lora_{side} of {module}. Fetch it again")
+        depths.setdefault(module, {})[depth] = embedding
+    if alone := sorted(copies.keys() - depths.keys()):
+        raise ValueError(_refusal(label, f"stores the weight of {alone[0]} itself"))
+    for module, levels in depths.items():
+        ordered = [sides[module, depth, levels[depth]] for depth in sorted(levels)]
+        for parameter, pair in zip(
+            _parameters(label, module, ordered, config), ordered, strict=True
+        ):
+            embedding = any(levels.values())
+            yield (
+                f"{module}.{parameter or 'weight'}",
+                _made(
+                    label,
+                    module,
+                    f"{module}.{parameter}" if parameter else module,
+                    pair,
+                    config,
+                    embedding=embedding,
+                    experts=parameter is not None,
+                    copy=copies.get(module),
+                ),
+            )
+
+
+def _parameters(
+    label: str,
+    module: str,
+    levels: Sequence[Mapping[str, StoredTensor]],
+    config: Mapping[str, Any],
+) -> Sequence[str | None]:
+    """Names of the parameters that the wrappers of a module adapt, the outermost first.
+
+    PEFT wraps them in the order in which the module has them, and stores no names.
+    """
+    wanted = sorted(
+        target.rpartition(".")[2]
+        for target in config.get("target_parameters") or ()
+        if f".{module}.{target.rpartition('.')[2]}".endswith(f".{target}")
+    )
+    if len(levels) == 1 and len(wanted) <= 1:
+        return wanted or [None]
+    if len(levels) == 2 and wanted == ["down_proj", "gate_up_proj"]:
+        # Experts have gate_up_proj first, which reads what down_proj writes.
+        outer, inner = levels
+        if outer["B"].shape[0] == inner["A"].shape[1]:
+            return wanted
+    raise ValueError(
+        _refusal(label, f"adapts parameters of {module} that it does not name")
+    )
+
+
+def _made(
+    label: str,
+    module: str,
+    key: str,
+    pair: Mapping[str, StoredTensor],
+    config: Mapping[str, Any],
+    *,
+    embedding: bool,
+    experts: bool,
+    copy: StoredTensor | None,
+) -> Factors:
+    rank = _of_pattern(config, "rank_pattern", key, config.get("r", 8))
+    alpha = _of_pattern(config, "alpha_pattern", key, config.get("lora_alpha", 8))
+    down, up = pair["A"], pair["B"]
+    if len(down.shape) != 2 or len(up.shape) != 2:
+        raise ValueError(_refusal(label, f"adapts {module}, a convolution"))
+    size, other = down.shape[0], up.shape[1]
+    fits = rank > 0 and size == other and size > 0
+    if not fits or (size % rank if experts else size != rank):
+        raise ValueError(
+            f"{label} has factors of rank {size} and {other} for {module}, and rank "
+            f"{rank} in its {CONFIG}. Fetch it again"
+        )
+    root = math.sqrt(rank) if config.get("use_rslora") else rank
+    return Factors(module, down, up, rank, alpha / root, embedding, copy)
+
+
+def _of_pattern(
+    config: Mapping[str, Any], name: str, key: str, default: int | float
+) -> Any:
+    """The value of the first pattern that a module's name ends in, as PEFT matches."""
+    patterns: Mapping[str, Any] = config.get(name) or {}
+    found = (v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", key))
+    return next(found, default)
+
+
+def check_adapter(base: Checkpoint, model: Checkpoint) -> None:
+    """Check from headers that an adapter belongs to a base.
+
+    Args:
+        base: the base.
+        model: the adapter.
+
+    Raises:
+        ValueError: the base lacks a weight that is adapted, or has it in another shape.
+    """
+    assert model.adapter is not None
+    for name, factors in model.adapter.factors.items():
+        stored = stored_as(base, name)
+        if stored is None:
+            raise ValueError(
+                f"{model.label} adapts {name}, which {base.label} does not store. "
+                "Does it belong to this base?"
+            )
+        rows, columns = factors.sides
+        shapes: list[tuple[int, ...]] = [(rows, columns)]
+        if not factors.embedding:
+            shapes.append((columns, rows))
+        if factors.experts > 1:
+            shapes = [(factors.experts, *shape) for shape in shapes]
+        if stored.shape not in shapes:
+            raise ValueError(
+                f"{model.label} adapts {name} as {list(shapes[0])}, which is "
+                f"{list(stored.shape)} in {base.label}. Does it belong to this base?"
+            )
+
+
+def is_transposed(base: Checkpoint, name: str, factors: Factors) -> bool:
+    """Whether a weight is stored as (B A)', which only its base can tell.
+
+    Args:
+        base: that the adapter belongs to.
+        name: of the weight.
+        factors: what is added to it.
+
+    Returns:
+        True for GPT-2's layers and some experts; relative to `Factors.sides`.
+
+    Raises:
+        ValueError: the weight is square, and the base's class cannot be asked.
+    """
+    if factors.embedding:
+        return False
+    stored = stored_as(base, name)
+    assert stored is not None
+    rows, columns = factors.sides
+    if rows != columns:
+        return tuple(stored.shape[-2:]) != (rows, columns)
+    try:
+        module = _empty_model(str(base.folder)).get_submodule(factors.module)
+    except Exception as error:  # whatever the class of a model raises
+        raise ValueError(
+            f"whether {name} of {base.label} is stored transposed is not known: "
+            f"{error}. Give --lora-merge-cache FOLDER to measure merged copies"
+        ) from error
+    conv1d = type(module).__name__ == "Conv1D"  # of transformers
+    return conv1d or bool(getattr(module, "is_transposed", False))
+
+
+@functools.lru_cache(maxsize=1)
+def _empty_model(folder: str) -> Any:
+    """A model of a folder's configuration, without memory for its weights."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return getattr(transformers, config.architectures[0])(config)

@@ -1,0 +1,144 @@
+"""Writes the Python lines by which PEFT combines the adapters of a report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mergekit_metagpt.report import schema
+
+# PEFT takes these for the new adapter from the first one.
+SHARED = ("exclude_modules", "layers_to_transform", "layers_pattern")
+COMBINED = "metagpt"
+
+
+def call(found: schema.Report) -> str:
+    """Write the call of `add_weighted_adapter` that gives base + sum lambda_t tau_t.
+
+    Args:
+        found: of one family of adapters.
+
+    Returns:
+        lines of Python.
+
+    Raises:
+        ValueError: there is more than one family or one coefficient for each model, a
+            model is no adapter, or PEFT cannot combine the adapters exactly.
+    """
+    if len(found.families) != 1:
+        raise ValueError(
+            f"--peft writes one call, and the YAML merges {len(found.families)} "
+            "families of models; expected one base and adapters of it"
+        )
+    (family,) = found.families
+    scale = family.settings.scale
+    if isinstance(scale, str):  # keep
+        scale = family.pools[0].keep or 1.0
+    adapters, weights = [], []
+    for model in family.models:
+        if model.adapter is None:
+            raise ValueError(
+                f"--peft: {model.name} was not measured as an adapter, and PEFT "
+                "combines only these. Leave it out, or merge with mergekit-yaml"
+            )
+        if model.coefficient is None:
+            raise ValueError(
+                "--peft: PEFT gives each adapter one weight, and the coefficients of "
+                f"{model.name} differ by tensor. Give --granularity model"
+            )
+        adapters.append(model.adapter)
+        weights.append(model.coefficient * scale)
+    _check(family, adapters)
+    names = _names(adapters)
+    base = family.base.name
+    loads = [
+        _load(adapter, name, first=not number)
+        for number, (adapter, name) in enumerate(zip(adapters, names, strict=True))
+    ]
+    first = f"model.peft_config[{names[0]!r}].use_rslora"
+    stabilised = bool(adapters[0].config.get("use_rslora"))
+    before = [f"{first} = False  # or PEFT multiplies the sum by sqrt(rank)"]
+    rank = sum(map(_rank, adapters))
+    return "\n".join(
+        [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f"base = AutoModelForCausalLM.from_pretrained({base!r})",
+            *loads,
+            *(before if stabilised else []),
+            '# "cat" adds the products: the model is base + sum of weight * s * B A.',
+            '# "linear" adds the factors instead, which gives another model.',
+            f'# "svd" takes the same weights: the same sum with svd_rank={rank}, or an',
+            "# approximation of it by a smaller rank.",
+            "model.add_weighted_adapter(",
+            f"    adapters={names!r},",
+            f"    weights={weights!r},",
+            '    combination_type="cat",',
+            f"    adapter_name={COMBINED!r},",
+            ")",
+            *([f"{first} = True"] if stabilised else []),
+            f"model.set_adapter({COMBINED!r})",
+        ]
+    )
+
+
+def _load(adapter: schema.Adapter, name: str, *, first: bool) -> str:
+    what = f"{adapter.path!r}, adapter_name={name!r}"
+    if adapter.revision is not None:
+        what += f", revision={adapter.revision!r}"
+    if first:
+        return f"model = PeftModel.from_pretrained(base, {what})"
+    return f"model.load_adapter({what})"
+
+
+def _names(adapters: Sequence[schema.Adapter]) -> list[str]:
+    """Names for the adapters, after their folders, that PEFT and Python can take."""
+    names: list[str] = []
+    for number, adapter in enumerate(adapters, 1):
+        name = re.sub(r"\W", "_", Path(adapter.path).name)
+        # PEFT looks for names within those of its own modules.
+        if not name or name in "lora_embedding" or name in (*names, COMBINED):
+            name = f"{name}_{number}"
+        names.append(name)
+    return names
+
+
+def _rank(adapter: schema.Adapter) -> int:
+    """The rank that PEFT reserves for an adapter in a combined one."""
+    pattern = adapter.config.get("rank_pattern") or {}
+    return max([adapter.config.get("r") or 8, *pattern.values()])
+
+
+def _check(family: schema.Family, adapters: Sequence[schema.Adapter]) -> None:
+    """Refuse adapters that `add_weighted_adapter` refuses, or combines only in part."""
+
+    def settings(key: str) -> list[Any]:
+        return [adapter.config.get(key) or None for adapter in adapters]
+
+    names = [model.name for model in family.models]
+    for name, parameters in zip(names, settings("target_parameters"), strict=True):
+        if parameters:
+            raise ValueError(
+                f"--peft: {name} adapts parameters ({', '.join(parameters)}), which "
+                "PEFT's add_weighted_adapter does not take. Merge with mergekit-yaml"
+            )
+    first = adapters[0].config
+    for name, adapter in zip(names, adapters, strict=True):
+        for key in SHARED:
+            if (adapter.config.get(key) or None) != (first.get(key) or None):
+                raise ValueError(
+                    f"--peft: {name} has another {key} than {names[0]}, and PEFT would "
+                    "leave out what the first one lacks. Merge with mergekit-yaml"
+                )
+        kinds = (
+            type(config.get("target_modules")) for config in (first, adapter.config)
+        )
+        if len({*kinds}) > 1:
+            raise ValueError(
+                f"--peft: target_modules of {name} is a pattern and that of "
+                f"{names[0]} a list, or the reverse, which PEFT does not combine. "
+                "Merge with mergekit-yaml"
+            )

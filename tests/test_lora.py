@@ -1,0 +1,711 @@
+"""LoRA adapters: measured from factors as PEFT applies them, and combined by PEFT."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import constants
+
+import mergekit_metagpt
+from mergekit_metagpt.merge_config import families
+from mergekit_metagpt.scanning import cache, once, one_pass
+from mergekit_metagpt.scanning.once import measure
+from mergekit_metagpt.scanning.results import ScanResult
+from tests.adapters import (
+    PEFT_WARNS,
+    Tuned,
+    architectures,
+    distinct,
+    loaded,
+    taus_of,
+    write_tuned,
+)
+from tests.families import (
+    State,
+    merge_config,
+    read_model,
+    run_command,
+    run_mergekit,
+)
+from tests.hub import Hub, point_to, serving
+from tests.processes import PACKAGE, ask_python
+
+pytestmark = [
+    pytest.mark.usefixtures("one_torch_thread", "own_cache"),
+    # Of PEFT and transformers about tiny models.
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning:peft"),
+    PEFT_WARNS,
+]
+
+STACK = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+# Of each architecture two adapters: other ranks, other modules, every option somewhere.
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama": (
+        {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]},
+        {
+            "r": 2,
+            "lora_alpha": 16,
+            "use_rslora": True,
+            "target_modules": ["q_proj", "v_proj"],
+            "rank_pattern": {"layers.0.self_attn.q_proj": 5},
+            "alpha_pattern": {"v_proj": 3, "layers.1.self_attn.q_proj": 7},
+        },
+    ),
+    "qwen2": (  # the head is tied to the embeddings, and both are adapted
+        {"r": 4, "target_modules": ["embed_tokens", "q_proj", "lm_head"]},
+        {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"},
+    ),
+    "gpt2": (  # weights are stored transposed, some of them are square
+        {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+        {"r": 3, "target_modules": ["c_proj", "c_fc", "wte"], "fan_in_fan_out": True},
+    ),
+    "qwen3_moe": (  # experts are stored one by one, and adapted as a stack
+        {
+            "r": 4,
+            "target_modules": ["q_proj"],
+            **STACK,
+            "rank_pattern": {"down_proj": 6},
+        },
+        {"r": 2, "lora_alpha": 9, "target_modules": ["k_proj"], **STACK},
+    ),
+    "gpt_oss": (  # experts are stored as a stack, transposed and square
+        {"r": 4, "target_modules": ["q_proj"], **STACK},
+        {"r": 2, "use_rslora": True, "target_modules": ["k_proj"], **STACK},
+    ),
+}
+EACH = pytest.mark.parametrize("name", SETTINGS)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has measured nothing."""
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "scans"))
+    for name in ("_PAIRS", "_REQUESTS", "_FAILURES"):
+        monkeypatch.setattr(once, name, {})
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tuned]:
+    """What PEFT has written of an architecture, made when it is first asked for."""
+    made: dict[str, Tuned] = {}
+
+    def of(name: str) -> Tuned:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            made[name] = write_tuned(folder, architectures()[name], *SETTINGS[name])
+        return made[name]
+
+    return of
+
+
+def measured_alone(adapters: Sequence[Path]) -> ScanResult:
+    """What is measured of adapters without their base."""
+    family, opened = families.open_adapters([str(adapter) for adapter in adapters])
+    models = [opened[model] for model in family.models]
+    return measure(opened[family.base], models, gram=True)
+
+
+def gram_of(taus: Sequence[State]) -> torch.Tensor:
+    flat = torch.stack(
+        [torch.cat([t.reshape(-1) for t in tau.values()]) for tau in taus]
+    )
+    return flat @ flat.T
+
+
+def assert_gram(result: ScanResult, taus: Sequence[State]) -> None:
+    """Check norms and inner products of whole models against dense task vectors."""
+    found, expected = result.pool("model").gram, gram_of(taus)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(
+        result.pool("model").sq_norms, expected.diagonal(), rtol=1e-6, atol=0
+    )
+
+
+# ---- against PEFT --------------------------------------------------------------------
+
+
+@EACH
+def test_with_a_base_as_peft_merges(name: str, tuned: Callable[[str], Tuned]) -> None:
+    family = tuned(name)
+    taus = taus_of(family)
+    result = mergekit_metagpt.scan(family.base, family.adapters, gram=True)
+    assert_gram(result, taus)
+    for row, weight in enumerate(result.names):
+        if weight in taus[0]:  # experts may be stored under other names
+            norms = torch.stack([tau[weight].square().sum() for tau in taus])
+            torch.testing.assert_close(result.sq_norms[row], norms, rtol=1e-6, atol=0)
+    base = sum(t.square().sum() for t in distinct(loaded(family.base)).values())
+    for of_base in result.pool("model").base_sq_norms:
+        torch.testing.assert_close(of_base, base)
+
+
+@EACH
+def test_without_a_base_as_with_it(name: str, tuned: Callable[[str], Tuned]) -> None:
+    family = tuned(name)
+    if name == "qwen2":
+        with pytest.raises(
+            ValueError, match=r"one weight, only the base tells.*--base"
+        ):
+            measured_alone(family.adapters)
+        return
+    result = measured_alone(family.adapters)
+    assert_gram(result, taus_of(family))
+    assert not result.base_sq_norms.any()
+    whole = mergekit_metagpt.scan(family.base, family.adapters)
+    assert result.pool("layer").members.keys() <= whole.pool("layer").members.keys()
+
+
+@EACH
+def test_beside_a_full_fine_tune(
+    name: str,
+    tuned: Callable[[str], Tuned],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cache, "YOUNG_S", 0.0)
+    # Pieces that begin and end within a row, and within an expert.
+    monkeypatch.setattr(one_pass, "SEGMENT", 700)
+    monkeypatch.setattr(one_pass, "PIECE", 130)
+    family = tuned(name)
+    model = loaded(family.base).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.01)
+    model.save_pretrained(tmp_path / "full")
+    base, full = (distinct(loaded(at)) for at in (family.base, tmp_path / "full"))
+    first, second = taus_of(family)
+    taus = [first, {n: full[n] - base[n] for n in base}, second]
+    models = [family.adapters[0], tmp_path / "full", family.adapters[1]]
+    result = mergekit_metagpt.scan(family.base, models, gram=True)
+    assert_gram(result, taus)
+    # From the cache, nothing is read again.
+    once._PAIRS.clear()
+    once._REQUESTS.clear()
+    monkeypatch.setattr(once, "scan_checkpoints", None)
+    monkeypatch.setattr(once.factors, "scan_adapters", None)
+    again = mergekit_metagpt.scan(family.base, models, gram=True)
+    assert torch.equal(again.pool("model").gram, result.pool("model").gram)
+
+
+# ---- PEFT's call ---------------------------------------------------------------------
+
+
+def combined_by(lines: str, base: Path) -> State:
+    """The parameters after the printed lines were run on a base in float64."""
+    import peft
+
+    class Auto:
+        from_pretrained = staticmethod(lambda name: loaded(Path(name)))
+
+    class Peft:
+        @staticmethod
+        def from_pretrained(model: Any, path: str, **options: Any) -> Any:
+            options["autocast_adapter_dtype"] = False
+            return peft.PeftModel.from_pretrained(model, path, **options)
+
+    lines = re.sub(r"^from .*", "", lines, flags=re.MULTILINE)
+    names = {"PeftModel": Peft, "AutoModelForCausalLM": Auto}
+    exec(lines, names)
+    return distinct(names["model"].merge_and_unload())  # type: ignore[attr-defined]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, Any]:
+    """The lines that `inspect --peft` prints, and the report."""
+    file = Path(str(arguments[-1]))
+    assert run_command("inspect", *arguments[:-1], "--peft", "--json", file) == 0
+    text = capsys.readouterr().out
+    return text[text.index("from peft import") :], json.loads(file.read_text())
+
+
+COMBINED: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "ranks, modules and patterns": ("llama", list(SETTINGS["llama"])),
+    "rank-stabilised, all of them": (
+        "llama",
+        [
+            {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "v_proj"]},
+            {"r": 2, "use_rslora": True, "target_modules": ["v_proj"]},
+            {"r": 3, "use_rslora": True, "target_modules": ["gate_proj"]},
+        ],
+    ),
+    "rank-stabilised, one of them": (
+        "llama",
+        [
+            {"r": 4, "use_rslora": True, "target_modules": ["q_proj"]},
+            {"r": 2, "target_modules": ["q_proj"]},
+        ],
+    ),
+    "transposed weights": (
+        "gpt2",
+        [
+            {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True},
+            {"r": 3, "target_modules": ["c_proj"], "fan_in_fan_out": True},
+        ],
+    ),
+    "embeddings": (
+        "llama",
+        [
+            {"r": 4, "target_modules": ["embed_tokens"]},
+            {"r": 3, "target_modules": ["embed_tokens", "k_proj"]},
+        ],
+    ),
+    "patterns of names": (
+        "llama",
+        [{"r": 4, "target_modules": r".*\.[qk]_proj"}, {"target_modules": ".*v_proj"}],
+    ),
+    "one alone": ("llama", [{"r": 4, "target_modules": ["q_proj"]}]),
+}
+
+
+@pytest.mark.parametrize("case", COMBINED)
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+def test_the_printed_call_gives_the_sum(
+    case: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, settings = COMBINED[case]
+    family = write_tuned(tmp_path, architectures()[name], *settings)
+    lines, report = printed(capsys, *family.adapters, tmp_path / "report.json")
+    if kind == "svd":
+        (rank,) = re.findall(r"svd_rank=(\d+)", lines)
+        lines = lines.replace('"cat"', f'"svd", svd_rank={rank}')
+    models = report["families"][0]["models"]
+    weights = [model["coefficient"] for model in models]
+    assert math.isclose(sum(weights), 1)
+    taus, base = taus_of(family), distinct(loaded(family.base))
+    combined = combined_by(lines, family.base)
+    for weight, before in base.items():
+        tau = sum(w * tau[weight] for w, tau in zip(weights, taus, strict=True))
+        torch.testing.assert_close(combined[weight], before + tau, rtol=1e-6, atol=1e-6)
+
+
+def test_linear_is_not_the_sum(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [{"r": 4, "target_modules": ["q_proj"]}] * 2
+    family = write_tuned(tmp_path, architectures()["llama"], *settings)
+    lines, report = printed(capsys, *family.adapters, tmp_path / "report.json")
+    base, taus = distinct(loaded(family.base)), taus_of(family)
+    weights = [m["coefficient"] for m in report["families"][0]["models"]]
+
+    def off(kind: str) -> float:
+        combined = combined_by(lines.replace('"cat"', f'"{kind}"'), family.base)
+        squares = 0.0
+        for name, before in base.items():
+            tau = sum(w * t[name] for w, t in zip(weights, taus, strict=True))
+            squares += float((combined[name] - before - tau).square().sum())
+        return math.sqrt(squares)
+
+    length = math.sqrt(float(gram_of(taus).diagonal().max()))
+    assert off("cat") < 1e-6 * length
+    assert off("linear") > 0.1 * length
+
+
+def test_lambda_scales_the_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [{"r": 4, "target_modules": ["q_proj"]}] * 2
+    family = write_tuned(tmp_path, architectures()["llama"], *settings)
+    config = {
+        "merge_method": "metagpt",
+        "base_model": str(family.base),
+        "models": [{"model": f"{family.base}+{at}"} for at in family.adapters],
+        "parameters": {"lambda": 1.5},
+    }
+    (tmp_path / "merge.yml").write_text(json.dumps(config))
+    lines, report = printed(capsys, tmp_path / "merge.yml", tmp_path / "report.json")
+    (weights,) = re.findall(r"weights=\[(.*)\]", lines)
+    models = report["families"][0]["models"]
+    assert list(map(float, weights.split(", "))) == [
+        1.5 * model["coefficient"] for model in models
+    ]
+    assert report["refused"] is None
+    assert report["families"][0]["base"]["not_written"]["count"] == 0
+    assert [name for name, _ in re.findall(r"(\w+)=\['(.*?)'", lines)] == ["adapters"]
+
+
+NOT_COMBINED: dict[str, tuple[str, list[dict[str, Any]], Sequence[str], str]] = {
+    "experts": ("gpt_oss", [{"r": 4, **STACK}], (), "adapts parameters"),
+    "layers": (
+        "llama",
+        [
+            {"target_modules": ["q_proj"], "layers_to_transform": [0]},
+            {"target_modules": ["q_proj"]},
+        ],
+        (),
+        "another layers_to_transform than",
+    ),
+    "a pattern and a list": (
+        "llama",
+        [{"target_modules": [".*q_proj"]}, {"target_modules": ".*q_proj"}],
+        (),
+        "is a pattern and that of",
+    ),
+    "by layer": (
+        "llama",
+        [{"target_modules": ["q_proj"]}, {"target_modules": ["q_proj"]}],
+        ("--granularity", "layer"),
+        "Give --granularity model",
+    ),
+    "beside JSON": (
+        "llama",
+        [{"target_modules": ["q_proj"]}],
+        ("--json", "-"),
+        "--peft prints to stdout",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_COMBINED)
+def test_what_peft_cannot_combine_is_refused(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, settings, options, words = NOT_COMBINED[case]
+    if case == "a pattern and a list":
+        settings = [{"target_modules": ["q_proj"]}, settings[1]]
+    family = write_tuned(tmp_path, architectures()[name], *settings)
+    assert run_command("inspect", *family.adapters, "--peft", *options) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- merges --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_merge_agrees_within_the_rounding_of_its_copies(
+    dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = write_tuned(tmp_path, architectures()["llama"], *SETTINGS["llama"])
+    config = merge_config(
+        family.base, [f"{family.base}+{adapter}" for adapter in family.adapters]
+    )
+    file = tmp_path / "merge.yml"
+    file.write_text(yaml.safe_dump(config))
+    assert run_command("inspect", file, "--json", tmp_path / "exact.json") == 0
+    options = ("--lora-merge-cache", str(tmp_path / "cache"))
+    name = str(dtype).removeprefix("torch.")
+    run_mergekit(config, tmp_path / "out", *options, "--lora-merge-dtype", name)
+    (exact,) = json.loads((tmp_path / "exact.json").read_text())["families"]
+    copies = [
+        next((tmp_path / "cache").glob(f"*_{adapter.name}_*"))
+        for adapter in family.adapters
+    ]
+    of_copies = mergekit_metagpt.scan(family.base, copies).pool("model")
+    unit = torch.finfo(dtype).eps / 2
+    low, high = [], []
+    for k, model in enumerate(exact["models"]):
+        norm = math.sqrt(float(of_copies.sq_norms[k]))
+        # Base, task vector and their sum are rounded once each; B A in float32.
+        bound = 2.1 * unit * (exact["base"]["norm"] + model["norm"])
+        bound += 1e-5 * model["norm"]
+        assert abs(norm - model["norm"]) <= bound
+        low.append(max(0.0, model["norm"] - bound) ** 2)
+        high.append((model["norm"] + bound) ** 2)
+    shares = of_copies.sq_norms / of_copies.sq_norms.sum()
+    for k, model in enumerate(exact["models"]):
+        others = [j for j in range(len(low)) if j != k]
+        least = low[k] / (low[k] + sum(high[j] for j in others))
+        most = high[k] / (high[k] + sum(low[j] for j in others))
+        assert least <= float(shares[k]) <= most
+        assert least <= model["coefficient"] <= most
+    if dtype == torch.float32:
+        merged = read_model(tmp_path / "out")
+        taus, base = taus_of(family), distinct(loaded(family.base))
+        for weight, before in base.items():
+            tau = sum(
+                m["coefficient"] * t[weight]
+                for m, t in zip(exact["models"], taus, strict=True)
+            )
+            torch.testing.assert_close(
+                merged[weight].double(), before + tau, rtol=1e-5, atol=1e-5
+            )
+
+
+def test_settings_by_tensor_need_merged_copies(
+    tuned: Callable[[str], Tuned], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = tuned("llama")
+    models = [f"{family.base}+{adapter}" for adapter in family.adapters]
+    config = merge_config(family.base, models)
+    config["parameters"] = {"power": [{"filter": "mlp", "value": 1}, {"value": 2}]}
+    file = tmp_path / "merge.yml"
+    file.write_text(yaml.safe_dump(config))
+    assert run_command("inspect", file) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "has a LoRA adapter; give --lora-merge-cache FOLDER" in said
+    assert run_command("inspect", file, "--lora-merge-cache", tmp_path / "cache") == 0
+
+
+# ---- the hub -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(
+    tuned: Callable[[str], Tuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Hub]:
+    """Base and adapters on a hub."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    family = tuned("llama")
+    with serving(Hub()) as made:
+        point_to(made.address, monkeypatch)
+        made.add("org/base", family.base)
+        for number, adapter in enumerate(family.adapters):
+            made.add(f"org/adapter{number}", adapter)
+        yield made
+
+
+def test_adapters_on_the_hub(
+    hub: Hub,
+    tuned: Callable[[str], Tuned],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    exact = gram_of(taus_of(tuned("llama"))).diagonal().tolist()
+    names = ["org/adapter0", "org/adapter1"]
+    for models in (
+        ["--remote", *names],
+        names,
+        ["--remote", "--base", "org/base", *names],
+        ["--remote", "--base", "org/base", *(f"org/base+{name}" for name in names)],
+    ):
+        assert run_command("inspect", *models, "--json", tmp_path / "found.json") == 0
+        (family,) = json.loads((tmp_path / "found.json").read_text())["families"]
+        assert [m["sq_norm"] for m in family["models"]] == pytest.approx(exact)
+        assert family["sample"] is None
+        assert [m["relative_norm"] for m in family["models"]] == [None, None]
+    # Of the base, no weights were read.
+    large = [asked for asked in hub.asked if "/org/base/" in asked.path]
+    assert sum(asked.range is not None for asked in large) <= 4
+    assert run_command("inspect", "--remote", "org/none", "org/adapter0") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "org/none is no repository" in said
+
+
+def test_adapters_beside_models_that_are_sampled_are_refused(
+    hub: Hub,
+    tuned: Callable[[str], Tuned],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    model = loaded(tuned("llama").base).float()
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.01)
+    model.save_pretrained(tmp_path / "full")
+    hub.add("org/full", tmp_path / "full")
+    models = ("--base", "org/base", "org/full", "org/adapter0")
+    assert run_command("inspect", "--remote", *models) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "org/full would be estimated from a sample" in said
+
+
+# ---- what factors alone do not tell --------------------------------------------------
+
+ODD: dict[str, tuple[dict[str, Any], str]] = {
+    "DoRA": ({"use_dora": True}, "has DoRA (use_dora)"),
+    "whole modules": ({"modules_to_save": ["lm_head"]}, "whole modules"),
+    "biases": ({"bias": "all"}, "has trained biases (bias: all)"),
+    "PiSSA": ({"init_lora_weights": "pissa"}, "begins from a changed base"),
+    "tokens": ({"trainable_token_indices": [1, 2]}, "has trained tokens"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_what_has_more_than_factors_is_refused_or_merged(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, words = ODD[case]
+    family = write_tuned(
+        tmp_path, architectures()["llama"], {"target_modules": ["q_proj"], **settings}
+    )
+    (adapter,) = family.adapters
+    for models in ((adapter,), ("--base", family.base, adapter)):
+        assert run_command("inspect", *models) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert words in said and "--lora-merge-cache FOLDER" in said
+    options = ("--lora-merge-cache", tmp_path / "cache", "--json", "-")
+    assert run_command("inspect", "--base", family.base, adapter, *options) == 0
+    (model,) = json.loads(capsys.readouterr().out)["families"][0]["models"]
+    if case not in ("tokens", "PiSSA"):  # which PEFT does not merge in float64
+        exact = math.sqrt(gram_of(taus_of(family)).item())
+        # The copy is made and measured in float32.
+        assert model["norm"] == pytest.approx(exact, rel=1e-4)
+    assert model["adapter"] is None
+
+
+def rewritten(
+    folder: Path, change: Callable[[State], State] | None = None, **config: Any
+) -> None:
+    """Change what an adapter stores, and its configuration."""
+    from safetensors.torch import load_file, save_file
+
+    file, settings = (
+        folder / "adapter_model.safetensors",
+        folder / "adapter_config.json",
+    )
+    if change is not None:
+        save_file(change(load_file(file)), file)
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **config}))
+
+
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def without_a_factor(state: State) -> State:
+    return {name: t for name, t in state.items() if name != f"{Q_PROJ}.lora_B.weight"}
+
+
+def with_nan(state: State) -> State:
+    state[f"{Q_PROJ}.lora_A.weight"][0, 0] = float("nan")
+    return state
+
+
+def with_a_whole_weight(state: State) -> State:
+    return {**state, "base_model.model.lm_head.weight": torch.ones(96, 32)}
+
+
+def with_a_convolution(state: State) -> State:
+    name = f"{Q_PROJ}.lora_A.weight"
+    return {**state, name: state[name][:, :, None, None].clone()}
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "another type": (lambda at: rewritten(at, peft_type="VERA"), "another type (VERA)"),
+    "another rank": (lambda at: rewritten(at, r=5), "factors of rank 8 and 8"),
+    "a factor is missing": (lambda at: rewritten(at, without_a_factor), "lacks lora_B"),
+    "NaN": (lambda at: rewritten(at, with_nan), "holds NaN or infinity"),
+    "a whole weight": (
+        lambda at: rewritten(at, with_a_whole_weight),
+        "stores base_model.model.lm_head.weight, which is no factor",
+    ),
+    "a convolution": (lambda at: rewritten(at, with_a_convolution), "a convolution"),
+    "no JSON": (
+        lambda at: (at / "adapter_config.json").write_text("{") and None,
+        "adapter_config.json is corrupt",
+    ),
+    "no weights": (
+        lambda at: (at / "adapter_model.safetensors").unlink(),
+        "holds no weights; expected adapter_model.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_adapters_are_named(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, words = BROKEN[case]
+    family = write_tuned(
+        tmp_path, architectures()["llama"], {"target_modules": ["q_proj"]}
+    )
+    spoil(family.adapters[0])
+    assert run_command("inspect", family.adapters[0]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert words in said and str(family.adapters[0]) in said
+
+
+def test_adapters_that_do_not_fit_are_refused(
+    tuned: Callable[[str], Tuned], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama, other = tuned("llama"), tuned("gpt2")
+
+    def said(*models: object) -> str:
+        assert run_command("inspect", *models) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    foreign = said("--base", llama.base, other.adapters[0])
+    assert "which" in foreign and "does not store. Does it belong to this" in foreign
+    wide = architectures()["llama"]
+    wide.hidden_size, wide.head_dim = 64, 16
+    larger = write_tuned(tmp_path, wide, {"target_modules": ["q_proj"]})
+    misfit = said("--base", llama.base, larger.adapters[0])
+    assert "as [64, 64], which is [32, 32] in" in misfit
+    assert "Do they have one base?" in said(llama.adapters[0], larger.adapters[0])
+    assert "is no LoRA adapter, and no base" in said(llama.adapters[0], llama.base)
+    assert "is given twice" in said(llama.adapters[0], llama.adapters[0])
+
+    def renamed(state: State) -> State:
+        return {n.replace("model.layers", "text.layers"): t for n, t in state.items()}
+
+    rewritten(larger.adapters[0], renamed)
+    assert "adapt layers of other names" in said(llama.adapters[0], larger.adapters[0])
+
+
+def test_a_copy_of_the_embeddings_must_be_that_of_the_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = write_tuned(
+        tmp_path, architectures()["llama"], {"target_modules": ["embed_tokens"]}
+    )
+    (adapter,) = family.adapters
+    assert run_command("inspect", adapter) == 0
+    assert "stores a copy of its base's embeddings" in capsys.readouterr().out
+    assert run_command("inspect", "--base", family.base, adapter) == 0
+    assert "stores a copy" not in capsys.readouterr().out
+
+    def moved(state: State) -> State:
+        return {n: t + 1 if "base_layer" in n else t for n, t in state.items()}
+
+    rewritten(adapter, moved)
+    assert run_command("inspect", "--base", family.base, adapter) == 2
+    assert "which is not that of" in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- without a base, nothing grows with it -------------------------------------------
+
+
+def write_large(folder: Path, seed: int) -> None:
+    """Write an adapter of rank 16 for three weights in 80 layers of width 8192."""
+    from safetensors.torch import save_file
+
+    random = torch.Generator().manual_seed(seed)
+    sides = {"self_attn.q_proj": (8192, 8192), "mlp.down_proj": (8192, 28672)}
+    state = {}
+    for layer in range(80):
+        for module, (rows, columns) in sides.items():
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            for side, shape in (("A", (16, columns)), ("B", (rows, 16))):
+                values = torch.rand(shape, generator=random).bfloat16()
+                state[f"{name}.lora_{side}.weight"] = values
+    folder.mkdir()
+    save_file(state, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 32}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_memory_does_not_grow_with_the_base(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_large(tmp_path / f"adapter{seed}", seed)
+    names = [str(tmp_path / f"adapter{seed}") for seed in range(2)]
+    grown, sq_norms, layers = ask_python(
+        f"""
+        import resource
+        from mergekit_metagpt.merge_config import families
+        from mergekit_metagpt.scanning.once import measure
+
+        def peak():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+        family, opened = families.open_adapters({names!r})
+        models = [opened[model] for model in family.models]
+        before = peak()
+        result = measure(opened[family.base], models, gram=True)
+        norms = result.pool("model").sq_norms.tolist()
+        answer([peak() - before, norms, len(result.pool("layer").keys)])
+        """,
+        path=[PACKAGE.parent],
+        MERGEKIT_METAGPT_CACHE="0",
+    )
+    assert layers == 80
+    assert all(norm > 0 for norm in sq_norms)
+    # In bfloat16 the adapters have 272 MB, and the weights that they adapt 48 GB.
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) > 2.7e8
+    assert grown < 1.5e8
