@@ -226,6 +226,7 @@ def test_a_merge_scans_once_says_it_and_is_verified(
     card = (out / "README.md").read_text()
     assert f"scaled by `lambda: keep` ({number:.4g})" in card
     assert advice.COMPARE in card
+    assert (out / "metagpt.png").exists()
     assert run_command("verify", out, "--full") == 0
 
 

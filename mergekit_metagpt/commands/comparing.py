@@ -14,10 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_metagpt.commands import losses, merging, together
-from mergekit_metagpt.commands import tasks as harness
+from mergekit_metagpt.commands import harness, losses, merging, together
+from mergekit_metagpt.commands.harness import Task
 from mergekit_metagpt.commands.losses import Tokenized
-from mergekit_metagpt.commands.tasks import Task
 from mergekit_metagpt.merge_config import candidates as merges
 from mergekit_metagpt.merge_config import checks, families, jobs, merge_yaml, plan
 from mergekit_metagpt.merge_config.candidates import Candidate

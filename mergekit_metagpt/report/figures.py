@@ -11,6 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from mergekit_metagpt.method.advice import ORTHOGONAL
+from mergekit_metagpt.report import tables
 from mergekit_metagpt.report.drawing import (
     BLUE,
     FAINT,
@@ -442,7 +443,10 @@ def _notes(family: schema.Family, *, drawn: bool) -> Iterator[str]:
             + f" on a scale of {MINUS}1 to 1."
         )
     if settings.scale != 1:
-        yield f"The merged change is then multiplied by {settings.scale:g} (lambda)."
+        scale = tables.scale_of(settings)
+        if settings.keeps_length:
+            scale = f"{tables.keep_of(family)}, which keeps the models' mean length"
+        yield f"The merged change is then multiplied by {scale} (lambda)."
     if settings.exclude:
         yield f"Not counted in the distance: {', '.join(settings.exclude)}."
     if settings.varying:

@@ -15,7 +15,7 @@ import torch
 import transformers
 import yaml
 
-from mergekit_metagpt.commands import demo, tasks
+from mergekit_metagpt.commands import demo, harness
 from mergekit_metagpt.report import scoring
 from mergekit_metagpt.scanning import cache
 from mergekit_metagpt.scanning.cache import TaskScores
@@ -64,7 +64,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def harness() -> None:
+def installed() -> None:
     """Skips where lm-eval is not installed."""
     pytest.importorskip(
         "lm_eval", reason='lm-eval is not installed: pip install ".[eval]"'
@@ -114,7 +114,7 @@ def by_hand(folder: Path, data: Path) -> list[float]:
     return right
 
 
-@pytest.mark.usefixtures("harness")
+@pytest.mark.usefixtures("installed")
 def test_scores_are_those_of_an_evaluation_by_hand(
     family: Path, places: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,7 +146,7 @@ def test_scores_are_those_of_an_evaluation_by_hand(
     assert "it/s" not in shown.err  # the harness is silent
 
 
-@pytest.mark.usefixtures("harness")
+@pytest.mark.usefixtures("installed")
 def test_texts_and_tasks_together_and_remembered(
     family: Path, places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,13 +159,13 @@ def test_texts_and_tasks_together_and_remembered(
     assert sorted(names) == sorted(r["name"] for r in found["scoring"]["candidates"])
 
     calls = []
-    original = tasks.score
+    original = harness.score
 
     def counted(*arguments: Any) -> TaskScores:
         calls.append(arguments)
         return original(*arguments)
 
-    monkeypatch.setattr(tasks, "score", counted)
+    monkeypatch.setattr(harness, "score", counted)
     assert scored(places, *both) == found
     assert calls == []
     scored(places, *both, "--power", "-1")
@@ -181,7 +181,7 @@ def test_texts_and_tasks_together_and_remembered(
         data.write_text(before)
 
 
-@pytest.mark.usefixtures("harness")
+@pytest.mark.usefixtures("installed")
 def test_tasks_that_cannot_be_loaded(
     places: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
