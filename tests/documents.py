@@ -34,6 +34,7 @@ def schema_tables() -> Iterator[str]:
         schema.Settings,
         schema.Base,
         schema.Model,
+        schema.Adapter,
         schema.Lengths,
         schema.Pool,
         schema.Sample,

@@ -777,8 +777,8 @@ Warning: ./b takes 100.00% of the merge (model.embed_tokens.weight, and 1 more o
 pools). Usual causes: a LoRA beside full fine-tunes, a wrong base (here ./base)
 Warning: embeddings hold 100% of ||tau||^2 of ./b: if its vocabulary was resized or \
 reordered, keep them out with exclude: embed_tokens,lm_head
-Norms are 2.00 to 1 apart. Below 2 to 1, MetaGPT and the plain average were close in our \
-experiment on small models: MetaGPT was better in 7 of 9 comparisons, by 0.003 on \
+Norms are 2.00 to 1 apart. Below 2 to 1, MetaGPT and the plain average were close in \
+our experiment on small models: MetaGPT was better in 7 of 9 comparisons, by 0.003 on \
 average. Compare on your own text: mergekit-metagpt compare CONFIG --text MODEL=FILE
 """
 

@@ -327,7 +327,7 @@ def test_lambda_scales_the_weights(
     ]
     assert report["refused"] is None
     assert report["families"][0]["base"]["not_written"]["count"] == 0
-    assert [name for name, _ in re.findall(r"(\w+)=\['(.*?)'", lines)] == ["adapters"]
+    assert 'adapters=["adapter0", "adapter1"]' in lines
 
 
 NOT_COMBINED: dict[str, tuple[str, list[dict[str, Any]], Sequence[str], str]] = {

@@ -72,7 +72,7 @@ def models_of(name: str) -> list[str]:
 # ---- what the comments say
 
 
-ADAPTERS = ("./adapters/math", "./adapters/code")
+ADAPTERS = ("./adapters/math", "./adapters/code", "./adapters/chat")
 
 PARTS = ("What", "Source", "Download", "Memory", "Run", "Inspect first")
 
@@ -196,8 +196,8 @@ def test_what_to_inspect(name: str) -> None:
         assert models == values_of(first, "model")
     else:
         assert arguments[0] == f"recipes/{name}.yml"
-        run = command_of(name)
-        assert ("--lora-merge-cache" in run) == ("--lora-merge-cache" in arguments)
+        adapted = "--lora-merge-cache" in command_of(name)
+        assert ("--peft" in arguments) == adapted
     hint = [line for line in parts_of(name)["Inspect first"] if "inspect -" not in line]
     assert len(" ".join(hint[1:])) > 60, "nothing is said of what to look at"
 

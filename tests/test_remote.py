@@ -137,11 +137,25 @@ def test_headers_tell_what_a_local_inspect_tells(
         assert header["tied"] is header["quantised"] is header["misfit"] or (
             header["tied"] is False
         )
+        assert header["not_written"] == {**own["not_written"], "share": None}
         if "not_in_base" in own:
             assert header["not_in_base"] == own["not_in_base"]
             assert header["only_in_base"] == own["only_in_base"]
     assert [header["base"] for header in found] == [None] + ["org/base"] * 3
     assert len({header["commit"] for header in found}) == 4
+
+
+def test_headers_tell_what_a_merge_would_leave_out(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = {**llama_state(**SIZES), "model.layers.2.mtp.weight": torch.ones(4, 4)}
+    hub.add("org/extra", write_model(tmp_path / "m", extra, llama_config(**SIZES)))
+    models = ("--base", "org/base", "org/extra", "--sample", "0")
+    base, model = report(capsys, *models)["headers"]
+    assert base["not_written"]["count"] == 0
+    assert model["not_written"]["examples"] == ["model.layers.2.mtp.weight"]
+    assert inspect(*models) == 0
+    assert "mtp.weight; 0.0 MB) that mergekit leaves out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("redirect", [True, False])

@@ -70,7 +70,7 @@ def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--lora-merge-cache",
-            help="Folder for merged LoRA models; needed for base+adapter.",
+            help="Folder for merged LoRA models; needed to merge base+adapter.",
         ),
     ):
         wrapper = option(wrapper)

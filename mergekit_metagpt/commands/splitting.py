@@ -86,6 +86,7 @@ def merge(
             about = _set_up(folder, out, token, checked)
         token = group.share(token)
         shards.await_token(folder, token, group)
+        group.gather(None)  # nobody merges for hours before all have seen it
         reused = group.share(shards.finished(folder) if group.leads else {})
         mine = [shard for shard in dealt if shard.rank == group.rank]
         with ranks.sharing(None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def call(found: schema.Report) -> str:
         _load(adapter, name, first=not number)
         for number, (adapter, name) in enumerate(zip(adapters, names, strict=True))
     ]
-    first = f"model.peft_config[{names[0]!r}].use_rslora"
+    first = f"model.peft_config[{json.dumps(names[0])}].use_rslora"
     stabilised = bool(adapters[0].config.get("use_rslora"))
     before = [f"{first} = False  # or PEFT multiplies the sum by sqrt(rank)"]
     rank = sum(map(_rank, adapters))
@@ -66,7 +67,7 @@ def call(found: schema.Report) -> str:
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM",
             "",
-            f"base = AutoModelForCausalLM.from_pretrained({base!r})",
+            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})",
             *loads,
             *(before if stabilised else []),
             '# "cat" adds the products: the model is base + sum of weight * s * B A.',
@@ -74,21 +75,21 @@ def call(found: schema.Report) -> str:
             f'# "svd" takes the same weights: the same sum with svd_rank={rank}, or an',
             "# approximation of it by a smaller rank.",
             "model.add_weighted_adapter(",
-            f"    adapters={names!r},",
-            f"    weights={weights!r},",
+            f"    adapters={json.dumps(names)},",
+            f"    weights={json.dumps(weights)},",
             '    combination_type="cat",',
-            f"    adapter_name={COMBINED!r},",
+            f'    adapter_name="{COMBINED}",',
             ")",
             *([f"{first} = True"] if stabilised else []),
-            f"model.set_adapter({COMBINED!r})",
+            f'model.set_adapter("{COMBINED}")',
         ]
     )
 
 
 def _load(adapter: schema.Adapter, name: str, *, first: bool) -> str:
-    what = f"{adapter.path!r}, adapter_name={name!r}"
+    what = f"{json.dumps(adapter.path)}, adapter_name={json.dumps(name)}"
     if adapter.revision is not None:
-        what += f", revision={adapter.revision!r}"
+        what += f", revision={json.dumps(adapter.revision)}"
     if first:
         return f"model = PeftModel.from_pretrained(base, {what})"
     return f"model.load_adapter({what})"

@@ -249,6 +249,10 @@ class Header(_Schema):
         description="whether the embeddings stand in for a head that is not stored"
     )
     misfit: str | None = Field(description="why it does not fit its base, or null")
+    not_written: Tensors | None = Field(
+        description="floating-point tensors that mergekit's definition of the "
+        "architecture lacks, and a merge leaves out; null where it has none"
+    )
     not_in_base: Tensors | None
     only_in_base: Tensors | None
 

@@ -73,6 +73,8 @@ def _headers(headers: Sequence[schema.Header]) -> Iterator[str | Table]:
     for header in headers:
         if header.misfit:
             yield f"{header.name} does not fit: {header.misfit}"
+        if header.not_written and header.not_written.count:
+            yield f"{header.name}: {_tensors(header.not_written)} mergekit leaves out"
         if header.not_in_base and header.not_in_base.count:
             yield f"{header.name}: {_tensors(header.not_in_base)} the base lacks"
         if header.only_in_base and header.only_in_base.count:

@@ -42,6 +42,8 @@ LEAST = 2
 # Blocks of base and models beyond which longer ones are read instead: each costs a
 # request, or a seek.
 MOST_READS = 4000
+# Blocks that one task reads, at most; few, as over a network it waits for each.
+TOGETHER = 8
 # Blocks in which a stored head is compared with its embedding.
 COMPARED = 16
 # Halvings in the search for the share that a budget pays for.
@@ -82,7 +84,7 @@ class _Stratum:
         if self.blocks is None:
             yield from self.group.segments
             return
-        together = PIECE // self.length
+        together = min(TOGETHER, PIECE // self.length)
         for first in range(0, len(self.blocks), together):
             yield self.blocks[first : first + together]
         if self.tail.stop > self.tail.start:
