@@ -374,7 +374,7 @@ def compare(
     force: bool,
     **settings: Any,
 ) -> None:
-    """Merge by several weights and measure each merge on your own text.
+    """Merge by several weights and measure each merge on your own text or tasks.
 
     Compares CONFIG with metagpt, power 1, the plain average, task arithmetic 0.3 and
     metagpt without embeddings: the loss on each text, and how much more a merge loses
