@@ -419,4 +419,4 @@ def test_warnings_of_tensors_that_the_report_does_not_see_stay(
     config["models"][0]["parameters"] = {"weight": filtered}
     Path("merge.yml").write_text(yaml.safe_dump(config))
     assert run_command("merge", "merge.yml", "out", *QUIET) == 0
-    assert "m/a gets only" in caplog.text or "m/b takes" in caplog.text
+    assert re.search(r"m/a .*gets only|m/b .*takes", caplog.text)
