@@ -153,7 +153,7 @@ def test_quiet_silences_the_line_alone(tmp_path: Path) -> None:
     lines = done.stderr.splitlines()
     assert all(line.startswith("WARNING:mergekit_metagpt:") for line in lines)
     assert not any("coefficients of" in line for line in lines)
-    assert any(f"{family.models[2]} takes " in line for line in lines)
+    assert any(f"{family.models[2]} moved " in line for line in lines)
 
 
 def on_a_terminal(command: Sequence[str | Path]) -> tuple[str, str]:

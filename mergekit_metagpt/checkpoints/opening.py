@@ -159,8 +159,9 @@ def _near(path: Path) -> str:
     names = [p.name for p in above.iterdir() if p.is_dir()] if above.is_dir() else []
     if not (close := difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)):
         return ""
-    meant = path.with_name(close[0])
-    return f". Did you mean {'' if meant.is_absolute() else './'}{meant}?"
+    # pathlib drops the leading ./ which tells a folder from a repository.
+    meant = str(path.with_name(close[0]))
+    return f". Did you mean {'' if meant.startswith(('.', '/', '~')) else './'}{meant}?"
 
 
 def _downloaded(model: ModelReference, cache: str | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -155,7 +156,7 @@ def _plan(
 
     config = config.model_copy(deep=True)
     LoaderCache().setup(options)
-    with mergekits_errors():
+    with mergekits_errors(), _without_its_own_noise():
         architecture = get_architecture_info(config, options)
         for model in config.referenced_models():
             LoaderCache().get(model)
@@ -278,6 +279,21 @@ def mergekits_errors() -> Iterator[None]:
         raise ValueError(f"mergekit: {type(error).__name__}: {error}") from error
 
 
+@contextmanager
+def _without_its_own_noise() -> Iterator[None]:
+    """Drop a warning of transformers that mergekit's own code causes, and no user."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "`torch_dtype` is deprecated" not in record.getMessage()
+
+    log = logging.getLogger("transformers.configuration_utils")
+    log.addFilter(keep)
+    try:
+        yield
+    finally:
+        log.removeFilter(keep)
+
+
 def run(
     config: MergeConfiguration,
     out: str,
@@ -299,5 +315,5 @@ def run(
 
     method = merge_methods.get(config.merge_method)
     quiet = method.watch.already_warned() if warned else nullcontext()
-    with quiet, mergekits_errors():
+    with quiet, mergekits_errors(), _without_its_own_noise():
         run_merge(config, out, options, config_source=source)
