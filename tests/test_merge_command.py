@@ -424,6 +424,8 @@ def test_nobody_hears_that_mergekit_calls_dtype_by_its_old_name(
         assert run_command("merge", "merge.yml", "out", *QUIET) == 0
         assert "torch_dtype" not in caplog.text
         logging.warning_once.cache_clear()
+        for entry in config["models"]:
+            entry["model"] = f"./{entry['model']}"
         run_mergekit({**config, "base_model": "./m/base"}, work / "theirs")
         assert "torch_dtype" in caplog.text
     finally:
