@@ -164,7 +164,9 @@ KINDS_OF_MODEL = [
     Row(
         "other-width",
         broken.llama(hidden_size=64),
-        ours=NO_FINE_TUNE.format("28.7", "model.layers.…proj.weight is […]"),
+        ours=NO_FINE_TUNE.format(
+            "28.7", "model.layers.…proj.weight is […]. By config.json, hidden_size is …"
+        ),
     ),
 ]
 

@@ -147,9 +147,9 @@ def check_pair(base: Checkpoint, model: Checkpoint) -> None:
                 "without it"
             )
     raise ValueError(
-        f"{model.label} is no fine-tune of {base.label}: {_sizes(base, model)}"
-        f"{share:.1%} of the parameters match; first differences: "
-        f"{'; '.join([*differing, *absent][:3])}. {advice}"
+        f"{model.label} is no fine-tune of {base.label}: {share:.1%} of the parameters "
+        f"match; first differences: {'; '.join([*differing, *absent][:3])}. "
+        f"{_sizes(base, model)}{advice}"
     )
 
 
@@ -160,11 +160,11 @@ def _sizes(base: Checkpoint, model: Checkpoint) -> str:
         for checkpoint in (base, model)
     )
     differing = [
-        f"{name} is {theirs[name]} in its config.json, in that of the base {ours[name]}"
+        f"{name} is {theirs[name]} (in the base {ours[name]})"
         for name in SIZES
         if name in ours and name in theirs and ours[name] != theirs[name]
     ]
-    return "".join(f"{found}; " for found in differing)
+    return f"By config.json, {', '.join(differing)}. " if differing else ""
 
 
 def _roots(
