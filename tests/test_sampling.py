@@ -427,7 +427,11 @@ def test_inspect_prints_estimates_with_their_errors(
         error = model["coefficient_se"]
         digits = -math.floor(math.log10(error))
         cell = f"{model['coefficient']:.{digits}f} ± {error:.{digits}f}"
-        (line,) = (x for x in printed.splitlines() if f"m{row} " in x and "float" in x)
+        (line,) = (
+            x
+            for x in printed.splitlines()
+            if x.startswith(f"{row}  ") and f"m{row} " in x
+        )
         assert cell in line
         assert set(model["parts_se"]) == set(model["parts"])
     assert "± is one standard error" in printed
