@@ -188,6 +188,8 @@ def serving(hub: Hub) -> Iterator[Hub]:
             self.close_connection = len(sent) < len(body)
 
     class Server(ThreadingHTTPServer):
+        request_queue_size = 64
+
         def handle_error(self, *given: Any) -> None:
             """A reader that has seen enough hangs up: nothing to print."""
 

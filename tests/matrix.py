@@ -1,12 +1,16 @@
-"""The rows of docs/compatibility.md, and the tests that say what each one found."""
+"""The rows of docs/compatibility.md, and the tests that say what each one found.
+
+`python -m tests.matrix` writes the rows into the page.
+"""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,12 +31,15 @@ class Row:
             machine with a CUDA device can tell.
         message: what the exception says, `...` for anything; empty if none is raised.
         note: what else the reader should know.
+        line: what stands on the page for this row and its neighbours; by default the
+            name.
     """
 
     name: str
     verdict: str = WORKS
     message: str = ""
     note: str = ""
+    line: str = ""
 
     @contextmanager
     def expect(self) -> Iterator[None]:
@@ -48,41 +55,68 @@ class Row:
         FOUND.add(self.name)
 
     def markdown(self) -> str:
-        """The row's line on the page."""
+        """The row's line on the page: of a list if it works, else of a table."""
+        line = self.line or self.name
+        if self.verdict == WORKS:
+            return f"- {line}" + (f". {self.note}" if self.note else "")
         said = [f"`{self.message}`"] if self.message else []
         remarks = ". ".join([*said, self.note] if self.note else said)
-        return f"| {self.name} | {self.verdict} | {remarks} |"
+        return f"| {line} | {self.verdict} | {remarks} |"
+
+
+def listed(*rows: Row) -> tuple[Row, ...]:
+    """Rows of one verdict that share a line, which has all their names."""
+    return described(", ".join(row.name for row in rows), *rows)
+
+
+def described(line: str, *rows: Row) -> tuple[Row, ...]:
+    """Rows of one verdict that share this line."""
+    assert len({(row.verdict, row.message, row.note) for row in rows}) == 1
+    return tuple(replace(row, line=line) for row in rows)
 
 
 FILES = (
     Row("one safetensors file"),
     Row("safetensors in shards, cut differently in every model"),
-    Row("`pytorch_model.bin`"),
-    Row("`pytorch_model.bin` with `--lazy-unpickle`"),
-    Row("`pytorch_model.bin` in shards, with and without `--lazy-unpickle`"),
+    *described(
+        "`pytorch_model.bin`, whole and in shards, with and without `--lazy-unpickle`",
+        Row("`pytorch_model.bin`"),
+        Row("`pytorch_model.bin` with `--lazy-unpickle`"),
+        Row("`pytorch_model.bin` in shards, with and without `--lazy-unpickle`"),
+    ),
     Row("pickles in the format of torch before 1.6"),
     Row("base as safetensors, models as pickles"),
 )
 
 HEAD_KINDS = ("absent", "a copy of the embedding", "its own")
 HEADS = (
-    *(
-        Row(f"head: {base} in the base, {model} in a model")
-        for base in HEAD_KINDS
-        for model in HEAD_KINDS
+    *described(
+        "head absent, a copy of the embedding, or its own: each of the nine pairs of "
+        "base and model",
+        *(
+            Row(f"head: {base} in the base, {model} in a model")
+            for base in HEAD_KINDS
+            for model in HEAD_KINDS
+        ),
     ),
     Row("head that shares its embedding's memory in a pickle"),
 )
 
 PRECISIONS = (
-    Row("base in float32; models in float32, float16 and bfloat16"),
-    Row("base in float16; models in float32, float16 and bfloat16"),
-    Row("base in bfloat16; models in float32, float16 and bfloat16"),
+    *described(
+        "base in float32, float16 or bfloat16; models in all three",
+        Row("base in float32; models in float32, float16 and bfloat16"),
+        Row("base in float16; models in float32, float16 and bfloat16"),
+        Row("base in bfloat16; models in float32, float16 and bfloat16"),
+    ),
     Row("base in float64; models in float64 and bfloat16"),
     Row("several precisions within one checkpoint"),
-    Row("`dtype`"),
-    Row("`out_dtype`"),
-    Row("`dtype` and `out_dtype`"),
+    *described(
+        "`dtype` and `out_dtype`, one or both",
+        Row("`dtype`"),
+        Row("`out_dtype`"),
+        Row("`dtype` and `out_dtype`"),
+    ),
 )
 
 OPTIONAL = (
@@ -101,10 +135,12 @@ OPTIONAL = (
 
 LORA = (
     Row("LoRA adapter as `base+adapter`, with `--lora-merge-cache`"),
-    Row("rank-stabilised LoRA"),
-    Row("LoRA that carries biases"),
-    Row("LoRA that carries whole modules"),
-    Row("`--lora-merge-dtype`"),
+    *listed(
+        Row("rank-stabilised LoRA"),
+        Row("LoRA that carries biases"),
+        Row("LoRA that carries whole modules"),
+        Row("`--lora-merge-dtype`"),
+    ),
     Row("adapter on the base, `base_model: base+adapter`"),
     Row(
         "LoRA adapter without `--lora-merge-cache`",
@@ -120,9 +156,11 @@ LORA = (
 )
 
 VOCABULARIES = (
-    Row("`tokenizer: {source: union}` with added tokens"),
-    Row("`tokenizer: {source: base}` with added tokens"),
-    Row("`tokenizer_source: union`"),
+    *listed(
+        Row("`tokenizer: {source: union}` with added tokens"),
+        Row("`tokenizer: {source: base}` with added tokens"),
+        Row("`tokenizer_source: union`"),
+    ),
     Row(
         "`tokenizer` with a vocabulary in another order",
         note="n_t compares rows at the same position, so use `exclude`.",
@@ -136,12 +174,14 @@ VOCABULARIES = (
 )
 
 MODELS = (
-    Row("Llama"),
-    Row("Mistral"),
-    Row("Qwen2"),
-    Row("Qwen3"),
-    Row("Gemma 2"),
-    Row("GPT-2"),
+    *listed(
+        Row("Llama"),
+        Row("Mistral"),
+        Row("Qwen2"),
+        Row("Qwen3"),
+        Row("Gemma 2"),
+        Row("GPT-2"),
+    ),
     Row("GPT-2, base stored under the names of older checkpoints"),
     Row("BERT with a classifier (`BertForSequenceClassification`)"),
     Row("ModernBERT, of which mergekit has no definition"),
@@ -167,23 +207,33 @@ MODELS = (
         "... is no fine-tune of ...: ...% of the parameters match",
         "mergekit's own methods drop part of a model in the other layout.",
     ),
-    Row("Qwen3-MoE, fused experts"),
-    Row("Qwen3-MoE, single experts"),
-    Row("Qwen3-MoE, base with single experts, models with fused and single ones"),
-    Row("Qwen3-MoE, base with fused experts, models with single and fused ones"),
-    Row("Mixtral, fused experts"),
-    Row("Mixtral, single experts"),
-    Row("Mixtral, base with single experts, models with fused and single ones"),
-    Row("Mixtral, base with fused experts, models with single and fused ones"),
-    Row("DINOv3, whose layers transformers 5 renames"),
-    Row("DINOv3, base and models in different layouts"),
-    Row("NomicBERT, whose layers transformers 5 renames and splits"),
-    Row("NomicBERT, base and models in different layouts"),
+    *described(
+        "Qwen3-MoE and Mixtral: fused experts, single ones, and both mixed",
+        Row("Qwen3-MoE, fused experts"),
+        Row("Qwen3-MoE, single experts"),
+        Row("Qwen3-MoE, base with single experts, models with fused and single ones"),
+        Row("Qwen3-MoE, base with fused experts, models with single and fused ones"),
+        Row("Mixtral, fused experts"),
+        Row("Mixtral, single experts"),
+        Row("Mixtral, base with single experts, models with fused and single ones"),
+        Row("Mixtral, base with fused experts, models with single and fused ones"),
+    ),
+    *described(
+        "DINOv3 and NomicBERT, whose layers transformers 5 renames or splits: in one "
+        "layout or in two",
+        Row("DINOv3, whose layers transformers 5 renames"),
+        Row("DINOv3, base and models in different layouts"),
+        Row("NomicBERT, whose layers transformers 5 renames and splits"),
+        Row("NomicBERT, base and models in different layouts"),
+    ),
 )
 
 SYNTAX = (
-    Row("`models:` without the base"),
-    Row("`models:` with the base among them"),
+    *described(
+        "`models:` with and without the base among them",
+        Row("`models:` without the base"),
+        Row("`models:` with the base among them"),
+    ),
     Row("`slices:` in which layers stay in place"),
     Row("`slices:` that move layers, `granularity: model` and `tensor`"),
     Row(
@@ -201,8 +251,7 @@ SYNTAX = (
         "the base ... is not among the inputs for ...",
         "Add it to the sources.",
     ),
-    Row("`modules:` with `models:`"),
-    Row("`modules:` with `slices:`"),
+    *listed(Row("`modules:` with `models:`"), Row("`modules:` with `slices:`")),
     Row("parameters with filters and gradients"),
 )
 
@@ -233,17 +282,19 @@ FRONT_ENDS = (
 )
 
 OPTIONS = (
-    Row("`--low-cpu-memory`"),
-    Row("`--clone-tensors`"),
-    Row("`--async-write` and `--write-threads`"),
-    Row("`--out-shard-size`"),
-    Row("`--num-threads`"),
-    Row("`--no-safe-serialization`"),
-    Row("`--copy-tokenizer`"),
+    *listed(
+        Row("`--low-cpu-memory`"),
+        Row("`--clone-tensors`"),
+        Row("`--async-write` and `--write-threads`"),
+        Row("`--out-shard-size`"),
+        Row("`--num-threads`"),
+        Row("`--no-safe-serialization`"),
+        Row("`--copy-tokenizer`"),
+        Row("`--no-write-model-card`"),
+        Row("`--trust-remote-code`"),
+    ),
     Row("`--quiet` and its absence", note="lambda is logged in both cases."),
     Row("`--random-seed`", note="Only the composed methods use random numbers."),
-    Row("`--no-write-model-card`"),
-    Row("`--trust-remote-code`"),
     Row("`--allow-crimes`, architectures that differ in name only"),
     Row("`--transformers-cache`, a folder laid out as the hub's cache"),
     Row(
@@ -253,23 +304,27 @@ OPTIONS = (
         "mergekit first asks the hub for the list of files.",
     ),
     Row("the engine of `--multi-gpu`, on two CPU workers"),
-    Row("`--cuda`", CUDA),
-    Row("`--cuda --low-cpu-memory`", CUDA),
-    Row("`--cuda --read-to-gpu`", CUDA),
-    Row("`--multi-gpu`", CUDA),
-    Row("`--gpu-rich`", CUDA),
+    *listed(
+        Row("`--cuda`", CUDA),
+        Row("`--cuda --low-cpu-memory`", CUDA),
+        Row("`--cuda --read-to-gpu`", CUDA),
+        Row("`--multi-gpu`", CUDA),
+        Row("`--gpu-rich`", CUDA),
+    ),
 )
 
-COMPOSED = tuple(
-    Row(f"`metagpt_{name}`")
-    for name in (
-        "ties",
-        "dare_linear",
-        "dare_ties",
-        "breadcrumbs",
-        "breadcrumbs_ties",
-        "della",
-        "della_linear",
+COMPOSED = listed(
+    *(
+        Row(f"`metagpt_{name}`")
+        for name in (
+            "ties",
+            "dare_linear",
+            "dare_ties",
+            "breadcrumbs",
+            "breadcrumbs_ties",
+            "della",
+            "della_linear",
+        )
     )
 )
 
@@ -332,20 +387,42 @@ def covers_at_once(*names: str) -> Callable[[Callable[..., None]], Callable[...,
 
 
 HEADER = ("| what | verdict | message or remark |", "|---|---|---|")
+PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
 
 
-def table(section: str) -> list[str]:
-    """The lines of a section's table, as they stand on the page."""
-    return [*HEADER, *(row.markdown() for row in SECTIONS[section])]
+def lines_of(rows: Sequence[Row]) -> list[str]:
+    """The lines of a section, as they stand on the page: what works, then a table."""
+    lines = list(dict.fromkeys(row.markdown() for row in rows))
+    works = [line for line in lines if line.startswith("- ")]
+    others = [line for line in lines if line.startswith("| ")]
+    return [*works, *((*HEADER, *others) if others else ())]
 
 
-def tables_of(page: str) -> dict[str, list[str]]:
-    """The lines of all tables of a page, by the heading above them."""
+def sections_of(page: str) -> dict[str, list[str]]:
+    """The lines of the lists and tables of a page, by the heading above them."""
     found: dict[str, list[str]] = {}
     heading = ""
     for line in page.splitlines():
         if line.startswith("## "):
             heading = line.removeprefix("## ")
-        elif line.startswith("|"):
+        elif line.startswith(("|", "- ")):
             found.setdefault(heading, []).append(line)
     return found
+
+
+def with_current_rows(page: str) -> str:
+    """The page with the rows of all sections made anew."""
+    for heading, rows in SECTIONS.items():
+        lines = "\n".join(lines_of(rows)).replace(f"\n{HEADER[0]}", f"\n\n{HEADER[0]}")
+        page, count = re.subn(
+            rf"(<!-- rows: {heading} -->\n).*?(\n<!-- end -->)",
+            lambda found, lines=lines: f"{found[1]}{lines}{found[2]}",
+            page,
+            flags=re.S,
+        )
+        assert count == 1, heading
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_current_rows(PAGE.read_text()))

@@ -283,6 +283,16 @@ def handed_over(states: Sequence[State], source: str | None) -> list[State]:
     ]
 
 
+def naive_keep(states: Sequence[State], shares: torch.Tensor) -> float:
+    """s of `lambda: keep` over whole models, from task vectors in one long row."""
+    base, *models = (
+        torch.cat([state[name].double().ravel() for name in states[0]])
+        for state in states
+    )
+    moved = torch.stack([model - base for model in models])
+    return float(shares @ moved.norm(dim=1) / (shares @ moved).norm())
+
+
 @dataclass(frozen=True)
 class Expectation:
     """What a document merges, and lambda straight from the formula.
@@ -319,6 +329,7 @@ def expectation(
     def lambdas(name: str) -> torch.Tensor:
         pool = naive_pool(name, granularity)
         if pool not in known:
+            factor = 1.0 if scale == "keep" else scale
             known[pool] = naive_lambdas(
                 name,
                 measured[0],
@@ -327,8 +338,10 @@ def expectation(
                 exclude=exclude,
                 weight=weight,
                 power=settings.get("power", 2.0),
-                scale=scale,
+                scale=factor,
             )
+            if scale == "keep":
+                known[pool] *= naive_keep(measured, known[pool])
         return known[pool]
 
     source = document.get("tokenizer", {}).get("source")

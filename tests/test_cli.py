@@ -90,7 +90,7 @@ HELP = {
     "compare": (
         "Usage: mergekit-metagpt compare [OPTIONS] CONFIG",
         "",
-        "  Merge by several weights and measure each merge on your own text.",
+        "  Merge by several weights and measure each merge on your own text or tasks.",
     ),
     "recipes": (
         "Usage: mergekit-metagpt recipes [OPTIONS] [NAME]",

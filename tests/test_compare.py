@@ -258,14 +258,14 @@ def test_equal_merges_are_made_once_and_never_differ(
     same, other = places / "same.yml", places / "other.yml"
     same.write_text(yaml.safe_dump({**document, "parameters": {"power": 1}}))
     other.write_text(yaml.safe_dump({**document, "parameters": {"weight": 3.0}}))
-    arguments = [*texts_of("code"), "--power", "2,-1", "--lambda", "1,0.5"]
+    arguments = [*texts_of("code"), "--power", "2,-1", "--lambda", "1,0.5,keep"]
     arguments += ["--candidate", f"mine={same}", "--candidate", f"thrice={other}"]
     found = compared(places, *arguments)
     names = {row["name"]: row["names"] for row in found["candidates"]}
     assert names["as written"] == ["as written", "metagpt", "power 2", "lambda 1"]
     assert names["power 1"] == ["power 1", "mine"]
-    assert {"power -1", "lambda 0.5", "thrice"} < names.keys()
-    assert len(made) == len(names) == 8
+    assert {"power -1", "lambda 0.5", "lambda keep", "thrice"} < names.keys()
+    assert len(made) == len(names) == 9
     rows = {row["name"]: row for row in found["candidates"]}
     # Written otherwise, and the same weights: the models' weights cancel.
     assert rows["thrice"]["ald"] == rows["as written"]["ald"]
@@ -526,6 +526,8 @@ def test_other_tokens_are_compared_by_the_byte(
         (["--text", "code"], "--text code: expected NAME=FILE"),
         (["--text", "code=none.txt"], "there is no file none.txt"),
         ([*texts_of("code"), *texts_of("code")], "--text code is given twice"),
+        ([], "Give --text MODEL=FILE"),
+        ([*texts_of("code"), "--lambda", "kept"], "--lambda kept: expected numbers"),
         (texts_of("general"), "no --text names a model of the YAML"),
         (["--text", "cod=code.txt"], "Did you mean code?"),
         ([*texts_of("code"), "--tokens", "400"], "gives 7 chunks of 64 tokens"),

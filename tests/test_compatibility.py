@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,26 +13,44 @@ from tests import matrix
 from tests.long.zoo_models import ANIMALS
 from tests.matrix import BY_NAME, COVERED, SECTIONS, Row
 
-PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, LAYOUTS = DOCS / "compatibility.md", DOCS / "layouts.md"
 MODULES = ("test_architectures", "test_composed", "test_front_ends", "test_inputs")
 VERDICTS = {matrix.WORKS, matrix.REFUSED, matrix.HOST, matrix.CUDA}
 
 
 def assert_page_is_true(page: str) -> None:
-    """Check that the tables of a page are those of the tests, line by line."""
-    found = matrix.tables_of(page)
-    (layouts,) = (section for section in found if section.startswith("Layouts of"))
-    rows = found.pop(layouts)[2:]
-    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [*ANIMALS]
-    assert layouts == f"Layouts of {len(ANIMALS)} architectures"
-    wanted = {section: matrix.table(section) for section in SECTIONS}
-    assert list(found) == list(wanted)
-    for section, lines in wanted.items():
-        assert found[section] == lines
+    """Check that the rows of a page are those of the tests, line by line."""
+    found = matrix.sections_of(page)
+    assert {section: found.get(section) for section in SECTIONS} == {
+        section: matrix.lines_of(rows) for section, rows in SECTIONS.items()
+    }
 
 
 def test_page_has_the_rows_of_the_tests() -> None:
-    assert_page_is_true(PAGE.read_text(encoding="utf-8"))
+    # To renew them: python -m tests.matrix
+    page = PAGE.read_text(encoding="utf-8")
+    assert_page_is_true(page)
+    assert matrix.with_current_rows(page) == page
+
+
+def assert_all_layouts_are_named(page: str) -> None:
+    """Check that the page on layouts has each architecture once."""
+    whole = re.search(r"(?ms)^Whole in [^:]*:\s+(.*?)\.\n", page)
+    assert whole is not None
+    rows = re.findall(r"(?m)^\| (.+?) \|", page)[1:]
+    names = " ".join(whole[1].split()).split("; ")
+    assert sorted([*names, *rows]) == sorted(ANIMALS)
+    assert f"# Layouts of {len(ANIMALS)} architectures\n" in page
+
+
+def test_all_layouts_are_named() -> None:
+    page = LAYOUTS.read_text(encoding="utf-8")
+    assert_all_layouts_are_named(page)
+    for name in ("Qwen3", "BERT"):
+        assert re.search(rf"\b{name}\b", page)
+        with pytest.raises(AssertionError):
+            assert_all_layouts_are_named(re.sub(rf"\b{name}\b", "Tea", page))
 
 
 def test_every_row_has_a_test() -> None:
@@ -46,7 +65,7 @@ def test_rows_say_all_that_they_must() -> None:
     assert not repeated
     for row in rows:
         assert row.verdict in VERDICTS
-        assert "|" not in row.markdown()[1:-1].replace(" | ", "")
+        assert "|" not in row.name + row.line + row.message + row.note
         if row.verdict == matrix.REFUSED:
             assert row.message
 
@@ -58,8 +77,8 @@ def test_a_false_page_is_noticed(change: str) -> None:
     assert line in page
     other = {
         "a row less": "",
-        "a row more": f"{line}\n| tea leaves | works |  |\n",
-        "another verdict": line.replace("| works |", "| refused |"),
+        "a row more": f"{line}\n- tea leaves\n",
+        "another verdict": f"| {line[2:]} | refused |  |\n",
     }[change]
     with pytest.raises(AssertionError):
         assert_page_is_true(page.replace(f"{line}\n", other))

@@ -366,8 +366,8 @@ ORIGINAL = {
 def meaning(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe as each model's parameters, without what changes no result.
 
-    `int8_mask` stores signs in 8 bits. Recipes that ship compute in float32 and are
-    written in bfloat16, whatever their original had.
+    `int8_mask` stores signs in 8 bits. Recipes that ship have the dtypes that suit
+    their method, whatever their original had.
     """
     spec = merge_methods.get(recipe["merge_method"]).spec
     defaults = {parameter.name: parameter.default for parameter in spec.parameters}

@@ -1,19 +1,21 @@
-"""Figures: of the asked format, wide enough, and no text over another or cut off."""
+"""Figures: readers find what they need, and no text is over another or cut off."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure, FigureBase
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
-from mergekit_metagpt.report import figures, schema
+from mergekit_metagpt.report import comparison, drawing, figures, schema
+from mergekit_metagpt.scanning.cache import ChunkLosses
 
 LONG = "someone-with-a-long-name/a-very-long-name-of-a-model-in-its-seventh-edition-v2"
 NONE = schema.Tensors(count=0, parameters=0, bytes=0, examples=())
@@ -41,10 +43,11 @@ def family(
     granularity: str = "model",
     extra: tuple[str, ...] = (),
     scale: float = 1.0,
+    cosine: float | None = None,
 ) -> schema.Family:
     """A report's family as it might be measured, without measuring."""
     total = sum(range(1, count + 1))
-    shares = tuple(scale * (k + 1) / total for k in range(count))
+    shares = tuple((k + 1) / total for k in range(count))
     keys = (
         ALONE[0],
         *(f"model.layers.{n}" for n in range(layers)),
@@ -82,8 +85,15 @@ def family(
         base=schema.Base(name=f"{name}-base", **STORED, norm=1),
         models=tuple(models),
         cosines=tuple(
-            tuple(1.0 if i == j else -0.37 + 0.07 * (i + j) / count for i in shares)
-            for j in shares
+            tuple(
+                1.0
+                if i == j
+                else -0.37 + 0.07 * (i + j) / count
+                if cosine is None
+                else cosine
+                for i in range(count)
+            )
+            for j in range(count)
         ),
         reading="",
         pools=by_layer if not one else (pool("model", shares),),
@@ -104,7 +114,6 @@ REPORTS: dict[str, schema.Report] = {
     },
     "16 models": report(family(16)),
     "60 models": report(family(60)),
-    "200 models": report(family(200, name=LONG)),
     "adapters": report(family(3, name=f"/data/{LONG}+/data/{LONG}")),
     "by layer": report(family(3, granularity="layer", name=LONG)),
     "80 layers": report(family(4, layers=80)),
@@ -113,9 +122,9 @@ REPORTS: dict[str, schema.Report] = {
     ),
     "two families": report(family(2), family(12, name=LONG)),
     "another scale": report(family(3, scale=-0.5)),
-    "a scale of 0": report(family(2, scale=0.0)),
+    "wide letters": report(family(3, name="W" * 60, granularity="layer")),
+    "no layers": report(family(3, layers=0)),
 }
-# Whose texts are on top of each other, and where.
 
 
 def cases() -> list[Any]:
@@ -131,8 +140,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
     def noted(self: Figure, file: Path, *, dpi: float) -> None:
         assert self.get_figwidth() * dpi >= 1200
+        assert self.get_facecolor() == (1, 1, 1, 1)
         FigureCanvasAgg(self)
-        self.draw_without_rendering()
         saved.append(self)
 
     monkeypatch.setattr(Figure, "savefig", noted)
@@ -146,39 +155,26 @@ def png_size(file: Path) -> tuple[int, int]:
     return width, height
 
 
-def texts(figure: FigureBase) -> Iterator[Text]:
-    """All texts that are seen; matplotlib also keeps ticks outside an axis's limits."""
-    for axes in figure.get_axes():
-        hidden = set()
-        for axis, limits in (
-            (axes.xaxis, sorted(axes.get_xlim())),
-            (axes.yaxis, sorted(axes.get_ylim())),
-        ):
-            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
-                inside = limits[0] <= tick.get_loc() <= limits[1]
-                if not inside:
-                    hidden |= {tick.label1, tick.label2}
-        for text in axes.findobj(Text):
-            if text not in hidden and text.get_visible() and text.get_text().strip():
-                yield text
+def words_in(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
 
 
 def assert_readable(figure: Figure) -> None:
     """Check that no text leaves the canvas or lies on another one."""
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     canvas = figure.bbox
-    found = {}
-    titles = [part._suptitle for part in figure.subfigs if part._suptitle]
-    for text in (*texts(figure), *titles):
-        box = text.get_window_extent(renderer)
+    texts = [text for text in figure.findobj(Text) if text.get_text()]
+    boxes = [(text, text.get_window_extent(renderer)) for text in texts]
+    assert len(boxes) > 1
+    for text, box in boxes:
         assert box.x0 >= canvas.x0 - 1 and box.x1 <= canvas.x1 + 1, text
         assert box.y0 >= canvas.y0 - 1 and box.y1 <= canvas.y1 + 1, text
-        found[text] = box
-    assert len(found) > 5
-    for (one, first), (two, second) in itertools.combinations(found.items(), 2):
+        assert text.get_fontsize() >= 6.5
+    for (one, first), (two, second) in itertools.combinations(boxes, 2):
         width = min(first.x1, second.x1) - max(first.x0, second.x0)
         height = min(first.y1, second.y1) - max(first.y0, second.y0)
-        assert width <= 1 or height <= 1, (one.get_text(), two.get_text())
+        # Boxes are as high as the highest letter, and lines are near each other.
+        assert width <= 1 or height <= 3, (one.get_text(), two.get_text())
 
 
 @pytest.mark.parametrize("found", cases())
@@ -188,10 +184,10 @@ def test_texts_can_be_read(
     figures.report_figure(found, tmp_path / "figure.png")
     (figure,) = drawn
     assert_readable(figure)
-    shown = " ".join(text.get_text() for text in texts(figure))
+    shown = [re.sub(r"^\W*\d+ {2}", "", words) for words in words_in(figure)]
     for one in found.families:
-        for number, model in enumerate(one.models, 1):
-            assert f"{number}  {figures.short_name(model.name)}" in shown
+        names = drawing.fitting(drawing.Page(), [model.name for model in one.models])
+        assert len(set(names)) == len(names) and {*names} <= {*shown}
 
 
 def test_overlapping_texts_are_noticed() -> None:
@@ -201,10 +197,10 @@ def test_overlapping_texts_are_noticed() -> None:
     for at, why in ((0.21, "first"), (1.2, "outside")):
         figure = Figure()
         FigureCanvasAgg(figure)
-        axes = figure.subplots()
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
         axes.text(0.2, 0.5, "first text")
         axes.text(at, 0.5, "outside")
-        figure.draw_without_rendering()
         with pytest.raises(AssertionError, match=why):
             assert_readable(figure)
 
@@ -222,7 +218,7 @@ MAGIC = {".png": rb"\x89PNG", ".svg": rb"<\?xml.*<svg", ".pdf": rb"%PDF-"}
 
 @pytest.mark.parametrize("ending", [*MAGIC, ".PNG"])
 def test_the_ending_chooses_the_format(ending: str, tmp_path: Path) -> None:
-    assert set(figures.FORMATS) == MAGIC.keys()
+    assert set(drawing.FORMATS) == MAGIC.keys()
     file = tmp_path / f"figure{ending}"
     figures.report_figure(REPORTS["3 models"], file)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
@@ -262,21 +258,232 @@ def test_models_without_a_task_vector(tmp_path: Path) -> None:
     assert png_size(tmp_path / "figure.png")[0] >= 1200
 
 
+def words_of(
+    found: schema.Report, drawn: list[Figure], tmp_path: Path, method: str = "metagpt"
+) -> str:
+    found = found.model_copy(update={"method": method})
+    figures.report_figure(found, tmp_path / "figure.png")
+    assert_readable(drawn[-1])
+    return "\n".join(words_in(drawn[-1]))
+
+
+def changed(models: list[dict[str, Any]], **changes: Any) -> schema.Report:
+    """A report with other fields of its models, and of its family."""
+    plain = family(len(models), cosine=0.01)
+    pairs = zip(plain.models, models, strict=True)
+    new = tuple(model.model_copy(update=fields) for model, fields in pairs)
+    return report(plain.model_copy(update={"models": new, **changes}))
+
+
+def test_weights_by_hand_are_shown(drawn: list[Figure], tmp_path: Path) -> None:
+    found = changed([{"weight": 2.0}, {}])
+    words = words_of(found, drawn, tmp_path)
+    assert "weight set by hand" in words and "times its weight" in words
+    found = changed([{"weight_by_hand": "0.2-0.7"}, {}])
+    words = words_of(found, drawn, tmp_path, method="ties")
+    long = changed([{"weight_by_hand": "-".join(["0.125"] * 20)}, {}])
+    assert "0.125-0.1..." in words_of(long, drawn, tmp_path, method="ties")
+    assert "weight in the YAML" in words and "0.2-0.7" in words
+    assert "by MetaGPT's weights" in words
+    assert "weight" not in words_of(REPORTS["2 models"], drawn, tmp_path)
+
+
+def test_standard_errors_of_a_sample_are_shown(
+    drawn: list[Figure], tmp_path: Path
+) -> None:
+    errors = {"coefficient_se": 0.0043, "relative_norm_se": 0.02}
+    sample = schema.Sample(share=0.01, seed=0, bytes_read=1, bytes_stored=100)
+    words = words_of(changed([errors, errors], sample=sample), drawn, tmp_path)
+    assert "33.3 ± 0.4%" in words and "33.3 ± 2.0%" in words
+    assert "0.01 of each large tensor" in words
+
+
+def test_numbers_of_a_column_have_the_same_digits(
+    drawn: list[Figure], tmp_path: Path
+) -> None:
+    small = {"coefficient_range": (1e-5, 1e-5), "relative_norm": 0.00031}
+    large = {"coefficient_range": (0.99999, 0.99999), "relative_norm": 0.1}
+    words = words_of(changed([small, large]), drawn, tmp_path)
+    assert "< 0.1%\n100.0%" in words and "0.031%\n10.000%" in words
+
+
+def test_cells_that_did_not_move_have_a_legend(
+    drawn: list[Figure], tmp_path: Path
+) -> None:
+    plain = family(2)
+    for value, legend in ((0.0, "did not move"), (None, "not comparable")):
+        assert legend not in words_of(report(plain), drawn, tmp_path)
+        norms = {"relative_norms": (value, 30.0)}
+        layers = (plain.layers[0].model_copy(update=norms), *plain.layers[1:])
+        found = report(plain.model_copy(update={"layers": layers}))
+        assert legend in words_of(found, drawn, tmp_path)
+
+
+def test_a_legend_of_all_has_room(drawn: list[Figure], tmp_path: Path) -> None:
+    plain = family(2)
+    norms: dict[str, Any] = {"relative_norms": (0.0, 1000.0)}
+    first = plain.layers[0].model_copy(update=norms)
+    second = plain.layers[1].model_copy(update={"relative_norms": (None, 0.1)})
+    layers = (first, second, *plain.layers[2:])
+    found = report(plain.model_copy(update={"layers": layers}))
+    words = words_of(found, drawn, tmp_path)
+    for legend in ("(log scale)", "100,000% of", "did not move", "not comparable"):
+        assert legend in words
+
+
+def test_cosines_near_0_are_a_line(drawn: list[Figure], tmp_path: Path) -> None:
+    near = words_of(report(family(3, cosine=-0.04)), drawn, tmp_path)
+    assert "nearly unrelated directions: cosine −0.04" in near  # noqa: RUF001
+    assert "same direction?" not in near
+    small = drawn[-1].get_figheight()
+    far = words_of(report(family(3, cosine=-0.4)), drawn, tmp_path)
+    assert "same direction?" in far and far.count("−.40") == 3  # noqa: RUF001
+    assert drawn[-1].get_figheight() > small
+    two = words_of(report(family(2, cosine=0.4)), drawn, tmp_path)
+    assert "partly the same directions: cosine 0.40" in two
+
+
+def test_shares_by_layer_have_a_panel(drawn: list[Figure], tmp_path: Path) -> None:
+    panel = "Share of the merge, layer by layer"
+    words = words_of(REPORTS["by layer"], drawn, tmp_path)
+    assert panel in words and "lowest to highest" in words
+    assert "How far each layer moved" in words
+    by_tensor = report(family(2, granularity="tensor"))
+    assert panel not in words_of(by_tensor, drawn, tmp_path)
+
+
+def test_settings_are_explained(drawn: list[Figure], tmp_path: Path) -> None:
+    words = words_of(report(family(2, scale=0.5)), drawn, tmp_path)
+    assert "multiplied by 0.5" in words and "squared distance" in words
+    for power, expected in ((0, "same for all"), (1, "'s distance"), (-1, "of -1")):
+        settings = schema.Settings(power=power, exclude=("embed",), varying=())
+        words = words_of(changed([{}, {}], settings=settings), drawn, tmp_path)
+        assert expected in words and "Not counted in the distance: embed" in words
+
+
+def test_names_with_dollar_signs(drawn: list[Figure], tmp_path: Path) -> None:
+    words = words_of(report(family(2, name="./a$b$c")), drawn, tmp_path)
+    assert "a$b$c-0" in words
+
+
 @pytest.mark.parametrize(
-    ("name", "limit", "short"),
+    ("names", "limit", "short"),
     [
-        ("math", 34, "math"),
-        ("./math", 34, "math"),
-        ("/data/models/math/", 34, "models/math"),
-        ("owner/name", 34, "owner/name"),
-        ("/a/b/base+/a/b/adapter", 34, "b/base+b/adapter"),
-        ("abcdefghijkl", 9, "abc...jkl"),
+        (["./math/"], 40, ["math"]),
+        (["/data/models/math", "owner/name"], 40, ["math", "owner/name"]),
+        (["/runs/a/final", "/runs/b/final"], 40, ["a/final", "b/final"]),
+        (["/a/base+/a/one", "/a/base+/a/two"], 40, ["base+one", "base+two"]),
+        (["the-same-x-end", "the-same-y-end"], 9, ["t...x-end", "t...y-end"]),
+        (["a" * 20, "a" * 21], 9, ["1 a...a", "2 a...a"]),
     ],
 )
-def test_short_names(name: str, limit: int, short: str) -> None:
-    assert figures.short_name(name, limit) == short
+def test_labels(names: list[str], limit: int, short: list[str]) -> None:
+    assert drawing.labels(names, limit) == short
 
 
 @pytest.mark.parametrize("limit", range(6, 40))
-def test_short_names_keep_the_limit(limit: int) -> None:
-    assert len(figures.short_name(LONG, limit)) <= limit
+def test_labels_tell_models_apart(limit: int) -> None:
+    names = [LONG, f"{LONG}-1", LONG.replace("long", "wide"), "/data/other", "math"]
+    short = drawing.labels(names, limit)
+    assert len(set(short)) == len(names)
+    assert all(len(label) <= limit for label in short)
+
+
+# ---- the figure of `compare`
+
+
+def compared(
+    texts: int, candidates: int, name: str = "task", unit: str = "token"
+) -> comparison.Comparison:
+    """Losses of twenty chunks: a base, a specialist for each text, and merges."""
+    tasks = [f"{name}-{k}" for k in range(texts)]
+
+    def losses(excess: float, seed: int) -> list[ChunkLosses]:
+        values = [
+            [1e3 * (1.5 + excess + k % 3 / 10 + 0.01 * math.sin(k * seed))]
+            for k in range(20)
+        ]
+        chunk = [value for row in values for value in row]
+        tokens = [1000] * 19 + [1000 if unit == "token" else 1000 + seed]
+        one = ChunkLosses(losses=chunk, tokens=tokens, bytes=[4000] * 20)
+        return [one] * texts
+
+    merges = {f"candidate {k}": losses(0.2 + 0.003 * k, k) for k in range(candidates)}
+    return comparison.compare(
+        [
+            comparison.Text(
+                name=task,
+                file="text",
+                model=None if k and k == texts - 1 else task,
+                chunks=20,
+                tokens=20_000,
+                bytes=80_000,
+            )
+            for k, task in enumerate(tasks)
+        ],
+        {
+            "base": losses(0.5, 90),
+            **{task: losses(0.01 * k, 91 + k) for k, task in enumerate(tasks)},
+            **merges,
+        },
+        {merge: ([merge], "") for merge in merges},
+        {"versions": {}, "context": 512, "dtype": "float32", "device": "cpu"},
+    )
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        pytest.param(compared(1, 1), id="one"),
+        pytest.param(compared(2, 6), id="2 texts, 6 candidates"),
+        pytest.param(compared(5, 12), id="5 texts, 12 candidates"),
+        pytest.param(compared(5, 12, LONG), id="long names"),
+        pytest.param(compared(9, 3, unit="byte"), id="by byte"),
+    ],
+)
+def test_a_comparison_can_be_read(
+    found: comparison.Comparison, drawn: list[Figure], tmp_path: Path
+) -> None:
+    figures.comparison_figure(found, tmp_path / "figure.png")
+    (figure,) = drawn
+    assert_readable(figure)
+    words = words_in(figure)
+    joined = " ".join(words)
+    assert found.verdict in joined
+    assert f"Average loss difference (ALD), nats per {found.unit}" in joined
+    rows = [*found.candidates, *found.models]
+    for label, row in zip(
+        figures.labels([row.name for row in rows], figures.LONGEST_NAME),
+        rows,
+        strict=True,
+    ):
+        assert any(label in word for word in words)
+        assert f"{row.ald:.4f}" in words
+    assert ("(not counted)" in joined) == (len(found.texts) > 1)
+
+
+def test_a_loss_that_is_no_number_is_drawn(tmp_path: Path) -> None:
+    found = compared(2, 3)
+    bad = comparison.Loss(
+        per_token=math.nan, per_token_error=0, per_byte=math.inf, per_byte_error=0
+    )
+    worst = found.candidates[-1].model_copy(
+        update={"ald": math.inf, "above_best": math.inf, "losses": (bad, bad)}
+    )
+    candidates = (*found.candidates[:-1], worst)
+    changed = found.model_copy(update={"candidates": candidates})
+    figures.comparison_figure(changed, tmp_path / "figure.png")
+    assert png_size(tmp_path / "figure.png")[0] >= 1200
+
+
+def marks(figure: Figure) -> list[Line2D]:
+    return [line for line in figure.findobj(Line2D) if line.get_marker() == "o"]
+
+
+def test_noise_is_hollow(drawn: list[Figure], tmp_path: Path) -> None:
+    found = compared(1, 4)
+    assert {row.beyond_noise for row in found.candidates[1:]} == {True, False}
+    figures.comparison_figure(found, tmp_path / "figure.png")
+    hollow = [mark.get_markerfacecolor() == "white" for mark in marks(drawn[-1])]
+    near = [not row.beyond_noise for row in found.candidates]
+    assert hollow == [False, *near[1:]] * 2

@@ -451,6 +451,26 @@ def test_another_writer_can_take_what_is_saved(
 # ---- io
 
 
+@uses("mergekit.io.TensorWriter")
+def test_a_writer_makes_one_file_of_a_given_name(tmp_path: Path) -> None:
+    """`shards` takes files that have their last name for complete ones."""
+    from mergekit.io import TensorWriter
+
+    writer = TensorWriter(
+        str(tmp_path),
+        max_shard_size=0,
+        safe_serialization=True,
+        override_basename="shard",
+        use_async=False,
+    )
+    writer.save_tensor("a", torch.ones(2))
+    writer.save_tensor("b", torch.ones(3))
+    assert not list(tmp_path.iterdir()), "a shard of size 0 is no longer unlimited"
+    writer.finalize()
+    assert [path.name for path in tmp_path.iterdir()] == ["shard.safetensors"]
+    assert sorted(writer.weight_map) == ["a", "b"] and writer.total_size == 20
+
+
 @uses("mergekit.io.tasks.LoaderCache")
 def test_all_threads_share_one_dictionary_of_loaders(family: Family) -> None:
     from mergekit.common import ModelReference
@@ -753,6 +773,29 @@ def test_run_merge_writes_a_model_and_its_card(family: Family, tmp_path: Path) -
     )
     assert (out / "mergekit_config.yml").read_text() == "# as given"
     assert (out / "config.json").is_file()
+
+
+@uses("mergekit.merge.MergePlanner")
+def test_a_planner_without_tensors_leaves_the_rest_to_be_written(
+    family: Family, tmp_path: Path
+) -> None:
+    """Ranks write the tensors; `run_merge` takes its planner from its own module."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+    from mergekit_metagpt.merge_config import plan
+
+    data = merge_config(family.base, family.models[:1])
+    plan.run_without_tensors(
+        MergeConfiguration.model_validate(data),
+        str(tmp_path / "title"),
+        MergeOptions(copy_tokenizer=False, quiet=True),
+        source="# as given",
+    )
+    names = {path.name for path in (tmp_path / "title").iterdir()}
+    assert names == {"README.md", "config.json", "mergekit_config.yml"}, (
+        "run_merge no longer plans by mergekit.merge.MergePlanner"
+    )
 
 
 @uses("mergekit.merge._model_out_config")

@@ -19,6 +19,8 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods import PerGroupValues, TensorGroup
 from mergekit.merge_methods.api import merge_state_dicts, merge_tensors
 
+from mergekit_metagpt import coefficients, scan
+from mergekit_metagpt.arithmetic.scaled_sums import scaled_sum
 from tests import families
 from tests.conftest import Family
 from tests.families import (
@@ -316,6 +318,71 @@ def assert_norms(
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+def test_modules_and_state_dicts_give_the_same_bits(dtype: torch.dtype) -> None:
+    """Also where autograd records the merge of the modules."""
+    modules = [Tied(seed).to(dtype) for seed in range(3)]
+    states = [module.state_dict() for module in modules]
+    recorded = merge_state_dicts(modules, "metagpt", base=0)
+    plain = merge_state_dicts(states, "metagpt", base=0)
+    assert recorded["embed"].requires_grad and not plain["embed"].requires_grad
+    for name, tensor in plain.items():
+        assert_same_bits(recorded[name].detach(), tensor)
+    for base, *tuned in (modules, states):
+        assert_same_bits(
+            scan(base, tuned).sq_norms, scan(states[0], states[1:]).sq_norms
+        )
+
+
+@pytest.mark.parametrize("settings", [{}, {"power": 1.0, "exclude": "embed"}])
+def test_the_coefficients_of_a_merge_can_be_had_as_a_value(
+    settings: dict[str, Any],
+) -> None:
+    modules = [Tied(seed, tied=seed != 1) for seed in range(3)]
+    base, *tuned = (module.state_dict() for module in modules)
+    merged = merge_state_dicts([base, *tuned], "metagpt", base=0, parameters=settings)
+    exclude = settings.get("exclude", "").split() or ()
+    pooled = scan(base, tuned).pool("model", exclude)
+    found = coefficients(pooled.sq_norms, power=settings.get("power", 2.0))
+    for name in ("embed", "body", "head"):
+        expected = scaled_sum(base[name], [state[name] for state in tuned], found)
+        assert_same_bits(merged[name], expected)
+
+
+def test_a_scan_of_state_dicts_is_one_of_their_files(tmp_path: Path) -> None:
+    models = relatives(2, F32)
+    files = [write_model(tmp_path / str(k), s) for k, s in enumerate(models.values())]
+    states = list(models.values())
+    on_disk = scan(files[0], files[1:], gram=True)
+    at_hand = scan(states[0], states[1:], gram=True)
+    assert at_hand.names == on_disk.names
+    for kind in ("sq_norms", "base_sq_norms", "gram"):
+        assert_same_bits(getattr(at_hand, kind), getattr(on_disk, kind))
+    layers = at_hand.pool("layer"), on_disk.pool("layer")
+    assert layers[0].keys == layers[1].keys
+    some = {name: t for name, t in states[1].items() if "mlp" in name}
+    partly = scan(states[0], [some, {**states[2], "steps": torch.tensor(3)}])
+    rows = ["mlp" in name for name in partly.names]
+    assert_same_bits(partly.sq_norms[rows], at_hand.sq_norms[rows])
+    assert not partly.sq_norms[[not row for row in rows], 0].any()
+
+
+def test_what_a_scan_in_memory_refuses(tmp_path: Path) -> None:
+    base, tuned = relatives(1, F32).values()
+    name = "model.layers.0.mlp.weight"
+    with pytest.raises(TypeError, match="1 of 2 models are in memory"):
+        scan(base, [tmp_path])
+    for tensor, said_of_it in (
+        (torch.zeros(5, 4), r"\[5, 4\] in model 0, in the base \[4, 4\]"),
+        (torch.zeros(4, 4, dtype=torch.int8), "torch.int8; expected floating"),
+        (torch.full((4, 4), torch.nan), "NaN or infinity"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}.*{said_of_it}"):
+            scan(base, [{**tuned, name: tensor}])
+    endless = {name: torch.full((4, 4), torch.inf)}
+    assert scan(endless, [endless]).sq_norms.tolist() == [[0.0]]
+
+
 def test_copies_count_twice() -> None:
     models = relatives(2, shapes={"embed": (9, 4), "body": (4, 4)})
     for state in models.values():
@@ -569,7 +636,7 @@ def test_a_model_that_takes_nearly_all_is_warned_of_once(
     for _ in range(2):
         caplog.clear()
         merge(models, granularity="tensor")
-        assert len(said(caplog, "tuned1 takes")) == 1
+        assert len(said(caplog, " and takes 100")) == 1
     caplog.clear()
     merge(models, power=0.0)
     assert not said(caplog, "")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from mergekit_metagpt.arithmetic import in_parts
+from mergekit_metagpt.arithmetic.closed_form import coefficients
 from mergekit_metagpt.checkpoints import identity
 from mergekit_metagpt.checkpoints.identity import FileIdentity
 from mergekit_metagpt.method import advice
@@ -36,20 +38,62 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 def test_degenerate(shares: list[float], begins: str | None) -> None:
     """More than 0.9, or less than a tenth of an equal share."""
     models = [f"m{k}" for k in range(len(shares))]
-    said = advice.degenerate("the-base", models, shares, "the whole model")
+    alike = [1.0] * len(shares)
+    said = advice.degenerate("the-base", models, shares, alike, "the whole model")
     if begins is None:
         assert said is None
         return
     assert said is not None and said.startswith(f"{begins} of the merge")
-    way = "below 1" if "takes" in begins else "above 1"
-    for part in ("the-base", "the whole model", "power: 1", f"a weight {way}"):
-        assert part in said
-    assert "left over" not in said
-    weighted = advice.degenerate("the-base", models, shares, "here", weighted=True)
-    if said is not None:
-        milder = advice.degenerate("the-base", models, shares, "here", power=1.0)
-        assert "power: 1" in said and "power: 1" not in str(milder)
-    assert weighted is not None and "a weight left over in the YAML" in weighted
+    assert "the-base" in said and "the whole model" in said
+    assert "left over" not in said and "exclude" not in said
+
+
+@pytest.mark.parametrize("sizes", [(1.0, 8.0, 9.0), (14.0, 1.0, 2.0)])
+@pytest.mark.parametrize("weight", [1.0, 2.5])
+def test_ways_out_of_a_degenerate_merge_have_numbers(
+    sizes: tuple[float, ...], weight: float
+) -> None:
+    sq_norms, weights = [size**2 for size in sizes], [weight] * 3
+    shares = coefficients(sq_norms, weights).tolist()
+    said = str(
+        advice.degenerate(
+            "b", ["m0", "m1", "m2"], shares, weights, "here", sq_norms=sq_norms
+        )
+    )
+    way = "less" if sizes[0] < 2 else "more"
+    times = 9 if way == "less" else 7
+    assert re.match(rf"m0 moved {times}(\.0)? times {way} than m[12] and ", said)
+    assert said.index("weight: ") < said.index("power: 1")
+    found = re.search(r"weight: (\S+) for it \(an equal share\)", said)
+    assert found
+    equal = coefficients(sq_norms, [float(found[1]), weight, weight])
+    assert equal[0].item() == pytest.approx(1 / 3, rel=0.05)
+    assert f"power: 1 ({sizes[0] / sum(sizes):.2%} for it)" in said
+
+
+def test_a_power_that_does_not_help_is_no_way_out() -> None:
+    said = advice.degenerate(
+        "b", ["m0", "m1"], [0.999, 0.001], [1, 1], "here", sq_norms=[999.0, 1.0]
+    )
+    assert said is not None and "power: 1" not in said and "weight: 0.001 " in said
+
+
+@pytest.mark.parametrize(
+    ("weights", "left_over"), [((1, 1), 0), ((9, 1), 1), ((1, 9), 0), ((0, 1), None)]
+)
+def test_a_weight_is_a_cause_only_where_it_adds_to_the_share(
+    weights: tuple[float, ...], left_over: int | None
+) -> None:
+    said = advice.degenerate("b", ["m0", "m1"], [0.95, 0.05], weights, "here")
+    assert (said is None) == (left_over is None)
+    assert said is None or ("a weight left over in the YAML" in said) == left_over
+
+
+def test_a_distance_is_no_reason_for_what_a_weight_did() -> None:
+    said = advice.degenerate(
+        "b", ["m0", "m1"], [0.95, 0.05], [38, 1], "here", sq_norms=[1.0, 2.0]
+    )
+    assert said is not None and "moved" not in said
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ EACH = pytest.mark.parametrize("name", FILES)
 
 
 def test_how_many_there_are() -> None:
-    assert len(FILES) == 29
+    assert len(FILES) == 30
 
 
 def documents_of(name: str) -> list[dict[str, Any]]:
@@ -212,7 +212,13 @@ def test_configuration(name: str) -> None:
     """Our own checks of a YAML pass, and mergekit ignores no parameter of it."""
     for document in documents_of(name):
         document.pop("name", None)
-        assert (document["dtype"], document["out_dtype"]) == ("float32", "bfloat16")
+        # mergekit's methods round at every step, metagpt once.
+        one_rounding = document["merge_method"] == "metagpt" and not any(
+            ORIGINALS[m].width == 4 for m in models_of(name) if m in ORIGINALS
+        )
+        said = document["dtype"], document.get("out_dtype")
+        expected = ("bfloat16", None) if one_rounding else ("float32", "bfloat16")
+        assert said == expected
         config = merge_yaml.read(yaml.safe_dump(document))
         checks.check_yaml(config)
         checks.check_names(config)

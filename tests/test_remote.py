@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 from mergekit_metagpt.checkpoints import ranges
-from mergekit_metagpt.scanning import cache, once
+from mergekit_metagpt.scanning import cache, once, sampling
 from mergekit_metagpt.scanning.sampling import BLOCK
 from tests.families import (
     State,
@@ -66,7 +66,7 @@ def hub(
 ) -> Iterator[Hub]:
     """The family on a hub, a process that has measured nothing, and no long waits."""
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
-    for name in ("_PAIRS", "_REQUESTS", "_FAILURES"):
+    for name in ("_PAIRS", "_REQUESTS", "_SAMPLES", "_FAILURES"):
         monkeypatch.setattr(once, name, {})
     monkeypatch.setattr(ranges, "FIRST_WAIT_S", 0.01)
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -137,11 +137,25 @@ def test_headers_tell_what_a_local_inspect_tells(
         assert header["tied"] is header["quantised"] is header["misfit"] or (
             header["tied"] is False
         )
+        assert header["not_written"] == {**own["not_written"], "share": None}
         if "not_in_base" in own:
             assert header["not_in_base"] == own["not_in_base"]
             assert header["only_in_base"] == own["only_in_base"]
     assert [header["base"] for header in found] == [None] + ["org/base"] * 3
     assert len({header["commit"] for header in found}) == 4
+
+
+def test_headers_tell_what_a_merge_would_leave_out(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = {**llama_state(**SIZES), "model.layers.2.mtp.weight": torch.ones(4, 4)}
+    hub.add("org/extra", write_model(tmp_path / "m", extra, llama_config(**SIZES)))
+    models = ("--base", "org/base", "org/extra", "--sample", "0")
+    base, model = report(capsys, *models)["headers"]
+    assert base["not_written"]["count"] == 0
+    assert model["not_written"]["examples"] == ["model.layers.2.mtp.weight"]
+    assert inspect(*models) == 0
+    assert "mtp.weight; 0.0 MB) that mergekit leaves out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("redirect", [True, False])
@@ -190,6 +204,31 @@ def test_a_budget_bounds_what_is_sent(
     # Once where the weights lie is known, blocks are read there: no more redirects.
     resolved = [a for a in hub.asked if a.path.endswith(".safetensors")]
     assert len(resolved) == 3 + 3
+
+
+def test_the_number_of_requests_is_bounded(
+    hub: Hub,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sampling, "MOST_READS", 40)
+    sizes = {**SIZES, "vocab_size": 8192, "num_hidden_layers": 1}
+    base = llama_state(**sizes)
+    for seed, name in enumerate(("long", "longer")):
+        state = cast(tuned(base, seed, size=1e-3 * (seed + 1)), torch.bfloat16)
+        folder = write_model(tmp_path / name, state, llama_config(**sizes))
+        hub.add(f"org/{name}", folder)
+    models = ("--base", "org/long", "org/longer")
+    (family,) = report(capsys, *models, "--budget", "1.5MB")["families"]
+    assert 1.2e6 < family["sample"]["bytes_read"] <= 1.5e6
+    assert hub.bytes_sent <= 1.2 * 1.5e6
+    lengths = [last + 1 - first for first, last in hub.ranges()]
+    assert max(lengths) >= 2 * 4 * BLOCK
+    # Beside the blocks, each model's header, its matrices that are read whole, and
+    # heads that are compared with embeddings.
+    whole = sum(t.numel() < sampling.WHOLE for t in base.values())
+    assert len(lengths) <= 40 + 2 * (1 + whole) + 2 * sampling.COMPARED
 
 
 def test_neighbouring_blocks_are_read_at_once(

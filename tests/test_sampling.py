@@ -13,9 +13,11 @@ import torch
 
 from mergekit_metagpt.arithmetic import squared_norms, standard_errors
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
+from mergekit_metagpt.checkpoints.files import Readers
 from mergekit_metagpt.checkpoints.opening import open_checkpoint
+from mergekit_metagpt.checkpoints.pairs import align
 from mergekit_metagpt.scanning import cache, once, sampling
-from mergekit_metagpt.scanning.one_pass import scan_checkpoints
+from mergekit_metagpt.scanning.one_pass import groups_of, scan_checkpoints
 from mergekit_metagpt.scanning.results import ScanResult
 from mergekit_metagpt.scanning.sampling import BLOCK, Sample, sample_checkpoints
 from tests.families import State, run_command, write_model
@@ -139,8 +141,14 @@ def estimates(result: ScanResult) -> tuple[dict[str, torch.Tensor], ...]:
     return values, errors  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_standard_errors_hold_what_they_promise(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "most_reads"), [*((case, 10**6) for case in CASES), ("heavy rows", 60)]
+)
+def test_standard_errors_hold_what_they_promise(
+    case: str, most_reads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where few reads are allowed, and blocks are four times as long."""
+    monkeypatch.setattr(sampling, "MOST_READS", most_reads)
     shapes, noise, share = CASES[case]
     states = states_of(shapes, noise)
     base, *models = write(tmp_path, states)
@@ -343,7 +351,7 @@ def test_the_delta_method_by_a_small_step() -> None:
 def remembering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own, and a process that has measured nothing."""
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
-    for name in ("_PAIRS", "_REQUESTS", "_FAILURES"):
+    for name in ("_PAIRS", "_REQUESTS", "_SAMPLES", "_FAILURES"):
         monkeypatch.setattr(once, name, {})
     return tmp_path / "cache"
 
@@ -371,6 +379,8 @@ def test_the_cache_tells_a_sample_from_a_scan(
         return sample_checkpoints(*given, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(once, "sample_checkpoints", counted)
+    assert once.measure(base, models, gram=True, sample=sample) is first
+    once._SAMPLES.clear()
     assert_same(first, once.measure(base, models, gram=True, sample=sample))
     assert not read
     other = Sample(share=0.3, seed=1)
@@ -380,8 +390,8 @@ def test_the_cache_tells_a_sample_from_a_scan(
     assert exact.sampled is None
     for forget in (False, True):  # what this process holds, then what the disk does
         if forget:
-            once._REQUESTS.clear()
-            once._PAIRS.clear()
+            for known in (once._REQUESTS, once._PAIRS, once._SAMPLES):
+                known.clear()
         served = once.measure(base, models, gram=True, sample=Sample(share=0.2))
         assert served.sampled is None
         assert_same_bits(served.sq_norms, exact.sq_norms)
@@ -446,6 +456,44 @@ def test_other_shares_and_budgets_are_refused(
 ) -> None:
     assert run_command("inspect", "--base", "./a", "./b", *options) == 2
     assert message in capsys.readouterr().err
+
+
+def lengths_of(sample: Sample, *checkpoints: Checkpoint) -> dict[str, int]:
+    """Elements of a block of each tensor that is sampled."""
+    base, *models = checkpoints
+    groups = groups_of([align(base, model, Readers()) for model in models], gram=False)
+    plan = sampling._plan(sample, groups)
+    assert plan.reads(groups) <= max(sampling.MOST_READS, 2 * 2 * 4 * len(groups))
+    return {at.name: plan.length(at) for at in groups if plan.count(at)}
+
+
+@pytest.mark.parametrize("sample", [Sample(share=0.1), Sample(budget=2_000_000)])
+def test_blocks_grow_where_reads_would_be_too_many(
+    sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Down to 64 blocks of each tensor: a matrix keeps shorter ones than embeddings."""
+    large, small = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
+    shapes = {large: (8192, 128), small: (256, 1280)}
+    family = write(tmp_path, states_of(shapes, random))
+    assert lengths_of(sample, *family) == {large: BLOCK, small: BLOCK}
+    monkeypatch.setattr(sampling, "MOST_READS", 60)
+    assert lengths_of(sample, *family) == {large: 4 * BLOCK, small: BLOCK}
+    result = sample_checkpoints(family[0], family[1:], sample)
+    assert result.sampled is not None
+    if sample.budget is not None:
+        assert 0.8 * sample.budget < result.sampled.bytes_read <= sample.budget
+
+
+def test_a_share_reads_the_same_blocks_with_inner_products(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "MOST_READS", 30)
+    _, (base, *models) = small_family(tmp_path)
+    with_gram, without = (
+        sample_checkpoints(base, models, Sample(share=0.3), gram=gram)
+        for gram in (True, False)
+    )
+    torch.testing.assert_close(with_gram.sq_norms, without.sq_norms, rtol=1e-9, atol=0)
 
 
 def test_blocks_fill_whole_pieces() -> None:

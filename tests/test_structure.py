@@ -135,8 +135,7 @@ def test_every_row_and_face_is_used() -> None:
                 if wing:
                     arrows[wing].add(target)
     assert arrows == TABLE
-    # `commands.cli` is entered by the console script.
-    faces = {wing: set(face_of(wing)) - {"cli"} for wing in WINGS}
+    faces = {wing: set(face_of(wing)) for wing in WINGS}
     assert entered == faces
 
 

@@ -4,7 +4,8 @@
 
 Runs in a new control group (this needs root) with a limit on memory that includes the
 page cache, so that every pass over the store reads the disk. Each round reads all
-files once, scans them, and merges them by metagpt and by task_arithmetic.
+files once, scans them, and merges them by metagpt, by metagpt with a sample of 0.02 and
+by task_arithmetic. Ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import store
 import whole_process
 
 GROUPS = Path("/sys/fs/cgroup")
+SAMPLED = "metagpt, sample 0.02"
+METHODS = ("metagpt", SAMPLED, "task_arithmetic")
 
 
 def join_group(limit: int) -> Path:
@@ -65,16 +68,18 @@ def main() -> None:
     files = scan.files_of([base, *tuned])
     size = sum(file.stat().st_size for file in files)
     configs = whole_process.configurations(base, tuned)
+    configs[SAMPLED] = {**configs["metagpt"], "parameters": {"sample": 0.02}}
     join_group(int(given.limit_gb * 1e9))
     scan.drop(files)  # cached pages of other groups do not count against the limit
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
-        for _ in range(given.rounds):
+        for number in range(given.rounds):
             took = {
                 "reading once": scan.seconds(lambda: scan.read(files, 2)),
                 "scan": seconds_of_scan(base, tuned),
             }
-            for method in ("metagpt", "task_arithmetic"):
+            turn = number % len(METHODS)
+            for method in METHODS[turn:] + METHODS[:turn]:
                 took[method] = whole_process.run(
                     configs[method], Path(name), "0"
                 ).wall_s
@@ -86,6 +91,14 @@ def main() -> None:
     for row, values in times.items():
         middle = statistics.median(values)
         print(f"| {row} | {middle:.1f} | {min(values):.1f} to {max(values):.1f} |")
+    print("\n| ratio, round by round | median | range |\n|---|---|---|")
+    for other in ("metagpt", "task_arithmetic"):
+        pairs = zip(times[SAMPLED], times[other], strict=True)
+        ratios = [one / two for one, two in pairs]
+        print(
+            f"| {SAMPLED} / {other} | {statistics.median(ratios):.2f} "
+            f"| {min(ratios):.2f} to {max(ratios):.2f} |"
+        )
 
 
 if __name__ == "__main__":

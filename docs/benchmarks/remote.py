@@ -1,10 +1,12 @@
 """Measures what `inspect --remote` costs and how close it comes; prints Markdown.
 
-    python docs/benchmarks/remote.py FOLDER
+    python docs/benchmarks/remote.py FOLDER [--latency-ms 50] [--most-reads 4000]
 
 Writes a base and three fine-tunes of 153 M parameters to FOLDER (1.2 GB, made once),
 serves them on loopback as a hub would, and inspects them: headers alone, then with
 growing budgets. Real fine-tunes differ; the bytes and the number of requests do not.
+Every answer may come late, as over a network. `--most-reads` sets beyond how many
+requests blocks are made longer.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from mergekit_metagpt.commands.cli import main as command  # noqa: E402
+from mergekit_metagpt.scanning import once, sampling  # noqa: E402
 from tests.families import (  # noqa: E402
     cast,
     llama_config,
@@ -34,7 +37,7 @@ from tests.families import (  # noqa: E402
     tuned,
     write_model,
 )
-from tests.hub import Hub, serving  # noqa: E402
+from tests.hub import Asked, Hub, serving  # noqa: E402
 
 SIZES = {
     "hidden_size": 768,
@@ -82,14 +85,22 @@ def coefficients(printed: str) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--latency-ms", type=float, default=0.0)
+    parser.add_argument("--most-reads", type=int, default=sampling.MOST_READS)
+    parser.add_argument("--budgets", nargs="+", default=BUDGETS)
+    given = parser.parse_args()
+    folder, sampling.MOST_READS = given.folder, given.most_reads
     if not (folder / NAMES[-1]).exists():
         write(folder)
     models = [str(folder / name) for name in NAMES]
     os.environ["MERGEKIT_METAGPT_CACHE"] = "0"
     exact, _ = run("--base", *models, "--json", "-")
     lengths = [model["coefficient"] for model in coefficients(exact)]
-    with serving(Hub()) as hub, tempfile.TemporaryDirectory() as empty:
+
+    def late(asked: Asked) -> None:
+        time.sleep(given.latency_ms / 1e3)
+
+    with serving(Hub(trouble=late)) as hub, tempfile.TemporaryDirectory() as empty:
         constants.HF_HUB_OFFLINE = False
         constants.HF_HUB_CACHE = empty
         constants.ENDPOINT = hub.address
@@ -98,16 +109,17 @@ def main() -> None:
         )
         for name in NAMES:
             hub.add(f"acme/{name}", folder / name)
-        given = ["--remote", "--base", *(f"acme/{name}" for name in NAMES)]
-        run(*given, "--sample", "0")  # the first run imports transformers
-        print(run(*given)[0])
+        models = ["--remote", "--base", *(f"acme/{name}" for name in NAMES)]
+        run(*models, "--sample", "0")  # the first run imports transformers
+        print(run(*models, "--budget", given.budgets[-1])[0])
         print(machine.describe())
         print("\n| asked for | sent | requests | seconds | largest error | largest ± |")
         print("|---|---|---|---|---|---|")
-        for extra in (["--sample", "0"], *(["--budget", b] for b in BUDGETS)):
+        for extra in (["--sample", "0"], *(["--budget", b] for b in given.budgets)):
             hub.asked.clear()
             hub.bytes_sent = 0
-            printed, seconds = run(*given, *extra, "--json", "-")
+            once._SAMPLES.clear()
+            printed, seconds = run(*models, *extra, "--json", "-")
             cells = [
                 f"`{' '.join(extra)}`",
                 f"{hub.bytes_sent / 1e6:.1f} MB",

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+# A sum that is so short beside its terms consists of rounding errors.
+CANCELLED = 1e-6
+
 
 def contributes(
     sq_norms: torch.Tensor, weight: torch.Tensor, power: float
@@ -95,6 +98,83 @@ def coefficients(
     shares = torch.zeros_like(sq_norms)
     shares[taking_part] = torch.softmax(logits, dim=0)
     return scale * shares
+
+
+def merged_length(shares: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """Length of the merged task vector, ||sum_t lambda_t tau_t||.
+
+    It is sqrt(lambda' G lambda) with the Gram matrix G_ij = <tau_i, tau_j>.
+
+    Args:
+        shares: lambda, shape `(K,)`, float64.
+        gram: G, shape `(K, K)`, float64.
+
+    Returns:
+        shape `()`, float64.
+
+    Example:
+        >>> gram = torch.tensor([[4.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+        >>> merged_length(torch.tensor([0.5, 0.5], dtype=torch.float64), gram)
+        tensor(1.4142, dtype=torch.float64)
+    """
+    return (shares @ gram @ shares).clamp(min=0.0).sqrt()
+
+
+def restoring(shares: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """Factor that gives the merged task vector the mean length of its inputs.
+
+    s = sum_t lambda_t ||tau_t|| / ||sum_t lambda_t tau_t|| (MAGIC in weight space,
+    arXiv 2512.19320). It is 1 where all task vectors have one direction, and at most
+    sqrt(K) where none are at obtuse angles.
+
+    Args:
+        shares: lambda >= 0, shape `(K,)`, float64.
+        gram: inner products <tau_i, tau_j>, shape `(K, K)`, float64.
+
+    Returns:
+        s, shape `()`, float64; 1 where nothing moved.
+
+    Raises:
+        ValueError: the task vectors cancel each other.
+
+    Example:
+        >>> gram = torch.tensor([[4.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+        >>> restoring(torch.tensor([0.5, 0.5], dtype=torch.float64), gram)
+        tensor(1.4142, dtype=torch.float64)
+    """
+    moved = (shares > 0) & (gram.diagonal() > 0)
+    if not bool(moved.any()):
+        return torch.ones_like(gram.sum())
+    shares, gram = shares[moved], gram[moved][:, moved]
+    mean = shares @ gram.diagonal().sqrt()
+    merged = merged_length(shares, gram)
+    if not bool(merged > CANCELLED * mean):
+        raise ValueError(
+            "the task vectors cancel each other: their weighted sum has no length "
+            "that `lambda: keep` could restore. Give a number"
+        )
+    return mean / merged
+
+
+def log_variation(sq_norms: torch.Tensor) -> float | None:
+    """How much the logarithms of squared norms vary, relative to their mean.
+
+    gamma = Var_t(log n_t) / mean_t(log n_t)^2 with the variance over K (ACE, arXiv
+    2603.02945). It depends on the unit of the norms.
+
+    Args:
+        sq_norms: n_t > 0, shape `(K,)`.
+
+    Returns:
+        gamma, or None where the mean is 0.
+
+    Example:
+        >>> round(log_variation(torch.tensor([2.0, 8.0])), 4)
+        0.25
+    """
+    logs = sq_norms.double().log()
+    mean = float(logs.mean())
+    return float(logs.var(correction=0)) / mean**2 if mean else None
 
 
 def cosines(gram: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -47,6 +47,38 @@ def results_of_parts(
     if torch.get_num_threads() == 1 or alone:
         return [work(part) for part in parts]
     return spread(work, parts, compiled=compiled)
+
+
+class _Value(torch.autograd.Function):
+    """The first argument's place in the graph, with the second one's value."""
+
+    @staticmethod
+    def forward(
+        context: Any, differentiable: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(
+        context: Any, *gradients: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        return gradients[0], None
+
+
+def with_value(differentiable: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return a value computed without autograd, with the gradient of another.
+
+    Bits do then not depend on whether an input requires a gradient.
+
+    Args:
+        differentiable: the same value but for rounding, computed with autograd.
+        value: of its shape and dtype.
+
+    Returns:
+        the bits of `value`, in the graph of `differentiable`.
+    """
+    found: torch.Tensor = _Value.apply(differentiable, value)  # type: ignore[no-untyped-call]
+    return found
 
 
 def needs_grad(tensors: Sequence[torch.Tensor]) -> bool:

@@ -14,6 +14,7 @@ from mergekit_metagpt.arithmetic.in_parts import (
     needs_grad,
     results_of_parts,
     scratch,
+    with_value,
 )
 
 
@@ -62,17 +63,12 @@ def merged_and_finite(
     factors = lambdas.tolist()
     narrow = base.dtype != torch.float64 and _fit_float32(factors)
     dtype = torch.float32 if narrow else torch.float64
-    if needs_grad([base, *tuned, lambdas]):
-        merged = _summed(base, tuned, list(lambdas), dtype)
-        if not bool(torch.isfinite(merged.detach().sum())):
-            merged = _summed(base, tuned, list(lambdas), torch.float64)
-        return merged, is_finite(merged)
     merged = torch.empty_like(base, memory_format=torch.contiguous_format)
     flat_merged, flat_base = merged.view(-1), base.detach().reshape(-1)
     flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
 
     mean = narrow and _base_cancels(base.dtype, factors)
-    by_loops = compiled.serves(base, *tuned)
+    by_loops = compiled.serves(flat_base, *flat_tuned)
 
     def write_part(part: slice) -> bool:
         tensors, out = [tensor[part] for tensor in flat_tuned], flat_merged[part]
@@ -88,7 +84,13 @@ def merged_and_finite(
             _scaled_sum(flat_base[part], tensors, factors, dtype, out)
         return is_finite(out)
 
-    return merged, all(results_of_parts(flat_base, write_part, compiled=by_loops))
+    finite = all(results_of_parts(flat_base, write_part, compiled=by_loops))
+    if needs_grad([base, *tuned, lambdas]):
+        graph = _summed(base, tuned, list(lambdas), dtype)
+        if not bool(torch.isfinite(graph.detach().sum())):
+            graph = _summed(base, tuned, list(lambdas), torch.float64)
+        merged = with_value(graph, merged)
+    return merged, finite
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -14,6 +14,7 @@ from mergekit_metagpt.arithmetic.in_parts import (
     needs_grad,
     results_of_parts,
     scratch,
+    with_value,
 )
 
 ROW = 1 << 10
@@ -95,6 +96,17 @@ def _task_vectors(
                 yield k, step
 
 
+def _whole_task_vectors(
+    base: torch.Tensor, tuned: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """As `_task_vectors`, each as a whole, and differentiable."""
+    grids = [_common_grid(base.dtype, tensor.dtype) for tensor in tuned]
+    return [
+        _rounded(tensor, grid) - _rounded(base, grid)
+        for tensor, grid in zip(tuned, grids, strict=True)
+    ]
+
+
 def _sum(values: torch.Tensor) -> torch.Tensor:
     """Sum in rows of fixed length: the same bits for any number of torch's threads."""
     whole = values.numel() // ROW * ROW
@@ -122,13 +134,6 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     if not tuned:
         return torch.zeros(0, dtype=torch.float64, device="cpu")
-    if needs_grad([base, *tuned]):
-        grids = [_common_grid(base.dtype, tensor.dtype) for tensor in tuned]
-        taus = [
-            _rounded(tensor, grid) - _rounded(base, grid)
-            for tensor, grid in zip(tuned, grids, strict=True)
-        ]
-        return torch.stack([tau.square().sum() for tau in taus]).cpu()
     flat = base.detach().reshape(-1)
     flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
 
@@ -137,7 +142,11 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.tensor(found, dtype=torch.float64, device="cpu")
 
     found = results_of_parts(flat, of_part, compiled=compiled.serves(flat, *flat_tuned))
-    return sum(found[1:], found[0])
+    total = sum(found[1:], found[0])
+    if not needs_grad([base, *tuned]):
+        return total
+    taus = _whole_task_vectors(base, tuned)
+    return with_value(torch.stack([tau.square().sum() for tau in taus]).cpu(), total)
 
 
 def too_far(what: str) -> str:
@@ -186,7 +195,7 @@ def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tens
     """Gram matrix of the task vectors on one tensor.
 
     G_ij = <tau_i, tau_j>, with the same differences as `sq_norms`; its diagonal has
-    the bits of `sq_norms`.
+    the bits of `sq_norms`. Differentiable where an input requires a gradient.
 
     Args:
         base: theta_0, any shape, floating point.
@@ -224,7 +233,11 @@ def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tens
         return gram
 
     found = results_of_parts(flat, of_part, compiled=by_loops)
-    return sum(found[1:], found[0]).cpu()
+    total = sum(found[1:], found[0]).cpu()
+    if not needs_grad([base, *tuned]):
+        return total
+    taus = torch.stack([t.reshape(-1) for t in _whole_task_vectors(base, tuned)])
+    return with_value((taus @ taus.T).cpu(), total)
 
 
 def products_with(

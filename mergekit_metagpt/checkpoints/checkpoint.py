@@ -49,6 +49,7 @@ class Checkpoint:
         vocabulary: output names of tensors with an entry for each token.
         layers: how many there are by the configuration, by the name of the module,
             where mergekit has a definition.
+        defined: output names of all tensors of that definition.
         warning: what will be wrong with a model that takes its configuration, or None.
         refused: why mergekit could not plan a merge of it, though it can be measured.
         remote: what reads its files, by the paths of its tensors, if it was not
@@ -65,6 +66,7 @@ class Checkpoint:
     others: frozenset[str] = frozenset()
     vocabulary: frozenset[str] = frozenset()
     layers: Mapping[str, int] = field(default_factory=dict)
+    defined: frozenset[str] = frozenset()
     warning: str | None = None
     refused: str | None = None
     remote: Mapping[Path, RemoteFile] = field(default_factory=dict)
@@ -286,6 +288,7 @@ def made_of(
         others=frozenset(places).difference(stored),
         vocabulary=known.vocabulary,
         layers=known.layers,
+        defined=frozenset(w.name for w in known.weights if known.layers),
         warning=_left_over(label, folder / architecture.FILE, config),
         refused=known.refused,
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Requests at a time, of all repositories together.
-AT_ONCE = 8
+AT_ONCE = 16
 # Bytes of a file that are asked for first: headers are rarely longer.
 HEAD = 1 << 16
 # What safetensors itself refuses to read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,12 +14,15 @@ from mergekit_metagpt import __version__, autoload
 from mergekit_metagpt.commands.errors import Differs, Unverified, one_line_errors
 from mergekit_metagpt.commands.options import (
     check_new,
+    check_reports,
     check_target,
     is_zero,
     loading_options,
     numbers,
     pairs,
     sample_of,
+    scales,
+    weights_of,
 )
 from mergekit_metagpt.commands.printing import (
     show,
@@ -41,6 +45,9 @@ _LOOPS = "yes" if find_spec("_mergekit_metagpt") else "no"
 )
 def main() -> None:
     """MetaGPT merging for mergekit: no weights to guess, no data, no search."""
+    if "RANK" in os.environ:
+        # torch, when it is imported: no stacks of C++ beside our one line.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 @main.command()
@@ -53,6 +60,13 @@ def main() -> None:
 )
 @click.option("--power", type=float, help="Exponent of the norms; 2 is MetaGPT.")
 @click.option("--exclude", help="Comma-separated parts of names that do not count.")
+@click.option(
+    "--weight",
+    "weights",
+    multiple=True,
+    metavar="MODEL=W",
+    help="Importance of a model, by its name or that of its folder; repeatable.",
+)
 @click.option("--json", "json_file", metavar="FILE", help="Write all; - for stdout.")
 @click.option("--csv", "csv_file", metavar="FILE", help="Write a row for each pool.")
 @click.option("--plot", metavar="FILE", help="Draw a figure: .png, .svg or .pdf.")
@@ -73,6 +87,7 @@ def main() -> None:
     help="Read headers and a sample of hub repositories, without downloading them; "
     "200MB by default, --sample 0 for headers alone.",
 )
+@click.option("--force", is_flag=True, help="Replace files that exist.")
 @click.option(
     "--peft", is_flag=True, help="Print the Python lines by which PEFT adds adapters."
 )
@@ -85,12 +100,14 @@ def inspect(
     granularity: str | None,
     power: float | None,
     exclude: str | None,
+    weights: tuple[str, ...],
     json_file: str | None,
     csv_file: str | None,
     plot: str | None,
     share: str | None,
     budget: str | None,
     remote: bool,
+    force: bool,
     peft: bool,
 ) -> None:
     """Measure the models of CONFIG, or MODEL... against --base, without merging.
@@ -101,29 +118,32 @@ def inspect(
     the files. LoRA adapters are measured from their factors; where all of MODEL... are
     adapters, --base is not needed.
     """
-    if json_file == csv_file == "-":
-        raise ValueError("--json and --csv are both -; one of them can go to stdout")
     if peft and "-" in (json_file, csv_file):
         raise ValueError(
             "--peft prints to stdout; expected a file for --json and --csv"
         )
-    check_target(json_file)
-    check_target(csv_file)
+    check_reports(json=json_file, csv=csv_file, plot=plot, force=force)
 
-    from mergekit_metagpt.commands import measuring
+    from mergekit_metagpt.commands import measuring, together
     from mergekit_metagpt.merge_config import families
     from mergekit_metagpt.report import figures, headers, peft_call, tables
 
-    check_target(plot, figures.FORMATS)
     headers_only = remote and is_zero(share)
     sample = None if headers_only else sample_of(share, budget, remote=remote)
-    wishes = {"granularity": granularity, "power": power, "exclude": exclude}
-    if families.are_adapters(models, base, remote=remote):
-        report = measuring.report_of_adapters(models, **wishes)
-    else:
-        measure = measuring.remote_report_of if remote else measuring.report_of
-        config = measuring.config_of(models, base)
-        report = measure(config, options, sample=sample, **wishes)
+    wishes = {
+        "granularity": granularity,
+        "power": power,
+        "exclude": exclude,
+        "weights": weights_of(weights),
+    }
+    with together.as_rank() as group:
+        if families.are_adapters(models, base, remote=remote):
+            report = measuring.report_of_adapters(models, **wishes)
+        else:
+            measure = measuring.remote_report_of if remote else measuring.report_of
+            config = measuring.config_of(models, base)
+            report = measure(config, options, sample=sample, **wishes)
+        together.only_leader(group)
     write_json(json_file, report)
     if csv_file is not None:
         write_text(csv_file, tables.as_csv(report))
@@ -212,6 +232,7 @@ def convert(config: str, out: str, base: str | None, force: bool) -> None:
     "--random-seed", type=int, help="Of the merge, if mergekit-yaml was given one."
 )
 @click.option("--json", "json_file", metavar="FILE", help="Write all; - for stdout.")
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @one_line_errors
 @loading_options
 def verify(
@@ -221,6 +242,7 @@ def verify(
     seed: int,
     random_seed: int | None,
     json_file: str | None,
+    force: bool,
 ) -> None:
     """Prove that the model in OUT is the merge that it says it is.
 
@@ -229,7 +251,7 @@ def verify(
     bit, with tensors that mergekit merges again from the inputs. Ends with status 0 if
     all agree, 1 if something differs, and 3 if something could not be checked.
     """
-    check_target(json_file)
+    check_reports(json=json_file, force=force)
 
     from mergekit_metagpt.commands import verifying
     from mergekit_metagpt.report import tables
@@ -277,9 +299,9 @@ def demo(folder: Path) -> None:
             family.losses(result),
             note,
             "Merge again by hand, with mergekit's own command:",
-            f"(cd {place} && mergekit-yaml metagpt.yml ./merged-by-hand)",
         ]
     )
+    click.echo(f"(cd {place} && mergekit-yaml metagpt.yml ./merged-by-hand)")
 
 
 @main.command()
@@ -288,10 +310,16 @@ def demo(folder: Path) -> None:
     "--text",
     "texts",
     multiple=True,
-    required=True,
     metavar="MODEL=FILE",
     help="Text that a model of CONFIG is for: plain, or .jsonl with `text` or "
     "`messages`. Under another name it is measured, and does not count.",
+)
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="TASK",
+    help="Score on this task of lm-eval, or on that in a YAML file of a task.",
 )
 @click.option(
     "--candidate",
@@ -301,7 +329,9 @@ def demo(folder: Path) -> None:
     help="Compare with this merge too; any method of mergekit.",
 )
 @click.option("--power", metavar="P,P", help="Compare metagpt with these powers too.")
-@click.option("--lambda", "scale", metavar="L,L", help="And with these lambda.")
+@click.option(
+    "--lambda", "scale", metavar="L,L", help="And with these lambda, or keep."
+)
 @click.option(
     "--tokens",
     type=click.IntRange(1),
@@ -314,6 +344,9 @@ def demo(folder: Path) -> None:
     type=click.IntRange(8),
     help="Tokens of a chunk; 512 by default, or what the base can take.",
 )
+@click.option(
+    "--limit", type=click.IntRange(2), help="Documents of each task, at most."
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option(
     "--dtype",
@@ -324,7 +357,7 @@ def demo(folder: Path) -> None:
 @click.option("--plot", metavar="FILE", help="Draw a figure: .png, .svg or .pdf.")
 @click.option("--write", metavar="BEST.yml", help="Write the YAML of the best merge.")
 @click.option("--keep", metavar="DIR", help="Merge the best one again, into DIR.")
-@click.option("--force", is_flag=True, help="Replace BEST.yml and DIR if they exist.")
+@click.option("--force", is_flag=True, help="Replace what exists of files and DIR.")
 @one_line_errors
 @loading_options
 def compare(
@@ -348,33 +381,38 @@ def compare(
     than the specialists do. Merges are removed again. A second run goes on where the
     first one ended.
     """
-    check_target(json_file)
+    check_reports(json=json_file, plot=plot, force=force)
     check_target(write)
 
-    from mergekit_metagpt.commands import comparing
-    from mergekit_metagpt.report import comparison, figures
+    from mergekit_metagpt.commands import comparing, together
+    from mergekit_metagpt.report import comparison, figures, scoring
 
-    check_target(plot, figures.FORMATS)
+    if plot is not None and not texts:
+        raise ValueError("--plot draws losses on texts; expected --text MODEL=FILE")
     request = comparing.Request(
         config=Path(config),
-        texts=pairs("--text", texts),
-        candidates=pairs("--candidate", candidates),
+        texts=pairs("--text", texts, "MODEL=FILE"),
+        candidates=pairs("--candidate", candidates, "NAME=FILE.yml"),
         powers=numbers("--power", power),
-        scales=numbers("--lambda", scale),
+        scales=scales("--lambda", scale),
         **settings,
     )
-    compared = comparing.compare(
-        request,
-        options,
-        keep=Path(keep) if keep else None,
-        write=Path(write) if write else None,
-        force=force,
-    )
+    with together.as_rank():
+        compared = comparing.compare(
+            request,
+            options,
+            keep=Path(keep) if keep else None,
+            write=Path(write) if write else None,
+            force=force,
+        )
     write_json(json_file, compared)
     if plot is not None:
         figures.comparison_figure(compared, Path(plot))
     if json_file != "-":
-        show([*comparison.lay_out(compared), compared.verdict])
+        if compared.texts:
+            show([*comparison.lay_out(compared), compared.verdict])
+        if compared.scoring is not None:
+            show(scoring.lay_out(compared.scoring))
 
 
 @main.command()
@@ -383,7 +421,8 @@ def compare(
 def cache(clear: bool) -> None:
     """Show, or with --clear remove, what is remembered of earlier scans.
 
-    Entries hold squared norms, inner products and losses, no weights and no text.
+    Entries hold squared norms, inner products, losses and scores, no weights and no
+    text.
     MERGEKIT_METAGPT_CACHE names another folder for them, or 0 for none.
     """
     from mergekit_metagpt.report import tables
@@ -400,7 +439,7 @@ def cache(clear: bool) -> None:
     size = sum(entry.bytes for entry in entries)
     click.echo(f"{folder}: {len(entries)} entries, {size / 1e6:.1f} MB")
     if entries:
-        show([tables.remembered(entries)])
+        show(["", tables.remembered(entries)])
 
 
 @main.command()
@@ -442,23 +481,40 @@ def merge(context: click.Context, arguments: tuple[str, ...]) -> None:
 def _merge_command() -> click.Command:
     from mergekit.options import PrettyPrintHelp, add_merge_options
 
-    from mergekit_metagpt.commands import merging
+    from mergekit_metagpt.commands import merging, splitting, together
 
     @click.command("merge", cls=PrettyPrintHelp)
     @click.argument("config", type=click.Path())
     @click.argument("out", type=click.Path(file_okay=False))
     @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+    @click.option(
+        "--resume",
+        is_flag=True,
+        help="Work as a rank, and go on from the finished files of an earlier run.",
+    )
     @add_merge_options  # type: ignore[untyped-decorator]
     @one_line_errors
     def command(
-        config: str, out: str, force: bool, merge_options: MergeOptions
+        config: str, out: str, force: bool, resume: bool, merge_options: MergeOptions
     ) -> None:
         """Merge CONFIG into OUT as mergekit-yaml does, for metagpt configurations.
 
         The YAML, the headers of all models and the weights are checked before mergekit
         starts. OUT appears only once it is complete. Needs no autoload.
         """
-        merging.merge(Path(config), Path(out), merge_options, force=force)
+        with together.as_rank(resumable=resume) as group:
+            if group is None:
+                merging.merge(Path(config), Path(out), merge_options, force=force)
+            else:
+                splitting.merge(
+                    Path(config),
+                    Path(out),
+                    merge_options,
+                    group,
+                    force=force,
+                    resume=resume,
+                )
+            together.only_leader(group)
         if autoload.failure:
             click.echo(
                 f"mergekit-yaml does not know metagpt: {autoload.failure}", err=True

@@ -14,13 +14,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_metagpt.commands import losses, merging
+from mergekit_metagpt.commands import harness, losses, merging, together
+from mergekit_metagpt.commands.harness import Task
 from mergekit_metagpt.commands.losses import Tokenized
 from mergekit_metagpt.merge_config import candidates as merges
 from mergekit_metagpt.merge_config import checks, families, jobs, merge_yaml, plan
 from mergekit_metagpt.merge_config.candidates import Candidate
-from mergekit_metagpt.report import comparison, inspecting
-from mergekit_metagpt.scanning import cache, pools
+from mergekit_metagpt.report import comparison, inspecting, scoring
+from mergekit_metagpt.scanning import cache, pools, ranks
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -40,22 +41,26 @@ class Request:
         texts: files by the name of a specialist, or by any other name.
         candidates: further merge YAMLs by their names.
         powers: further exponents of the norms.
-        scales: further values of `lambda`.
+        scales: further values of `lambda`, `keep` among them.
         device: `cpu`, `cuda` or `auto`.
         dtype: to compute in; None is float32 on a CPU and bfloat16 elsewhere.
         tokens: of each text, at most.
         context: tokens of a chunk; None is 512, or what the base can take.
+        tasks: of the EleutherAI harness, or YAML files of such tasks.
+        limit: documents of each task, at most; None for all.
     """
 
     config: Path
     texts: Mapping[str, Path]
     candidates: Mapping[str, Path]
     powers: Sequence[float] = ()
-    scales: Sequence[float] = ()
+    scales: Sequence[float | str] = ()
     device: str = "auto"
     dtype: str | None = None
     tokens: int = 20_000
     context: int | None = None
+    tasks: Sequence[str] = ()
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,20 +71,36 @@ class _Subject:
         opened: the headers of all that it is made of.
         candidate: the merge, or None.
         tokenized: the texts in the tokens of those whose tokenizer it may have.
+        tokenizer: its own, or None of a merge.
     """
 
     opened: Sequence[Any]
     candidate: Candidate | None
     tokenized: Sequence[Sequence[Tokenized]]
+    tokenizer: Any = None
 
-    def about(self, text: int) -> list[Any]:
-        """What its losses on a text depend on, beside weights and settings."""
+    @property
+    def origin(self) -> list[Any]:
+        """What all that it predicts depends on, beside weights and settings."""
         configs = [(model.folder / "config.json").read_bytes() for model in self.opened]
         return [
             self.candidate.key if self.candidate else "",
             [hashlib.sha256(config).hexdigest() for config in configs],
-            sorted(texts[text].digest for texts in self.tokenized),
         ]
+
+    def about(self, text: int) -> list[Any]:
+        """What its losses on a text depend on, beside weights and settings."""
+        return [*self.origin, sorted(texts[text].digest for texts in self.tokenized)]
+
+    def about_task(self, task: Task) -> list[Any]:
+        """What its scores on a task depend on, beside weights and settings."""
+        tokenizers = [
+            hashlib.sha256(file.read_bytes()).hexdigest()
+            for model in self.opened
+            for file in sorted(model.folder.glob("*token*"))
+            if file.is_file()
+        ]
+        return [*self.origin, tokenizers, task.digest]
 
 
 def compare(
@@ -113,6 +134,11 @@ def compare(
 
     if options.random_seed is None:
         options = options.model_copy(update={"random_seed": 0})
+    if not request.texts and not request.tasks:
+        raise ValueError(
+            "there is nothing to compare by. Give --text MODEL=FILE for the models "
+            "whose skills count, or --task TASK"
+        )
     text, config = merge_yaml.read_file(request.config)
     if keep is not None:
         merging.check_place(keep.resolve(), request.config, config, force=force)
@@ -122,7 +148,8 @@ def compare(
     models = list(dict.fromkeys(m for f in merged for m in (f.base, *f.models)))
     base, *specialists = models
     of_text = _models_by_text(request.texts, specialists)
-    opened = families.open_models(merged, options)
+    with ranks.leader_first():
+        opened = families.open_models(merged, options)
     device = request.device
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here. Give --device cpu")
@@ -132,6 +159,7 @@ def compare(
     context = request.context or min(CONTEXT, _limit(opened[base].folder, options))
 
     # Everything is checked before the first model is merged.
+    tasks = harness.load(request.tasks, request.limit)
     tokenizers = _tokenizers(models, options)
     cut = {
         name: _cut(name, file, of_text[name], tokenizers, base, context, request.tokens)
@@ -143,6 +171,7 @@ def compare(
         _embeddings(opened, base),
         request.powers,
         request.scales,
+        merged[0].settings.sample,
     )
     given = {
         name: merge_yaml.read_file(file)[0] for name, file in request.candidates.items()
@@ -150,7 +179,9 @@ def compare(
     own = [merges.of_text(name, written) for name, written in given.items()]
     listed = merges.distinct([*wanted, *own])
     inputs = {candidate.name: _check(candidate, options) for candidate in listed}
-    report = inspecting.inspect(merged, opened, gram=None)
+    gram = True if "keep" in request.scales else None
+    report = inspecting.inspect(merged, opened, gram=gram)
+    together.only_leader(ranks.group())
     if not options.allow_crimes:
         inspecting.require_near(report)
     for line in dict.fromkeys(w for family in report.families for w in family.warnings):
@@ -162,13 +193,27 @@ def compare(
         for model in models
     }
     subjects = {
-        names[model]: _Subject([opened[model]], None, [tokenized[model]])
+        names[model]: _Subject(
+            [opened[model]], None, [tokenized[model]], tokenizers[model]
+        )
         for model in models
     }
     for candidate in listed:
         parts = list(inputs[candidate.name].values())
         subjects[candidate.name] = _Subject(parts, candidate, list(tokenized.values()))
-    measured = _measure(subjects, cut, dtype, device, options)
+    measured, scores = _measure(subjects, cut, tasks, dtype, device, options)
+    merges_by_name = {each.name: (each.names, each.text) for each in listed}
+    about = {
+        "versions": {package: version(package) for package in PACKAGES},
+        "context": context,
+        "dtype": dtype,
+        "device": device,
+    }
+    if tasks:
+        harness_version = version("lm-eval")
+        about["scoring"] = scoring.compare(
+            [task.name for task in tasks], scores, merges_by_name, harness_version
+        )
     of_base = measured[names[base]]
     found = comparison.compare(
         [
@@ -183,13 +228,8 @@ def compare(
             for k, (name, file) in enumerate(request.texts.items())
         ],
         measured,
-        {candidate.name: (candidate.names, candidate.text) for candidate in listed},
-        {
-            "versions": {package: version(package) for package in PACKAGES},
-            "context": context,
-            "dtype": dtype,
-            "device": device,
-        },
+        merges_by_name,
+        about,
     )
     (best,) = (candidate for candidate in listed if candidate.name == found.best)
     source = f"# {best.name}: {found.verdict}\n{best.text}"
@@ -231,7 +271,7 @@ def _models_by_text(
         if meant[0] is not None and meant[0] in of_text.values():
             raise ValueError(f"{meant[0]} has two texts. Join them in one file")
         of_text[name] = meant[0]
-    if not any(of_text.values()):
+    if texts and not any(of_text.values()):
         raise ValueError(
             f"no --text names a model of the YAML ({', '.join(map(str, specialists))})."
             " Give --text MODEL=FILE for the models whose skills count"
@@ -315,23 +355,31 @@ def _short_names(
 def _measure(
     subjects: Mapping[str, _Subject],
     cut: Mapping[str, Sequence[str]],
+    tasks: Sequence[Task],
     dtype: str,
     device: str,
     options: MergeOptions,
-) -> dict[str, list[cache.ChunkLosses]]:
-    """Measure every model on every text; look up what is known from an earlier run."""
+) -> tuple[dict[str, list[cache.ChunkLosses]], dict[str, list[cache.TaskScores]]]:
+    """Measure every model on all texts and tasks; look up what an earlier run knows."""
     from tqdm import tqdm
 
     settings = [dtype, device, options.random_seed, *map(version, PACKAGES)]
     texts, chunks = list(cut), list(cut.values())
     abouts, known = {}, {}
+    about_tasks, scored = {}, {}
     for name, subject in subjects.items():
         for k in range(len(texts)):
             about = json.dumps([*subject.about(k), *settings])
             abouts[name, k] = about
             known[name, k] = cache.read_losses(subject.opened, about)
+        for task in tasks:
+            about = json.dumps([*subject.about_task(task), *settings])
+            about_tasks[name, task.name] = about
+            scored[name, task.name] = cache.read_scores(subject.opened, about)
+    counts = {task.name: task.count for task in tasks}
     bar = tqdm(
-        total=sum(len(chunks[k]) for (_, k), found in known.items() if not found),
+        total=sum(len(chunks[k]) for (_, k), found in known.items() if not found)
+        + sum(counts[task] for (_, task), found in scored.items() if not found),
         unit="chunk",
         file=sys.stderr,
         disable=None,
@@ -341,7 +389,8 @@ def _measure(
     with bar, losses.quiet_transformers():
         for name, subject in subjects.items():
             missing = [k for k in range(len(texts)) if known[name, k] is None]
-            if not missing:
+            left = [task for task in tasks if scored[name, task.name] is None]
+            if not missing and not left:
                 continue
             bar.set_description(f"merging {name}" if subject.candidate else name)
             with _on_disk(subject, options) as folder:
@@ -349,7 +398,7 @@ def _measure(
                 model = losses.load(
                     folder, dtype=dtype, device=device, trust_remote_code=trust
                 )
-                shown = subject.tokenized[0]
+                shown, own = subject.tokenized[0], subject.tokenizer
                 if subject.candidate:
                     own = losses.tokenizer_of(str(folder), trust_remote_code=trust)
                     shown = [losses.tokenize(text, own) for text in chunks]
@@ -360,11 +409,26 @@ def _measure(
                         checkpoint.verify_unchanged()
                     cache.write_losses(subject.opened, abouts[name, k], new)
                     known[name, k] = new
+                for task in left:
+                    bar.set_description(f"{name} on {task.name}")
+                    scores = harness.score(model, own, task)
+                    bar.update(task.count)
+                    for checkpoint in subject.opened:
+                        checkpoint.verify_unchanged()
+                    about = about_tasks[name, task.name]
+                    cache.write_scores(subject.opened, about, scores)
+                    scored[name, task.name] = scores
                 del model
-    return {
-        name: [known[name, k] for k in range(len(texts))]  # type: ignore[misc]
-        for name in subjects
-    }
+    return (
+        {
+            name: [known[name, k] for k in range(len(texts))]  # type: ignore[misc]
+            for name in subjects
+        },
+        {
+            name: [scored[name, task.name] for task in tasks]  # type: ignore[misc]
+            for name in subjects
+        },
+    )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mergekit_metagpt.commands.demo_text import text
 from mergekit_metagpt.commands.losses import quiet_transformers
-from mergekit_metagpt.report.figures import BLUE
+from mergekit_metagpt.report.drawing import BLUE
 
 if TYPE_CHECKING:
     import torch

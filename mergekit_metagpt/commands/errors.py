@@ -52,14 +52,14 @@ def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
             except (BrokenPipeError, click.Abort, click.exceptions.Exit):
                 raise  # click ends quietly
             except Exception as error:
-                if not isinstance(error, _expected_errors()):
+                if not isinstance(error, expected_errors()):
                     raise
                 raise Refusal(in_one_line(error)) from error
 
     return wrapper
 
 
-def _expected_errors() -> tuple[type[Exception], ...]:
+def expected_errors() -> tuple[type[Exception], ...]:
     """Errors that stand for bad input; others are defects and show a traceback."""
     from safetensors import SafetensorError  # raised by mergekit's writer
     from torch import OutOfMemoryError

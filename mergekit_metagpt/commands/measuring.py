@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_metagpt.merge_config import checks, families, jobs, merge_yaml, plan
 from mergekit_metagpt.report import headers, inspecting, schema
+from mergekit_metagpt.scanning import ranks
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -78,14 +79,15 @@ def report_of(
     Args:
         config: who is merged with whom.
         options: how models are loaded.
-        sample: how much to read; all if None.
+        sample: how much to read; as `config` says if None.
         **wishes: settings that replace those of `config`, where they are not None.
 
     Returns:
         what was measured.
     """
     merged = families.of_config(config, **wishes)
-    opened = families.open_models(merged, options)
+    with ranks.leader_first():
+        opened = families.open_models(merged, options)
     planned = refused = None
     try:
         planned = jobs.check_plan(config, opened, options)
@@ -101,7 +103,7 @@ def report_of(
     )
     changed = any(value is not None for value in wishes.values())
     varying = any(family.varying for family in merged)
-    if planned and varying and not changed and not sample:
+    if planned and varying and not changed and sample is None:
         return inspecting.with_ranges(report, merged, plan.coefficients(planned))
     return report
 

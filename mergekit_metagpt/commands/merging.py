@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from mergekit_metagpt.merge_config import (
 )
 from mergekit_metagpt.report import card, inspecting, schema
 from mergekit_metagpt.report.figures import report_figure
+from mergekit_metagpt.scanning import once, ranks
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -35,6 +37,124 @@ FIGURE = "metagpt.png"
 PLAIN = "mergekit_config.plain.yml"
 # Where an old model lies, in the hidden folder, while the new one takes its place.
 ASIDE = "replaced"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A merge by one of our methods that was checked and measured.
+
+    Attributes:
+        text: the YAML.
+        job: headers and plan.
+        report: what was measured.
+        exported: the merge as plain YAML.
+        warned: whether all warnings on the coefficients were logged.
+    """
+
+    text: str
+    job: jobs.Job
+    report: schema.Report
+    exported: plain_yaml.Exported
+    warned: bool
+
+    @property
+    def estimated(self) -> bool:
+        """Whether the coefficients rest on a sample."""
+        return is_estimated(self.report)
+
+    def write_beside(self, folder: Path) -> str:
+        """Write the files that lie beside the model.
+
+        Args:
+            folder: a new one.
+
+        Returns:
+            the section of the model card that refers to them.
+        """
+        folder.mkdir()
+        (folder / REPORT).write_text(schema.as_json(self.report), encoding="ascii")
+        (folder / PLAIN).write_text(self.exported.text, encoding="utf-8")
+        report_figure(self.report, folder / FIGURE)
+        changes = self.exported.changes
+        return card.section(self.report, figure=FIGURE, plain=PLAIN, changes=changes)
+
+    def complete(
+        self, made: Path, beside: Path, about: str, options: MergeOptions
+    ) -> None:
+        """Put into a merged model what belongs to it, and check that it is complete.
+
+        Args:
+            made: the model.
+            beside: the folder of `write_beside`, which is emptied.
+            about: the section of the model card.
+            options: mergekit's own.
+
+        Raises:
+            ValueError: mergekit did not write a tensor.
+            OSError: an input has changed, or a file cannot be written.
+        """
+        for checkpoint in self.job.opened.values():
+            checkpoint.verify_unchanged()
+        for path in beside.iterdir():
+            path.rename(made / path.name)
+        if names := unwritten(made, self.job):
+            raise ValueError(
+                f"mergekit did not write {', '.join(names[:3])} ({len(names)} tensors "
+                "in all), as it had planned: a defect of mergekit or of this package"
+            )
+        if options.write_model_card:
+            with (made / "README.md").open("a", encoding="utf-8") as stream:
+                stream.write(f"\n{about}")
+
+
+def prepare(text: str, config: MergeConfiguration, options: MergeOptions) -> Prepared:
+    """Check a whole merge by one of our methods, and measure its models.
+
+    Args:
+        text: the YAML.
+        config: the same as mergekit's configuration, checked by `checks.check_yaml`.
+        options: mergekit's own.
+
+    Returns:
+        the merge.
+
+    Raises:
+        ValueError: the configuration or a model is refused.
+        OSError: a file cannot be read.
+    """
+    with ranks.leader_first():
+        job = jobs.check(config, options)
+    jobs.check_copied_tokenizer(config, options)
+    merged = families.of_config(config)
+    # Without inner products, unless an earlier `inspect` left them in the cache.
+    report = inspecting.inspect(
+        merged,
+        job.opened,
+        method=config.merge_method,
+        planned=job.planned,
+        gram=None,
+    )
+    if not options.allow_crimes:
+        inspecting.require_near(report)
+    with once.again(estimated=is_estimated(report)):
+        found = _coefficients(job.planned)
+    report = inspecting.with_ranges(report, merged, found)
+    report = report.model_copy(update={"options": _recorded(options)})
+    exported = plain_yaml.export(job, found)
+    # Parameters that vary by tensor may need warnings that the report does not have.
+    warned = not any(family.settings.varying for family in report.families)
+    if warned:
+        warnings = (line for family in report.families for line in family.warnings)
+        for line in dict.fromkeys(warnings):
+            LOG.warning("%s", line)
+
+    if config.merge_method in checks.RANDOM_METHODS and options.random_seed is None:
+        LOG.warning(
+            "%s draws random numbers: give --random-seed N, or nobody can repeat or "
+            "verify this merge",
+            config.merge_method,
+        )
+    return Prepared(text, job, report, exported, warned)
 
 
 def merge(
@@ -61,71 +181,54 @@ def merge(
     out = out.resolve()
     check_place(out, config_file, config, force=force)
     options.apply_global_options()
-    job = jobs.check(config, options)
-    jobs.check_copied_tokenizer(config, options)
-    merged = families.of_config(config)
-    # Without inner products, unless an earlier `inspect` left them in the cache.
-    report = inspecting.inspect(
-        merged,
-        job.opened,
-        method=config.merge_method,
-        planned=job.planned,
-        gram=None,
-    )
-    if not options.allow_crimes:
-        inspecting.require_near(report)
-    found = plan.coefficients(job.planned)
-    report = inspecting.with_ranges(report, merged, found)
-    report = report.model_copy(update={"options": _recorded(options)})
-    exported = plain_yaml.export(job, found)
-    # Parameters that vary by tensor may need warnings that the report does not have.
-    warned = not any(family.settings.varying for family in report.families)
-    if warned:
-        warnings = (line for family in report.families for line in family.warnings)
-        for line in dict.fromkeys(warnings):
-            LOG.warning("%s", line)
-
-    if config.merge_method in checks.RANDOM_METHODS and options.random_seed is None:
-        LOG.warning(
-            "%s draws random numbers: give --random-seed N, or nobody can repeat or "
-            "verify this merge",
-            config.merge_method,
-        )
+    prepared = prepare(text, config, options)
     with workplace(out) as parent:
         # Write these first: they should fail before hours of merging, not after.
         beside = parent / "beside"
-        beside.mkdir()
-        json_text = report.model_dump_json(indent=2)
-        (beside / REPORT).write_text(f"{json_text}\n", encoding="utf-8")
-        (beside / PLAIN).write_text(exported.text, encoding="utf-8")
-        report_figure(report, beside / FIGURE)
-        about = card.section(
-            report, figure=FIGURE, plain=PLAIN, changes=exported.changes
-        )
+        about = prepared.write_beside(beside)
         # mergekit makes the folder's name the title of the model card.
         made = parent / "made" / out.name
-        late = None
         try:
-            plan.run(config, str(made), options, source=text, warned=warned)
-        except (ValueError, OSError) as error:
-            if _unwritten(made, job):
+            with once.again(estimated=prepared.estimated):
+                plan.run(
+                    config, str(made), options, source=text, warned=prepared.warned
+                )
+        except (ValueError, OSError) as late:
+            if unwritten(made, prepared.job):
                 raise
-            late = error
-        for checkpoint in job.opened.values():
-            checkpoint.verify_unchanged()
-        for path in beside.iterdir():
-            path.rename(made / path.name)
-        if late is not None:
+            for checkpoint in prepared.job.opened.values():
+                checkpoint.verify_unchanged()
+            for path in beside.iterdir():
+                path.rename(made / path.name)
             raise ValueError(_keep(made, out, late)) from late
-        if names := _unwritten(made, job):
-            raise ValueError(
-                f"mergekit did not write {', '.join(names[:3])} ({len(names)} tensors "
-                "in all), as it had planned: a defect of mergekit or of this package"
-            )
-        if options.write_model_card:
-            with (made / "README.md").open("a", encoding="utf-8") as stream:
-                stream.write(f"\n{about}")
-        _put(made, out, aside=parent / ASIDE)
+        prepared.complete(made, beside, about, options)
+        put(made, out, aside=parent / ASIDE)
+
+
+def _coefficients(planned: Sequence[plan.Planned]) -> list[plan.Coefficients]:
+    """The coefficients of every output tensor; ranks share what must be read."""
+    group = ranks.group()
+    if group is None or group.size == 1:
+        return plan.coefficients(planned)
+    with ranks.sharing(None):
+        mine = plan.coefficients(planned[group.rank :: group.size])
+    parts = group.gather([(dict(at.shares), at.scale, at.error) for at in mine])
+    return [
+        plan.Coefficients(tensor, *parts[at % group.size][at // group.size])
+        for at, tensor in enumerate(planned)
+    ]
+
+
+def is_estimated(report: schema.Report) -> bool:
+    """Whether a merge was made from estimates, not from exact figures.
+
+    Args:
+        report: of the merge.
+
+    Returns:
+        whether any weight was not read for it.
+    """
+    return any(family.sample is not None for family in report.families)
 
 
 def _recorded(options: MergeOptions) -> schema.Options:
@@ -161,10 +264,10 @@ def merge_other(
     with workplace(out) as parent:
         made = parent / "made" / out.name
         plan.run(config, str(made), options, source=source, warned=False)
-        _put(made, out, aside=parent / ASIDE)
+        put(made, out, aside=parent / ASIDE)
 
 
-def _unwritten(made: Path, job: jobs.Job) -> list[str]:
+def unwritten(made: Path, job: jobs.Job) -> list[str]:
     """Planned tensors that the files of a merged model do not hold."""
     from mergekit.io import ShardedTensorIndex
 
@@ -208,18 +311,18 @@ def workplace(out: Path) -> Iterator[Path]:
     Yields:
         the folder.
     """
-    folder = _home(out) / f".{out.name}.{secrets.token_urlsafe(6)}"
+    folder = home(out) / f".{out.name}.{secrets.token_urlsafe(6)}"
     try:
         try:
             folder.mkdir(mode=0o700)
             yield folder
         finally:
-            _remove(folder, out)
+            remove(folder, out)
     finally:
-        _remove(folder, out)
+        remove(folder, out)
 
 
-def _remove(folder: Path, out: Path) -> None:
+def remove(folder: Path, out: Path) -> None:
     """Remove a workplace; an old model that lies in it goes back to its place first."""
     if (folder / ASIDE).exists() and not out.exists():
         (folder / ASIDE).rename(out)
@@ -227,7 +330,7 @@ def _remove(folder: Path, out: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _home(out: Path) -> Path:
+def home(out: Path) -> Path:
     """Where to work: a folder from which the model can be moved to its place."""
     if out.is_dir() and not any(out.iterdir()):
         return out  # it may be a disk of its own, into which nothing can be moved
@@ -235,7 +338,12 @@ def _home(out: Path) -> Path:
 
 
 def check_place(
-    out: Path, config_file: Path, config: MergeConfiguration, *, force: bool
+    out: Path,
+    config_file: Path,
+    config: MergeConfiguration,
+    *,
+    force: bool,
+    unfinished: str | None = None,
 ) -> None:
     """Refuse an output folder that is taken, or that holds what is to be merged.
 
@@ -244,6 +352,7 @@ def check_place(
         config_file: the merge YAML.
         config: the same as mergekit's configuration.
         force: whether the folder may exist.
+        unfinished: name of a folder in it that does not count.
 
     Raises:
         ValueError: it is taken, or holds an input.
@@ -261,11 +370,12 @@ def check_place(
             raise ValueError(
                 f"{out} holds {path}, which this merge reads; choose another folder"
             )
-    if not force and out.exists() and any(out.iterdir()):
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if not force and names - {unfinished}:
         raise ValueError(f"{out} exists and is not empty; choose another, or --force")
 
 
-def _put(made: Path, out: Path, aside: Path) -> None:
+def put(made: Path, out: Path, aside: Path) -> None:
     """Move a finished model to its place; on failure all is as it was."""
     if made.is_relative_to(out):
         # The folder itself stays: it may be where somebody stands. Last comes what

@@ -22,6 +22,7 @@ def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def wrapper(
         lora_merge_cache: str | None,
+        lora_merge_dtype: str | None,
         transformers_cache: str | None,
         trust_remote_code: bool,
         lazy_unpickle: bool,
@@ -35,6 +36,7 @@ def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
         logging.basicConfig(level=logging.WARNING)
         options = MergeOptions(
             lora_merge_cache=lora_merge_cache,
+            lora_merge_dtype=lora_merge_dtype,
             transformers_cache=transformers_cache,
             trust_remote_code=trust_remote_code,
             lazy_unpickle=lazy_unpickle,
@@ -62,6 +64,11 @@ def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--transformers-cache", help="Folder of downloaded models, as in mergekit."
         ),
         click.option(
+            "--lora-merge-dtype",
+            type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+            help="Precision in which adapters are merged, as in mergekit.",
+        ),
+        click.option(
             "--lora-merge-cache",
             help="Folder for merged LoRA models; needed to merge base+adapter.",
         ),
@@ -73,7 +80,44 @@ def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def check_new(out: str, *, force: bool) -> None:
     """Refuse an output file that is there already, or cannot be written."""
     check_target(out)
-    if out != "-" and Path(out).exists() and not force:
+    if out != "-" and Path(out).exists():
+        _require_force(out, force=force)
+
+
+def check_reports(
+    *, force: bool, plot: str | None = None, **targets: str | None
+) -> None:
+    """Refuse what reports cannot be written to, before the work that they are to hold.
+
+    Args:
+        force: whether files may be there already.
+        plot: file of a figure.
+        **targets: files of other reports, by option; - is stdout, which takes one.
+
+    Raises:
+        ValueError: a file is there, cannot be written, or is named by two options.
+    """
+    owners: dict[str, str] = {}
+    for option, file in {**targets, "plot": plot}.items():
+        if file is None:
+            continue
+        if option == "plot":
+            from mergekit_metagpt.report import drawing
+
+            check_target(file, drawing.FORMATS)
+        else:
+            check_target(file)
+        if Path(file).is_file():  # a device or a pipe can be written again
+            _require_force(file, force=force)
+        if (other := owners.setdefault(file, option)) != option:
+            one = "stdout" if file == "-" else "a file"
+            raise ValueError(
+                f"--{other} and --{option} are both {file}; {one} takes one of them"
+            )
+
+
+def _require_force(out: str, *, force: bool) -> None:
+    if not force:
         raise ValueError(f"{out} exists; choose another name, or --force")
 
 
@@ -92,6 +136,22 @@ def check_target(file: str | None, endings: tuple[str, ...] = ()) -> None:
         )
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ValueError(f"{file} cannot be written; expected a file in a folder")
+
+
+def weights_of(given: tuple[str, ...]) -> dict[str, float] | None:
+    """Read MODEL=W options; None if there is none."""
+    weights: dict[str, float] = {}
+    for pair in given:
+        model, equals, number = pair.rpartition("=")
+        if not (model and equals):
+            raise ValueError(f"--weight {pair}: expected MODEL=W, such as ./math=2")
+        if model in weights:
+            raise ValueError(f"--weight {model} is given twice; give each model once")
+        try:
+            weights[model] = float(number)
+        except ValueError as error:
+            raise ValueError(f"--weight {pair}: {number!r} is no number") from error
+    return weights or None
 
 
 def is_zero(share: str | None) -> bool:
@@ -116,7 +176,7 @@ def sample_of(share: str | None, budget: str | None, *, remote: bool) -> Sample 
                 f"--sample is {share!r}; expected a share above 0 and at most 1, such "
                 "as 0.01 or 1%"
             )
-        return Sample(share=value) if value < 1 else None
+        return Sample(share=value)
     if budget is None and remote:
         budget = REMOTE_BUDGET
     return None if budget is None else Sample(budget=_bytes(budget))
@@ -136,15 +196,15 @@ def _bytes(text: str) -> int:
     return value
 
 
-def pairs(option: str, given: tuple[str, ...]) -> dict[str, Path]:
-    """Read NAME=FILE options; every file must exist."""
+def pairs(option: str, given: tuple[str, ...], form: str) -> dict[str, Path]:
+    """Read options of a form such as NAME=FILE; every file must exist."""
     files: dict[str, Path] = {}
     for pair in given:
         name, equals, file = pair.partition("=")
         if not (name and equals and file):
-            raise ValueError(f"{option} {pair}: expected NAME=FILE")
+            raise ValueError(f"{option} {pair}: expected {form}")
         if name in files:
-            raise ValueError(f"{option} {name} is given twice; give each name once")
+            raise ValueError(f"{option} {name} is given twice; give each once")
         if not Path(file).is_file():
             raise ValueError(f"{option} {pair}: there is no file {file}")
         files[name] = Path(file)
@@ -158,3 +218,10 @@ def numbers(option: str, given: str | None) -> list[float]:
         raise ValueError(
             f"{option} {given}: expected numbers with commas between them"
         ) from error
+
+
+def scales(option: str, given: str | None) -> list[float | str]:
+    """Read numbers with commas between them, or `keep` in their place."""
+    parts = given.split(",") if given else []
+    read = [["keep"] if part == "keep" else numbers(option, part) for part in parts]
+    return [scale for one in read for scale in one]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -13,22 +15,52 @@ from mergekit_metagpt.report.parts import printable
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+    from rich.console import Console
     from rich.table import Table
 
 # Table width when stdout is not a terminal, so that rows are not wrapped.
 PIPE_WIDTH = 240
+# Blanks at the end of a line, among codes for colours.
+_END = re.compile(r"(?: |\x1b\[[\d;]*m)+$")
 
 
 def show(parts: Iterable[str | Table]) -> None:
-    """Print tables, and text whose lines are not broken, to stdout."""
+    """Print tables and prose to stdout.
+
+    A terminal of its own width, or that of COLUMNS, wraps prose between words. In a
+    pipe, a paragraph is one line, and no line ends in blanks.
+    """
     from rich.console import Console
 
-    fixed = sys.stdout.isatty() or "COLUMNS" in os.environ
-    width = None if fixed else PIPE_WIDTH
+    piped = not sys.stdout.isatty()
+    wide = piped and "COLUMNS" not in os.environ
+    width = PIPE_WIDTH if wide else None
     console = Console(width=width, highlight=False, emoji=False)
     for part in parts:
-        text = printable(part) if isinstance(part, str) else part
-        console.print(text, soft_wrap=isinstance(part, str), markup=False)
+        if isinstance(part, str):
+            text = printable(part)
+            lines = text.split("\n")
+            if not wide:
+                lines = [piece for line in lines for piece in _wrapped(line, console)]
+        elif piped:
+            with console.capture() as captured:
+                console.print(part)
+            lines = [_END.sub(_codes, line) for line in captured.get().splitlines()]
+        else:
+            console.print(part)
+            continue
+        click.echo("\n".join(lines))
+
+
+def _codes(end: re.Match[str]) -> str:
+    return end[0].replace(" ", "")
+
+
+def _wrapped(line: str, console: Console) -> list[str]:
+    """Break a line between words: a name or a path stays in one piece."""
+    return textwrap.wrap(
+        line, console.width, break_long_words=False, break_on_hyphens=False
+    ) or [line]
 
 
 def write_text(file: str, text: str) -> None:
@@ -40,7 +72,9 @@ def write_text(file: str, text: str) -> None:
 def write_json(file: str | None, found: BaseModel) -> None:
     """Write a report as JSON to a file, or to stdout for -; nothing without a file."""
     if file is not None:
-        write_text(file, found.model_dump_json(indent=2) + "\n")
+        from mergekit_metagpt.report.schema import as_json
+
+        write_text(file, as_json(found))
 
 
 def write_yaml(out: str, text: str, *, then: str) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from mergekit_metagpt.commands.errors import in_one_line
-from mergekit_metagpt.commands.merging import REPORT
+from mergekit_metagpt.commands.merging import REPORT, is_estimated
 from mergekit_metagpt.merge_config import (
     checks,
     families,
@@ -21,6 +21,7 @@ from mergekit_metagpt.merge_config import (
     replaying,
 )
 from mergekit_metagpt.report import inspecting, schema
+from mergekit_metagpt.scanning import once
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -103,7 +104,7 @@ def _checks(
         for name in ("inputs", "coefficients"):
             yield schema.Check(name=name, verdict="not recorded", details=details)
     else:
-        with _check("coefficients"):
+        with _check("coefficients"), _as_estimated(record):
             merged = families.of_config(config)
             current = inspecting.inspect(merged, job.opened, gram=None)
             if any(family.varying for family in merged):
@@ -111,9 +112,15 @@ def _checks(
                 current = inspecting.with_ranges(current, merged, shares)
         yield _inputs(record, current)
         yield _coefficients(record, current)
-    with _check("values"):
+    with _check("values"), _as_estimated(record):
         names = result.headers.keys() & job.expected
-        yield _values(job, options, record, result, names, full=full, seed=seed)
+        found = _values(job, options, record, result, names, full=full, seed=seed)
+    yield found
+
+
+def _as_estimated(record: schema.Report | None) -> AbstractContextManager[None]:
+    """Estimate norms where the merge did, whatever the cache knows by now."""
+    return once.again(estimated=record is None or is_estimated(record))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ __all__ = [
     "candidates",
     "checks",
     "converting",
+    "dividing",
     "families",
     "jobs",
     "merge_yaml",

@@ -93,7 +93,8 @@ def usual(
     counts: Iterable[int],
     embeddings: str,
     powers: Sequence[float] = (),
-    scales: Sequence[float] = (),
+    scales: Sequence[float | str] = (),
+    sample: float = 1.0,
 ) -> Iterator[Candidate]:
     """Yield a merge as written and those that it is usually compared with.
 
@@ -102,7 +103,8 @@ def usual(
         counts: how many models are merged with each other, of each family.
         embeddings: `exclude` that names the embeddings; empty if there are none.
         powers: further exponents of the norms.
-        scales: further values of `lambda`.
+        scales: further values of `lambda`, `keep` among them.
+        sample: of the merge as written, for all that measure norms.
 
     Yields:
         candidates, some of which may be the same merge.
@@ -120,8 +122,12 @@ def usual(
     if embeddings:
         derived["no embeddings"] = {"exclude": embeddings}
     derived |= {f"power {power:g}": {"power": power} for power in powers}
-    derived |= {f"lambda {scale:g}": {"lambda": scale} for scale in scales}
+    for scale in scales:
+        shown = scale if isinstance(scale, str) else f"{scale:g}"
+        derived[f"lambda {shown}"] = {"lambda": scale}
     for name, parameters in derived.items():
+        if sample < 1 and parameters.get("power") != 0.0:
+            parameters = {**parameters, "sample": sample}
         yield of_text(name, by_metagpt(text, parameters))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,12 @@ from mergekit_metagpt.merge_config.merge_yaml import (
     values_of,
 )
 from mergekit_metagpt.method.composed import COMPOSED, RANDOM
-from mergekit_metagpt.method.parameters import no_base, only_base, own_parameters
+from mergekit_metagpt.method.parameters import (
+    no_base,
+    only_base,
+    own_parameters,
+    require_one_sample,
+)
 from mergekit_metagpt.method.registration import register
 
 if TYPE_CHECKING:
@@ -54,7 +59,8 @@ def check_yaml(config: MergeConfiguration, file: str | Path = "OLD.yml") -> None
     Raises:
         ValueError: another method; no base, or only the base; the base is missing
             among the sources of a slice; an illegal weight; `exclude` is a list;
-            `granularity: layer` with slices that move layers.
+            `sample` is not one number; `granularity: layer` with slices that move
+            layers.
     """
     if config.merge_method not in METHODS:
         raise ValueError(_other_method(config.merge_method, file))
@@ -71,6 +77,15 @@ def check_yaml(config: MergeConfiguration, file: str | Path = "OLD.yml") -> None
             )
     if all(model == part.base for part in slices for model in part.models):
         raise ValueError(only_base(slices[0].base))
+    require_one_sample(
+        (value for part in slices for value in _samples(part)),
+        (
+            granularity
+            for part in slices
+            for level in part.shared
+            for granularity in values_of(level.get("granularity"))
+        ),
+    )
     for part in slices:
         _check_weights(part)
         for level in (level for levels in part.settings for level in levels):
@@ -143,6 +158,20 @@ def _check_weights(part: Inputs) -> None:
             except ValueError as error:
                 said = str(error).removeprefix("weight ")
                 raise ValueError(f"weight of {model} {said}") from error
+
+
+def _samples(part: Inputs) -> Iterator[float]:
+    """Yield every value of `sample` on a slice, the default where filters end."""
+    (sample,) = (p for p in own_parameters() if p.name == "sample")
+    for level in part.shared:
+        if "sample" not in level:
+            continue
+        setting = level["sample"]
+        yield from map(sample.validate, values_of(setting))
+        entries = setting if isinstance(setting, list) else [setting]
+        if any(getattr(entry, "filter", None) in (None, "*") for entry in entries):
+            return  # for every tensor
+    yield sample.validate(sample.default)
 
 
 def check_names(config: MergeConfiguration) -> None:

@@ -43,6 +43,7 @@ class Family:
             they stand in `settings` and `weights` with their defaults.
         weights: importance of each model, 1 unless a metagpt YAML says otherwise.
         by_hand: the `weight` of each model as a YAML of another method has it.
+        keeps_length: whether `lambda` is `keep` anywhere.
     """
 
     places: tuple[str, ...]
@@ -52,6 +53,7 @@ class Family:
     varying: tuple[str, ...]
     weights: tuple[float, ...]
     by_hand: tuple[str | None, ...]
+    keeps_length: bool
 
 
 def checked(name: str, value: Any) -> Any:
@@ -122,6 +124,7 @@ def of_config(
     granularity: str | None = None,
     power: float | None = None,
     exclude: str | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> list[Family]:
     """Return the families of a merge YAML of any method, each once.
 
@@ -130,12 +133,14 @@ def of_config(
         granularity: instead of the YAML's.
         power: instead of the YAML's.
         exclude: instead of the YAML's.
+        weights: instead of the YAML's, by names of models or of their folders.
 
     Returns:
         the families, in the order of the YAML.
 
     Raises:
-        ValueError: no base, nothing beside it, or an illegal parameter.
+        ValueError: no base, nothing beside it, an illegal parameter, or a weight of a
+            model that is not there.
     """
     ours = config.merge_method in checks.METHODS
     if ours:
@@ -147,6 +152,7 @@ def of_config(
         wishes["power"] = checked("power", power)
     if exclude is not None:
         wishes["exclude"] = split_exclude(exclude)
+    by_name = _named(weights or {}, config)
     families: dict[Any, Family] = {}
     for part in merge_yaml.slices_of(config):
         if part.base is None:
@@ -155,15 +161,18 @@ def of_config(
                 "it, or name the models: inspect --base BASE MODEL..."
             )
         settings, varying = _settings(part) if ours else (Settings(), ())
-        models, weights, by_hand = [], [], []
+        models, own, by_hand = [], [], []
+        scales = [merge_yaml.values_of(level.get("lambda")) for level in part.shared]
         for model, levels in zip(part.models, part.settings, strict=True):
             if model == part.base or model in models:
                 continue
-            weight, constant = _constant(levels, "weight", 1.0) if ours else (1.0, True)
+            weight, constant = by_name.get(model, 1.0), True
+            if ours and model not in by_name:
+                weight, constant = _constant(levels, "weight", 1.0)
             if not constant and "weight" not in varying:
                 varying = (*varying, "weight")
             models.append(model)
-            weights.append(weight)
+            own.append(weight)
             by_hand.append(None if ours else _by_hand(levels))
         if not models:
             continue
@@ -173,8 +182,9 @@ def of_config(
             models=tuple(models),
             settings=settings.model_copy(update=wishes),
             varying=varying,
-            weights=tuple(weights),
+            weights=tuple(own),
             by_hand=tuple(by_hand),
+            keeps_length=ours and any("keep" in values for values in scales),
         )
         same = families.setdefault(family, family)
         families[family] = replace(same, places=(*same.places, part.place))
@@ -188,6 +198,38 @@ def of_config(
     if not varies and not any(any(family.weights) for family in every):
         raise ValueError(all_zero())
     return every
+
+
+def _named(
+    weights: Mapping[str, float], config: MergeConfiguration
+) -> dict[ModelReference, float]:
+    """Find the models that are named: as the YAML does, or by a folder's name."""
+    tuned = {
+        model: None
+        for part in merge_yaml.slices_of(config)
+        for model in part.models
+        if model != part.base
+    }
+    found = {}
+    for name, weight in weights.items():
+        same = [model for model in tuned if str(model) == merge_yaml.as_local(name)]
+        same = same or [model for model in tuned if name in _folders(model)]
+        if len(same) != 1:
+            count = f"{len(same)} models" if same else "no model"
+            names = ", ".join(map(str, tuned))
+            raise ValueError(f"--weight {name} names {count}; expected one of {names}")
+        try:
+            found[same[0]] = checked("weight", weight)
+        except ValueError as error:
+            said = str(error).removeprefix("weight ")
+            raise ValueError(f"weight of {same[0]} {said}") from error
+    return found
+
+
+def _folders(model: ModelReference) -> set[str]:
+    """Last parts of the paths of a model: of its adapter, or else its own."""
+    path = (model.lora or model.model).path
+    return {path, Path(path).name}
 
 
 def config_of(base: str, models: Sequence[str]) -> MergeConfiguration:

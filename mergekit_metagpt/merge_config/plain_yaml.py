@@ -67,7 +67,9 @@ def export(job: Job, found: Sequence[Coefficients] | None = None) -> Exported:
             weights[place] = share
 
     inner = config.merge_method.removeprefix("metagpt").removeprefix("_")
-    dump = kept(dumped(config), _kept_parameters(config.merge_method))
+    keeps_length = any(t.planned.settings.keeps_length for t in found)
+    names = _kept_parameters(config.merge_method)
+    dump = kept(dumped(config), names - {"lambda"} if keeps_length else names)
     first = {"merge_method": inner or "task_arithmetic"}
     data = {**first, "base_model": dump.get("base_model"), **dump, **first}
     if data["base_model"] is None:  # every slice has its own
@@ -82,12 +84,15 @@ def export(job: Job, found: Sequence[Coefficients] | None = None) -> Exported:
             }
             weight = weight_setting(of_source) if of_source else 0.0
             source.setdefault("parameters", {})["weight"] = weight
+    scales = {t.planned.name: t.scale for t in found if t.shares}
+    if keeps_length:
+        data.setdefault("parameters", {})["lambda"] = weight_setting(scales)
     changes = [] if inner else _set_precision(data, config, found)
 
     from mergekit.config import ConfigYamlDumper
 
     body = yaml.dump(data, Dumper=ConfigYamlDumper, sort_keys=False, width=88)
-    _verify(body, weights)
+    _verify(body, weights, scales if keeps_length else {})
     return Exported(_comment(config, found, changes) + body, tuple(changes))
 
 
@@ -278,24 +283,34 @@ def _coarser(one: str, other: str) -> bool:
     return steps[0] > steps[1]
 
 
-def _verify(body: str, weights: Mapping[_Place, float]) -> None:
+def _verify(
+    body: str, weights: Mapping[_Place, float], scales: Mapping[str, float]
+) -> None:
     """Let mergekit evaluate the YAML's weights, and compare them tensor by tensor."""
     from mergekit.config import evaluate_setting
 
+    config = merge_yaml.read(body)
     settings = {
         (part.module, part.slice_number, model): levels
-        for part in merge_yaml.slices_of(merge_yaml.read(body))
+        for part in merge_yaml.slices_of(config)
         for model, levels in zip(part.models, part.settings, strict=True)
     }
+
+    def compare(what: str, name: str, given: Any, expected: float) -> None:
+        value = evaluate_setting(name, given, validate=float)
+        if value != expected:
+            raise RuntimeError(
+                f"the exported YAML gives {name} the {what} {value}, not {expected}: "
+                "a defect of mergekit-metagpt, please report it"
+            )
+
+    parameters = config.parameters or {}
+    for name, scale in scales.items():
+        compare("lambda", name, parameters["lambda"], scale)
     for (module, number, model, name), weight in weights.items():
         levels = settings.get((module, number, model)) or settings["", number, model]
         given = next(level["weight"] for level in levels if "weight" in level)
-        value = evaluate_setting(name, given, validate=float)
-        if value != weight:
-            raise RuntimeError(
-                f"the exported YAML gives {name} of {model} the weight {value}, not "
-                f"{weight}: a defect of mergekit-metagpt, please report it"
-            )
+        compare(f"weight of {model}", name, given, weight)
 
 
 def _comment(
@@ -319,9 +334,16 @@ def _comment(
         for levels in part.settings
         for level in levels
         for name, value in level.items()
-        if name in used
+        if name in used or "keep" in merge_yaml.values_of(value)
     }
     if given:
         lines.append(f"with parameters of metagpt: {', '.join(sorted(given))}.")
+    errors = [tensor.error for tensor in found if tensor.error is not None]
+    if errors:
+        share = found[0].planned.settings.sample
+        lines.append(
+            f"Estimated from a sample of {share:g} of each large tensor, with standard "
+            f"errors of at most {max(errors):.1g}."
+        )
     lines += [f"Differs from {config.merge_method}: {change}." for change in changes]
     return "".join(f"# {line}\n" for line in lines)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from mergekit import merge_methods
@@ -76,11 +77,24 @@ class Planned:
 class Coefficients:
     """The coefficients of one output tensor, before `lambda` scales them.
 
-    `shares` holds the models that have the tensor; none if only the base does.
+    `shares` holds the models that have the tensor; none if only the base does. `scale`
+    is `lambda`, or what `lambda: keep` comes to. `error` is the largest standard error
+    of any share; None if they are exact.
     """
 
     planned: Planned
     shares: Mapping[ModelReference, float]
+    scale: float
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    """Coefficients of a tensor that is yet to be named."""
+
+    shares: Mapping[ModelReference, float]
+    scale: float
+    error: float | None = None
 
 
 class _Planner(MergePlanner):
@@ -200,23 +214,28 @@ def coefficients(planned: Sequence[Planned]) -> list[Coefficients]:
         ValueError: as the merge itself.
         OSError: as the merge itself.
     """
-    shares: dict[int, Mapping[ModelReference, float]] = {}
+    weighted: dict[int, _Weighted] = {}
     reading: dict[Task[Any], int] = {}
     for at, tensor in enumerate(planned):
         task = tensor.task
         if tensor.settings.granularity == "tensor" or task.output_weight.optional:
-            reading[_Shares(planned=task)] = at
+            reading[_Weighing(planned=task)] = at
         else:
             names = dict.fromkeys(tensor.input_names, torch.empty(0, device="cpu"))
-            shares[at] = _shares(task, names)
+            weighted[at] = _weighted(task, names)
     if reading:
         executor = Executor(list(reading), math_device="cpu", storage_device="cpu")
-        for task, values in executor.run(quiet=True):
-            shares[reading[task]] = values
-    return [Coefficients(tensor, shares[at]) for at, tensor in enumerate(planned)]
+        for task, found in executor.run(quiet=True):
+            weighted[reading[task]] = found
+    return [
+        Coefficients(
+            tensor, weighted[at].shares, weighted[at].scale, weighted[at].error
+        )
+        for at, tensor in enumerate(planned)
+    ]
 
 
-class _Shares(Task[dict[Any, float]]):
+class _Weighing(Task[_Weighted]):
     """Gathers the inputs of a tensor as the merge does, and weights them."""
 
     planned: ExecuteMergeMethodTask
@@ -224,13 +243,13 @@ class _Shares(Task[dict[Any, float]]):
     def arguments(self) -> dict[str, Task[Any]]:
         return {"tensors": self.planned.gather_tensors}
 
-    def execute(self, tensors: Mapping[Any, torch.Tensor]) -> dict[Any, float]:
-        return _shares(self.planned, tensors)
+    def execute(self, tensors: Mapping[Any, torch.Tensor]) -> _Weighted:
+        return _weighted(self.planned, tensors)
 
 
-def _shares(
+def _weighted(
     task: ExecuteMergeMethodTask, tensors: Mapping[ModelReference, torch.Tensor]
-) -> dict[ModelReference, float]:
+) -> _Weighted:
     present: Sequence[ModelReference] = [m for m in task.model_order if m in tensors]
     method = merge_methods.get(task.method_name)
     method.validate_inputs(present, task.base_model, group_name=task.output_weight.name)
@@ -242,14 +261,19 @@ def _shares(
         TensorMetadata.from_weight_info(task.output_weight),
     )
     if not group.non_base or not all(t.is_floating_point() for t in tensors.values()):
-        return {}
+        return _Weighted({}, 1.0)
     models = [entry.id for entry in group.non_base]
     weights = [task.input_parameters[model]["weight"] for model in models]
     settings = Settings.of(task.parameters)
     measured = group_norms.of_group(group, settings)
     weight = torch.tensor(weights, dtype=torch.float64, device="cpu")
     shares = settings.shares(measured.sq_norms if measured else None, weight)
-    return dict(zip(models, shares.tolist(), strict=True))
+    error = None
+    if measured and measured.covariance is not None:
+        errors = settings.share_errors(measured.sq_norms, measured.covariance, weight)
+        error = float(errors.max())
+    scale = settings.factor(shares, measured.gram if measured else None).item()
+    return _Weighted(dict(zip(models, shares.tolist(), strict=True)), scale, error)
 
 
 @contextmanager
@@ -278,6 +302,25 @@ def mergekits_errors() -> Iterator[None]:
         raise ValueError(f"mergekit: {type(error).__name__}: {error}") from error
 
 
+def already_warned(
+    config: MergeConfiguration, *, warned: bool
+) -> AbstractContextManager[None]:
+    """Let our method log no warning in the merges that are planned meanwhile.
+
+    Args:
+        config: mergekit's configuration.
+        warned: whether all warnings on the coefficients were logged before.
+
+    Returns:
+        a context.
+    """
+    if not warned:
+        return nullcontext()
+    watch = merge_methods.get(config.merge_method).watch
+    context: AbstractContextManager[None] = watch.already_warned()
+    return context
+
+
 def run(
     config: MergeConfiguration,
     out: str,
@@ -297,7 +340,35 @@ def run(
     """
     from mergekit.merge import run_merge
 
-    method = merge_methods.get(config.merge_method)
-    quiet = method.watch.already_warned() if warned else nullcontext()
-    with quiet, mergekits_errors():
+    with already_warned(config, warned=warned), mergekits_errors():
+        run_merge(config, out, options, config_source=source)
+
+
+class _WithoutTensors(MergePlanner):
+    """mergekit's planner of a merge whose tensors are written already."""
+
+    def plan_to_disk(self, out_path: str) -> list[Task[Any]]:
+        return [self._tokenizer_task] if self._tokenizer_task else []
+
+
+def run_without_tensors(
+    config: MergeConfiguration, out: str, options: MergeOptions, *, source: str
+) -> None:
+    """Let mergekit write what it writes beside the tensors of a merge.
+
+    These are the model's configuration, its tokenizer and its card.
+
+    Args:
+        config: mergekit's configuration.
+        out: folder for them.
+        options: mergekit's own.
+        source: the YAML, for the model card.
+
+    Raises:
+        ValueError: mergekit cannot make them.
+        OSError: a file cannot be written.
+    """
+    from mergekit.merge import run_merge
+
+    with mergekits_errors(), patch("mergekit.merge.MergePlanner", _WithoutTensors):
         run_merge(config, out, options, config_source=source)

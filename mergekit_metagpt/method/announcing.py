@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,6 +22,29 @@ def log(level: int, message: str, *values: object) -> None:
 
     with tqdm.external_write_mode():
         LOG.log(level, message, *values)
+
+
+def estimate(
+    value: float, error: float | None, exact: Callable[[float], str] = "{:.4g}".format
+) -> str:
+    """Write a value to the first digit of its standard error, or as if it were exact.
+
+    Args:
+        value: the estimate.
+        error: its standard error; None or 0 if it is exact.
+        exact: how to write an exact value.
+
+    Returns:
+        both, or the value alone.
+
+    Example:
+        >>> estimate(0.65612, 0.0041), estimate(0.65612, None)
+        ('0.656 ± 0.004', '0.6561')
+    """
+    if not error:
+        return exact(value)
+    digits = max(0, -math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 class Announcer:
@@ -61,6 +85,8 @@ class Announcer:
         where: str,
         *,
         settings: Settings,
+        scale: float,
+        errors: Sequence[float] | None,
         weight: Sequence[float],
         varying: bool,
         visible: bool,
@@ -74,20 +100,31 @@ class Announcer:
             sq_norms: their squared norms, or None where none were measured.
             where: the pool of tensors, for the reader.
             settings: of the closed form.
+            scale: the factor on the sum.
+            errors: standard errors of the coefficients; None if they are exact.
             weight: of each model, by the configuration; said where it is not 1.
             varying: whether the configuration sets parameters tensor by tensor.
             visible: whether to show the line at WARNING (merges from files).
         """
         if visible and self.first_of("coefficients", base, tuple(models)):
             line = ", ".join(
-                f"{share:.4g} {model}" + (f" (weight {w:g})" if w != 1 else "")
-                for share, model, w in zip(shares, models, weight, strict=True)
+                f"{estimate(share, error)} {model}"
+                + (f" (weight {w:g})" if w != 1 else "")
+                for share, error, model, w in zip(
+                    shares, errors or [0.0] * len(shares), models, weight, strict=True
+                )
             )
-            if settings.scale != 1:
-                line += f", their sum scaled by lambda {settings.scale:g}"
+            if settings.keeps_length:
+                line += f", their sum scaled by lambda {scale:.4g} (keep)"
+            elif scale != 1:
+                line += f", their sum scaled by lambda {scale:g}"
             how = f"power {settings.power:g}"
             if settings.exclude:
                 how += f", without {', '.join(settings.exclude)}"
+            if errors is not None:
+                how += f", estimated from a sample of {settings.sample:g}"
+            elif settings.sample < 1 and sq_norms is not None:
+                how += f", exact: no sample of {settings.sample:g} was needed"
             more = "; -v lists all pools" if settings.granularity != "model" else ""
             if varying:
                 more += (

@@ -34,7 +34,8 @@ class ComposedMerge(MetaGPTMerge):
     """A method of mergekit whose `weight` is MetaGPT's lambda_t, summing to 1.
 
     n_t is that of the unsparsified task vectors (MetaGPT, table 4). All parameters of
-    the inner method but `weight` keep their names and defaults; `lambda` is its own.
+    the inner method but `weight` keep their names and defaults. `lambda: keep` is what
+    restores the length of the plain sum, also where the inner method makes another.
     """
 
     def __init__(self, inner: GroupMergeMethod) -> None:
@@ -42,7 +43,8 @@ class ComposedMerge(MetaGPTMerge):
         super().__init__()
 
     def _spec(self) -> MergeMethodSpec:
-        theirs = [p for p in self.inner.spec.parameters if p.name != "weight"]
+        replaced = "weight", "lambda"
+        theirs = [p for p in self.inner.spec.parameters if p.name not in replaced]
         taken = {parameter.name for parameter in theirs}
         ours = own_parameters(self.watch.saw_value)
         inner = self.inner.spec
@@ -67,6 +69,7 @@ class ComposedMerge(MetaGPTMerge):
             for parameter in self.inner.spec.parameters
             if parameter.name != "weight"
         }
+        passed["lambda"] = float(parameters["lambda"])
         passed["weight"] = PerInputValues(list(zip(ids, lambdas, strict=True)))
         merged = self.inner.merge_group(group, **passed)
         return merged, scaled_sums.is_finite(merged)

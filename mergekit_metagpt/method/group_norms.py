@@ -11,7 +11,7 @@ from mergekit.merge_methods.base import TensorGroup
 
 from mergekit_metagpt.arithmetic import squared_norms
 from mergekit_metagpt.method.inputs import base_of, is_unchanged, require_finite
-from mergekit_metagpt.method.parameters import require_named
+from mergekit_metagpt.method.parameters import require_named, require_one_sample
 
 if TYPE_CHECKING:
     from mergekit_metagpt.method.settings import Settings
@@ -25,10 +25,14 @@ class Measured:
     Attributes:
         sq_norms: n_t, shape `(K,)`, float64, on the CPU.
         whole: what was measured of whole stored models, where they are the pool.
+        gram: inner products, shape `(K, K)`, float64, where `lambda` needs them.
+        covariance: Cov(n_s, n_t), shape `(K, K)`, where n_t is estimated.
     """
 
     sq_norms: torch.Tensor
     whole: ScanResult | None = None
+    gram: torch.Tensor | None = None
+    covariance: torch.Tensor | None = None
 
 
 def of_group(group: TensorGroup, settings: Settings) -> Measured | None:
@@ -49,14 +53,17 @@ def of_group(group: TensorGroup, settings: Settings) -> Measured | None:
     """
     if not group.non_base:
         return None
-    if settings.power == 0:
+    if not settings.needs_norms:
         require_finite(group)
         return None
     if settings.granularity == "tensor":
         if not settings.counts(group.metadata.name):
             require_finite(group)
             return None
-        return Measured(of_tensors(group))
+        # The planner's calls show it earlier, except in mergekit-pytorch.
+        require_one_sample([settings.sample], [settings.granularity])
+        norms = of_tensors(group)
+        return Measured(norms, gram=gram_of(group) if settings.keeps_length else None)
     return _of_checkpoints(group, settings)
 
 
@@ -89,10 +96,25 @@ def of_tensors(group: TensorGroup) -> torch.Tensor:
     return norms
 
 
+def gram_of(group: TensorGroup) -> torch.Tensor:
+    """Inner products of the task vectors of one group, from the tensors at hand.
+
+    Args:
+        group: the inputs that make one output tensor, known to be finite.
+
+    Returns:
+        shape `(K, K)`, float64, on the CPU; differentiable where an input requires it.
+    """
+    tuned = [entry.tensor for entry in group.non_base]
+    gram = squared_norms.gram_matrix(base_of(group).tensor, tuned)
+    return torch.where(torch.isfinite(gram), gram, 0.0)  # infinite where unchanged
+
+
 def _of_checkpoints(group: TensorGroup, settings: Settings) -> Measured | None:
     # Imported here: they need transformers, which `import mergekit` does not wait for.
     from mergekit_metagpt.checkpoints.opening import already_open
     from mergekit_metagpt.scanning import once
+    from mergekit_metagpt.scanning.sampling import Sample
 
     opened = {entry.id: already_open(entry.id) for entry in group.entries}
     if missing := [str(model) for model, at in opened.items() if at is None]:
@@ -104,12 +126,19 @@ def _of_checkpoints(group: TensorGroup, settings: Settings) -> Measured | None:
     checkpoints = {model: at for model, at in opened.items() if at is not None}
     _check_exclude(settings.exclude, tuple(at.names for at in checkpoints.values()))
     base = checkpoints.pop(base_of(group).id)
-    result = once.measure(base, list(checkpoints.values()))
+    keep, sample = settings.keeps_length, Sample(share=settings.sample)
+    result = once.measure(base, list(checkpoints.values()), gram=keep, sample=sample)
     if settings.granularity == "model":
         pooled = result.pool("model", settings.exclude)
         if not pooled.members["model"]:
             return None
-        return Measured(pooled.sq_norms, result)
+        variances = pooled.covariances
+        return Measured(
+            pooled.sq_norms,
+            result,
+            gram=pooled.gram if keep else None,
+            covariance=None if variances is None else variances.sq_norms,
+        )
     name = group.metadata.name or ""
     keys = [result.layer_of(name, at) for at in range(len(checkpoints))]
     stored = result.pool("layer")
@@ -121,11 +150,22 @@ def _of_checkpoints(group: TensorGroup, settings: Settings) -> Measured | None:
     pooled = result.pool("layer", settings.exclude)
     if not any(key in pooled.members for key in keys):
         return None
-    values = [
-        pooled.sq_norms[pooled.rows[key], at].item() if key in pooled.members else 0.0
-        for at, key in enumerate(keys)
-    ]
-    return Measured(torch.tensor(values, dtype=torch.float64, device="cpu"))
+    norms = torch.zeros(len(keys), dtype=torch.float64, device="cpu")
+    covariance = norms.new_zeros(len(keys), len(keys))
+    for at, key in enumerate(keys):
+        if key not in pooled.members:
+            continue
+        row = pooled.rows[key]
+        norms[at] = pooled.sq_norms[row, at]
+        if pooled.covariances is not None:
+            # Models whose layers have other names were sampled independently.
+            same = torch.tensor([key == other for other in keys], device="cpu")
+            covariance[at] = pooled.covariances.sq_norms[row, at] * same
+    return Measured(
+        norms,
+        gram=pooled.products(keys, range(len(keys))) if keep else None,
+        covariance=None if pooled.covariances is None else covariance,
+    )
 
 
 # Called for every tensor: the names are those of the last few merges.

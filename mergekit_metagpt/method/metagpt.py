@@ -135,11 +135,17 @@ class MetaGPTMerge(GroupMergeMethod):
             self._coefficients(*arguments)
             for arguments in zip(groups, settings, weights, measured, strict=True)
         ]
+        scales = [
+            chosen.factor(values, found.gram if found else None)
+            for chosen, values, found in zip(settings, lambdas, measured, strict=True)
+        ]
         return super()._execute(
             groups,
             [
-                {**bound, "coefficients": values}
-                for bound, values in zip(parameters, lambdas, strict=True)
+                {**bound, "coefficients": values, "lambda": scale}
+                for bound, values, scale in zip(
+                    parameters, lambdas, scales, strict=True
+                )
             ],
             options,
             input_dtypes=input_dtypes,
@@ -215,6 +221,12 @@ class MetaGPTMerge(GroupMergeMethod):
         announcer = self._announcer(base)
         sq_norms = measured.sq_norms if measured else None
         shares = settings.shares(sq_norms, weight)
+        errors = None
+        if measured and measured.covariance is not None:
+            found = settings.share_errors(
+                measured.sq_norms, measured.covariance, weight
+            )
+            errors = found.tolist()
         if not models or not bool((weight > 0).any()):
             return shares
         if not bool((shares > 0).any()):
@@ -238,19 +250,22 @@ class MetaGPTMerge(GroupMergeMethod):
             None if sq_norms is None else sq_norms.detach().tolist(),
             where,
             settings=settings,
+            scale=settings.factor(shares, measured.gram if measured else None).item(),
+            errors=errors,
             weight=weight.tolist(),
             varying=self.watch.parameters_vary(base),
             visible=self.from_files,
         )
-        rows = (weight > 0).nonzero().flatten().tolist()
-        weighted = len(set(weight[rows].tolist())) > 1
         warning = advice.degenerate(
             base,
-            [models[k] for k in rows],
-            shares.detach()[rows].tolist(),
+            models,
+            shares.detach().tolist(),
+            weight.tolist(),
             where,
-            weighted=weighted,
+            sq_norms=None if sq_norms is None else sq_norms.detach().tolist(),
             power=settings.power,
+            whole=measured.whole if measured else None,
+            exclude=settings.exclude,
         )
         announcer.warn("degenerate", warning)
         return shares

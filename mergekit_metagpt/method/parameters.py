@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec, TensorGroup
@@ -82,11 +82,11 @@ def own_parameters(
         ),
         CheckedParameter(
             "lambda",
-            float,
+            float | Literal["keep"],
             shared,
             default=1.0,
-            description="scale of the merged task vector",
-            legal="a finite number",
+            description="scale of the merged task vector; keep restores its length",
+            legal="a finite number or 'keep'",
             saw=saw,
         ),
         CheckedParameter(
@@ -96,6 +96,15 @@ def own_parameters(
             default="",
             description="comma-separated parts of tensor names that do not count",
             legal="a string of comma-separated parts of tensor names",
+            saw=saw,
+        ),
+        CheckedParameter(
+            "sample",
+            float,
+            shared,
+            default=1.0,
+            description="share of the weights from which norms are estimated",
+            legal="a number above 0 and at most 1",
             saw=saw,
         ),
     )
@@ -142,6 +151,31 @@ def require_named(exclude: Sequence[str], names: Iterable[str]) -> None:
         raise ValueError(
             f"exclude: {', '.join(unused)} is in no tensor's name; expected a part of "
             f"a stored name, such as {min(names, default='embed_tokens')}"
+        )
+
+
+def require_one_sample(shares: Iterable[float], granularities: Iterable[str]) -> None:
+    """Refuse a `sample` that is not one number, or that nothing is read for.
+
+    Args:
+        shares: its values, of all tensors.
+        granularities: of all tensors.
+
+    Raises:
+        ValueError: the values differ, or norms are pooled by tensor.
+    """
+    values = sorted(set(shares))
+    if len(values) > 1:
+        raise ValueError(
+            f"sample is {values[0]:g} on some tensors and {values[-1]:g} on others; "
+            "expected one number for the whole merge. Give it once, in the "
+            "`parameters:` at the end of the YAML"
+        )
+    if values and values[0] < 1 and "tensor" in granularities:
+        raise ValueError(
+            f"sample is {values[0]:g}, but granularity 'tensor' measures each tensor "
+            "as it is merged, and reads nothing for it. Leave sample out, or use "
+            "granularity: model or granularity: layer"
         )
 
 

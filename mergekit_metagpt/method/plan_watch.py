@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_metagpt.method.announcing import Announcer
-from mergekit_metagpt.method.parameters import only_base
+from mergekit_metagpt.method.parameters import only_base, require_one_sample
 
 
 @dataclass
@@ -106,13 +106,18 @@ class PlanWatch:
             base: of the tensor's inputs.
 
         Raises:
-            ValueError: no slice has a model beside its base.
+            ValueError: no slice has a model beside its base; `sample` differs from
+                that of other tensors, or this one is not sampled.
         """
         plan = getattr(self._here, "plan", None)
         if plan is not None and plan.names is not None:
             plan.names.add(name)
             if plan.values:  # none where the same tensor is validated again
                 plan.of_tensors.add(tuple(plan.values))
+                require_one_sample(
+                    (v for of in plan.of_tensors for n, v in of if n == "sample"),
+                    [value for name, value in plan.values if name == "granularity"],
+                )
                 plan.values.clear()
         if plan is not None and plan.reading_slices:
             plan.reading_slices = False

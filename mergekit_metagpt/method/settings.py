@@ -7,20 +7,27 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from mergekit_metagpt.arithmetic.closed_form import coefficients, contributes
+from mergekit_metagpt.arithmetic.closed_form import (
+    coefficients,
+    contributes,
+    restoring,
+)
 from mergekit_metagpt.arithmetic.standard_errors import of_coefficients
 from mergekit_metagpt.scanning.pools import is_excluded, pool_key
 
 Granularity = Literal["model", "layer", "tensor"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Scale = Finite | Literal["keep"]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 _LEGAL: dict[str, TypeAdapter[Any]] = {
     "granularity": TypeAdapter(Granularity),
     "weight": TypeAdapter(Weight),
     "power": TypeAdapter(Finite),
-    "lambda": TypeAdapter(Finite),
+    "lambda": TypeAdapter(Scale),
     "exclude": TypeAdapter(str),
+    "sample": TypeAdapter(Share),
 }
 
 
@@ -50,7 +57,10 @@ class Settings(BaseModel):
     granularity: Granularity = "model"
     power: Finite = 2.0
     exclude: tuple[str, ...] = ()
-    scale: Finite = Field(default=1.0, description="`lambda` of the YAML")
+    scale: Scale = Field(default=1.0, description="`lambda` of the YAML")
+    sample: Share = Field(
+        default=1.0, description="share of the weights that was asked for"
+    )
 
     @classmethod
     def of(cls, bound: Any) -> Settings:
@@ -67,6 +77,7 @@ class Settings(BaseModel):
             power=bound["power"],
             exclude=split_exclude(bound["exclude"]),
             scale=bound["lambda"],
+            sample=bound["sample"],
         )
 
     def shares(
@@ -88,6 +99,36 @@ class Settings(BaseModel):
         if not bool(contributes(sq_norms, weight, power).any()):
             return torch.zeros_like(weight)
         return coefficients(sq_norms, weight, power)
+
+    @property
+    def keeps_length(self) -> bool:
+        """Whether `lambda` follows from inner products."""
+        return self.scale == "keep"
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether any squared norm matters."""
+        return self.power != 0 or self.keeps_length
+
+    def factor(self, shares: torch.Tensor, gram: torch.Tensor | None) -> torch.Tensor:
+        """Return the factor on the merged task vector.
+
+        Args:
+            shares: lambda_t, shape `(K,)`, float64.
+            gram: of the pool, shape `(K, K)`, float64, or None where nothing was
+                measured; then there is no length to keep, and the factor is 1.
+
+        Returns:
+            `lambda`, or what `lambda: keep` comes to, shape `()`, float64.
+
+        Raises:
+            ValueError: the task vectors cancel each other.
+        """
+        if self.scale != "keep":
+            return torch.tensor(self.scale, dtype=torch.float64, device="cpu")
+        if gram is None:
+            return torch.ones((), dtype=torch.float64, device="cpu")
+        return restoring(shares, gram)
 
     def share_errors(
         self, sq_norms: torch.Tensor, covariance: torch.Tensor, weight: torch.Tensor

@@ -6,11 +6,13 @@ It never changes a file but those that its caller names.
 __all__ = [
     "card",
     "comparison",
+    "drawing",
     "figures",
     "headers",
     "inspecting",
     "parts",
     "peft_call",
     "schema",
+    "scoring",
     "tables",
 ]

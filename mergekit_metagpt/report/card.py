@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mergekit_metagpt.report import schema
+from mergekit_metagpt.method.announcing import estimate
+from mergekit_metagpt.report import schema, tables
 
 PAPER = "https://arxiv.org/abs/2406.11385"
 
@@ -24,8 +25,8 @@ def section(
     lines = [
         "## MetaGPT coefficients",
         "",
-        f"By [MetaGPT]({PAPER}), from the checkpoints alone: each task vector's share",
-        "of the sum of squared norms,",
+        f"By [MetaGPT]({PAPER}), from the checkpoints alone: each model is weighted by",
+        "how far it moved from the base theta_0,",
         "",
         _formula(report),
         "",
@@ -34,7 +35,7 @@ def section(
         lines += _family(family)
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     lines += [
-        f"![coefficients, cosines and layers]({figure})",
+        f"![share of each model in the merge, and how far its layers moved]({figure})",
         "",
         f"Made with {versions}. All figures are in `metagpt.json`. `{plain}` is the "
         "same merge with explicit weights, for mergekit without the plugin"
@@ -63,7 +64,11 @@ def _family(family: schema.Family) -> list[str]:
     if settings.varying:
         chosen.append(f"{', '.join(settings.varying)} set tensor by tensor")
     if settings.scale != 1:
-        chosen.append(f"the merged task vector scaled by `lambda: {settings.scale:g}`")
+        scale = tables.scale_of(settings)
+        is_ = f" ({tables.keep_of(family)})" if settings.keeps_length else ""
+        chosen.append(f"the merged task vector scaled by `lambda: {scale}`{is_}")
+    if settings.sample < 1:
+        chosen.append(_sample(family))
     lines = [
         f"Base: `{family.base.name}` ({_version(family.base)}). {', '.join(chosen)}.",
         "",
@@ -72,13 +77,27 @@ def _family(family: schema.Family) -> list[str]:
     ]
     for model in family.models:
         low, high = model.coefficient_range
-        value = f"{high:.6g}" if low == high else f"{low:.4g} to {high:.4g}"
+        value = f"{low:.4g} to {high:.4g}"
+        if low == high:
+            value = estimate(high, model.coefficient_se, "{:.6g}".format)
         relative = "-" if model.relative_norm is None else f"{model.relative_norm:.4g}"
         lines.append(
             f"| `{model.name}` | {value} | {model.weight:g} | {model.norm:.5g} "
             f"| {relative} | {_version(model)} |"
         )
-    return [*lines, ""]
+    said = [text for text in (tables.lengths_of(family), family.advice) if text]
+    return [*lines, "", *(part for text in said for part in (text, ""))]
+
+
+def _sample(family: schema.Family) -> str:
+    asked = f"`sample: {family.settings.sample:g}`"
+    if family.sample is None:
+        return f"{asked}, which was not needed: all figures are exact"
+    read, stored = family.sample.bytes_read, family.sample.bytes_stored
+    return (
+        f"estimated from {read / 1e6:,.1f} of {stored / 1e6:,.1f} MB ({asked}; ± is "
+        "one standard error)"
+    )
 
 
 def _version(stored: schema.Stored) -> str:

@@ -69,8 +69,63 @@ class Row(Record):
     beyond_noise: bool | None = None
 
 
+class Estimate(Record):
+    """A mean and its standard error."""
+
+    value: float
+    error: float
+
+
+class Task(Record):
+    """A task of the EleutherAI harness, with the metric by which merges are ranked."""
+
+    name: str
+    metric: str
+    higher_is_better: bool
+    documents: int
+
+
+class Scored(Record):
+    """A model and its scores, task by task; what only candidates have, else null.
+
+    Attributes:
+        name: of a model of the YAML, or the first of a candidate.
+        names: all names of a candidate.
+        yaml: of a candidate.
+        scores: by metric, in the order of the tasks.
+        mean: over the tasks, each by its first metric; what is better when lower
+            counts with the other sign.
+        below_best: mean of the best candidate minus this one's.
+        below_best_error: its standard error, paired over documents.
+        beyond_noise: whether that is more than two standard errors.
+    """
+
+    name: str
+    names: tuple[str, ...] = ()
+    yaml: str | None = None
+    scores: tuple[dict[str, Estimate], ...]
+    mean: Estimate
+    below_best: float | None = None
+    below_best_error: float | None = None
+    beyond_noise: bool | None = None
+
+
+class Scoring(Record):
+    """Merges by their scores on tasks."""
+
+    lm_eval: str
+    tasks: tuple[Task, ...]
+    models: tuple[Scored, ...]
+    candidates: tuple[Scored, ...]
+    best: str
+    verdict: str
+
+
 class Comparison(Record):
-    """Merges by their losses on texts; ALD and differences are in nats per `unit`."""
+    """Merges by their losses on texts; ALD and differences are in nats per `unit`.
+
+    Without texts, `models` and `candidates` are empty, and `scoring` ranks.
+    """
 
     schema_version: int = 1
     versions: dict[str, str]
@@ -83,11 +138,7 @@ class Comparison(Record):
     candidates: tuple[Row, ...]
     best: str
     verdict: str
-
-
-class _Estimate(Record):
-    value: float
-    error: float
+    scoring: Scoring | None = None
 
 
 def _rate(losses: ChunkLosses, unit: str) -> tuple[float, list[float]]:
@@ -99,10 +150,18 @@ def _rate(losses: ChunkLosses, unit: str) -> tuple[float, list[float]]:
     return mean, [(loss - mean * size) / total for loss, size in parts]
 
 
-def _difference(
+def difference(
     pairs: Sequence[tuple[ChunkLosses, ChunkLosses | None]], unit: str
-) -> _Estimate:
-    """Mean over texts of one model's loss minus another's on the same chunks."""
+) -> Estimate:
+    """Mean over texts of one model's loss minus another's on the same chunks.
+
+    Args:
+        pairs: text by text, a model's losses and another's, or None for the loss.
+        unit: `token` or `byte`.
+
+    Returns:
+        the difference, with a standard error that is paired over chunks.
+    """
     value = variance = 0.0
     for one, other in pairs:
         mean, residuals = _rate(one, unit)
@@ -113,7 +172,7 @@ def _difference(
         count = len(residuals)
         value += mean
         variance += count / (count - 1) * sum(r * r for r in residuals)
-    return _Estimate(value=value / len(pairs), error=math.sqrt(variance) / len(pairs))
+    return Estimate(value=value / len(pairs), error=math.sqrt(variance) / len(pairs))
 
 
 def compare(
@@ -128,14 +187,20 @@ def compare(
     standard errors are paired: over the differences of chunks, not over chunks.
 
     Args:
-        texts: in the order of the losses; at least one has a model.
+        texts: in the order of the losses; at least one has a model, or there are none.
         measured: losses by model or candidate, text by text.
         candidates: all names and the YAML of each merge, by its first name.
-        about: the other fields of `Comparison`: versions and settings.
+        about: the other fields of `Comparison`: versions, settings and scores.
 
     Returns:
         candidates from the best to the worst, and the other models.
     """
+    if not texts:
+        ranked_by = about["scoring"]
+        assert isinstance(ranked_by, Scoring)
+        empty = {"unit": "token", "texts": (), "models": (), "candidates": ()}
+        said = {"best": ranked_by.best, "verdict": ranked_by.verdict}
+        return Comparison.model_validate({**about, **empty, **said})
     # Where models cut the same chunk into other tokens, a token is no common unit.
     same = all(
         [losses.tokens for losses in row] == [losses.tokens for losses in other]
@@ -145,9 +210,9 @@ def compare(
     unit = "token" if same else "byte"
     counted = [k for k, text in enumerate(texts) if text.model is not None]
 
-    def above(name: str, others: Mapping[int, str]) -> _Estimate:
+    def above(name: str, others: Mapping[int, str]) -> Estimate:
         pairs = [(measured[name][k], measured[other][k]) for k, other in others.items()]
-        return _difference(pairs, unit)
+        return difference(pairs, unit)
 
     specialists = {k: str(texts[k].model) for k in counted}
     alds = {name: above(name, specialists) for name in measured}
@@ -189,7 +254,7 @@ def compare(
 
 
 def _loss(losses: ChunkLosses) -> Loss:
-    token, byte = (_difference([(losses, None)], unit) for unit in ("token", "byte"))
+    token, byte = (difference([(losses, None)], unit) for unit in ("token", "byte"))
     return Loss(
         per_token=token.value,
         per_token_error=token.error,
@@ -203,13 +268,24 @@ def _verdict(ranked: Sequence[Row], unit: str) -> str:
     best, *others = ranked
     if not others:
         return f"Only one merge was compared: {best.name}, ALD {best.ald:.4f}."
+    gap = with_error(others[0].above_best or 0.0, others[0].above_best_error or 0.0)
+    by = f"Best on these texts: {best.name}, lower by {gap} nats per {unit} than "
+    return in_words(by, others)
+
+
+def in_words(by: str, others: Sequence[Row | Scored]) -> str:
+    """Say which candidates differ from the best beyond noise.
+
+    Args:
+        by: how much better the best is, up to the name of the second best.
+        others: all but the best, in their order.
+
+    Returns:
+        one sentence.
+    """
     near = [row.name for row in others if not row.beyond_noise]
     second = others[0]
-    gap = _with_error(second.above_best or 0.0, second.above_best_error or 0.0)
-    by = (
-        f"Best on these texts: {best.name}, lower by {gap} nats per {unit} than "
-        f"{second.name}: "
-    )
+    by = f"{by}{second.name}: "
     if not near:
         return f"{by}beyond noise."
     if near == [second.name]:
@@ -244,26 +320,26 @@ def lay_out(found: Comparison) -> Iterator[str | Table]:
     yield f"Average loss difference (ALD) and standard errors, nats per {found.unit}"
     if found.unit == "byte":
         yield "Tokens are not the same in all models: only losses per byte compare."
-    table = _table("candidate", "ALD", "above best", "")
+    table = table_of("candidate", "ALD", "above best", "")
     for row in found.candidates:
         same = f" (= {', '.join(row.names[1:])})" if row.names[1:] else ""
         words = "beyond noise" if row.beyond_noise else NOISE
-        gap = _with_error(row.above_best or 0.0, row.above_best_error or 0.0)
+        gap = with_error(row.above_best or 0.0, row.above_best_error or 0.0)
         best = row.name == found.best
         table.add_row(
             Cell(row.name + same),
-            _with_error(row.ald, row.ald_error),
+            with_error(row.ald, row.ald_error),
             "" if best else gap,
             "best" if best else words,
         )
     table.add_section()
     for row in found.models:
-        table.add_row(Cell(row.name), _with_error(row.ald, row.ald_error), "", "")
+        table.add_row(Cell(row.name), with_error(row.ald, row.ald_error), "", "")
     yield table
     yield f"Loss on each text, nats per {found.unit}"
     for first in range(0, len(found.texts), MOST_TEXTS):
         numbers = range(first, min(first + MOST_TEXTS, len(found.texts)))
-        table = _table("model", *(str(number + 1) for number in numbers))
+        table = table_of("model", *(str(number + 1) for number in numbers))
         for rows in (found.models, found.candidates):
             for row in rows:
                 table.add_row(Cell(row.name), *(_shown(found, row, k) for k in numbers))
@@ -277,8 +353,8 @@ def lay_out(found: Comparison) -> Iterator[str | Table]:
         )
 
 
-def _with_error(value: float, error: float) -> str:
-    """Four decimals, or as many as show two digits of a small error."""
+def with_error(value: float, error: float) -> str:
+    """Write four decimals, or as many as show two digits of a small error."""
     digits = 1 - math.floor(math.log10(error)) if error else 4
     digits = min(max(4, digits), 7)
     return f"{value:.{digits}f}±{error:.{digits}f}"
@@ -289,7 +365,7 @@ def _shown(found: Comparison, row: Row, text: int) -> str:
     return f"{loss.per_token if found.unit == 'token' else loss.per_byte:.4f}"
 
 
-def _table(first: str, *others: str) -> Table:
+def table_of(first: str, *others: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(first, overflow="fold")
     for heading in others:

@@ -11,7 +11,7 @@ from mergekit_metagpt.checkpoints.pairs import check_distinct, check_pair
 from mergekit_metagpt.checkpoints.remote import Glimpse
 from mergekit_metagpt.merge_config.families import Family
 from mergekit_metagpt.report import schema
-from mergekit_metagpt.report.inventory import precisions, unshared
+from mergekit_metagpt.report.inventory import not_written, precisions, unshared
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -62,6 +62,7 @@ def _header(model: Glimpse, base: Glimpse | None) -> schema.Header:
         vocabulary=max(sizes, default=None),
         tied=not all(tied) if tied else None,
         misfit=model.quantised if base is None else _misfit(base, model),
+        not_written=not_written(own, own.defined or None, {}),
         not_in_base=None if base is None else _unshared(own, base.checkpoint),
         only_in_base=None if base is None else _unshared(base.checkpoint, own),
     )

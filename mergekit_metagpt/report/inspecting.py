@@ -16,6 +16,7 @@ from mergekit_metagpt.checkpoints.unwritten import left_out
 from mergekit_metagpt.merge_config.families import Family
 from mergekit_metagpt.merge_config.plan import Coefficients, Planned, names_in
 from mergekit_metagpt.method import advice
+from mergekit_metagpt.method.lengths import Lengths, Spread
 from mergekit_metagpt.method.parameters import require_named
 from mergekit_metagpt.report import schema
 from mergekit_metagpt.report.inventory import describe, unshared
@@ -49,8 +50,8 @@ def inspect(
         planned: every tensor that mergekit would write, where it can plan the merge.
         refused: why the merge cannot be made as it is, or None.
         gram: whether inner products are needed; None takes them from the cache, and
-            reports no cosines where it has none.
-        sample: how much to read; all if None.
+            reports no cosines where it has none, unless `lambda: keep` needs them.
+        sample: how much to read; as the settings of the families say if None.
 
     Returns:
         the report.
@@ -59,7 +60,12 @@ def inspect(
         ValueError: a model does not fit its base, is quantised, or holds NaN.
         OSError: a file cannot be read.
     """
+    if any(family.keeps_length for family in families):
+        gram = True
     of_base: dict[ModelReference, list[ModelReference]] = {}
+    if sample is None:
+        # One number for the whole merge.
+        sample = Sample(share=min((f.settings.sample for f in families), default=1.0))
     for family in families:
         models = of_base.setdefault(family.base, [])
         models += [model for model in family.models if model not in models]
@@ -160,10 +166,12 @@ def with_ranges(
 
 @dataclass(frozen=True)
 class _Pool:
-    """A pool as reported, and the shares of the models that are merged in it."""
+    """A pool as reported, and the weights of the models; 0 for those not in it."""
 
     reported: schema.Pool
-    shares: Mapping[ModelReference, float]
+    weights: tuple[float, ...]
+    counts: bool
+    lengths: Lengths
 
 
 def _family(
@@ -220,6 +228,7 @@ def _family(
                 adapter=_adapter(reference, model),
             )
         )
+    lengths = None if family.varying else _lengths(family, pools, whole)
     of_base = written[family.base]
     left = () if of_base is None else left_out(base, of_base)
     own = [result.names.index(name) for name in whole.members["model"]]
@@ -247,12 +256,30 @@ def _family(
             bytes_stored=result.sampled.bytes_stored,
         ),
         reading=advice.cosine_reading(family.models, cosines),
+        lengths=lengths,
+        advice=None if lengths is None else advice.which_weights(lengths.disparity),
         pools=tuple(pool.reported for pool in pools),
         layers=tuple(pool.reported for pool in _pools(family, result, "layer")),
         warnings=(
             *_adapter_warnings(base, [opened[model] for model in family.models]),
             *_warnings(family, result, models, pools, left, base.warning),
         ),
+    )
+
+
+def _lengths(
+    family: Family, pools: Sequence[_Pool], whole: Pooled
+) -> schema.Lengths | None:
+    """How long the merged task vector is, and how far apart its inputs are."""
+    spread = Spread.of(whole.sq_norms, torch.tensor(family.weights, device="cpu"))
+    if spread is None or len(family.models) < 2:
+        return None
+    merged = [at.lengths.merged for at in pools if at.lengths.merged is not None]
+    return schema.Lengths(
+        inputs=math.hypot(*(pool.lengths.inputs for pool in pools)),
+        merged=math.hypot(*merged) if whole.gram is not None else None,
+        disparity=spread.disparity,
+        gamma=spread.gamma,
     )
 
 
@@ -315,6 +342,7 @@ def _pools(family: Family, result: ScanResult, granularity: str) -> list[_Pool]:
         values.reshape(shape).tolist()
         for values in (pooled.sq_norms, pooled.base_sq_norms)
     )
+    grams = None if pooled.gram is None else pooled.gram.reshape(-1, count, count)
     sampled = _PoolErrors.of(pooled, shape)
     counted = [set(names.values()) for names in result.counted_as]
     pools = []
@@ -326,7 +354,9 @@ def _pools(family: Family, result: ScanResult, granularity: str) -> list[_Pool]:
         weight *= torch.tensor(merged, device="cpu")
         measured = torch.tensor(sq_norms[row], dtype=torch.float64, device="cpu")
         norms_count = bool(members) and settings.power != 0
-        shares = settings.shares(measured if norms_count else None, weight).tolist()
+        lambdas = settings.shares(measured if norms_count else None, weight)
+        shares = lambdas.tolist()
+        lengths = Lengths.of(lambdas, measured, None if grams is None else grams[row])
         errors: dict[str, tuple[float, ...]] = {}
         if sampled is not None:
             found = [0.0] * count
@@ -341,16 +371,11 @@ def _pools(family: Family, result: ScanResult, granularity: str) -> list[_Pool]:
             sq_norms=tuple(sq_norms[row]),
             relative_norms=tuple(map(_ratio, sq_norms[row], base_sq_norms[row])),
             coefficients=tuple(shares),
+            keep=lengths.keep,
             **errors,
         )
-        taking_part = {
-            model: share
-            for model, share, w, here in zip(
-                family.models, shares, family.weights, present, strict=True
-            )
-            if w and here
-        }
-        pools.append(_Pool(reported, taking_part))
+        weights = (w * here for w, here in zip(family.weights, present, strict=True))
+        pools.append(_Pool(reported, tuple(weights), norms_count, lengths))
     return pools
 
 
@@ -431,8 +456,7 @@ def _warnings(
     if settings.power < 0:
         unmoved = [m for k, m in enumerate(family.models) if k not in moved]
         warnings.append(advice.left_out(base, unmoved, settings.power, WHOLE))
-    weighted = len({w for w in family.weights if w > 0}) > 1
-    warnings.append(_degenerate(base, pools, weighted=weighted, power=settings.power))
+    warnings.append(_degenerate(family, pools, result))
     warnings += advice.whole_model(base, family.models, result, settings.exclude, left)
     angles = whole.cosines
     if angles is not None:
@@ -442,17 +466,22 @@ def _warnings(
 
 
 def _degenerate(
-    base: ModelReference, pools: Sequence[_Pool], *, weighted: bool, power: float
+    family: Family, pools: Sequence[_Pool], result: ScanResult
 ) -> str | None:
     """Warn of the first pool of which one model takes almost all or next to nothing."""
+    settings = family.settings
 
     def warning(pool: _Pool, where: str) -> str | None:
-        shares = list(pool.shares.values())
-        if not any(shares):
-            return None
-        names = list(pool.shares)
         return advice.degenerate(
-            base, names, shares, where, weighted=weighted, power=power
+            family.base,
+            family.models,
+            pool.reported.coefficients,
+            pool.weights,
+            where,
+            sq_norms=pool.reported.sq_norms if pool.counts else None,
+            power=settings.power,
+            whole=result if settings.granularity == "model" else None,
+            exclude=settings.exclude,
         )
 
     degenerate = [pool for pool in pools if warning(pool, "")]

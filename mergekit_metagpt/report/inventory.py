@@ -37,7 +37,7 @@ def describe(
         parameters=sum(tensor.numel for tensor in tensors),
         bytes=sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors),
         precisions=precisions(model),
-        not_written=_not_written(model, written, sq_norms),
+        not_written=not_written(model, written, sq_norms),
     )
 
 
@@ -87,9 +87,19 @@ def _some(
     )
 
 
-def _not_written(
+def not_written(
     model: Checkpoint, written: Collection[str] | None, sq_norms: Mapping[str, float]
 ) -> schema.Tensors | None:
+    """Describe the tensors of a checkpoint that a merge leaves out.
+
+    Args:
+        model: the checkpoint.
+        written: names under which mergekit reads it, or None if nothing is planned.
+        sq_norms: of its task vector by tensor, if it was measured.
+
+    Returns:
+        the description; None if nothing is planned.
+    """
     if written is None:
         return None
     left = left_out(model, written)

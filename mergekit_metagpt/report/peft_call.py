@@ -33,6 +33,9 @@ def call(found: schema.Report) -> str:
             "families of models; expected one base and adapters of it"
         )
     (family,) = found.families
+    scale = family.settings.scale
+    if isinstance(scale, str):  # keep
+        scale = family.pools[0].keep or 1.0
     adapters, weights = [], []
     for model in family.models:
         if model.adapter is None:
@@ -46,7 +49,7 @@ def call(found: schema.Report) -> str:
                 f"{model.name} differ by tensor. Give --granularity model"
             )
         adapters.append(model.adapter)
-        weights.append(model.coefficient * family.settings.scale)
+        weights.append(model.coefficient * scale)
     _check(family, adapters)
     names = _names(adapters)
     base = family.base.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,6 +10,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from mergekit_metagpt.method import settings
 
 SE = "standard error of {}; null where exact"
+
+
+def as_json(found: BaseModel) -> str:
+    """Write a report as JSON in ASCII, which every locale reads alike.
+
+    Args:
+        found: a report.
+
+    Returns:
+        the text, indented, with a newline at its end.
+    """
+    return json.dumps(json.loads(found.model_dump_json()), indent=2) + "\n"
 
 
 class _Schema(BaseModel):
@@ -144,6 +157,11 @@ class Pool(_Schema):
     coefficients: tuple[float, ...] = Field(
         description="share of each model on this pool"
     )
+    keep: float | None = Field(
+        default=None,
+        description="what `lambda: keep` comes to on this pool; null where inner "
+        "products were not measured, or the task vectors cancel each other",
+    )
     sq_norms_se: tuple[float, ...] | None = Field(
         default=None, description=SE.format("`sq_norms`")
     )
@@ -173,6 +191,20 @@ class Sample(_Schema):
     bytes_stored: int = Field(description="what an exact scan reads")
 
 
+class Lengths(_Schema):
+    """Of the task vectors that are merged, over all tensors that count."""
+
+    inputs: float = Field(description="sum_t lambda_t ||tau_t||, their mean length")
+    merged: float | None = Field(
+        description="||sum_t lambda_t tau_t|| before `lambda`; null where inner "
+        "products were not measured"
+    )
+    disparity: float = Field(description="largest norm over the smallest")
+    gamma: float | None = Field(
+        description="ACE's Var_t(log n_t) / mean_t(log n_t)^2; null where the mean is 0"
+    )
+
+
 class Family(_Schema):
     """A base, the models merged with each other, and what was measured."""
 
@@ -191,6 +223,13 @@ class Family(_Schema):
         default=None, description="how much was read; null where the scan was exact"
     )
     reading: str = Field(description="the cosines in words")
+    lengths: Lengths | None = Field(
+        default=None,
+        description="null where nothing moved, or parameters are set tensor by tensor",
+    )
+    advice: str | None = Field(
+        default=None, description="what the norms tell of the weights, in words"
+    )
     pools: tuple[Pool, ...] = Field(description="at the granularity of the settings")
     layers: tuple[Pool, ...] = Field(description="at granularity layer, always")
     warnings: tuple[str, ...]
@@ -211,6 +250,10 @@ class Header(_Schema):
         description="whether the embeddings stand in for a head that is not stored"
     )
     misfit: str | None = Field(description="why it does not fit its base, or null")
+    not_written: Tensors | None = Field(
+        description="floating-point tensors that mergekit's definition of the "
+        "architecture lacks, and a merge leaves out; null where it has none"
+    )
     not_in_base: Tensors | None
     only_in_base: Tensors | None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from mergekit_metagpt.method.announcing import estimate
 from mergekit_metagpt.report.parts import printable
 
 if TYPE_CHECKING:
@@ -30,13 +31,15 @@ def lay_out(found: schema.Report) -> Iterator[str | Table]:
         found: the report.
 
     Yields:
-        tables, and lines of text to be printed without wrapping.
+        tables, and paragraphs.
     """
     if found.refused:
         yield f"Can be measured, but not merged as it is: {found.refused}\n"
     if found.headers:
         yield from _headers(found.headers)
-    for family in found.families:
+    for number, family in enumerate(found.families):
+        if number or found.headers:
+            yield ""
         if len(found.families) > 1:
             yield f"Merged with each other: {', '.join(family.places)}"
         yield from _family(family)
@@ -45,7 +48,7 @@ def lay_out(found: schema.Report) -> Iterator[str | Table]:
 def _headers(headers: Sequence[schema.Header]) -> Iterator[str | Table]:
     """What configurations and headers tell: a table, then reasons and differences."""
     total = {header.name: header.download for header in headers}
-    yield f"Headers ({sum(total.values()) / 1e9:,.2f} GB to download in all)"
+    yield f"Headers ({sum(total.values()) / 1e9:,.2f} GB to download in all)\n"
     names = ("model", "commit", "stored", "quantised", "head", "fits")
     headings = ["model", "commit", "parameters", "stored", "GB to download"]
     table = _table([*headings, "quantised", "vocabulary", "head", "fits"], names=names)
@@ -66,51 +69,99 @@ def _headers(headers: Sequence[schema.Header]) -> Iterator[str | Table]:
             ],
         )
     yield table
+    yield ""
     for header in headers:
         if header.misfit:
             yield f"{header.name} does not fit: {header.misfit}"
+        if header.not_written and header.not_written.count:
+            yield f"{header.name}: {_tensors(header.not_written)} mergekit leaves out"
         if header.not_in_base and header.not_in_base.count:
             yield f"{header.name}: {_tensors(header.not_in_base)} the base lacks"
         if header.only_in_base and header.only_in_base.count:
             yield f"{header.base}: {_tensors(header.only_in_base)} {header.name} lacks"
-    yield ""
 
 
 def _family(family: schema.Family) -> Iterator[str | Table]:
     base, models = family.base, family.models
     if base.parameters:
+        others = [model for model in models if model.precisions != base.precisions]
+        as_all = "" if others else " (as all models)"
         norm = "was not read" if base.norm is None else f"{base.norm:.4g}"
-        yield (
-            f"Base {base.name}: {base.parameters:,} parameters, {_precisions(base)}, "
-            f"||theta_0|| {norm}"
-        )
+        yield f"Base {base.name}: {_stored(base)}{as_all}, ||theta_0|| {norm}"
     else:
+        others = list(models)
         yield f"Base {base.name}: not opened, adapters are measured from their factors"
+    for model in others:
+        yield f"{model.name}: {_stored(model)}"
     if sample := family.sample:
         yield (
             f"Estimated from {sample.bytes_read / 1e6:,.1f} of "
             f"{sample.bytes_stored / 1e6:,.1f} MB ({sample.share:.3g} of each large "
             "tensor); ± is one standard error"
         )
-    yield f"\nTask vectors ({_settings(family.settings)})"
+    how = _settings(family.settings)
+    yield f"\nTask vectors ({how}); relative: ||tau|| / ||theta_0||\n"
     yield _task_vectors(family)
+    if lengths := lengths_of(family):
+        yield f"\n{lengths}"
     wide = len(models) > MOST_COLUMNS
     if len(models) > 1:
         if family.cosines is not None and not wide:
-            yield "Cosines between task vectors"
+            yield "\nCosines between task vectors\n"
             yield _cosines(family)
-        yield f"{family.reading}\n"
-    yield "Share of each part in ||tau||^2"
+        yield f"\n{family.reading}"
+    yield "\nShare of each part in ||tau||^2\n"
     yield _parts(family)
     if family.settings.granularity != "model" and not wide:
         of_what = family.settings.granularity
-        yield f"Coefficients by {of_what}, and in brackets ||tau|| / ||theta_0||"
+        yield f"\nCoefficients by {of_what}, and in brackets ||tau|| / ||theta_0||\n"
         yield _pools(family)
     if wide:
-        yield f"{len(models)} models are too many for a table: use --json or --csv\n"
-    yield from _left_out(family)
-    for warning in family.warnings:
-        yield f"Warning: {warning}"
+        yield f"\n{len(models)} models are too many for a table: use --json or --csv"
+    lines = [*_left_out(family), *(f"Warning: {w}" for w in family.warnings)]
+    if family.advice:
+        lines.append(family.advice)
+    if lines:
+        yield "\n" + "\n".join(lines)
+
+
+def _stored(stored: schema.Stored) -> str:
+    return f"{stored.parameters:,} parameters, {_precisions(stored)}"
+
+
+def scale_of(settings: schema.Settings) -> str:
+    """Return `lambda` as it stands in a YAML."""
+    return settings.scale if isinstance(settings.scale, str) else f"{settings.scale:g}"
+
+
+def keep_of(family: schema.Family) -> str:
+    """Say what `lambda: keep` comes to in a family: a number, or the range of pools."""
+    values = [pool.keep for pool in family.pools if pool.keep is not None]
+    ends = dict.fromkeys(f"{end(values):.4g}" for end in (min, max) if values)
+    return " to ".join(ends) or "undefined"
+
+
+def lengths_of(family: schema.Family) -> str | None:
+    """Say how long the merged task vector is, as far as that was measured.
+
+    Args:
+        family: of a report.
+
+    Returns:
+        one line, or None where one model is merged, or none moved.
+    """
+    lengths = family.lengths
+    if lengths is None:
+        return None
+    gamma = "" if lengths.gamma is None else f", ACE's gamma {lengths.gamma:.3g}"
+    norms = f"Norms {lengths.disparity:.2f} to 1 apart{gamma}."
+    if lengths.merged is None:
+        return norms
+    return (
+        f"Merged task vector: length {lengths.merged:.4g}, "
+        f"{lengths.merged / lengths.inputs:.2f} of the mean of its inputs "
+        f"(lambda: keep is {keep_of(family)}). {norms}"
+    )
 
 
 def _precisions(stored: schema.Stored | schema.Header) -> str:
@@ -122,18 +173,8 @@ def _precisions(stored: schema.Stored | schema.Header) -> str:
 
 def _coefficient(model: schema.Model) -> str:
     if model.coefficient is not None:
-        return _estimate(model.coefficient, model.coefficient_se, _four)
+        return estimate(model.coefficient, model.coefficient_se, _four)
     return " to ".join(map(_four, model.coefficient_range))
-
-
-def _estimate(
-    value: float, error: float | None, exact: Callable[[float], str] = "{:.4g}".format
-) -> str:
-    """A value to the first digit of its standard error, or as if it were exact."""
-    if not error:
-        return exact(value)
-    digits = max(0, -math.floor(math.log10(error)))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def _four(value: float) -> str:
@@ -146,7 +187,7 @@ def _settings(settings: schema.Settings) -> str:
     if settings.exclude:
         chosen.append(f"without {', '.join(settings.exclude)}")
     if settings.scale != 1:
-        chosen.append(f"the sum scaled by lambda {settings.scale:g}")
+        chosen.append(f"the sum scaled by lambda {scale_of(settings)}")
     return ", ".join(chosen)
 
 
@@ -160,7 +201,9 @@ def _table(headings: Sequence[str], *, names: Sequence[str] = ()) -> Table:
     Returns:
         the table.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for heading in headings:
         side: Literal["left", "right"] = "left" if heading in names else "right"
         table.add_column(Text(heading), justify=side, overflow="fold")
@@ -177,28 +220,22 @@ def _numbers(family: schema.Family) -> list[str]:
 
 
 def _task_vectors(family: schema.Family) -> Table:
+    """What a reader asks for stands first: a narrow terminal folds names only."""
     models = family.models
     weighted = any(model.weight != 1 for model in models)
     by_hand = any(model.weight_by_hand for model in models)
-    headings = ["#", "model", "parameters", "stored"]
-    headings += ["||tau||", "/ ||theta_0||", "coefficient"]
-    headings += ["weight"] * weighted + ["weight in YAML"] * by_hand
-    table = _table(headings, names=("model", "stored", "weight in YAML"))
+    headings = ["#", "model", "coefficient"]
+    headings += ["weight"] * weighted + ["YAML weight"] * by_hand
+    headings += ["||tau||", "relative"]
+    table = _table(headings, names=("model",))
     for number, model in zip(_numbers(family), models, strict=True):
-        relative = model.relative_norm
-        row = [
-            number,
-            model.name,
-            f"{model.parameters:,}",
-            _precisions(model),
-            _estimate(model.norm, model.norm_se),
-            "-"
-            if relative is None
-            else _estimate(relative, model.relative_norm_se, _four),
-            _coefficient(model),
-        ]
+        relative = "-"
+        if model.relative_norm is not None:
+            relative = estimate(model.relative_norm, model.relative_norm_se, _four)
+        row = [number, model.name, _coefficient(model)]
         row += [f"{model.weight:g}"] * weighted
         row += [model.weight_by_hand or "-"] * by_hand
+        row += [estimate(model.norm, model.norm_se), relative]
         _add(table, row)
     return table
 
@@ -247,7 +284,7 @@ def _pools(family: schema.Family) -> Table:
     table = _table([granularity, *headings], names=(granularity,))
     for pool in family.pools:
         cells = [
-            f"{_estimate(value, error, _four)} "
+            f"{estimate(value, error, _four)} "
             f"({'-' if relative is None else _four(relative)})"
             for value, error, relative in zip(
                 pool.coefficients,
@@ -291,6 +328,7 @@ COLUMNS = (
     "norm",
     "relative_norm",
     "coefficient",
+    "weight",
 )
 
 
@@ -318,6 +356,7 @@ def as_csv(found: schema.Report) -> str:
                         pool.sq_norms[k] ** 0.5,
                         pool.relative_norms[k],
                         pool.coefficients[k],
+                        model.weight,
                     ]
                 )
     return stream.getvalue()
@@ -339,6 +378,7 @@ def remembered(entries: Sequence[Remembered]) -> Table:
         "gram": "inner products",
         "sample": "estimates from a sample",
         "losses": "losses",
+        "scores": "scores on a task",
     }
     for entry in entries:
         _add(

@@ -102,7 +102,16 @@ class ChunkLosses(BaseModel):
     bytes: list[int]
 
 
-C = TypeVar("C", _Pair, _Gram, _Estimates, ChunkLosses)
+class TaskScores(BaseModel):
+    """How a model scores on the documents of a task, by metric."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    documents: dict[str, list[Finite]]
+    higher_is_better: dict[str, bool]
+
+
+C = TypeVar("C", _Pair, _Gram, _Estimates, ChunkLosses, TaskScores)
 
 
 def folder() -> Path | None:
@@ -322,6 +331,30 @@ def write_losses(models: Sequence[Checkpoint], about: str, losses: ChunkLosses) 
     _write("losses", models[0], models[1:], losses, about)
 
 
+def read_scores(models: Sequence[Checkpoint], about: str) -> TaskScores | None:
+    """Look up how a model, or a merge, scored on a task in an earlier run.
+
+    Args:
+        models: the model, or those that are merged.
+        about: all else that the scores depend on: merge, task, settings, versions.
+
+    Returns:
+        the scores, or None.
+    """
+    return _read("scores", models[0], models[1:], TaskScores, about)
+
+
+def write_scores(models: Sequence[Checkpoint], about: str, scores: TaskScores) -> None:
+    """Remember how a model, or a merge, scored on a task.
+
+    Args:
+        models: the model, or those that are merged.
+        about: all else that the scores depend on.
+        scores: of each document.
+    """
+    _write("scores", models[0], models[1:], scores, about)
+
+
 def _place(
     kind: str, base: Checkpoint, models: Sequence[Checkpoint], about: str
 ) -> Path | None:
@@ -426,7 +459,7 @@ class Remembered:
 
     Attributes:
         file: where it lies.
-        kind: `pair`, `gram`, `sample` or `losses`; empty if it cannot be read.
+        kind: `pair`, `gram`, `sample`, `losses` or `scores`; empty if unreadable.
         base: the base, as its user wrote it.
         models: the models.
         bytes: its size.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
 
 from mergekit_metagpt.checkpoints.adapters import is_adapter
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
@@ -18,7 +21,7 @@ from mergekit_metagpt.checkpoints.opening import (
 )
 from mergekit_metagpt.checkpoints.pairs import check_pair
 from mergekit_metagpt.checkpoints.remote import open_adapter
-from mergekit_metagpt.scanning import cache, factors
+from mergekit_metagpt.scanning import at_hand, cache, factors, ranks
 from mergekit_metagpt.scanning.one_pass import scan_checkpoints
 from mergekit_metagpt.scanning.results import ScanResult
 from mergekit_metagpt.scanning.sampling import Sample, sample_checkpoints
@@ -26,15 +29,28 @@ from mergekit_metagpt.scanning.sampling import Sample, sample_checkpoints
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
 
+    Model: TypeAlias = (
+        str
+        | os.PathLike[str]
+        | ModelReference
+        | torch.nn.Module
+        | Mapping[str, torch.Tensor]
+    )
+
 # Results of one model each by the identities of base and model, and of all models of a
-# request by its identities. Reading needs no lock; scanning and writing need `_LOCK`.
+# request by its identities; of a sampled one by its sample, too. Reading needs no
+# lock; scanning and writing need `_LOCK`.
 _Identities = tuple[object, ...]
 _PAIRS: dict[_Identities, ScanResult] = {}
 _REQUESTS: dict[_Identities, ScanResult] = {}
+_SAMPLES: dict[_Identities, ScanResult] = {}
 _FAILURES: dict[_Identities, Exception] = {}
 _MOST_PAIRS = 1024
 _MOST_REQUESTS = 64
 _LOCK = threading.Lock()
+# Whether requests for a sample are answered by a sample (False: by a scan); None takes
+# what is known. Of the process: a merge may run on threads of mergekit's.
+_estimated: bool | None = None
 
 
 def measure(
@@ -59,7 +75,8 @@ def measure(
         gram: whether inner products are needed; None takes those that an earlier scan
             left in the cache, and does without otherwise.
         workers: threads; the CPUs at hand if None.
-        sample: estimate from a sample, unless an earlier exact scan is remembered.
+        sample: estimate from a sample, unless an earlier exact scan is remembered. What
+            was estimated once stays so in this process: a merge has one result.
 
     Returns:
         the result, with the models in their order; named as when it was measured.
@@ -69,16 +86,18 @@ def measure(
             adapters and a sample of other models are asked for.
         OSError: a file cannot be read or has changed since it was opened.
     """
+    if sample is not None and (sample.share == 1 or _estimated is False):
+        sample = None
     if sample is not None and any(model.adapter for model in models):
         base, sample = _without(base, models), None
     request = (base.identity, *(model.identity for model in models))
-    if (earlier := _remembered(request, gram)) is not None:
+    if (earlier := _remembered(request, sample, gram)) is not None:
         return earlier
     with _LOCK:
         # Another thread may have scanned for us while we waited.
-        if (earlier := _remembered(request, gram)) is not None:
+        if (earlier := _remembered(request, sample, gram)) is not None:
             return earlier
-        attempt = (*request, sample)
+        attempt = (*request, sample, bool(gram))
         if attempt in _FAILURES:
             raise _FAILURES[attempt]
         try:
@@ -88,14 +107,15 @@ def measure(
         except Exception as error:
             _FAILURES[attempt] = error
             raise
-        if result.sampled is not None:
-            return result  # only the cache keeps it: an exact one may be asked for next
-        for at, model in enumerate(models):
-            pair = replace(result.select([at]), gram=None)
-            _PAIRS.setdefault((base.identity, model.identity), pair)
-        _REQUESTS[request] = result
-        for kept, most in ((_PAIRS, _MOST_PAIRS), (_REQUESTS, _MOST_REQUESTS)):
-            while len(kept) > most:
+        if sample is not None:
+            _SAMPLES[attempt] = result
+        if result.sampled is None:
+            for at, model in enumerate(models):
+                pair = replace(result.select([at]), gram=None)
+                _PAIRS.setdefault((base.identity, model.identity), pair)
+            _REQUESTS[request] = result
+        for kept in (_PAIRS, _REQUESTS, _SAMPLES):
+            while len(kept) > (_MOST_PAIRS if kept is _PAIRS else _MOST_REQUESTS):
                 del kept[next(iter(kept))]
     return result
 
@@ -111,7 +131,31 @@ def _without(base: Checkpoint, models: Sequence[Checkpoint]) -> Checkpoint:
     return unopened(base.label)
 
 
-def _remembered(request: _Identities, gram: bool | None) -> ScanResult | None:
+@contextmanager
+def again(*, estimated: bool) -> Iterator[None]:
+    """Answer requests for a sample as an earlier merge was answered.
+
+    Args:
+        estimated: by a sample, whatever exact results are remembered; else by a scan.
+
+    Yields:
+        while the merge is made again.
+    """
+    global _estimated
+    before, _estimated = _estimated, estimated
+    try:
+        yield
+    finally:
+        _estimated = before
+
+
+def _remembered(
+    request: _Identities, sample: Sample | None, gram: bool | None
+) -> ScanResult | None:
+    if sample is not None:
+        answer = _SAMPLES.get((*request, sample, bool(gram)))
+        if answer is not None or _estimated:
+            return answer
     result = _REQUESTS.get(request)
     return result if result and (gram is False or result.gram is not None) else None
 
@@ -125,33 +169,35 @@ def _measured(
 ) -> ScanResult:
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
-    pairs = [
-        _PAIRS.get((base.identity, model.identity)) or cache.read_pair(base, model)
-        for model in models
-    ]
+    only_estimates = sample is not None and _estimated
+    # Of several ranks, rank 0 says what is known, and keeps what is new: the caches of
+    # nodes may differ.
+    pairs = ranks.from_leader(
+        lambda: [None if only_estimates else _known(base, model) for model in models]
+    )
+    leads = ranks.leads()
     missing = [at for at, pair in enumerate(pairs) if pair is None]
     if gram is not False and not missing:
         result = ScanResult.joined([pair for pair in pairs if pair is not None])
-        products = cache.read_gram(base, models, result.names)
+        products = ranks.from_leader(
+            lambda: cache.read_gram(base, models, result.names)
+        )
         if products is not None or gram is None:
             return replace(result, gram=products)
     if sample is not None and (missing or gram):
-        request = f"{sample.share} {sample.budget} {sample.seed} {bool(gram)}"
-        estimated = cache.read_sample(base, models, request)
-        if estimated is None:
-            estimated = sample_checkpoints(
-                base, models, sample, gram=bool(gram), workers=workers
-            )
-            cache.write_sample(base, models, request, estimated)
-        return estimated
+        return ranks.from_leader(
+            lambda: _sampled(base, models, sample, bool(gram), workers)
+        )
     scanned = list(range(len(models))) if gram else missing
     if scanned:
         new = _scanned(base, [models[at] for at in scanned], bool(gram), workers)
         for row, at in enumerate(scanned):
             pairs[at] = pair = replace(new.select([row]), gram=None)
-            cache.write_pair(base, models[at], pair)
+            if leads:
+                cache.write_pair(base, models[at], pair)
         if gram:
-            cache.write_gram(base, models, new)
+            if leads:
+                cache.write_gram(base, models, new)
             return new
     return ScanResult.joined([pair for pair in pairs if pair is not None])
 
@@ -166,7 +212,7 @@ def _scanned(
         return scan_checkpoints(base, tuned, gram=gram, workers=workers)
     added = [at for at, model in enumerate(models) if model.adapter]
     adapters = [models[at] for at in added]
-    own = _PAIRS.get((base.identity, base.identity)) or cache.read_pair(base, base)
+    own = ranks.from_leader(lambda: _known(base, base))
     crossing = factors.Crossing(base, adapters) if gram and full else None
     result = None
     if full or (own is None and base.tensors):
@@ -183,7 +229,8 @@ def _scanned(
         if own is None:
             own = replace(result.select([len(tuned)]), gram=None)
             _PAIRS[base.identity, base.identity] = own
-            cache.write_pair(base, base, own)
+            if ranks.leads():
+                cache.write_pair(base, base, own)
         result = result.select(range(len(tuned))) if full else None
     exact = factors.scan_adapters(
         base, adapters, own if base.tensors else None, workers=workers
@@ -203,14 +250,40 @@ def _opened_adapter(
     return open_adapter(model, merged=merged) if own else None
 
 
+def _known(base: Checkpoint, model: Checkpoint) -> ScanResult | None:
+    return _PAIRS.get((base.identity, model.identity)) or cache.read_pair(base, model)
+
+
+def _sampled(
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    sample: Sample,
+    gram: bool,
+    workers: int | None,
+) -> ScanResult:
+    request = f"{sample} {gram}"
+    estimated = cache.read_sample(base, models, request)
+    if estimated is None:
+        estimated = sample_checkpoints(base, models, sample, gram=gram, workers=workers)
+        cache.write_sample(base, models, request, estimated)
+    return estimated
+
+
 def forget_failures() -> None:
     """Let the next merge try again what failed in an earlier one."""
     _FAILURES.clear()
 
 
+def _state_of(model: Model) -> Mapping[str, torch.Tensor] | None:
+    """The tensors of a model in memory; None of another one."""
+    if isinstance(model, torch.nn.Module):
+        return model.state_dict()
+    return model if isinstance(model, Mapping) else None
+
+
 def scan(
-    base: str | os.PathLike[str] | ModelReference,
-    models: Sequence[str | os.PathLike[str] | ModelReference],
+    base: Model,
+    models: Sequence[Model],
     *,
     gram: bool = False,
     workers: int | None = None,
@@ -224,10 +297,14 @@ def scan(
     t both store, at the coarser of the two stored precisions. A tied weight counts
     once; of resized vocabularies the common rows count. One pass over the files.
 
+    Of tensors in memory, those that share storage count once, shapes must be equal, and
+    the result has the bits of a merge by mergekit's `merge_state_dicts`.
+
     Args:
-        base: theta_0: a folder, a hub repository or a `ModelReference`.
-        models: the K fine-tunes; `base+adapter` or the folder of an adapter for a
-            LoRA, which is measured from its factors.
+        base: theta_0: a folder, a hub repository, a `ModelReference`, or a module or
+            state dict in memory.
+        models: the K fine-tunes, likewise; `base+adapter` or the folder of an adapter
+            for a LoRA, which is measured from its factors.
         gram: also compute <tau_s, tau_t>, for cosines.
         workers: threads; by default the number of CPUs at hand.
         lora_merge_cache: folder for merged adapters, needed for those whose task
@@ -239,6 +316,7 @@ def scan(
         the squared norms per tensor group; the same bits for any number of workers.
 
     Raises:
+        TypeError: some models are in memory, and some are not.
         ValueError: no models, models that do not fit the base, quantised models,
             adapters that need a merged copy, a weight that is NaN or infinite.
         OSError: a file is missing, truncated, or changes during the scan.
@@ -247,6 +325,15 @@ def scan(
         raise ValueError("no models to measure against the base; give at least one")
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; expected a number >= 1 or None")
+    states = [_state_of(model) for model in (base, *models)]
+    held = [state for state in states if state is not None]
+    if len(held) == len(states):
+        return at_hand.measure_states(held[0], held[1:], gram=gram)
+    if held:
+        raise TypeError(
+            f"{len(held)} of {len(states)} models are in memory; expected all of them, "
+            "or none: give the others as state dicts, or these as folders"
+        )
     from mergekit.common import ModelReference
 
     references = [

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from mergekit_metagpt.arithmetic.in_parts import scratch
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.pairs import Alignment, SharedTensor, align
 from mergekit_metagpt.checkpoints.ranges import AT_ONCE, RemoteFile
+from mergekit_metagpt.scanning import ranks
 from mergekit_metagpt.scanning.factors import Crossing
 from mergekit_metagpt.scanning.pieces import Files
 from mergekit_metagpt.scanning.results import ScanResult
@@ -47,6 +49,22 @@ class Sums:
             _both(self.gram, other.gram),
             _both(self.cross, other.cross),
         )
+
+    def numbers(self) -> list[Any]:
+        """The same bits as plain numbers, to be sent to other ranks."""
+        parts = self.sq_norms, self.base, self.gram, self.cross
+        return [None if part is None else part.tolist() for part in parts]
+
+    @classmethod
+    def of(cls, numbers: Sequence[Any]) -> Sums:
+        """The sums that `numbers` tells."""
+        parts: list[Any] = [
+            None
+            if part is None
+            else torch.tensor(part, dtype=torch.float64, device="cpu")
+            for part in numbers
+        ]
+        return cls(*parts)
 
 
 def _both(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
@@ -279,7 +297,7 @@ def _scan(
         for group in groups
         for part in group.segments
     ]
-    results = iter(run(tasks, workers))
+    results = iter(_run_shared(tasks, workers))
     table = Table.empty(groups, len(models), gram=gram)
     for group in groups:
         parts = [next(results) for _ in group.segments]
@@ -292,6 +310,22 @@ def _scan(
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
     return table.result(base, models, alignments)
+
+
+def _run_shared(
+    tasks: Sequence[tuple[int, Callable[[], Sums]]], workers: int
+) -> list[Sums]:
+    """Run the tasks; where ranks share a scan, each a part, and all get all results."""
+    sharers = ranks.group()
+    if sharers is None:
+        return run(tasks, workers)
+    owners = ranks.owners([size for size, _ in tasks], sharers.size)
+    mine = [
+        task for task, owner in zip(tasks, owners, strict=True) if owner == sharers.rank
+    ]
+    parts = sharers.gather([sums.numbers() for sums in run(mine, workers)])
+    following = [iter(part) for part in parts]
+    return [Sums.of(next(following[owner])) for owner in owners]
 
 
 def total(

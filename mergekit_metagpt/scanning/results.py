@@ -48,6 +48,25 @@ class Pooled:
         """Return the pool of a tensor that counts under this name."""
         return pool_key(name, self.granularity)
 
+    def products(self, keys: Sequence[str], models: Sequence[int]) -> torch.Tensor:
+        """Return inner products of one pool, which models may know by other names.
+
+        Args:
+            keys: the pool's name for each of `k` models.
+            models: their rows and columns in `gram`, which must be there.
+
+        Returns:
+            shape `(k, k)`, float64; 0 where two names differ or nothing counts.
+        """
+        assert self.gram is not None
+        by_pool = self.gram.reshape(-1, *self.gram.shape[-2:])
+        found = self.gram.new_zeros(len(keys), len(keys))
+        for i, (key, row) in enumerate(zip(keys, models, strict=True)):
+            for j, (other, column) in enumerate(zip(keys, models, strict=True)):
+                if key == other and self.members.get(key):
+                    found[i, j] = by_pool[self.rows[key], row, column]
+        return found
+
     @property
     def cosines(self) -> torch.Tensor | None:
         """Cosines between task vectors, shape of `gram`, or None; see `closed_form`."""

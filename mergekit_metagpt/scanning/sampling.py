@@ -32,14 +32,18 @@ from mergekit_metagpt.scanning.pieces import Files, Source
 from mergekit_metagpt.scanning.results import Sampled, ScanResult
 from mergekit_metagpt.scanning.threads import default_workers, run
 
-# Elements of a block. A tensor of fewer than `WHOLE` elements is read whole, of every
-# other at least `LEAST` blocks: one has no variance.
+# Elements of the shortest blocks; longer ones are `PARTS` or more of a tensor. A tensor
+# of fewer than `WHOLE` elements is read whole, of every other at least `LEAST` blocks:
+# one has no variance.
 BLOCK = 1 << 12
+PARTS = 64
 WHOLE = 1 << 16
 LEAST = 2
-# Blocks that one task reads. Fixed, as is `BLOCK`: sums are formed in the same order
-# whatever the number of workers.
-TOGETHER = PIECE // BLOCK
+# Blocks of base and models beyond which longer ones are read instead: each costs a
+# request, or a seek.
+MOST_READS = 4000
+# Blocks that one task reads, at most; few, as over a network it waits for each.
+TOGETHER = 8
 # Blocks in which a stored head is compared with its embedding.
 COMPARED = 16
 # Halvings in the search for the share that a budget pays for.
@@ -67,80 +71,129 @@ class _Stratum:
 
     group: Group
     blocks: Sequence[int] | None
+    length: int
 
     @property
     def tail(self) -> slice:
         """What full blocks leave over; always read."""
         numel = self.group.pairs[0].numel
-        return slice(numel - numel % BLOCK, numel)
+        return slice(numel - numel % self.length, numel)
 
     def parts(self) -> Iterator[slice | Sequence[int]]:
         """Yield what one task reads: a segment, or some blocks."""
         if self.blocks is None:
             yield from self.group.segments
             return
-        for first in range(0, len(self.blocks), TOGETHER):
-            yield self.blocks[first : first + TOGETHER]
+        together = min(TOGETHER, PIECE // self.length)
+        for first in range(0, len(self.blocks), together):
+            yield self.blocks[first : first + together]
         if self.tail.stop > self.tail.start:
             yield self.tail
 
 
-def _count(group: Group, share: float) -> int | None:
-    """Number of blocks to be read of a group; None for all of it."""
-    numel = group.pairs[0].numel
-    if numel < WHOLE or not all(pair.divisible for pair in group.pairs):
-        return None
-    count = max(LEAST, math.ceil(share * (numel // BLOCK)))
-    return count if count < numel // BLOCK else None
+@dataclass(frozen=True)
+class _Plan:
+    """How much is read: a share of each large tensor, in blocks of up to `longest`."""
+
+    share: float
+    longest: int
+
+    def length(self, group: Group) -> int:
+        """Elements of a block: a power of two."""
+        fitting = max(BLOCK, group.pairs[0].numel // PARTS)
+        return min(self.longest, 1 << (fitting.bit_length() - 1))
+
+    def count(self, group: Group) -> int | None:
+        """Number of blocks to be read of a group; None for all of it."""
+        numel = group.pairs[0].numel
+        if numel < WHOLE or not all(pair.divisible for pair in group.pairs):
+            return None
+        every = numel // self.length(group)
+        count = max(LEAST, math.ceil(self.share * every))
+        return count if count < every else None
+
+    def bytes(self, group: Group) -> int:
+        """Bytes that are read of a group, of base and models."""
+        numel, count, length = group.pairs[0].numel, self.count(group), 1
+        if count is not None:
+            length = self.length(group)
+            numel = count * length + numel % length
+        return numel * group.bytes_per_element
+
+    def cost(self, groups: Sequence[Group]) -> int:
+        """Bytes that are read of all groups."""
+        return sum(map(self.bytes, groups))
+
+    def reads(self, groups: Sequence[Group]) -> int:
+        """Number of blocks that are read of all groups, of base and models."""
+        return sum(
+            (self.count(group) or 0) * (1 + len(group.pairs)) for group in groups
+        )
 
 
-def _bytes(group: Group, count: int | None) -> int:
-    """Bytes that are read of a group, of base and models."""
-    numel = group.pairs[0].numel
-    elements = numel if count is None else count * BLOCK + numel % BLOCK
-    return elements * group.bytes_per_element
+def _plan(sample: Sample, groups: Sequence[Group]) -> _Plan:
+    """Choose the shortest blocks of which a sample has no more than `MOST_READS`.
+
+    Of many small tensors no length makes them so few; blocks are not longer then than
+    it takes to come near the fewest.
+    """
+    least = 2 * _Plan(0.0, BLOCK).reads(groups)
+    chosen, longest = None, BLOCK
+    while longest <= PIECE:
+        share = sample.share
+        if share is None:
+            assert sample.budget is not None
+            share = _share_for(sample.budget, groups, longest)
+            if share is None:
+                break
+        chosen = _Plan(share, longest)
+        if chosen.reads(groups) <= max(MOST_READS, least):
+            break
+        longest *= 2
+    if chosen is None:
+        raise ValueError(
+            f"a budget of {sample.budget:,} bytes is too small: two blocks of each "
+            f"tensor of these models are {_Plan(0.0, BLOCK).cost(groups):,} bytes. "
+            "Give at least that"
+        )
+    return chosen
 
 
-def _share_for(budget: int, groups: Sequence[Group]) -> float:
-    """The largest share that costs no more than the budget."""
-
-    def cost(share: float) -> int:
-        return sum(_bytes(group, _count(group, share)) for group in groups)
-
-    if cost(1.0) <= budget:
+def _share_for(budget: int, groups: Sequence[Group], longest: int) -> float | None:
+    """The largest share that costs no more than the budget; None if none does."""
+    if _Plan(1.0, longest).cost(groups) <= budget:
         return 1.0
     low, high = 0.0, 1.0
-    if cost(low) > budget:
-        raise ValueError(
-            f"a budget of {budget:,} bytes is too small: two blocks of each tensor of "
-            f"these models are {cost(low):,} bytes. Give at least that"
-        )
+    if _Plan(low, longest).cost(groups) > budget:
+        return None
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost(middle) <= budget else (low, middle)
+        fits = _Plan(middle, longest).cost(groups) <= budget
+        low, high = (middle, high) if fits else (low, middle)
     return low
 
 
-def _positions(group: Group, count: int | None, seed: int) -> Sequence[int] | None:
-    """Blocks of a group: the same whatever the files, workers and other tensors."""
-    if count is None:
-        return None
-    shape = group.pairs[0].shape
-    key = hashlib.sha256(f"{seed}:{group.name}:{shape}".encode()).digest()
-    draw = random.Random(int.from_bytes(key, "big"))
-    return sorted(draw.sample(range(group.pairs[0].numel // BLOCK), count))
+def _stratum(group: Group, plan: _Plan, seed: int) -> _Stratum:
+    """Draw blocks of a group: the same whatever the files, workers, other tensors."""
+    length, count, blocks = plan.length(group), plan.count(group), None
+    if count is not None:
+        shape, numel = group.pairs[0].shape, group.pairs[0].numel
+        key = hashlib.sha256(f"{seed}:{group.name}:{shape}".encode()).digest()
+        draw = random.Random(int.from_bytes(key, "big"))
+        blocks = sorted(draw.sample(range(numel // length), count))
+    return _Stratum(group, blocks, length)
 
 
-def _read(source: Source, blocks: Sequence[int]) -> torch.Tensor:
-    """Read blocks of a flattened tensor, neighbours at once; shape `(n, BLOCK)`."""
-    values = torch.empty(len(blocks), BLOCK, dtype=source.dtype, device="cpu")
+def _read(source: Source, blocks: Sequence[int], length: int = BLOCK) -> torch.Tensor:
+    """Read blocks of a flattened tensor, neighbours at once; shape `(n, length)`."""
+    values = torch.empty(len(blocks), length, dtype=source.dtype, device="cpu")
     first = 0
     while first < len(blocks):
         last = first + 1
         while last < len(blocks) and blocks[last] == blocks[last - 1] + 1:
             last += 1
         room = values[first:last].view(-1)
-        start = blocks[first] * BLOCK
+        start = blocks[first] * length
         piece = slice(start, start + room.numel())
         read = source.read(piece, room.view(torch.uint8))
         if source.whole is not None:
@@ -163,13 +216,16 @@ class _Blocks:
 
 
 def _sums_of_blocks(
-    group: Group,
+    stratum: _Stratum,
     files: Files,
     owners: tuple[Checkpoint, Sequence[Checkpoint]],
     blocks: Sequence[int],
 ) -> _Blocks:
-    base = _read(files.source(group.pairs[0], group.pairs[0].base), blocks)
-    tuned = [_read(files.source(pair, pair.model), blocks) for pair in group.pairs]
+    group, length = stratum.group, stratum.length
+    base = _read(files.source(group.pairs[0], group.pairs[0].base), blocks, length)
+    tuned = [
+        _read(files.source(pair, pair.model), blocks, length) for pair in group.pairs
+    ]
     gram = squared_norms.gram_of_rows(base, tuned)
     sq_norms = gram.diagonal(dim1=-2, dim2=-1).clone()
     squares = base.double().square().sum(dim=1)
@@ -262,8 +318,8 @@ def sample_checkpoints(
     """Estimate what `scan_checkpoints` would measure, with standard errors.
 
     Every tensor of at least `WHOLE` elements is a stratum: a simple random sample of
-    its blocks of `BLOCK` elements, at the same positions in base and models. All
-    smaller ones, and those in another layout, are read whole.
+    its blocks of `BLOCK` elements or more, at the same positions in base and models.
+    All smaller ones, and those in another layout, are read whole.
 
     Args:
         base: the base.
@@ -300,14 +356,10 @@ def _sample(
     same = functools.cache(functools.partial(_same, files))
     alignments = [align(base, model, files.readers, same) for model in models]
     groups = groups_of(alignments, gram=gram)
-    share = sample.share
-    if share is None:
-        assert sample.budget is not None
-        share = _share_for(sample.budget, groups)
-    strata = [
-        _Stratum(group, _positions(group, _count(group, share), sample.seed))
-        for group in groups
-    ]
+    # With inner products, a share is read in the same blocks as without.
+    priced = groups if sample.share is None else groups_of(alignments, gram=False)
+    plan = _plan(sample, priced)
+    strata = [_stratum(group, plan, sample.seed) for group in groups]
     tasks: list[tuple[int, Callable[[], Sums | _Blocks]]] = []
     for stratum in strata:
         group = stratum.group
@@ -317,8 +369,8 @@ def _sample(
                 elements = part.stop - part.start
                 work = functools.partial(group.sums, files, part)
             else:
-                elements, owners = len(part) * BLOCK, (base, models)
-                work = functools.partial(_sums_of_blocks, group, files, owners, part)
+                elements, owners = len(part) * stratum.length, (base, models)
+                work = functools.partial(_sums_of_blocks, stratum, files, owners, part)
             tasks.append((elements * group.bytes_per_element, work))
     results = iter(run(tasks, workers))
     table = Table.empty(groups, len(models), gram=gram)
@@ -331,7 +383,7 @@ def _sample(
         if whole:
             sums = total(whole, group, base, models, files)
         if blocks:
-            count = group.pairs[0].numel // BLOCK
+            count = group.pairs[0].numel // stratum.length
             estimate, covariance = _estimate(blocks, count)
             sums = estimate + sums if whole else estimate
             _note(covariances, table.rows[group.name], group, covariance)
@@ -344,10 +396,10 @@ def _sample(
     return replace(
         result,
         sampled=Sampled(
-            share=share,
+            share=plan.share,
             seed=sample.seed,
             bytes_read=sum(size for size, _ in tasks),
-            bytes_stored=sum(_bytes(group, None) for group in groups),
+            bytes_stored=_Plan(1.0, BLOCK).cost(groups),
             covariances=covariances,
         ),
     )

@@ -9,22 +9,26 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from mergekit_metagpt.arithmetic.in_parts import use_one_torch_thread
+from mergekit_metagpt.scanning import ranks
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def default_workers() -> int:
-    """Number of CPUs that this process may use."""
+    """Number of CPUs that this process may use; ranks of a node share them."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    sharers = ranks.local()[1] if ranks.group() else 1
+    return max(1, count // sharers)
 
 
 def run(tasks: Sequence[tuple[int, Callable[[], T]]], workers: int) -> list[T]:
     """Run tasks on threads that each do torch's work alone; show progress in bytes.
 
-    The bar goes to stderr, only if that is a terminal.
+    The bar goes to stderr, only if that is a terminal; of several ranks, rank 0's.
 
     Args:
         tasks: pairs of the bytes that a task reads and the task.
@@ -35,6 +39,7 @@ def run(tasks: Sequence[tuple[int, Callable[[], T]]], workers: int) -> list[T]:
     """
     import tqdm
 
+    group = ranks.group()
     executor = ThreadPoolExecutor(
         max_workers=workers,
         thread_name_prefix="metagpt-scan",
@@ -46,7 +51,7 @@ def run(tasks: Sequence[tuple[int, Callable[[], T]]], workers: int) -> list[T]:
         unit="B",
         unit_scale=True,
         file=sys.stderr,
-        disable=None,
+        disable=None if group is None or group.leads else True,
         leave=False,
     )
     with executor, bar:
@@ -56,6 +61,8 @@ def run(tasks: Sequence[tuple[int, Callable[[], T]]], workers: int) -> list[T]:
             for (size, _), future in zip(tasks, futures, strict=True):
                 results.append(future.result())
                 bar.update(size)
+                if group is not None:
+                    group.check()
             return results
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)

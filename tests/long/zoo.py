@@ -247,17 +247,18 @@ LAYOUTS = {
 
 
 def summary(found: Sequence[Row]) -> Iterator[str]:
-    """The table of the page: a line for each architecture, a column for each layout."""
-    yield f"| architecture | definition in mergekit | {' | '.join(LAYOUTS.values())} |"
-    yield "|---" * (2 + len(LAYOUTS)) + "|"
-    for name in dict.fromkeys(row.name for row in found):
-        of_layout = {row.layout: row for row in found if row.name == name}
-        defined = "yes" if any(row.defined for row in of_layout.values()) else "no"
-        cells = [
-            of_layout[layout].cell() if layout in of_layout else ""
-            for layout in LAYOUTS
-        ]
-        yield f"| {' | '.join([name, defined, *cells])} |"
+    """What docs/layouts.md has: which are whole, and a line for each other one."""
+    cells = {
+        name: {row.layout: row.cell() for row in found if row.name == name}
+        for name in dict.fromkeys(row.name for row in found)
+    }
+    whole = [name for name, of in cells.items() if {*of.values()} == {"whole"}]
+    yield from (f"Whole in every layout that was tried: {'; '.join(whole)}.", "")
+    yield f"| architecture | {' | '.join(LAYOUTS.values())} |"
+    yield "|---" * (1 + len(LAYOUTS)) + "|"
+    for name, of in cells.items():
+        if name not in whole:
+            yield f"| {' | '.join([name, *(of.get(key, '') for key in LAYOUTS)])} |"
 
 
 def main(names: Sequence[str]) -> int:

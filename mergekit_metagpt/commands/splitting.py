@@ -1,0 +1,202 @@
+"""Merges a YAML by all ranks of a job; `out` appears only once all have finished."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mergekit_metagpt.commands import merging, shards
+from mergekit_metagpt.merge_config import checks, dividing, jobs, merge_yaml, plan
+from mergekit_metagpt.scanning import ranks
+
+if TYPE_CHECKING:
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+LOG = logging.getLogger("mergekit_metagpt")
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A merge by any method that was checked: `prepared` if it is one of ours."""
+
+    text: str
+    config: MergeConfiguration
+    opened: Mapping[Any, Any]
+    planned: Sequence[plan.Planned]
+    prepared: merging.Prepared | None
+
+
+def merge(
+    config_file: Path,
+    out: Path,
+    options: MergeOptions,
+    group: ranks.Group,
+    *,
+    force: bool = False,
+    resume: bool = False,
+) -> None:
+    """Merge with all ranks: each merges its share of the tensors into its own files.
+
+    Rank 0 completes the model, whose tensors have the same bits as those that one
+    process makes. The files of finished shards stay in a hidden folder beside `out` if
+    a rank fails.
+
+    Args:
+        config_file: the merge YAML, of one of our methods or of mergekit's.
+        out: folder for the merged model, on a file system that all ranks share.
+        options: mergekit's own.
+        group: of this rank.
+        force: replace `out` if it exists.
+        resume: make use of the finished shards of an earlier run.
+
+    Raises:
+        ValueError: the configuration or a model is refused; `out` is not empty; the
+            merge cannot be split; another rank has failed.
+        OSError: a file cannot be read or written.
+    """
+    text, config = merge_yaml.read_file(config_file)
+    checks.check_method(config)
+    dividing.check_shared(config, options)
+    out = out.resolve()
+    folder = group.share(_place(out))
+    if group.leads:
+        inside = folder.name if folder.parent == out else None
+        merging.check_place(out, config_file, config, force=force, unfinished=inside)
+        _check_unfinished(folder, resume=resume)
+    options.apply_global_options()
+    checked = _check(text, config, config_file, options)
+    digest = dividing.digest(config, options, checked.opened)
+    _require_same(group, digest)
+    with _announced(checked):
+        parts = dividing.parts_of(config, options, checked.planned, checked.opened)
+    owners = ranks.owners([part.read + part.written for part in parts], group.size)
+    dealt = list(dividing.shards_of(parts, owners, options.out_shard_size, digest))
+    token, about = secrets.token_hex(16), ""
+    try:
+        if group.leads:
+            about = _set_up(folder, out, token, checked)
+        token = group.share(token)
+        shards.await_token(folder, token, group)
+        group.gather(None)  # nobody merges for hours before all have seen it
+        reused = group.share(shards.finished(folder) if group.leads else {})
+        mine = [shard for shard in dealt if shard.rank == group.rank]
+        with ranks.sharing(None):
+            manifests = shards.write(
+                parts,
+                mine,
+                folder,
+                _of_rank(options, group),
+                group,
+                token=token,
+                reused=reused,
+            )
+        for checkpoint in checked.opened.values():
+            checkpoint.verify_unchanged()
+        written = [m for of_rank in group.gather(manifests) for m in of_rank]
+    except BaseException:
+        if group.leads and not any(folder.glob("shard-*.json")):
+            with suppress(OSError):  # others may still be writing there
+                merging.remove(folder, out)
+        raise
+    if group.leads:
+        _finish(checked, options, written, folder, out, about)
+
+
+def _place(out: Path) -> Path:
+    """Where ranks work: beside `out`, or in it where it is empty."""
+    name = f".{out.name}.parts"
+    if (out / name).is_dir():
+        return out / name
+    return merging.home(out) / name
+
+
+def _check_unfinished(folder: Path, *, resume: bool) -> None:
+    if folder.exists() and not resume:
+        count = len(shards.finished(folder))
+        raise ValueError(
+            f"{folder} holds {count} finished files of an earlier run. Give --resume "
+            "to go on from them, or remove that folder"
+        )
+
+
+def _check(
+    text: str, config: MergeConfiguration, file: Path, options: MergeOptions
+) -> _Checked:
+    if config.merge_method in checks.METHODS:
+        checks.check_yaml(config, file)
+        prepared = merging.prepare(text, config, options)
+        job = prepared.job
+        return _Checked(text, config, job.opened, job.planned, prepared)
+    with ranks.leader_first():
+        opened = jobs.check_any(config, options)
+        planned = plan.plan_merge(config, options)
+    return _Checked(text, config, opened, planned, None)
+
+
+def _require_same(group: ranks.Group, digest: str) -> None:
+    """Refuse ranks that would merge something else than rank 0 does."""
+    others = [at for at, own in enumerate(group.gather(digest)) if own != digest]
+    if others:
+        raise ValueError(
+            f"rank {others[0]} and rank {group.rank} of {group.size} see different "
+            "models, options, threads or versions of packages. Give all ranks the same "
+            "command, environment and file system"
+        )
+
+
+def _set_up(folder: Path, out: Path, token: str, checked: _Checked) -> str:
+    """Make the folder in which all ranks work; return the section of the card."""
+    if (folder / merging.ASIDE).exists() and not out.exists():
+        (folder / merging.ASIDE).rename(out)
+    shards.take_apart(folder, folder / "made" / out.name)
+    for name in ("made", "beside"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = ""
+    if checked.prepared:
+        # Write these first: they should fail before hours of merging, not after.
+        about = checked.prepared.write_beside(folder / "beside")
+    (folder / shards.TOKEN).write_text(token)
+    return about
+
+
+def _announced(checked: _Checked) -> AbstractContextManager[None]:
+    """Let our method log no warning twice, of the merge that is planned meanwhile."""
+    return plan.already_warned(
+        checked.config, warned=bool(checked.prepared and checked.prepared.warned)
+    )
+
+
+def _of_rank(options: MergeOptions, group: ranks.Group) -> MergeOptions:
+    """Give each rank of a node a GPU of its own."""
+    if options.device != "cuda" or not torch.cuda.is_available():
+        return options
+    number = ranks.local()[0] % torch.cuda.device_count()
+    return options.model_copy(update={"device": f"cuda:{number}"})
+
+
+def _finish(
+    checked: _Checked,
+    options: MergeOptions,
+    written: Sequence[shards.Manifest],
+    folder: Path,
+    out: Path,
+    about: str,
+) -> None:
+    made = folder / "made" / out.name
+    made.mkdir(parents=True)
+    plan.run_without_tensors(checked.config, str(made), options, source=checked.text)
+    shards.assemble(written, folder, made, safe=options.safe_serialization)
+    if checked.prepared:
+        checked.prepared.complete(made, folder / "beside", about, options)
+    merging.put(made, out, aside=folder / merging.ASIDE)
+    merging.remove(folder, out)

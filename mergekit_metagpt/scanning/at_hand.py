@@ -1,0 +1,178 @@
+"""Measures tensors in memory: those of a base and its models in, a result out."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mergekit_metagpt.arithmetic import squared_norms
+from mergekit_metagpt.scanning.results import ScanResult
+
+
+def _zero() -> torch.Tensor:
+    return torch.zeros((), dtype=torch.float64, device="cpu")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of a base, and those of its models.
+
+    Attributes:
+        name: of the tensor; one of its own for a tensor without.
+        base: theta_0.
+        models: those of the models that have it, by column of the result.
+        sq_norms: ||tau||^2 of each of these, in their order, float64.
+        base_sq_norm: ||theta_0||^2, shape `()`, float64.
+        gram: <tau_s, tau_t>, in the order of `models`, or None.
+        sort_key: by which rows are ordered.
+    """
+
+    name: str
+    base: torch.Tensor
+    models: Mapping[int, torch.Tensor]
+    sq_norms: torch.Tensor
+    base_sq_norm: torch.Tensor = field(default_factory=_zero)
+    gram: torch.Tensor | None = None
+    sort_key: str = ""
+
+
+def measure_states(
+    base: Mapping[str, torch.Tensor],
+    models: Sequence[Mapping[str, torch.Tensor]],
+    *,
+    gram: bool = False,
+) -> ScanResult:
+    """Measure state dicts, as a merge of them in memory does.
+
+    Args:
+        base: theta_0.
+        models: the K fine-tunes.
+        gram: also compute inner products.
+
+    Returns:
+        squared norms of the floating-point tensors that base and models share.
+
+    Raises:
+        ValueError: shapes differ, a tensor is not of floating point where the base's
+            is, or a weight is NaN or infinite.
+    """
+    rows = []
+    for name in sorted(base):
+        tensor = base[name]
+        tuned = {k: state[name] for k, state in enumerate(models) if name in state}
+        if not tensor.is_floating_point() or not tuned:
+            continue
+        for k, other in tuned.items():
+            _check(name, k, tensor, other)
+        flat = [other.to(tensor.device) for other in tuned.values()]
+        norms = squared_norms.sq_norms(tensor, flat)
+        if not bool(torch.isfinite(norms).all()):
+            norms = _unchanged(name, tensor, flat)
+        nothing = torch.zeros_like(tensor)
+        rows.append(
+            Row(
+                name=name,
+                base=tensor,
+                models=tuned,
+                sq_norms=norms,
+                base_sq_norm=squared_norms.sq_norms(nothing, [tensor])[0].detach(),
+                gram=squared_norms.gram_matrix(tensor, flat) if gram else None,
+                sort_key=name,
+            )
+        )
+    labels = [f"model {k}" for k in range(len(models))]
+    return result_of(rows, labels, base="base", gram=gram)
+
+
+def _check(name: str, k: int, base: torch.Tensor, tensor: torch.Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(
+            f"{name} of model {k} is {tensor.dtype}; expected floating point, as in "
+            "the base"
+        )
+    if tensor.shape != base.shape:
+        raise ValueError(
+            f"{name} is {list(tensor.shape)} in model {k}, in the base "
+            f"{list(base.shape)}; expected equal shapes"
+        )
+
+
+def _unchanged(
+    name: str, base: torch.Tensor, tuned: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Norms of 0 where all models share the base's infinities."""
+    if all(torch.equal(tensor, base) for tensor in tuned):
+        return torch.zeros(len(tuned), dtype=torch.float64, device="cpu")
+    finite = all(bool(torch.isfinite(t).all()) for t in (base, *tuned))
+    raise ValueError(
+        squared_norms.too_far(name)
+        if finite
+        else f"{name} holds NaN or infinity; repair or replace this model"
+    )
+
+
+def result_of(
+    rows: Sequence[Row], models: Sequence[str], *, base: str = "", gram: bool = False
+) -> ScanResult:
+    """Put measured rows together; entries that share storage count once.
+
+    A shared weight goes by one of its names, whatever the order of the rows: a tied
+    head by its embedding's. Rows of one key are ordered by their norms, so that the
+    order of a call does not show in the last bits.
+
+    Args:
+        rows: of distinct names.
+        models: names of the K models.
+        base: name of the base.
+        gram: whether rows have inner products.
+
+    Returns:
+        the result, differentiable where norms are.
+    """
+    count = len(models)
+    order = sorted(
+        range(len(rows)),
+        key=lambda at: (rows[at].sort_key, rows[at].sq_norms.tolist(), at),
+    )
+    place_of = {at: n for n, at in enumerate(order)}
+    cells = [[_zero()] * count for _ in rows]
+    of_base = torch.zeros(len(rows), count, dtype=torch.float64, device="cpu")
+    products = torch.zeros(len(rows), count, count, dtype=torch.float64, device="cpu")
+    counted_as: list[dict[str, str]] = [{} for _ in models]
+    names: dict[tuple[Hashable, ...], str] = {}
+    for at in sorted(order, key=lambda at: ("head" in rows[at].name, place_of[at])):
+        row, n = rows[at], place_of[at]
+        counted = []
+        for k, (column, tensor) in enumerate(row.models.items()):
+            place = column, _place(row.base), _place(tensor)
+            counted_as[column][row.name] = names.setdefault(place, row.name)
+            if names[place] == row.name:
+                cells[n][column] = row.sq_norms[k]
+                of_base[n, column] = row.base_sq_norm
+                counted.append((k, column))
+        for k, column in counted if row.gram is not None else ():
+            for other, other_column in counted:
+                assert row.gram is not None
+                products[n, column, other_column] = row.gram[k, other]
+    values = [value for cell in cells for value in cell]
+    sums = torch.stack(values) if values else torch.zeros(0, device="cpu").double()
+    return ScanResult(
+        base=base,
+        models=tuple(models),
+        names=tuple(rows[at].name for at in order),
+        sq_norms=sums.reshape(len(rows), count),
+        base_sq_norms=of_base,
+        counted_as=tuple(counted_as),
+        layers=({},) * count,
+        gram=products if gram else None,
+    )
+
+
+def _place(tensor: torch.Tensor) -> tuple[Hashable, ...]:
+    """Where a tensor's elements lie in memory; distinct for tensors of no elements."""
+    if not tensor.numel():
+        return (id(tensor),)
+    start = tensor.data_ptr(), tensor.device, tensor.dtype
+    return (*start, tensor.shape, tensor.stride())

@@ -1,0 +1,571 @@
+"""The ranks of one job: what they tell each other, and which of them has failed."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import socket
+import sys
+import threading
+import time
+import zlib
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+T = TypeVar("T")
+# Seconds without progress after which a rank, or a node that never came, is given up.
+VARIABLE = "MERGEKIT_METAGPT_TIMEOUT"
+TIMEOUT_S = 1800.0
+# Of a rank on another node. A writer of gigabytes may keep Python's other threads from
+# running for minutes.
+SILENT_S = 300.0
+BEAT_S = 1.0
+# How long a rank may take to notice that another one has failed, before it is ended.
+GRACE_S = 30.0
+# A share's size above which a single item is dealt by size instead of in order.
+LARGE = 0.05
+_FAILED = "failed"
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def owners(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Deal items to ranks: balanced, the same everywhere, most of them in order.
+
+    Items of more than 5 % of a share go, largest first, to the rank that has least. The
+    others follow in their order, so that a rank reads what lies together in files.
+
+    Args:
+        sizes: bytes of each item.
+        ranks: number of ranks.
+
+    Returns:
+        the rank of each item.
+
+    Example:
+        >>> owners([1] * 60 + [20], 2).count(0)
+        21
+    """
+    share = sum(sizes) / ranks
+    held = [0.0] * ranks
+    owner = [0] * len(sizes)
+    large = [at for at, size in enumerate(sizes) if size > LARGE * share]
+    for at in sorted(large, key=lambda at: -sizes[at]):
+        owner[at] = min(range(ranks), key=held.__getitem__)
+        held[owner[at]] += sizes[at]
+    # The others fill all ranks up to one level, but for those that are above it.
+    small = sorted(set(range(len(sizes))).difference(large))
+    filling = sum(sizes[at] for at in small)
+    level, below = share, sorted(held)
+    while below[-1] > level:
+        below.pop()
+        level = (filling + sum(below)) / len(below)
+    ends = list(accumulate(max(0.0, level - size) for size in held))
+    start = 0.0
+    for at in small:
+        middle = start + sizes[at] / 2
+        owner[at] = min(bisect_left(ends, middle), ranks - 1)
+        start += sizes[at]
+    return owner
+
+
+def timeout() -> float:
+    """Return after how many seconds a rank without progress is given up.
+
+    Returns:
+        seconds.
+
+    Raises:
+        ValueError: the environment says something else than a positive number.
+    """
+    given = os.environ.get(VARIABLE, "")
+    try:
+        seconds = float(given) if given else TIMEOUT_S
+    except ValueError:
+        seconds = 0.0
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise ValueError(f"{VARIABLE} is {given!r}; expected seconds, such as 1800")
+    return seconds
+
+
+@dataclass(frozen=True)
+class _Peer:
+    """A rank as it introduces itself: `space` tells in which space its `pid` is."""
+
+    host: str
+    space: str
+    pid: int
+
+    @classmethod
+    def here(cls) -> _Peer:
+        space = ""
+        try:
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            space = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+        except OSError:  # not Linux
+            pass
+        return cls(socket.gethostname(), space, os.getpid())
+
+    def is_gone(self, here: _Peer) -> bool:
+        """Whether the process has ended, as far as can be seen from here."""
+        if not here.space or (self.host, self.space) != (here.host, here.space):
+            return False
+        try:
+            status = Path(f"/proc/{self.pid}/stat").read_text()
+        except OSError:
+            return True
+        return status.rpartition(")")[2].split()[0] in "ZX"
+
+
+def _loaded(packed: bytes) -> Any:
+    return pickle.loads(zlib.decompress(packed))
+
+
+@dataclass
+class _Heard:
+    """The last beat of a rank, and when it, and its count of steps, changed."""
+
+    beat: bytes = b""
+    steps: bytes = b""
+    beat_at: float = field(default_factory=time.monotonic)
+    steps_at: float = field(default_factory=time.monotonic)
+
+
+class Group:
+    """All ranks of a job, as one of them sees it.
+
+    Ranks exchange values through torch's key-value store, and watch each other: each
+    publishes a beat that counts its steps; rank 0 watches all others, they watch rank
+    0. The first that fails, or is found to have ended, names rank and cause for all.
+
+    Args:
+        store: torch's, shared by all ranks.
+        rank: number of this one, from 0.
+        size: how many there are.
+        address: where the store is, for messages.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, address: str = "") -> None:
+        self._store, self.rank, self.size = store, rank, size
+        self._address, self._limit = address, timeout()
+        self._silence = max(10 * BEAT_S, min(SILENT_S, self._limit))
+        self._exchanges = self._steps = 0
+        self._failure: str | None = None
+        self._ended = threading.Event()
+        self._here = _Peer.here()
+        self._peers = [self._here]
+        if size > 1:
+            self._introduce()
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which prints, and completes what all have made."""
+        return self.rank == 0
+
+    @property
+    def me(self) -> str:
+        """This rank, for messages."""
+        return f"rank {self.rank} of {self.size} on {self._here.host}"
+
+    def _named(self, rank: int) -> str:
+        return f"rank {rank} of {self.size} on {self._peers[rank].host}"
+
+    def _introduce(self) -> None:
+        """Meet all other ranks."""
+        keys = [f"hello/{rank}" for rank in range(self.size)]
+        with self._connected():
+            self._store.set(f"beat/{self.rank}", "")
+            self._put(keys[self.rank], self._here)
+            # Rank 0 says it to the others, which wait a little longer for that.
+            until = time.monotonic() + self._limit + (0 if self.leads else 5)
+            while not self._store.check(keys):
+                if time.monotonic() > until:
+                    missing = [n for n, k in enumerate(keys) if not self._has(k)]
+                    self.fail(self._missed(missing))
+                    if self.leads:
+                        time.sleep(1)
+                if self._has(_FAILED):
+                    raise ValueError(self._store.get(_FAILED).decode())
+                time.sleep(0.05)
+            self._peers = [_loaded(peer) for peer in self._store.multi_get(keys)]
+
+    def _missed(self, missing: Sequence[int]) -> str:
+        numbers = ", ".join(map(str, missing[:10]))
+        return (
+            f"rank {numbers} of {self.size} did not come within {self._limit:g} s "
+            f"({len(missing)} missing in all). See that all nodes start, and reach "
+            f"{self._address}; {VARIABLE} sets the seconds"
+        )
+
+    def _has(self, key: str) -> bool:
+        return bool(self._store.check([key]))
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        from torch.distributed import DistError
+
+        try:
+            yield
+        except DistError as error:
+            self._failure = self._failure or self._lost()
+            raise ValueError(self._failure) from error
+
+    def _lost(self) -> str:
+        """What to say when the store does not answer, which lives with rank 0."""
+        met = len(self._peers) == self.size
+        if met and self._peers[0].is_gone(self._here):
+            return self._gone(0)
+        where = f" on {self._peers[0].host}" if met else ""
+        return (
+            f"rank 0 of {self.size}{where} is not to be reached any more at "
+            f"{self._address}: it, its launcher or its node has ended. Its log says why"
+        )
+
+    def check(self) -> None:
+        """Take note of a step of this rank; raise if another rank has failed.
+
+        Raises:
+            ValueError: rank and cause.
+        """
+        self._steps += 1
+        if self._failure is not None:
+            raise ValueError(self._failure)
+
+    def fail(self, cause: str) -> str:
+        """Let all ranks end; the first that says why is heard.
+
+        Args:
+            cause: names rank and cause.
+
+        Returns:
+            the cause that all ranks are told.
+        """
+        from torch.distributed import DistError
+
+        if self._failure is None:
+            try:
+                self._failure = self._store.compare_set(_FAILED, "", cause).decode()
+            except DistError:
+                self._failure = cause
+        return self._failure
+
+    def terminated(self) -> str:
+        """Return why this rank was asked to end: the cause, if another one failed.
+
+        A launcher ends all ranks of a node as soon as one of them has ended.
+        """
+        for rank, peer in enumerate(self._peers):
+            if peer.is_gone(self._here) and not self._left(rank):
+                return self.fail(self._gone(rank))
+        return self.fail(
+            f"{self.me} was asked to end (SIGTERM): by its launcher, a time limit or "
+            "another job"
+        )
+
+    def _left(self, rank: int) -> bool:
+        from torch.distributed import DistError
+
+        try:
+            return self._has(f"bye/{rank}")
+        except DistError:
+            return True
+
+    def _gone(self, rank: int) -> str:
+        return (
+            f"{self._named(rank)} has ended without a word: it was killed, or ran out "
+            "of memory. Its launcher or its system says why"
+        )
+
+    def share(self, value: T) -> T:
+        """Return rank 0's value on all ranks.
+
+        Args:
+            value: of rank 0; others may pass anything.
+
+        Returns:
+            it, pickled and unpickled on other ranks.
+
+        Raises:
+            ValueError: another rank has failed.
+        """
+        if self.size == 1:
+            return value
+        key = self._next()
+        if self.leads:
+            with self._connected():
+                self._put(key, value)
+            return value
+        self._await([key])
+        with self._connected():
+            shared: T = _loaded(self._store.get(key))
+        return shared
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, on all ranks.
+
+        Args:
+            value: of this rank.
+
+        Returns:
+            one for each rank, in their order.
+
+        Raises:
+            ValueError: another rank has failed.
+        """
+        if self.size == 1:
+            return [value]
+        name = self._next()
+        keys = [f"{name}/{rank}" for rank in range(self.size)]
+        with self._connected():
+            self._put(keys[self.rank], value)
+        self._await(keys)
+        with self._connected():
+            texts = self._store.multi_get(keys)
+        return [_loaded(text) for text in texts]
+
+    def _put(self, key: str, value: object) -> None:
+        packed = zlib.compress(pickle.dumps(value), 1)
+        self._store.set(key, packed)  # type: ignore[arg-type]  # takes bytes, too
+
+    def leave(self) -> None:
+        """End this rank's part; rank 0, which may host the store, waits for others."""
+        from torch.distributed import DistError
+
+        self._ended.set()
+        try:
+            self._store.set(f"bye/{self.rank}", "")
+            if self.leads:
+                keys = [f"bye/{rank}" for rank in range(self.size)]
+                until = time.monotonic() + 10 * BEAT_S
+                while not self._store.check(keys) and time.monotonic() < until:
+                    if all(
+                        self._left(rank) or peer.is_gone(self._here)
+                        for rank, peer in enumerate(self._peers)
+                    ):
+                        break
+                    time.sleep(0.05)
+        except DistError:
+            pass  # who hosts the store has left
+
+    def _next(self) -> str:
+        self._exchanges += 1
+        return f"value/{self._exchanges}"
+
+    def _await(self, keys: Sequence[str]) -> None:
+        pause = 0.005
+        while True:
+            self.check()
+            with self._connected():
+                if self._store.check(list(keys)):
+                    return
+            time.sleep(pause)
+            pause = min(2 * pause, 0.25)
+
+    def _watch(self) -> None:
+        """Publish beats, and look at those of others, until this rank ends."""
+        watched = range(1, self.size) if self.leads else range(1)
+        heard = {rank: _Heard() for rank in watched}
+        noticed, beats = None, 0
+        while not self._ended.wait(BEAT_S):
+            beats += 1
+            if self._failure is None:
+                self._look(f"{beats} {self._steps}", heard)
+            if self._failure is None:
+                continue
+            noticed = noticed or time.monotonic()
+            if time.monotonic() - noticed > GRACE_S:
+                # The main thread hangs, or computes for long: nothing waits for it.
+                print(f"Error: {self._failure}", file=sys.stderr, flush=True)
+                os._exit(2)
+
+    def _look(self, beat: str, heard: dict[int, _Heard]) -> None:
+        from torch.distributed import DistError
+
+        try:
+            self._store.set(f"beat/{self.rank}", beat)
+            if self._has(_FAILED):
+                self._failure = self._store.get(_FAILED).decode()
+                return
+            for rank, peer in enumerate(self._peers):
+                if peer.is_gone(self._here) and not self._left(rank):
+                    self.fail(self._gone(rank))
+                    return
+            keys = [f"beat/{rank}" for rank in heard]
+            beats = self._store.multi_get(keys)
+        except DistError:
+            if not self._ended.is_set():
+                self._failure = self._failure or self._lost()
+            return
+        now = time.monotonic()
+        for (rank, last), text in zip(heard.items(), beats, strict=True):
+            steps = text.partition(b" ")[2]
+            if text != last.beat:
+                last.beat, last.beat_at = text, now
+            if steps != last.steps:
+                last.steps, last.steps_at = steps, now
+            silent = now - last.beat_at > self._silence
+            stuck = now - last.steps_at > self._limit
+            if (silent or stuck) and not self._left(rank):
+                self.fail(self._given_up(rank, silent=silent))
+                return
+
+    def _given_up(self, rank: int, *, silent: bool) -> str:
+        if silent:
+            return (
+                f"{self._named(rank)} was not heard of for {self._silence:g} s: its "
+                "node or the network is down"
+            )
+        return (
+            f"{self._named(rank)} made no progress for {self._limit:g} s: see whether "
+            f"its file system answers. {VARIABLE} sets the seconds"
+        )
+
+
+def join() -> Group | None:
+    """Join the other ranks of a job that `torchrun` or the like has started.
+
+    Returns:
+        the group; None where the environment has no ranks.
+
+    Raises:
+        ValueError: the environment is incomplete; rank 0 cannot be reached; a rank
+            does not come in time.
+    """
+    given = {name: os.environ.get(name, "") for name in _ENVIRONMENT}
+    if not given["RANK"] and given["WORLD_SIZE"] in ("", "1"):
+        return None
+    if given["WORLD_SIZE"] == "1":
+        return alone()
+    if missing := [name for name, value in given.items() if not value]:
+        raise ValueError(
+            f"{', '.join(missing)} is not set in the environment, and others of "
+            f"{', '.join(_ENVIRONMENT)} are. Start all ranks by torchrun, or set all "
+            "four"
+        )
+    try:
+        rank, size, port = (
+            int(given[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")
+        )
+    except ValueError as error:
+        raise ValueError(f"RANK, WORLD_SIZE and MASTER_PORT: {error}") from error
+    if not 0 <= rank < size:
+        raise ValueError(f"RANK is {rank}; expected one from 0 to {size - 1}")
+    # torch exports them without saying so to type checkers.
+    from torch import distributed as dist
+
+    # torchrun hosts a store of its own.
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, limit = f"{given['MASTER_ADDR']}:{port}", timeout()
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            given["MASTER_ADDR"],
+            port,
+            is_master=hosts,
+            timeout=timedelta(seconds=limit),
+            wait_for_workers=False,
+        )
+    except dist.DistError as error:
+        host = socket.gethostname()
+        raise ValueError(
+            f"rank {rank} of {size} on {host} cannot "
+            f"{'listen on' if hosts else 'reach rank 0 at'} {address}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = dist.PrefixStore(f"metagpt/{attempt}", store)  # type: ignore[attr-defined]
+    return Group(own, rank, size, address)
+
+
+def alone() -> Group:
+    """Return a group of one rank, which needs no store of others."""
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+    return Group(HashStore(), 0, 1)
+
+
+def local() -> tuple[int, int]:
+    """Return this rank's number on its node, and how many ranks the node has."""
+    names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    number, count = (os.environ.get(name, "") for name in names)
+    return int(number or 0), max(1, int(count or 1))
+
+
+# Groups that share scans, the innermost last; None where each rank scans alone.
+_SHARING: list[Group | None] = []
+
+
+@contextmanager
+def sharing(group: Group | None) -> Iterator[None]:
+    """Let a group share the scans that all of its ranks ask for, in the same order.
+
+    Args:
+        group: of this rank; None where each process scans for itself.
+
+    Yields:
+        meanwhile.
+    """
+    before = _SHARING[:]
+    _SHARING.append(group)
+    try:
+        yield
+    finally:
+        _SHARING[:] = before
+
+
+def stop_sharing() -> None:
+    """Let this rank, which goes on without the others, scan for itself."""
+    _SHARING.clear()
+
+
+def group() -> Group | None:
+    """Return the group that shares scans now, or None."""
+    return _SHARING[-1] if _SHARING else None
+
+
+def leads() -> bool:
+    """Return whether this rank keeps what the group that shares scans found."""
+    sharers = group()
+    return sharers is None or sharers.leads
+
+
+def from_leader(function: Callable[[], T]) -> T:
+    """Call a function on rank 0 of the group that shares scans; all get its result.
+
+    Args:
+        function: what it is.
+
+    Returns:
+        the result; without a group, that of this process.
+    """
+    sharers = group()
+    if sharers is None:
+        return function()
+    result: Any = function() if sharers.leads else None
+    return sharers.share(result)
+
+
+@contextmanager
+def leader_first() -> Iterator[None]:
+    """Let rank 0 of the group that shares scans go first, and the others after it.
+
+    For work that leaves files behind of which the others make use.
+
+    Yields:
+        when it is this rank's turn.
+    """
+    sharers = group()
+    if sharers is not None and not sharers.leads:
+        sharers.share(None)
+    yield
+    if sharers is not None and sharers.leads:
+        sharers.share(None)

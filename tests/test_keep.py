@@ -1,0 +1,351 @@
+"""`lambda: keep` and the lengths of merged task vectors, against float64 by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mergekit import merge_methods
+from mergekit.merge_methods.base import TensorGroup
+
+from mergekit_metagpt.arithmetic.closed_form import restoring
+from mergekit_metagpt.method import advice
+from tests.conftest import Family
+from tests.families import (
+    State,
+    llama_state,
+    merge_config,
+    run_command,
+    run_mergekit,
+    said,
+    tuned,
+    write_model,
+)
+from tests.oracle import assert_merged_exactly, naive_lambdas, naive_pool
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+GRANULARITIES = ["model", "layer", "tensor"]
+EMBED = "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def trio(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Three float32 fine-tunes, whose task vectors have a direction in common."""
+    base = llama_state()
+    states = []
+    for k, size in enumerate((1e-3, 2e-3, 4e-3)):
+        alike = tuned(base, 7, 1e-3)
+        moved = tuned(alike, k + 1, size)
+        if k == 1:  # so that pools differ
+            moved = {n: t if "layers.1" in n else alike[n] for n, t in moved.items()}
+        states.append(moved)
+    folder = tmp_path_factory.mktemp("trio")
+    paths = [write_model(folder / f"m{k}", s) for k, s in enumerate((base, *states))]
+    return Family(paths[0], tuple(paths[1:]), base, tuple(states))
+
+
+def naive_keep(
+    name: str, family: Family, shares: torch.Tensor, granularity: str, exclude: str = ""
+) -> float:
+    """s of a tensor's pool, from task vectors in one long row."""
+    names = [
+        other
+        for other in family.base_state
+        if naive_pool(other, granularity) == naive_pool(name, granularity)
+        and not (exclude and exclude in other)
+    ]
+    if not names:
+        return 1.0
+    rows = [
+        torch.cat(
+            [(s[n].double() - family.base_state[n].double()).ravel() for n in names]
+        )
+        for s in family.states
+    ]
+    merged = sum(share * row for share, row in zip(shares, rows, strict=True))
+    inputs = sum(share * row.norm() for share, row in zip(shares, rows, strict=True))
+    return float(inputs / merged.norm())
+
+
+def lambdas(family: Family, name: str, **settings: Any) -> torch.Tensor:
+    granularity = settings.get("granularity", "model")
+    exclude = settings.pop("exclude", "")
+    given = {**settings, "exclude": [exclude] if exclude else []}
+    shares = naive_lambdas(name, family.base_state, family.states, **given)
+    return shares * naive_keep(name, family, shares, granularity, exclude)
+
+
+def keeping(family: Family, **settings: Any) -> dict[str, Any]:
+    method = settings.pop("merge_method", "metagpt")
+    parameters = {"lambda": "keep", **settings}
+    return merge_config(
+        family.base,
+        family.models,
+        merge_method=method,
+        parameters=parameters,
+        dtype="float64",
+    )
+
+
+def assert_kept(merged: State, family: Family, **settings: Any) -> None:
+    assert_merged_exactly(
+        merged,
+        family.base_state,
+        family.states,
+        lambda name: lambdas(family, name, **settings),
+    )
+
+
+@pytest.mark.parametrize("power", [2.0, 0.0])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_the_length_of_each_pool_is_kept(
+    tmp_path: Path, trio: Family, granularity: str, power: float
+) -> None:
+    settings = {"granularity": granularity, "power": power}
+    merged = run_mergekit(keeping(trio, **settings), tmp_path / "out")
+    assert_kept(merged, trio, **settings)
+
+
+def test_what_is_excluded_has_no_length(tmp_path: Path, trio: Family) -> None:
+    settings = {"granularity": "layer", "exclude": "embed_tokens"}
+    merged = run_mergekit(keeping(trio, **settings), tmp_path / "out")
+    assert_kept(merged, trio, **settings)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_tensors_in_memory(trio: Family, granularity: str) -> None:
+    states = (trio.base_state, *trio.states)
+    settings = {"granularity": granularity}
+    merged = merge_methods.merge_state_dicts(
+        states,
+        "metagpt",
+        base=0,
+        parameters={"lambda": "keep", **settings},
+        dtype=torch.float64,
+    )
+    assert_kept(merged, trio, **settings)
+
+
+def test_gradients_flow_through_the_length() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(3, generator=generator, dtype=torch.float64, requires_grad=True)
+        for _ in range(3)
+    ]
+
+    def merged(*given: torch.Tensor) -> torch.Tensor:
+        group = TensorGroup.from_tensors(given, base_index=0, name="w")
+        parameters = {"lambda": "keep", "granularity": "tensor"}
+        return merge_methods.get("metagpt")([group], parameters=parameters)[0]
+
+    assert torch.autograd.gradcheck(merged, tensors)
+
+
+def test_a_composed_method_gets_the_number(tmp_path: Path, trio: Family) -> None:
+    config = keeping(trio, merge_method="metagpt_dare_linear", density=1.0)
+    merged = run_mergekit(config, tmp_path / "out", "--random-seed", "0")
+    assert_kept(merged, trio)
+    shares = naive_lambdas(EMBED, trio.base_state, trio.states)
+    number = naive_keep(EMBED, trio, shares, "model")
+    config = keeping(trio, merge_method="metagpt_ties", density=0.5)
+    kept = run_mergekit(config, tmp_path / "kept")
+    config["parameters"]["lambda"] = number
+    for name, tensor in run_mergekit(config, tmp_path / "number").items():
+        torch.testing.assert_close(kept[name], tensor, rtol=1e-12, atol=1e-15)
+
+
+def test_some_tensors_may_keep_it(tmp_path: Path, trio: Family) -> None:
+    values = [{"filter": "mlp", "value": "keep"}, {"value": 0.5}]
+    config = keeping(trio, **{"lambda": values})
+    merged = run_mergekit(config, tmp_path / "out")
+
+    def expected(name: str) -> torch.Tensor:
+        shares = naive_lambdas(name, trio.base_state, trio.states)
+        return lambdas(trio, name) if "mlp" in name else 0.5 * shares
+
+    assert_merged_exactly(merged, trio.base_state, trio.states, expected)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("method", ["metagpt", "metagpt_ties"])
+def test_an_export_has_numbers(
+    tmp_path: Path, trio: Family, granularity: str, method: str
+) -> None:
+    config = keeping(trio, granularity=granularity, merge_method=method)
+    ours = run_mergekit(config, tmp_path / "ours")
+    plain = tmp_path / "plain.yml"
+    assert run_command("export", tmp_path / "ours.yml", plain) == 0
+    document = yaml.safe_load(plain.read_text())
+    number = document["parameters"]["lambda"]
+    if granularity == "model":
+        shares = naive_lambdas(EMBED, trio.base_state, trio.states)
+        assert number == pytest.approx(naive_keep(EMBED, trio, shares, "model"))
+    else:
+        assert len({entry["value"] for entry in number}) > 3
+    assert "keep" not in plain.read_text()
+    for name, tensor in run_mergekit(document, tmp_path / "theirs").items():
+        torch.testing.assert_close(tensor, ours[name], rtol=1e-12, atol=1e-15)
+
+
+def test_a_merge_scans_once_says_it_and_is_verified(
+    tmp_path: Path,
+    trio: Family,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from mergekit_metagpt.scanning import once
+
+    scans = []
+    original = once.scan_checkpoints
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        scans.append(options["gram"])
+        return original(*arguments, **options)
+
+    monkeypatch.setenv("MERGEKIT_METAGPT_CACHE", "0")
+    monkeypatch.setattr(once, "scan_checkpoints", counted)
+    monkeypatch.setattr(once, "_REQUESTS", {})
+    monkeypatch.setattr(once, "_PAIRS", {})
+    file, out = tmp_path / "merge.yml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(keeping(trio)))
+    options = ("--no-copy-tokenizer", "--quiet")
+    assert run_command("merge", file, out, *options) == 0
+    assert scans == [True]
+    shares = naive_lambdas(EMBED, trio.base_state, trio.states)
+    number = naive_keep(EMBED, trio, shares, "model")
+    (line,) = said(caplog, "coefficients of the whole model")
+    assert f"their sum scaled by lambda {number:.4g} (keep)" in line
+    report = json.loads((out / "metagpt.json").read_text())["families"][0]
+    assert report["settings"]["scale"] == "keep"
+    assert report["pools"][0]["keep"] == pytest.approx(number)
+    card = (out / "README.md").read_text()
+    assert f"scaled by `lambda: keep` ({number:.4g})" in card
+    assert advice.COMPARE in card
+    assert (out / "metagpt.png").exists()
+    assert run_command("verify", out, "--full") == 0
+
+
+def test_what_cancels_has_no_length_to_keep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = {name: tensor.double() for name, tensor in llama_state().items()}
+    paths = [write_model(tmp_path / "base", base)]
+    for sign in (1.0, -1.0):
+        moved = {name: tensor + sign * 2.0**-9 for name, tensor in base.items()}
+        paths.append(write_model(tmp_path / f"m{sign}", moved))
+    file = tmp_path / "merge.yml"
+    config = merge_config(paths[0], paths[1:], parameters={"lambda": "keep"})
+    file.write_text(yaml.safe_dump(config))
+    assert run_command("merge", file, tmp_path / "out", "--no-copy-tokenizer") == 2
+    assert "cancel each other" in capsys.readouterr().err.splitlines()[-1]
+    assert run_command("inspect", file) == 0
+    assert "lambda: keep is undefined" in capsys.readouterr().out
+
+
+def test_where_nothing_moved_there_is_nothing_to_scale() -> None:
+    shares, gram = torch.zeros(2).double(), torch.zeros(2, 2).double()
+    assert restoring(shares, gram) == 1
+    # Nor does a model that has a share, and did not move, matter.
+    gram[0, 0] = 4.0
+    assert restoring(shares + 0.5, gram) == 1
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_inspect_tells_lengths_and_disparity(
+    tmp_path: Path, trio: Family, granularity: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "found.json"
+    config = merge_config(trio.base, trio.models)
+    config["parameters"] = {"granularity": granularity}
+    file = tmp_path / "merge.yml"
+    file.write_text(yaml.safe_dump(config))
+    assert run_command("inspect", file, "--json", out) == 0
+    (family,) = json.loads(out.read_text())["families"]
+    merged = torch.cat(
+        [
+            sum(
+                share * (state[name].double() - trio.base_state[name].double()).ravel()
+                for share, state in zip(
+                    naive_lambdas(
+                        name, trio.base_state, trio.states, granularity=granularity
+                    ),
+                    trio.states,
+                    strict=True,
+                )
+            )
+            for name in trio.base_state
+        ]
+    )
+    lengths = family["lengths"]
+    assert lengths["merged"] == pytest.approx(float(merged.norm()))
+    norms = [model["norm"] for model in family["models"]]
+    assert lengths["disparity"] == pytest.approx(max(norms) / min(norms))
+    logs = torch.tensor(norms).double().square().log()
+    gamma = float(logs.var(correction=0) / logs.mean() ** 2)
+    assert lengths["gamma"] == pytest.approx(gamma)
+    if granularity == "model":
+        shares = [model["coefficient"] for model in family["models"]]
+        inputs = sum(s * n for s, n in zip(shares, norms, strict=True))
+        assert lengths["inputs"] == pytest.approx(inputs)
+        assert lengths["inputs"] / lengths["merged"] == pytest.approx(
+            family["pools"][0]["keep"]
+        )
+    shown = capsys.readouterr().out
+    assert f"length {lengths['merged']:.4g}" in shown
+    assert shown.endswith(f"{advice.COMPARE}\n")
+
+
+def test_a_merge_without_inner_products_tells_norms_alone(
+    tmp_path: Path, trio: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergekit_metagpt.scanning import once
+
+    monkeypatch.setenv("MERGEKIT_METAGPT_CACHE", "0")
+    monkeypatch.setattr(once, "_REQUESTS", {})
+    file, out = tmp_path / "merge.yml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(merge_config(trio.base, trio.models)))
+    assert run_command("merge", file, out, "--no-copy-tokenizer", "--quiet") == 0
+    (family,) = json.loads((out / "metagpt.json").read_text())["families"]
+    assert family["lengths"]["merged"] is family["pools"][0]["keep"] is None
+    assert family["lengths"]["disparity"] > 1
+    assert "to 1 apart" in (out / "README.md").read_text()
+
+
+def test_advice_says_what_the_experiment_measured() -> None:
+    """Its thresholds and counts follow from the records of the experiment."""
+    file = Path(__file__).parents[1] / "docs" / "experiments" / "results.json"
+    raw = json.loads(file.read_text())
+    models = {(m["seed"], m["model"]): m for m in raw["models"]}
+    merges = {(m["seed"], m["mixture"], m["method"]): m["loss"] for m in raw["merges"]}
+    domain = {
+        name: raw["setting"]["domains"].index(entry["domain"])
+        for name, entry in raw["setting"]["specialists"].items()
+    }
+    near, apart = [], []
+    for mixture, names in raw["setting"]["mixtures"].items():
+        for seed in {m["seed"] for m in raw["models"] if mixture != "harsh"}:
+            sq_norms = [models[seed, name]["sq_norm"] for name in names]
+            disparity = math.sqrt(max(sq_norms) / min(sq_norms))
+            usual, mild, average = (
+                math.fsum(merges[seed, mixture, method][domain[name]] for name in names)
+                / len(names)
+                for method in ("metagpt", "metagpt power 1", "average")
+            )
+            pair = usual - average, mild - usual
+            (apart if disparity > advice.APART_NORMS else near).append(pair)
+            assert not 1.5 < disparity < 2.25
+    better = sum(less < 0 for less, _ in near)
+    mean = -sum(less for less, _ in near) / len(near)
+    said_near, said_apart = advice.which_weights(1.2), advice.which_weights(2.5)
+    assert f"better in {better} of {len(near)} comparisons, by {mean:.3f}" in said_near
+    worse = sum(less > 0 for less, _ in apart)
+    assert f"worse than the plain average in {worse} of {len(apart)}" in said_apart
+    milder = sum(less < 0 for _, less in apart)
+    assert f"than MetaGPT in {milder} of {len(apart)}" in said_apart
+    for text in (said_near, said_apart):
+        assert text.endswith(advice.COMPARE)
