@@ -545,6 +545,8 @@ def test_adapters_on_the_hub(
     assert run_command("inspect", "--remote", "org/none", "org/adapter0") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "org/none is no repository" in said
+    assert run_command("inspect", "--remote", "none.yml") == 2
+    assert "none.yml" in capsys.readouterr().err
 
 
 def test_adapters_beside_models_that_are_sampled_are_refused(
