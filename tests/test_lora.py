@@ -524,14 +524,17 @@ def test_adapters_on_the_hub(
 ) -> None:
     exact = gram_of(taus_of(tuned("llama"))).diagonal().tolist()
     names = ["org/adapter0", "org/adapter1"]
-    for models in (
-        ["--remote", *names],
-        names,
-        ["--remote", "--base", "org/base", *names],
-        ["--remote", "--base", "org/base", *(f"org/base+{name}" for name in names)],
+    for number, models in enumerate(
+        (
+            ["--remote", *names],
+            names,
+            ["--remote", "--base", "org/base", *names],
+            ["--remote", "--base", "org/base", *(f"org/base+{name}" for name in names)],
+        )
     ):
-        assert run_command("inspect", *models, "--json", tmp_path / "found.json") == 0
-        (family,) = json.loads((tmp_path / "found.json").read_text())["families"]
+        file = tmp_path / f"{number}.json"
+        assert run_command("inspect", *models, "--json", file) == 0
+        (family,) = json.loads(file.read_text())["families"]
         assert [m["sq_norm"] for m in family["models"]] == pytest.approx(exact)
         assert family["sample"] is None
         assert [m["relative_norm"] for m in family["models"]] == [None, None]
@@ -542,6 +545,8 @@ def test_adapters_on_the_hub(
     assert run_command("inspect", "--remote", "org/none", "org/adapter0") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "org/none is no repository" in said
+    assert run_command("inspect", "--remote", "none.yml") == 2
+    assert "none.yml" in capsys.readouterr().err
 
 
 def test_adapters_beside_models_that_are_sampled_are_refused(
