@@ -1,6 +1,6 @@
 """Works out how long a large merge takes by nodes; measures nothing; prints Markdown.
 
-    python docs/benchmarks/on_paper.py [--models 8] [--billions 671] [--tensors 46000]
+    python docs/benchmarks/on_paper.py [--models 8] [--billions 671] [--tensors 45400]
 
 Every model and the base are read twice, once to scan and once to merge, and the result
 is written once. A node reads and writes at its own rate, all nodes together at most at
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=int, default=8)
     parser.add_argument("--billions", type=float, default=671)
-    parser.add_argument("--tensors", type=int, default=46_000)
+    parser.add_argument("--tensors", type=int, default=45_400)
     parser.add_argument("--read", type=float, default=5, help="GB/s of a node")
     parser.add_argument("--write", type=float, default=2, help="GB/s of a node")
     parser.add_argument("--limit", type=float, default=100, help="GB/s of all nodes")

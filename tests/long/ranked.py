@@ -13,11 +13,12 @@ import random
 import signal
 from collections import Counter
 
+import torch
 import yaml
 
 from mergekit_metagpt.commands import demo
 from tests.adapters import write_adapters
-from tests.families import merge_config, read_model
+from tests.families import State, merge_config, read_model
 from tests.long.rank_jobs import (
     OURS,
     SEED,
@@ -106,11 +107,54 @@ def adapters(found: Place) -> None:
         assert_same_tensors(read_model(found.out), reference)
 
 
-def compare(found: Place) -> None:
+def other_outputs(found: Place) -> None:
+    """Merge into an empty folder, over an old model, as pickles, and asynchronously."""
+    found.config()
+    reference = found.alone()
+    with found.work():
+        found.out.mkdir()
+        for options in ((), ("--force",), ("--force", "--async-write")):
+            all_ended = found.ranks(2, found.merge(*options))
+            assert {ended.status for ended in all_ended} == {0}, all_ended
+            assert_same_tensors(read_model(found.out), reference)
+    with found.work():
+        all_ended = found.ranks(2, found.merge("--no-safe-serialization"))
+        assert {ended.status for ended in all_ended} == {0}, all_ended
+        pickles: State = {}
+        for file in found.out.glob("*.bin"):
+            pickles.update(torch.load(file))
+        assert_same_tensors(pickles, reference)
+
+
+def tokenizers(found: Place, family: demo.Family) -> None:
+    """Copy a tokenizer, and make one; compare all that is written."""
+    models = list(family.specialists.values())
+    arguments = tuple(a for a in found.merge() if a != "--no-copy-tokenizer")
+    for settings in ({}, {"tokenizer_source": "union"}, {"tokenizer_source": "base"}):
+        config = merge_config(family.base, models, **settings)
+        (found.folder / "merge.yml").write_text(yaml.safe_dump(config))
+        seen = []
+        for size in (1, 2):
+            with found.work():
+                if size == 1:
+                    all_ended = found.forks.run(found.job(arguments))
+                else:
+                    all_ended = found.ranks(size, arguments)
+                assert {ended.status for ended in all_ended} == {0}, all_ended
+                files = {
+                    path.name: path.read_bytes()
+                    for path in found.out.iterdir()
+                    if not path.name.startswith("model")
+                }
+                seen.append((files, read_model(found.out)))
+        assert "tokenizer.json" in seen[0][0]
+        assert seen[0][0] == seen[1][0]
+        assert_same_tensors(seen[0][1], seen[1][1])
+
+
+def compare(found: Place, family: demo.Family) -> None:
     """Compare merges on two ranks, of which rank 0 evaluates."""
-    folder = found.folder / "trained"
-    folder.mkdir()
-    family = demo.make_family(folder / "m", steps=(40, 10, 15, 20), width=32)
+    folder = family.base.parents[1]
     models = list(family.specialists.values())
     file = folder / "merge.yml"
     file.write_text(yaml.safe_dump(merge_config(family.base, models)))
@@ -139,7 +183,13 @@ def main() -> None:
             print(f"{number.name}: {dict(outcomes)}", flush=True)
         adapters(found)
         print("adapters: the same tensors", flush=True)
-        compare(found)
+        other_outputs(found)
+        print("other outputs: the same tensors", flush=True)
+        steps = (40, 10, 15, 20)
+        family = demo.make_family(found.folder / "trained" / "m", steps=steps, width=32)
+        tokenizers(found, family)
+        print("tokenizers: the same files", flush=True)
+        compare(found, family)
         print("compare: the same report", flush=True)
         print(f"merges by every method: {every_method(found)}", flush=True)
 
