@@ -85,7 +85,7 @@ def run(*arguments: str, config: str = "merge.yml") -> int:
 def compared(out: Path, *arguments: str, config: str = "merge.yml") -> dict[str, Any]:
     """Run `compare` and return what it wrote as JSON."""
     file = out / "found.json"
-    assert run(*arguments, "--json", str(file), config=config) == 0
+    assert run(*arguments, "--json", str(file), "--force", config=config) == 0
     found = json.loads(file.read_text())
     assert isinstance(found, dict)
     return found
