@@ -524,7 +524,7 @@ def test_other_tokens_are_compared_by_the_byte(
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--text", "code"], "--text code: expected NAME=FILE"),
+        (["--text", "code"], "--text code: expected MODEL=FILE"),
         (["--text", "code=none.txt"], "there is no file none.txt"),
         ([*texts_of("code"), *texts_of("code")], "--text code is given twice"),
         ([], "Give --text MODEL=FILE"),

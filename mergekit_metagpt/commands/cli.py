@@ -262,12 +262,12 @@ def verify(
     if json_file != "-":
         for line in tables.verified(found):
             click.echo(line)
-    failed = [check for check in found.checks if check.verdict == found.verdict]
+    failed = [check.name for check in found.checks if check.verdict == found.verdict]
+    names = ", ".join(failed)
     if found.verdict == "different":
-        names = ", ".join(check.name for check in failed)
         raise Differs(f"{out} is not the merge that it says it is: see {names}")
     if found.verdict == "not checked":
-        raise Unverified(f"{out} could not be verified: {failed[0].details}")
+        raise Unverified(f"{out} could not be verified: see {names}")
 
 
 @main.command()

@@ -15,7 +15,7 @@ import torch
 
 from mergekit_metagpt.commands import merging, shards
 from mergekit_metagpt.merge_config import checks, dividing, jobs, merge_yaml, plan
-from mergekit_metagpt.scanning import ranks
+from mergekit_metagpt.scanning import once, ranks
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -89,7 +89,8 @@ def merge(
         group.gather(None)  # nobody merges for hours before all have seen it
         reused = group.share(shards.finished(folder) if group.leads else {})
         mine = [shard for shard in dealt if shard.rank == group.rank]
-        with ranks.sharing(None):
+        estimated = bool(checked.prepared and checked.prepared.estimated)
+        with ranks.sharing(None), once.again(estimated=estimated):
             manifests = shards.write(
                 parts,
                 mine,

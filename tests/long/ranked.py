@@ -16,6 +16,7 @@ from collections import Counter
 import yaml
 
 from mergekit_metagpt.commands import demo
+from tests.adapters import write_adapters
 from tests.families import merge_config, read_model
 from tests.long.rank_jobs import (
     OURS,
@@ -40,8 +41,13 @@ def every_method(found: Place) -> int:
                 assert {ended.status for ended in all_ended} == {0}, all_ended
                 assert_same_tensors(read_model(found.out), reference)
             count += 1
-    for granularity in ("layer", "tensor"):
-        found.config("metagpt", granularity=granularity)
+    for settings in (
+        {"granularity": "layer"},
+        {"granularity": "tensor"},
+        {"sample": 0.5},
+        {"lambda": "keep"},
+    ):
+        found.config("metagpt", **settings)
         reference = found.alone()
         with found.work():
             all_ended = found.ranks(4, found.merge())
@@ -85,6 +91,21 @@ def kill_at_random(found: Place, count: int, number: int, seed: int) -> Counter[
     return outcomes
 
 
+def adapters(found: Place) -> None:
+    """Merge adapters, measured from their factors and from copies that rank 0 makes."""
+    made = write_adapters(found.folder / "lora")
+    models = [f"{made.base}+{adapter}" for adapter in made.adapters]
+    (found.folder / "merge.yml").write_text(
+        yaml.safe_dump(merge_config(made.base, models))
+    )
+    copies = ("--lora-merge-cache", str(found.folder / "work" / "copies"))
+    reference = found.alone(*copies)
+    with found.work():
+        all_ended = found.ranks(3, found.merge(*copies))
+        assert {ended.status for ended in all_ended} == {0}, all_ended
+        assert_same_tensors(read_model(found.out), reference)
+
+
 def compare(found: Place) -> None:
     """Compare merges on two ranks, of which rank 0 evaluates."""
     folder = found.folder / "trained"
@@ -116,6 +137,8 @@ def main() -> None:
         for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
             outcomes = kill_at_random(found, given.kills, number, given.seed)
             print(f"{number.name}: {dict(outcomes)}", flush=True)
+        adapters(found)
+        print("adapters: the same tensors", flush=True)
         compare(found)
         print("compare: the same report", flush=True)
         print(f"merges by every method: {every_method(found)}", flush=True)
