@@ -108,10 +108,15 @@ def test_what_lies_beside_the_model(
     for path in theirs.glob("*.safetensors"):
         assert path.read_bytes() == (out / path.name).read_bytes()
 
-    # The report is that of `inspect` without cosines, the plain YAML that of `export`.
+    # The report is that of `inspect` without inner products, the plain YAML that of
+    # `export`.
     assert run_command("inspect", "merge.yml", "--json", "-") == 0
     inspected = json.loads(capsys.readouterr().out)
-    inspected["families"][0]["cosines"] = None
+    family = inspected["families"][0]
+    family["cosines"] = family["lengths"]["merged"] = None
+    for pool in (*family["pools"], *family["layers"]):
+        assert pool["keep"] >= 1
+        pool["keep"] = None
     report = json.loads((out / "metagpt.json").read_text())
     assert "not measured" in report["families"][0].pop("reading")
     assert "orthogonal" in inspected["families"][0].pop("reading")
