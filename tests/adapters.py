@@ -123,6 +123,7 @@ def architectures() -> dict[str, Any]:
         "qwen3_moe": hf.Qwen3MoeConfig(
             **sizes, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
         ),
+        "mixtral": hf.MixtralConfig(**sizes, num_local_experts=4),
         "gpt_oss": hf.GptOssConfig(
             **{**sizes, "intermediate_size": 32}, num_local_experts=4
         ),

@@ -164,7 +164,9 @@ KINDS_OF_MODEL = [
     Row(
         "other-width",
         broken.llama(hidden_size=64),
-        ours=NO_FINE_TUNE.format("28.7", "model.layers.…proj.weight is […]"),
+        ours=NO_FINE_TUNE.format(
+            "28.7", "model.layers.…proj.weight is […]. By config.json, hidden_size is …"
+        ),
     ),
 ]
 
@@ -177,7 +179,7 @@ def unreadable(
     return Row(
         name,
         broken.in_file(f"tuned1/{file}", change, shards=1 if whole else 3),
-        ours=f"{{dir}}/tuned1/{file} cannot be read: …: fetch it again",
+        ours=f"{{dir}}/tuned1/{file} cannot be read: …: fetch or save it again",
         mergekit="Error while deserializing header: …" if whole else "{ours}",
         error=SafetensorError if whole else OSError,
     )
@@ -206,7 +208,7 @@ FILES = [
     Row(
         "missing-shard",
         broken.missing_file(f"tuned1/{SHARD}", shards=3),
-        ours=f"{{dir}}/tuned1/{SHARD} is missing; … Fetch it again",
+        ours=f"{{dir}}/tuned1/{SHARD} is missing; … Fetch or save it again",
         error=FileNotFoundError,
     ),
     *(
@@ -227,14 +229,14 @@ FILES = [
         "names-another-shard",
         broken.with_shard("lm_head.weight", SHARD),
         ours=f"lm_head.weight is said to be in {{dir}}/tuned1/{SHARD} by the index of "
-        "{dir}/tuned1, but is not. Fetch the model again",
+        "{dir}/tuned1, but is not. Fetch or save the model again",
         error=OSError,
     ),
     Row(
         "pickle-with-short-records",
         broken.pickled(broken.short_records),
         ours="{dir}/tuned1/pytorch_model.bin cannot be read: its record data/… has … "
-        "bytes; its pickle says …: fetch it again",
+        "bytes; its pickle says …: fetch or save it again",
         error=OSError,
     ),
     Row(

@@ -85,7 +85,7 @@ def run(*arguments: str, config: str = "merge.yml") -> int:
 def compared(out: Path, *arguments: str, config: str = "merge.yml") -> dict[str, Any]:
     """Run `compare` and return what it wrote as JSON."""
     file = out / "found.json"
-    assert run(*arguments, "--json", str(file), config=config) == 0
+    assert run(*arguments, "--json", str(file), "--force", config=config) == 0
     found = json.loads(file.read_text())
     assert isinstance(found, dict)
     return found
@@ -316,6 +316,7 @@ def test_a_second_run_goes_on_where_ctrl_c_ended_the_first(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    cache.clear()  # of `found`, if this test is the first to ask for it
     original, seen = losses.evaluate, []
 
     def interrupted(model: Any, text: Any, **options: Any) -> ChunkLosses:
@@ -523,7 +524,7 @@ def test_other_tokens_are_compared_by_the_byte(
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--text", "code"], "--text code: expected NAME=FILE"),
+        (["--text", "code"], "--text code: expected MODEL=FILE"),
         (["--text", "code=none.txt"], "there is no file none.txt"),
         ([*texts_of("code"), *texts_of("code")], "--text code is given twice"),
         ([], "Give --text MODEL=FILE"),

@@ -90,7 +90,7 @@ def run(*arguments: str) -> int:
 
 def scored(out: Path, *arguments: str) -> dict[str, Any]:
     file = out / "found.json"
-    assert run(*arguments, "--json", str(file)) == 0
+    assert run(*arguments, "--json", str(file), "--force") == 0
     found = json.loads(file.read_text())
     assert isinstance(found, dict)
     return found

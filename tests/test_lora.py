@@ -195,6 +195,54 @@ def test_beside_a_full_fine_tune(
     assert torch.equal(again.pool("model").gram, result.pool("model").gram)
 
 
+def write_single_experts(base: Path, folder: Path, **config: Any) -> Path:
+    """Write an adapter of experts one by one, as under transformers 4."""
+    from safetensors.torch import save_file
+
+    state, random = {}, torch.Generator().manual_seed(5)
+    for name, weight in read_model(base).items():
+        if ".experts." in name:
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            rows, columns = weight.shape
+            for side, shape in (("A", (4, columns)), ("B", (rows, 4))):
+                values = 0.1 * torch.randn(shape, generator=random)
+                state[f"{module}.lora_{side}.weight"] = values
+    folder.mkdir()
+    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 10,
+        "base_model_name_or_path": str(base),
+        "target_modules": ["w1", "w2", "w3"],
+        **config,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_experts_that_are_adapted_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = write_tuned(tmp_path, architectures()["mixtral"], {"r": 2, **STACK})
+    single = write_single_experts(family.base, tmp_path / "single")
+    taus = taus_of(Tuned(family.base, (single,)))
+    assert_gram(mergekit_metagpt.scan(family.base, [single], gram=True), taus)
+    assert_gram(measured_alone([single]), taus)
+    for models in (
+        (single, family.adapters[0]),
+        ("--base", family.base, single, family.adapters[0]),
+    ):
+        assert run_command("inspect", *models) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert "the experts as one stack: how these overlap is not known" in said
+    scaled = write_single_experts(family.base, tmp_path / "rs", use_rslora=True)
+    assert run_command("inspect", scaled) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "adapts experts one by one with use_rslora" in said
+
+
 # ---- PEFT's call ---------------------------------------------------------------------
 
 
@@ -331,7 +379,12 @@ def test_lambda_scales_the_weights(
 
 
 NOT_COMBINED: dict[str, tuple[str, list[dict[str, Any]], Sequence[str], str]] = {
-    "experts": ("gpt_oss", [{"r": 4, **STACK}], (), "adapts parameters"),
+    "experts": (
+        "gpt_oss",
+        [{"r": 4, **STACK}],
+        (),
+        "adapts experts or target_parameters",
+    ),
     "layers": (
         "llama",
         [
@@ -471,23 +524,29 @@ def test_adapters_on_the_hub(
 ) -> None:
     exact = gram_of(taus_of(tuned("llama"))).diagonal().tolist()
     names = ["org/adapter0", "org/adapter1"]
-    for models in (
-        ["--remote", *names],
-        names,
-        ["--remote", "--base", "org/base", *names],
-        ["--remote", "--base", "org/base", *(f"org/base+{name}" for name in names)],
+    for number, models in enumerate(
+        (
+            ["--remote", *names],
+            names,
+            ["--remote", "--base", "org/base", *names],
+            ["--remote", "--base", "org/base", *(f"org/base+{name}" for name in names)],
+        )
     ):
-        assert run_command("inspect", *models, "--json", tmp_path / "found.json") == 0
-        (family,) = json.loads((tmp_path / "found.json").read_text())["families"]
+        file = tmp_path / f"{number}.json"
+        assert run_command("inspect", *models, "--json", file) == 0
+        (family,) = json.loads(file.read_text())["families"]
         assert [m["sq_norm"] for m in family["models"]] == pytest.approx(exact)
         assert family["sample"] is None
         assert [m["relative_norm"] for m in family["models"]] == [None, None]
+        assert family["base"]["norm"] is None
     # Of the base, no weights were read.
     large = [asked for asked in hub.asked if "/org/base/" in asked.path]
     assert sum(asked.range is not None for asked in large) <= 4
     assert run_command("inspect", "--remote", "org/none", "org/adapter0") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "org/none is no repository" in said
+    assert run_command("inspect", "--remote", "none.yml") == 2
+    assert "none.yml" in capsys.readouterr().err
 
 
 def test_adapters_beside_models_that_are_sampled_are_refused(

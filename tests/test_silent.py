@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from tests.adapters import PEFT_WARNS, write_adapters
 from tests.broken import snapshot
@@ -288,7 +289,9 @@ def test_a_retrained_adapter_and_one_that_does_not_fit(
     adapted = write_adapters(tmp_path)
     first, second = (f"{adapted.base}+{adapter}" for adapter in adapted.adapters)
     cache = ("--lora-merge-cache", "cache")
-    command = ("inspect", "--base", str(adapted.base), first, second, *cache)
+    config = merge_config(adapted.base, [first, second])
+    Path("merge.yml").write_text(yaml.safe_dump(config))
+    command = ("export", "merge.yml", "-", *cache)
     assert run_command(*command) == 0
     assert run_command(*command) == 0
     weights = adapted.adapters[0] / "adapter_model.safetensors"
@@ -297,6 +300,7 @@ def test_a_retrained_adapter_and_one_that_does_not_fit(
     shutil.copy(other, tmp_path / "new")
     os.utime(tmp_path / "new", ns=times)
     (tmp_path / "new").replace(weights)  # as rsync does
+    assert run_command("inspect", "merge.yml") == 0  # from the adapter as it is now
     message = refused(*command, capsys=capsys)
     assert first in message and "Remove that folder" in message
     (stale,) = (p for p in Path("cache").iterdir() if str(p) in message)

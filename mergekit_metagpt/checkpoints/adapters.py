@@ -39,6 +39,9 @@ _FACTOR = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+?)(?P<nested>(?:\.base_layer)*)"
     r"\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.weight)?"
 )
+# Experts that PEFT fuses as it loads them, and what it then scales otherwise.
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_UNEVEN = ("use_rslora", "rank_pattern", "alpha_pattern")
 _COPY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.weight")
 
 
@@ -200,6 +203,14 @@ def _factors(
     if alone := sorted(copies.keys() - depths.keys()):
         raise ValueError(_refusal(label, f"stores the weight of {alone[0]} itself"))
     for module, levels in depths.items():
+        if _EXPERT.search(module) and (uneven := [k for k in _UNEVEN if config.get(k)]):
+            raise ValueError(
+                _refusal(
+                    label,
+                    f"adapts experts one by one with {uneven[0]}, which PEFT scales "
+                    "by its version",
+                )
+            )
         ordered = [sides[module, depth, levels[depth]] for depth in sorted(levels)]
         for parameter, pair in zip(
             _parameters(label, module, ordered, config), ordered, strict=True

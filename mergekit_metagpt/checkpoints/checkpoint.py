@@ -161,7 +161,7 @@ def _shard_path(folder: Path, label: str, entry: str) -> Path:
     if path is None or not path.is_relative_to(os.path.normpath(folder)):
         raise ValueError(
             f"the index of {label} points outside its folder: {entry!r}; expected "
-            "a file beside it. Fetch the model again"
+            "a file beside it. Fetch or save the model again"
         )
     return path
 
@@ -189,7 +189,7 @@ def read_checkpoint(
     if not isinstance(index.tensor_paths, dict):
         raise OSError(
             f"the index of {label} holds a {type(index.tensor_paths).__name__}; "
-            "expected files by the names of tensors. Fetch the model again"
+            "expected files by the names of tensors. Fetch or save the model again"
         )
     places = {
         name: _shard_path(folder, label, entry)
@@ -245,7 +245,7 @@ def made_of(
         name = min(lost)
         raise OSError(
             f"{name} is said to be in {places[name]} by the index of {label}, but is "
-            "not. Fetch the model again"
+            "not. Fetch or save the model again"
         )
     stored = {
         tensor.name: tensor

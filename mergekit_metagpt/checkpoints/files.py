@@ -90,14 +90,15 @@ def _open_safetensors(file: Path) -> Any:
 
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file} is missing; it is part of the model by its index. Fetch it again"
+            f"{file} is missing; it is part of the model by its index. Fetch or "
+            "save it again"
         )
     try:
         return safe_open(str(file), framework="pt", device="cpu")
     except Exception as error:
         raise OSError(
-            f"{file} cannot be read: {error}. It is truncated or corrupt: fetch it "
-            "again"
+            f"{file} cannot be read: {error}. It is truncated or corrupt: fetch or "
+            "save it again"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import threading
@@ -37,8 +38,8 @@ def _index(label: str, folder: Path) -> ShardedTensorIndex:
         return ShardedTensorIndex.from_disk(str(folder))
     except Exception as error:
         raise OSError(
-            f"{file} cannot be read: {error}. It is truncated or corrupt: fetch it "
-            "again"
+            f"{file} cannot be read: {error}. It is truncated or corrupt: fetch or "
+            "save it again"
         ) from error
 
 
@@ -131,7 +132,9 @@ def open_checkpoint(
             "pytorch_model.bin, or their .index.json"
         )
     if not path.exists() and (path.is_absolute() or label.startswith((".", "~"))):
-        raise ValueError(f"{label} does not exist; expected a model's folder")
+        raise ValueError(
+            f"{label} does not exist; expected a model's folder{_near(path)}"
+        )
     if model.lora and not lora_merge_cache:
         raise ValueError(f"{label} has a LoRA adapter; give --lora-merge-cache FOLDER")
     if model.lora:
@@ -180,13 +183,25 @@ def unopened(label: str) -> Checkpoint:
     return Checkpoint(label=label, tensors={}, tied_names={}, identity=())
 
 
+def _near(path: Path) -> str:
+    """Ask for the folder that is called much like one that is not there."""
+    above = path.expanduser().absolute().parent
+    names = [p.name for p in above.iterdir() if p.is_dir()] if above.is_dir() else []
+    if not (close := difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)):
+        return ""
+    # pathlib drops the leading ./ which tells a folder from a repository.
+    meant = str(path.with_name(close[0]))
+    return f". Did you mean {'' if meant.startswith(('.', '/', '~')) else './'}{meant}?"
+
+
 def _downloaded(model: ModelReference, cache: str | None) -> Path:
     try:
         return Path(model.local_path(cache))
     except Exception as error:
+        why = f"{str(error).rstrip('.')}{_near(Path(model.model.path))}"
         raise ValueError(
             f"{model} is neither a local folder (then write ./{model}) nor available "
-            f"on the hub: {error}"
+            f"on the hub: {why}"
         ) from error
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from mergekit_metagpt.checkpoints.adapters import check_adapter
-from mergekit_metagpt.checkpoints.architecture import prefix_of
+from mergekit_metagpt.checkpoints.architecture import content, prefix_of
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.files import Readers
 from mergekit_metagpt.checkpoints.layouts import (
@@ -25,6 +25,8 @@ PROBE = 1000
 # base and model are taken for strangers. (One alone may have more: a head, a tower.)
 MIN_COVERED = 0.5
 MAX_FOREIGN = 0.1
+# Entries of config.json that explain most shapes which differ.
+SIZES = ("hidden_size", "intermediate_size", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,23 @@ def check_pair(base: Checkpoint, model: Checkpoint) -> None:
             )
     raise ValueError(
         f"{model.label} is no fine-tune of {base.label}: {share:.1%} of the parameters "
-        f"match; first differences: {'; '.join([*differing, *absent][:3])}. {advice}"
+        f"match; first differences: {'; '.join([*differing, *absent][:3])}. "
+        f"{_sizes(base, model)}{advice}"
     )
+
+
+def _sizes(base: Checkpoint, model: Checkpoint) -> str:
+    """Sizes of layers in which the configurations of two models differ."""
+    ours, theirs = (
+        {} if checkpoint.folder is None else content(checkpoint.folder)
+        for checkpoint in (base, model)
+    )
+    differing = [
+        f"{name} is {theirs[name]} (in the base {ours[name]})"
+        for name in SIZES
+        if name in ours and name in theirs and ours[name] != theirs[name]
+    ]
+    return f"By config.json, {', '.join(differing)}. " if differing else ""
 
 
 def _roots(

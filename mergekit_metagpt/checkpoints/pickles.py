@@ -34,7 +34,8 @@ def _unpickled(file: Path) -> dict[str, Any]:
             state = torch.load(file, **options)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{file} is missing; it is part of the model by its index. Fetch it again"
+            f"{file} is missing; it is part of the model by its index. Fetch or "
+            "save it again"
         ) from error
     except Exception as error:
         raise OSError(
@@ -47,7 +48,7 @@ def _unpickled(file: Path) -> dict[str, Any]:
     if not isinstance(inner, dict) or not all(isinstance(name, str) for name in inner):
         raise OSError(
             f"{file} cannot be read: it holds {type(inner).__name__}; expected tensors "
-            "by name. Fetch it again"
+            "by name. Fetch or save it again"
         )
     return state
 
@@ -131,8 +132,8 @@ class Archive:
         records = {record.filename.lower(): record for record in found}
         if len(records) < len(found):
             raise OSError(
-                f"{file} cannot be read: two of its records have one name. Fetch it "
-                "again"
+                f"{file} cannot be read: two of its records have one name. Fetch or "
+                "save it again"
             )
         folder = found[0].filename.partition("/")[0].lower() if found else ""
         return cls(file, folder, records)
@@ -160,7 +161,7 @@ class Archive:
         except Exception as error:
             raise OSError(
                 f"{self.file} cannot be read: {type(error).__name__} {error} in its "
-                "pickle. Fetch it again, or store it as safetensors"
+                "pickle. Fetch or save it again, or store it as safetensors"
             ) from error
         for storage in storages:
             record = self.records.get(f"{self.folder}/data/{storage.key}".lower())
@@ -169,7 +170,7 @@ class Archive:
                 raise OSError(
                     f"{self.file} cannot be read: its record data/{storage.key} has "
                     f"{size:,} bytes; its pickle says {storage.bytes:,}. It is "
-                    "truncated or corrupt: fetch it again"
+                    "truncated or corrupt: fetch or save it again"
                 )
 
 

@@ -262,12 +262,12 @@ def verify(
     if json_file != "-":
         for line in tables.verified(found):
             click.echo(line)
-    failed = [check for check in found.checks if check.verdict == found.verdict]
+    failed = [check.name for check in found.checks if check.verdict == found.verdict]
+    names = ", ".join(failed)
     if found.verdict == "different":
-        names = ", ".join(check.name for check in failed)
         raise Differs(f"{out} is not the merge that it says it is: see {names}")
     if found.verdict == "not checked":
-        raise Unverified(f"{out} could not be verified: {failed[0].details}")
+        raise Unverified(f"{out} could not be verified: see {names}")
 
 
 @main.command()
@@ -374,7 +374,7 @@ def compare(
     force: bool,
     **settings: Any,
 ) -> None:
-    """Merge by several weights and measure each merge on your own text.
+    """Merge by several weights and measure each merge on your own text or tasks.
 
     Compares CONFIG with metagpt, power 1, the plain average, task arithmetic 0.3 and
     metagpt without embeddings: the loss on each text, and how much more a merge loses

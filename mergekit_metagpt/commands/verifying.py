@@ -140,6 +140,12 @@ def _config(out: Path) -> MergeConfiguration:
         )
     try:
         config = merge_yaml.read(file.read_text(encoding="utf-8"))
+        if config.merge_method not in checks.METHODS:
+            raise ValueError(
+                f"merge_method is {config.merge_method!r}; verify takes merges by "
+                f"{', '.join(checks.METHODS)}. To check one that `export` wrote, merge "
+                "its metagpt YAML too, and compare the tensors"
+            )
         checks.check_yaml(config)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error

@@ -276,7 +276,8 @@ def are_adapters(models: Sequence[str], base: str | None, *, remote: bool) -> bo
         return False
     paths = [Path(model) for model in models]
     if len(paths) == 1:
-        return is_adapter(paths[0]) or (remote and not paths[0].exists())
+        unknown = not paths[0].exists() and paths[0].suffix not in (".yml", ".yaml")
+        return is_adapter(paths[0]) or (remote and unknown)
     others = [path for path in paths if path.exists() and not is_adapter(path)]
     if others and len(others) < len(paths):
         raise ValueError(

@@ -350,12 +350,14 @@ def _absent(checkpoint: Checkpoint, name: str, read: Collection[str]) -> str:
     if not names and layer_key(name) != name:
         return (
             f"{checkpoint.label} stores nothing of {layer_key(name)}, which its "
-            "config.json counts among its layers. Fetch the model again, or repair "
-            "its config.json"
+            "config.json counts among its layers. Fetch or save the model again, or "
+            "repair its config.json"
         )
     meant = closest(name, [n for n in names if n not in read])
     stored = f" (stored is {meant})" if meant else ""
-    hint = "Fetch the model again, or merge copies that store the expected names"
+    hint = (
+        "Fetch or save the model again, or merge copies that store the expected names"
+    )
     if meant and ".base_layer." in meant:
         hint = "It holds an adapter that is not merged: merge it into the model first"
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,13 +88,35 @@ def read_file(file: Path) -> tuple[str, MergeConfiguration]:
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: as `read`, with the name of the file.
+        ValueError: as `read`, with the name of the file; or it names a model relative
+            to another folder than the current one.
     """
     try:
         text = text_of(file)
-        return text, read(text)
+        config = read(text)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    _require_here(config, file)
+    return text, config
+
+
+def _require_here(config: MergeConfiguration, file: Path) -> None:
+    """Refuse local models that are not there, where the YAML lies in another folder."""
+    home = Path(os.path.normpath(file.absolute().parent))
+    if home == Path.cwd():
+        return
+    for model in models(config):
+        for part in (model.model, model.lora):
+            if part is None or Path(part.path).exists():
+                continue
+            there = (home / part.path).exists()
+            if there or part.path.startswith("."):
+                way = f"run this in {home}" if there else "run this where it is"
+                raise ValueError(
+                    f"{file}: {part.path} does not exist. Relative paths are taken "
+                    f"from the current folder, {Path.cwd()}, and the YAML lies in "
+                    f"{home}: {way}, or write absolute paths"
+                )
 
 
 def read(text: str) -> MergeConfiguration:

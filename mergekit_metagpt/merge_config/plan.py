@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -169,7 +170,7 @@ def _plan(
 
     config = config.model_copy(deep=True)
     LoaderCache().setup(options)
-    with mergekits_errors():
+    with mergekits_errors(), _without_its_own_noise():
         architecture = get_architecture_info(config, options)
         for model in config.referenced_models():
             LoaderCache().get(model)
@@ -321,6 +322,21 @@ def already_warned(
     return context
 
 
+@contextmanager
+def _without_its_own_noise() -> Iterator[None]:
+    """Drop a warning of transformers that mergekit's own code causes, and no user."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "`torch_dtype` is deprecated" not in record.getMessage()
+
+    log = logging.getLogger("transformers.configuration_utils")
+    log.addFilter(keep)
+    try:
+        yield
+    finally:
+        log.removeFilter(keep)
+
+
 def run(
     config: MergeConfiguration,
     out: str,
@@ -340,7 +356,11 @@ def run(
     """
     from mergekit.merge import run_merge
 
-    with already_warned(config, warned=warned), mergekits_errors():
+    with (
+        already_warned(config, warned=warned),
+        mergekits_errors(),
+        _without_its_own_noise(),
+    ):
         run_merge(config, out, options, config_source=source)
 
 
@@ -370,5 +390,9 @@ def run_without_tensors(
     """
     from mergekit.merge import run_merge
 
-    with mergekits_errors(), patch("mergekit.merge.MergePlanner", _WithoutTensors):
+    with (
+        mergekits_errors(),
+        _without_its_own_noise(),
+        patch("mergekit.merge.MergePlanner", _WithoutTensors),
+    ):
         run_merge(config, out, options, config_source=source)

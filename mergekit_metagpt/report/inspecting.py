@@ -196,7 +196,8 @@ def _family(
         else names_in(planned, model)
         for model in (family.base, *family.models)
     }
-    read = bool((whole.base_sq_norms > 0).any())
+    adapted = any(opened[model].adapter for model in family.models)
+    read = not adapted or bool(whole.base_sq_norms.any())
     models = []
     for k, reference in enumerate(family.models):
         model = opened[reference]
@@ -237,7 +238,7 @@ def _family(
         settings=schema.Settings(**settings.model_dump(), varying=family.varying),
         base=schema.Base(
             **describe(base, written[family.base], {}).model_dump(),
-            norm=math.sqrt(sum(base_sq_norm)) if read or base.tensors else None,
+            norm=math.sqrt(sum(base_sq_norm)) if read else None,
         ),
         models=tuple(models),
         cosines=None
@@ -292,6 +293,7 @@ def _adapter(reference: ModelReference, model: Checkpoint) -> schema.Adapter | N
         revision=place.revision,
         base=config.get("base_model_name_or_path") or None,
         factors=len(model.adapter.factors),
+        experts=any(".experts." in name for name in model.adapter.factors),
         config={key: config.get(key) for key in schema.ADAPTER_KEYS},
     )
 

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mergekit_metagpt.report import schema
 
@@ -116,18 +115,13 @@ def _rank(adapter: schema.Adapter) -> int:
 def _check(family: schema.Family, adapters: Sequence[schema.Adapter]) -> None:
     """Refuse adapters that `add_weighted_adapter` refuses, or combines only in part."""
 
-    def settings(key: str) -> list[Any]:
-        return [adapter.config.get(key) or None for adapter in adapters]
-
-    names = [model.name for model in family.models]
-    for name, parameters in zip(names, settings("target_parameters"), strict=True):
-        if parameters:
+    names, first = [model.name for model in family.models], adapters[0].config
+    for name, adapter in zip(names, adapters, strict=True):
+        if adapter.experts or adapter.config.get("target_parameters"):
             raise ValueError(
-                f"--peft: {name} adapts parameters ({', '.join(parameters)}), which "
+                f"--peft: {name} adapts experts or target_parameters, which "
                 "PEFT's add_weighted_adapter does not take. Merge with mergekit-yaml"
             )
-    first = adapters[0].config
-    for name, adapter in zip(names, adapters, strict=True):
         for key in SHARED:
             if (adapter.config.get(key) or None) != (first.get(key) or None):
                 raise ValueError(

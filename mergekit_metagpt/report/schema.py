@@ -101,6 +101,7 @@ class Adapter(_Schema):
     revision: str | None = Field(description="of the repository, as given")
     base: str | None = Field(description="the base that its configuration names")
     factors: int = Field(description="weights that it adapts")
+    experts: bool = Field(description="whether experts are among them")
     config: dict[str, Any] = Field(description="what PEFT combines it by")
 
 

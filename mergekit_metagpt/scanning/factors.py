@@ -122,11 +122,11 @@ def _shape(term: Term) -> list[int]:
 
 def _check_experts(terms: Mapping[str, Sequence[Term]]) -> None:
     """Refuse experts that one adapter adapts as a stack, another one by one."""
-    stacks = {t.factors.module: t for ts in terms.values() for t in ts if _is_stack(t)}
+    every = [term for found in terms.values() for term in found]
+    stacks = {layer_key(term.name): term for term in every if _is_stack(term)}
     for name, (term, *_) in terms.items():
-        head, _, _ = name.rpartition(".experts.")
-        stack = stacks.get(f"{head}.experts")
-        if stack is not None and not _is_stack(term):
+        stack = stacks.get(layer_key(term.name))
+        if stack is not None and not _is_stack(term) and ".experts." in term.name:
             raise ValueError(
                 f"{term.owner.label} adapts {name}, {stack.owner.label} the experts as "
                 "one stack: how these overlap is not known. Give --lora-merge-cache "

@@ -156,8 +156,8 @@ def _starts(file: Path) -> dict[str, tuple[int, int]]:
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise OSError(
-            f"{file} cannot be read: {error}. It is truncated or corrupt: fetch it "
-            "again"
+            f"{file} cannot be read: {error}. It is truncated or corrupt: fetch or "
+            "save it again"
         ) from error
 
 
