@@ -116,15 +116,16 @@ def test_inspect_and_a_cache_of_rank_0_alone(place: Place, tmp_path: Path) -> No
 # ---- failures
 
 
+@pytest.mark.parametrize("before_last", [0, 1, 2])
 def test_a_killed_rank_is_named_and_resume_goes_on(
-    place: Place, expected: State
+    before_last: int, place: Place, expected: State
 ) -> None:
     place.config()
     with place.work():
-        # Rank 1 dies as it moves the manifest of its second file into place.
+        # Rank 1 dies as it names its last file, or writes or names that one's manifest.
         writes = place.ranks(2, place.merge())[1].writes
         place.out.rename(place.folder / "whole")
-        kill = {"write": writes - 2, "event": KILL}
+        kill = {"write": writes - before_last, "event": KILL}
         first, second = place.ranks(2, place.merge(), {1: kill})
         assert second.status == -signal.SIGKILL
         assert first.status == 2 and not place.out.exists()

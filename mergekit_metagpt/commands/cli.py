@@ -47,7 +47,7 @@ def main() -> None:
     """MetaGPT merging for mergekit: no weights to guess, no data, no search."""
     if "RANK" in os.environ:
         # torch, when it is imported: no stacks of C++ beside our one line.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 @main.command()

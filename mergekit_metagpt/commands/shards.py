@@ -215,7 +215,7 @@ def _note(folder: Path, shard: dividing.Shard, writer: TensorWriter) -> Manifest
         names=names,
     )
     path = folder / f"shard-{shard.key}.json"
-    temporary = path.with_suffix(".tmp")
+    temporary = folder / f"manifest-{shard.key}"  # a kill may leave it
     temporary.write_text(manifest.model_dump_json())
     _sync(temporary)
     temporary.replace(path)

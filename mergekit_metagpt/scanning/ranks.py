@@ -471,7 +471,7 @@ def join() -> Group | None:
             given["MASTER_ADDR"],
             port,
             is_master=hosts,
-            timeout=timedelta(seconds=limit),
+            timeout=timedelta(seconds=limit / 2),  # it tries twice
             wait_for_workers=False,
         )
     except dist.DistError as error:
