@@ -465,7 +465,7 @@ FAMILIES = ("llama-2-7b", "mistral-7b", "llama-2-13b")
 
 
 def test_commands_for_the_paper_cover_its_families() -> None:
-    text = (EXPERIMENTS / "paper.md").read_text()
+    text = (DOCS / "reproduce.md").read_text()
     recipes = re.findall(r"recipes/paper/([\w-]+)\.yml", text)
     shipped = {path.stem for path in (ROOT / "recipes" / "paper").glob("*.yml")}
     assert {*recipes} == shipped
@@ -483,7 +483,7 @@ def test_commands_for_the_paper_cover_its_families() -> None:
 
 
 def test_examples_in_the_prompt_are_the_papers() -> None:
-    text = (EXPERIMENTS / "paper.md").read_text()
+    text = (DOCS / "reproduce.md").read_text()
     given = dict(re.findall(r"^evaluate (\w+) (\d)", text, re.MULTILINE))
     assert given == {
         "winogrande": "0",
