@@ -141,6 +141,88 @@ def test_only_matrices_of_layers_are_decomposed() -> None:
     assert [float(part.mean()) for part in merged.values()] == [4.0, 0.0, 4.0]
 
 
+# ---- the committed results
+
+
+def test_results_name_their_setting() -> None:
+    from real_family import PLANS
+    from real_merges import FEW, MIXTURES
+    from real_results import EQUAL, real
+
+    results = real()
+    assert [plan["steps"] for plan in results.raw["setting"]["plans"]] == [
+        plan.steps for plan in PLANS
+    ]
+    named = {name: list(models) for name, models in MIXTURES.items()}
+    assert results.mixtures == named
+    assert {*EQUAL} < {*MIXTURES}
+    assert all(results.has(mixture, *FEW) for mixture in named)
+    for mixture, models in named.items():
+        kinds = [results.domains[model] for model in models]
+        assert len(set(kinds)) == len(kinds), f"{mixture} has a domain twice"
+
+
+def test_precision_is_finer_than_the_effects() -> None:
+    """Differences of losses under bfloat16 against float32, and a step of training."""
+    from real_results import real
+
+    setting = real().raw["setting"]
+    losses = setting["precision"]["losses"]
+    by_kind = {
+        kind: [
+            tuned - base
+            for tuned, base in zip(
+                losses[f"code {kind}"], losses[f"base {kind}"], strict=True
+            )
+        ]
+        for kind in ("float32", "bfloat16")
+    }
+    errors = [
+        abs(low - high)
+        for low, high in zip(by_kind["bfloat16"], by_kind["float32"], strict=True)
+    ]
+    assert max(errors) < 0.005
+    low, high = setting["precision"]["step"]
+    assert abs(low - high) < 0.01
+    assert setting["precision"]["gradient_cosine"] > 0.9
+    # One unit in the last place of the largest weights, which are those of norms.
+    assert setting["file_minus_memory"] <= 2.0**-13
+
+
+def test_words_on_the_real_model() -> None:
+    from statistics import fmean
+
+    from real_results import EQUAL, ratio, real
+
+    results = real()
+    for mixture in results.mixtures:
+        by_metagpt, by_power_1 = (
+            results.difference(mixture, method, "average")[0]
+            for method in ("metagpt", "power 1")
+        )
+        assert 0 < by_power_1 < 0.5 * by_metagpt
+        assert (ratio(results.norms(mixture)) < 1.2) == (mixture in EQUAL)
+    for name, domain in results.domains.items():
+        own, base = (
+            fmean(results.models[model]["loss"][domain]) for model in (name, "base")
+        )
+        assert (own > base) == (domain in ("code", "german"))
+    assert results.raw["setting"]["prepared"]["kept"] == 19_433
+    assert results.raw["setting"]["prepared"]["parameters"] == 112_763_136
+
+
+def test_a_rule_is_judged_by_what_it_chooses() -> None:
+    from real_results import excess, gamma, judged, ratio
+
+    assert ratio([4.0, 9.0]) == pytest.approx(1.5)
+    assert excess([1.0, 3.0]) == pytest.approx(1.5)
+    # By hand: logs 1 and 3 have the mean 2 and the variance 1.
+    assert gamma([2.718281828, 20.085536923]) == pytest.approx(0.25)
+    pairs = [([1.0, 1.0], -0.2), ([1.0, 4.0], 0.4), ([1.0, 9.0], -0.1)]
+    right, gain = judged(pairs, ratio, 1.5)
+    assert (right, gain) == (2, pytest.approx(-0.2 / 3))
+
+
 # ---- the steps on a tiny model
 
 
@@ -181,10 +263,9 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(module, "PLANS", plans)
     for module in (real_family, real_merges):
         monkeypatch.setattr(module, "LAYERS", 2)
-    mixtures = {"two equal": ("code", "worked")}
+    mixtures = {"two equal": ("code", "worked"), "long": ("code_long", "worked")}
     for module in (real_merges, real_model):
         monkeypatch.setattr(module, "MIXTURES", mixtures)
-    monkeypatch.setattr(real_merges, "PAIRS", (("code_long", "worked"),))
     return places
 
 
@@ -203,7 +284,7 @@ def test_the_steps_run_and_go_on(
     assert results["setting"]["file_minus_memory"] < 1e-6
     rows = [(r["mixture"], r["method"]) for r in results["merges"]]
     assert len(rows) == len(set(rows)) > 30
-    assert ("code_long + worked", "metagpt") in rows
+    assert ("long", "metagpt") in rows
     assert {"TSV-M", "Iso-C", "WUDI", "FRANK's prior"} <= {m for _, m in rows}
     for record in results["merges"]:
         assert len(record["loss"]["code"]) == results["setting"]["chunks"]

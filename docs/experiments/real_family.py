@@ -176,7 +176,7 @@ def _as_plain(model: Any) -> Any:
     return plain
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _whole_loss(model: Any, text: torch.Tensor) -> float:
     """Compute the held-out loss of the model with its whole vocabulary."""
     losses = []
@@ -240,7 +240,7 @@ class Evaluation:
     right: dict[str, list[float]]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     model: Any,
     folders: Folders,
@@ -249,19 +249,19 @@ def evaluate(
     precise: bool = False,
 ) -> Evaluation:
     """Measure a float32 model under bfloat16 autocast, or in float32 if `precise`."""
-    loss: dict[str, list[float]] = {}
-    right: dict[str, list[float]] = {}
-    for domain in domains:
-        inputs = _held_out(folders, domain)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not precise):
-            logits = model(input_ids=inputs, use_cache=False).logits[:, :-1].float()
-        each = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), inputs[:, 1:].flatten(), reduction="none"
-        )
-        loss[domain] = each.view(CHUNKS, -1).mean(1).tolist()
-        hits = logits.argmax(-1) == inputs[:, 1:]
-        right[domain] = hits.float().mean(1).tolist()
-    return Evaluation(loss, right)
+    inputs = torch.cat([_held_out(folders, domain) for domain in domains])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not precise):
+        logits = model(input_ids=inputs, use_cache=False).logits[:, :-1].float()
+    targets = inputs[:, 1:]
+    each = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="none"
+    )
+    losses = each.view(len(domains), CHUNKS, -1).mean(2).tolist()
+    hits = (logits.argmax(-1) == targets).float().view(len(domains), CHUNKS, -1)
+    rights = hits.mean(2).tolist()
+    return Evaluation(
+        dict(zip(domains, losses, strict=True)), dict(zip(domains, rights, strict=True))
+    )
 
 
 def train(folders: Folders, plan: Plan, seed: int = 0) -> None:

@@ -15,7 +15,6 @@ from real_rivals import (
     Tau,
     by_matrix,
     decaying_prior,
-    gram,
     iso_merge,
     lines,
     magic_length,
@@ -24,64 +23,53 @@ from real_rivals import (
     wudi_merge,
 )
 
-from mergekit_metagpt import coefficients
+from mergekit_metagpt import coefficients, scan
 
 MIXTURES = {
-    "two equal": ("code", "worked"),
-    "three equal": ("code", "worked", "german"),
-    "four equal": ("code", "worked", "german", "chat"),
-    "worked long": ("code", "worked_long", "german"),
-    "worked short": ("code", "worked_short", "german"),
-    "code short": ("code_short", "worked", "chat"),
-    "short and long": ("code_short", "worked_long"),
-    "one LoRA": ("code", "worked", "legal_lora"),
-    "five, one LoRA": ("code", "worked", "german", "chat", "legal_lora"),
+    "two equal": ("worked", "german"),
+    "three equal": ("worked", "german", "chat"),
+    "code and worked": ("code", "worked"),
+    "code, worked, german": ("code", "worked", "german"),
+    "worked long": ("worked_long", "german", "chat"),
+    "worked short": ("worked_short", "german", "chat"),
+    "one LoRA": ("worked", "german", "legal_lora"),
 }
-# Further pairs, merged by few methods, for the thresholds.
-PAIRS = (
-    ("code", "german"),
-    ("code", "chat"),
-    ("worked", "german"),
-    ("worked", "chat"),
-    ("german", "chat"),
-    ("worked_long", "german"),
-    ("worked_long", "chat"),
-    ("code", "worked_short"),
-    ("code_short", "german"),
-    ("worked_short", "chat"),
-    ("legal_lora", "german"),
-    ("legal_lora", "worked_long"),
-)
-FEW = ("average", "metagpt", "power 1", "power -1")
+FEW = ("average", "metagpt", "power 1")
 # Mixtures that the methods on singular vectors are tried on: they take minutes each.
-DECOMPOSED = ("two equal", "three equal", "short and long", "worked long")
+DECOMPOSED = ("two equal",)
 PRIOR_RATE = 2.0
 
 
-def mixtures() -> dict[str, tuple[str, ...]]:
-    """List all mixtures by name; a further pair is called by its models."""
-    return MIXTURES | {" + ".join(pair): pair for pair in PAIRS}
+def _linear(sq_norms: torch.Tensor) -> dict[str, list[float]]:
+    """List the coefficients of the rows that are linear in the task vectors."""
+    count = len(sq_norms)
+    shares = coefficients(sq_norms)
+    lift = torch.ones(count, dtype=torch.float64)
+    least = int(shares.argmin())
+    lift[least] = lifting_weight(float(shares[least]), 1 / count)
+    rows = {
+        "average": coefficients(sq_norms, power=0.0),
+        "metagpt": shares,
+        "power 1": coefficients(sq_norms, power=1.0),
+        "power -1": coefficients(sq_norms, power=-1.0),
+        "power -2": coefficients(sq_norms, power=-2.0),
+        "weight": coefficients(sq_norms, lift),
+        "lambda 1.5": coefficients(sq_norms, scale=1.5),
+    }
+    for weight in (0.3, 0.5, 1.0):
+        rows[f"task arithmetic {weight}"] = torch.full((count,), weight)
+    return {name: lambdas.tolist() for name, lambdas in rows.items()}
 
 
-def _of_mergekit(count: int, lift: list[float]) -> dict[str, tuple[str, Any]]:
+def _of_mergekit(count: int) -> dict[str, tuple[str, Any]]:
     """List the rows that mergekit merges: its name of the method, and parameters."""
     share = {"weight": 1 / count}
     sparse = {"density": DENSITY}
     della = {**sparse, "epsilon": 0.15}
     rows: dict[str, tuple[str, Any]] = {
-        "average": ("linear", {"weight": 1.0}),
-        "metagpt": ("metagpt", {}),
-        "power 1": ("metagpt", {"power": 1.0}),
-        "power -1": ("metagpt", {"power": -1.0}),
-        "power -2": ("metagpt", {"power": -2.0}),
-        "task arithmetic 0.3": ("task_arithmetic", {"weight": 0.3}),
-        "task arithmetic 0.5": ("task_arithmetic", {"weight": 0.5}),
-        "task arithmetic 1.0": ("task_arithmetic", {"weight": 1.0}),
         "layer": ("metagpt", {"granularity": "layer"}),
         "tensor": ("metagpt", {"granularity": "tensor"}),
         "exclude": ("metagpt", {"exclude": "embed_tokens,lm_head"}),
-        "weight": ("metagpt", {"weight": lift}),
-        "lambda 1.5": ("metagpt", {"lambda": 1.5}),
         "ties": ("ties", {**sparse, **share}),
         "dare linear": ("dare_linear", {**sparse, **share}),
         "dare ties": ("dare_ties", {**sparse, **share}),
@@ -96,6 +84,24 @@ def _of_mergekit(count: int, lift: list[float]) -> dict[str, tuple[str, Any]]:
     return rows
 
 
+def grams(folders: Folders) -> dict[str, Any]:
+    """Scan all specialists once; read what was measured from then on."""
+    log = folders.out / "grams.json"
+    if not log.exists():
+        names = list(specialists())
+        paths = [folders.model(name) for name in names]
+        pooled = scan(folders.base, paths, gram=True).pool()
+        assert pooled.gram is not None
+        record = {
+            "names": names,
+            "gram": pooled.gram.tolist(),
+            "of_embeddings": pooled.embeddings.tolist(),
+            "base": float(pooled.base_sq_norms[0]),
+        }
+        log.write_text(json.dumps(record))
+    return dict(json.loads(log.read_text()))
+
+
 class Inputs:
     """A base with its specialists in memory, float32, and what was measured of them."""
 
@@ -105,7 +111,10 @@ class Inputs:
         self.model = load(folders.base)
         self.base = self._state(self.model)
         self.states = [self._state(load(folders.model(name))) for name in names]
-        self.gram = gram(self.taus())
+        known = grams(folders)
+        rows = torch.tensor([known["names"].index(name) for name in names])
+        whole = torch.tensor(known["gram"], dtype=torch.float64)
+        self.gram = whole[rows][:, rows]
         self.sq_norms = self.gram.diagonal()
         self.domains = tuple(specialists()[name].domain for name in names)
 
@@ -127,8 +136,7 @@ class Inputs:
             parameter.copy_(state[name])
         result = evaluate(self.model, self.folders, self.domains)
         moved = sum(
-            float((state[name] - self.base[name]).double().square().sum())
-            for name in state
+            float((state[name] - self.base[name]).square().sum()) for name in state
         )
         return {"loss": result.loss, "right": result.right, "sq_length": moved}
 
@@ -136,21 +144,20 @@ class Inputs:
         """Add a merged task vector to the base."""
         return {name: self.base[name] + tau[name] for name in tau}
 
+    def with_lambdas(self, lambdas: list[float]) -> Tau:
+        """Compute theta_0 + sum_t lambda_t tau_t, as all linear methods do."""
+        parts = [self.base, *self.states]
+        return weighted(parts, [1 - sum(lambdas), *lambdas])
+
 
 def _merged_by_mergekit(inputs: Inputs, method: str, parameters: Any) -> Tau:
     from mergekit.merge_methods import merge_state_dicts
 
     torch.manual_seed(0)
-    states: list[Tau] = list(inputs.states)
-    # mergekit's `linear` takes no base; all others get it first.
-    if method == "linear":
-        weights = [parameters["weight"]] * len(states)
-        return dict(merge_state_dicts(states, method, parameters={"weight": weights}))
-    named = {"base": inputs.base, **dict(zip(inputs.names, states, strict=True))}
-    given = dict(parameters)
-    if isinstance(given.get("weight"), list):
-        given["weight"] = dict(zip(inputs.names, given["weight"], strict=True))
-    return dict(merge_state_dicts(named, method, base="base", parameters=given))
+    named = dict(
+        zip(("base", *inputs.names), (inputs.base, *inputs.states), strict=True)
+    )
+    return dict(merge_state_dicts(named, method, base="base", parameters=parameters))
 
 
 def _rivals(inputs: Inputs, decompose: bool) -> Iterator[tuple[str, Any]]:
@@ -199,16 +206,15 @@ def _rows(
     inputs: Inputs, mixture: str, first: bool
 ) -> Iterator[tuple[str, Callable[[], Tau]]]:
     """Yield the rows of a mixture and how to merge each; `first` yields `FEW` only."""
-    shares = coefficients(inputs.sq_norms).tolist()
-    least = shares.index(min(shares))
-    lift = [1.0] * len(shares)
-    lift[least] = lifting_weight(shares[least], 1 / len(shares))
-    for row, (method, parameters) in _of_mergekit(len(shares), lift).items():
+    for row, lambdas in _linear(inputs.sq_norms).items():
         if (row in FEW) == first:
-            yield row, partial(_merged_by_mergekit, inputs, method, parameters)
+            yield row, partial(inputs.with_lambdas, lambdas)
     if first:
         return
-    if len(shares) == 2:
+    count = len(inputs.names)
+    for row, (method, parameters) in _of_mergekit(count).items():
+        yield row, partial(_merged_by_mergekit, inputs, method, parameters)
+    if count == 2:
         config = frank(inputs.folders, inputs.names)
         yield "FRANK's prior", lambda: _file(merge(config, inputs.folders.merged, 0))
     for row, rival in _rivals(inputs, mixture in DECOMPOSED):
@@ -220,7 +226,7 @@ def measure_mixture(folders: Folders, mixture: str, *, first: bool) -> None:
 
     Args:
         folders: where base, specialists and records are.
-        mixture: one of `mixtures`.
+        mixture: one of `MIXTURES`.
         first: merge by the methods of `FEW`; else by all others.
     """
     log = folders.out / "merges" / f"{mixture}.jsonl"
@@ -230,7 +236,7 @@ def measure_mixture(folders: Folders, mixture: str, *, first: bool) -> None:
             return
         known = log.read_text().splitlines() if log.exists() else []
         done = {json.loads(line)["method"] for line in known}
-        inputs = Inputs(folders, mixtures()[mixture])
+        inputs = Inputs(folders, MIXTURES[mixture])
         for row, merged in _rows(inputs, mixture, first):
             if row not in done:
                 measured = inputs.measure(merged())
@@ -242,10 +248,10 @@ def measure_mixture(folders: Folders, mixture: str, *, first: bool) -> None:
 
 def file_against_memory(folders: Folders, mixture: str = "two equal") -> float:
     """Compare `mergekit-yaml`'s file with the merge in memory: largest difference."""
-    names = mixtures()[mixture]
+    names = MIXTURES[mixture]
     inputs = Inputs(folders, names)
     models = [folders.model(name) for name in names]
     config = configuration(folders.base, models, Method("metagpt", {}))
     on_disk = _file(merge(config, folders.merged, 0))
-    in_memory = _merged_by_mergekit(inputs, "metagpt", {})
+    in_memory = inputs.with_lambdas(_linear(inputs.sq_norms)["metagpt"])
     return max(float((on_disk[n] - in_memory[n]).abs().max()) for n in on_disk)

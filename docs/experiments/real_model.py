@@ -41,13 +41,13 @@ from real_merges import (
     MIXTURES,
     PRIOR_RATE,
     file_against_memory,
+    grams,
     measure_mixture,
-    mixtures,
 )
 from real_texts import DOMAINS
 from run import written
 
-from mergekit_metagpt import register, scan
+from mergekit_metagpt import register
 
 RESULTS = Path(__file__).resolve().parent / "real_model.json"
 
@@ -105,21 +105,20 @@ def _short(value: Any) -> Any:
 
 
 def _gather(folders: Folders) -> dict[str, Any]:
-    """Read what the steps kept, and scan the specialists."""
-    names = list(specialists())
-    paths = [folders.model(name) for name in names]
-    pooled = scan(folders.base, paths, gram=True).pool()
-    assert pooled.cosines is not None
+    """Read what the steps kept."""
+    known = grams(folders)
+    gram = torch.tensor(known["gram"], dtype=torch.float64)
+    lengths = gram.diagonal().sqrt()
     models = []
-    for row, name in enumerate(("base", *names)):
+    for row, name in enumerate(("base", *known["names"])):
         record = json.loads((folders.out / f"measured {name}.json").read_text())
         if row:
-            record["sq_norm"] = float(pooled.sq_norms[row - 1])
-            record["of_embeddings"] = float(pooled.embeddings[row - 1])
+            record["sq_norm"] = float(gram[row - 1, row - 1])
+            record["of_embeddings"] = known["of_embeddings"][row - 1]
         models.append(record)
     merges = [
         json.loads(line)
-        for mixture in mixtures()
+        for mixture in MIXTURES
         if (log := folders.out / "merges" / f"{mixture}.jsonl").exists()
         for line in log.read_text().splitlines()
     ]
@@ -135,14 +134,14 @@ def _gather(folders: Folders) -> dict[str, Any]:
             "chunk": CHUNK,
             "seed": 0,
             "prior_rate": PRIOR_RATE,
-            "mixtures": {name: list(models) for name, models in mixtures().items()},
+            "mixtures": {name: list(models) for name, models in MIXTURES.items()},
             "prepared": _short(prepared),
             "precision": json.loads((folders.out / "precision.json").read_text()),
             "file_minus_memory": json.loads((folders.out / "file.json").read_text()),
-            "base_sq_norm": float(pooled.base_sq_norms[0]),
+            "base_sq_norm": known["base"],
         },
         "models": _short(models),
-        "cosines": _short(pooled.cosines.tolist()),
+        "cosines": _short((gram / lengths / lengths[:, None]).tolist()),
         "merges": _short(merges),
     }
 
@@ -153,7 +152,7 @@ def _evaluate(folders: Folders) -> None:
     same = folders.out / "file.json"
     if not same.exists():
         same.write_text(json.dumps(file_against_memory(folders)))
-    for mixture in mixtures():
+    for mixture in MIXTURES:
         measure_mixture(folders, mixture, first=True)
     for mixture in MIXTURES:
         measure_mixture(folders, mixture, first=False)
