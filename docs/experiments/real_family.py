@@ -109,7 +109,7 @@ def prepare(folders: Folders) -> dict[str, Any]:
     which is also the head, are cut away. That makes a step several times faster.
 
     Returns:
-        sizes, and the base's held-out loss with the whole vocabulary and without.
+        the sizes of vocabulary, model and texts.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -140,9 +140,6 @@ def prepare(folders: Folders) -> dict[str, Any]:
     }
     special = torch.arange(4)
     kept = torch.cat([special, *encoded.values()]).unique()
-    whole = {
-        domain: _whole_loss(model, encoded[f"{domain} held out"]) for domain in DOMAINS
-    }
     rows = model.get_input_embeddings().weight.detach()[kept].clone()
     vocabulary = model.config.vocab_size
     model.resize_token_embeddings(len(kept), mean_resizing=False)
@@ -152,15 +149,12 @@ def prepare(folders: Folders) -> dict[str, Any]:
         {name: torch.searchsorted(kept, ids) for name, ids in encoded.items()},
         folders.tokens,
     )
-    cut = evaluate(load(folders.base), folders, DOMAINS)
     result = {
         "vocabulary": vocabulary,
         "kept": len(kept),
         "parameters": sum(p.numel() for p in model.parameters()),
         "of_embeddings": rows.numel(),
         "tokens": {name: len(ids) for name, ids in encoded.items()},
-        "whole_loss": whole,
-        "cut_loss": {d: float(torch.tensor(cut.loss[d]).mean()) for d in DOMAINS},
     }
     record.write_text(json.dumps(result))
     return result
@@ -174,17 +168,6 @@ def _as_plain(model: Any) -> Any:
     plain = type(model)(config).to(torch.bfloat16)
     plain.load_state_dict(model.state_dict())
     return plain
-
-
-@torch.no_grad()
-def _whole_loss(model: Any, text: torch.Tensor) -> float:
-    """Compute the held-out loss of the model with its whole vocabulary."""
-    losses = []
-    for inputs in _cut(text, CHUNK, CHUNKS):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(input_ids=inputs[None], use_cache=False).logits[0, :-1]
-        losses.append(torch.nn.functional.cross_entropy(logits.float(), inputs[1:]))
-    return float(torch.stack(losses).mean())
 
 
 @contextmanager
