@@ -177,7 +177,7 @@ def _rivals(inputs: Inputs, decompose: bool) -> Iterator[tuple[str, Any]]:
     if decompose:
         for name, by in (("TSV-M", tsv_merge), ("Iso-C", iso_merge)):
             for scale in (1.0, 1 / count):
-                label = name if scale == 1 else f"{name} / K"
+                label = name if scale == 1 else f"{name} by K"
                 yield label, partial(by_matrix, merge=by, scale=scale)
         yield "WUDI", partial(by_matrix, merge=wudi_merge)
 
