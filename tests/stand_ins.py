@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,6 +307,23 @@ class Expectation:
     lambdas: Callable[[str], torch.Tensor]
 
 
+def weight_of(value: Any, name: str, state: State) -> float:
+    """The weight of a tensor: one number, by filters, or a gradient over layers."""
+    if not isinstance(value, list):
+        return value
+    if isinstance(value[0], dict):
+        fitting = (entry for entry in value if entry.get("filter", "") in name)
+        return weight_of(next(fitting)["value"], name, state)
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if layer is None:
+        return value[0]
+    layers = (re.match(r"model\.layers\.(\d+)\.", other) for other in state)
+    last = max(int(match[1]) for match in layers if match)
+    at = int(layer[1]) / last * (len(value) - 1)
+    low = min(int(at), len(value) - 2)
+    return value[low] + (at - low) * (value[low + 1] - value[low])
+
+
 def expectation(
     document: Mapping[str, Any], states: Mapping[str, State]
 ) -> Expectation:
@@ -336,7 +354,7 @@ def expectation(
                 measured[1:],
                 granularity=granularity,
                 exclude=exclude,
-                weight=weight,
+                weight=[weight_of(value, name, measured[0]) for value in weight],
                 power=settings.get("power", 2.0),
                 scale=factor,
             )

@@ -533,7 +533,7 @@ def test_blocks_hold(name: str, reader: Reader) -> None:
 
 
 def test_pages_are_found() -> None:
-    assert {"README.md", "docs/cli.md", "docs/experiments/paper.md"} <= PAGES.keys()
+    assert {"README.md", "docs/cli.md", "docs/reproduce.md"} <= PAGES.keys()
     assert DONE.keys() < PAGES.keys()
     assert sum(len(blocks_of(page(name))) for name in PAGES) >= 70
     # Each fence of three backticks begins or ends a block that was found.

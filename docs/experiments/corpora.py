@@ -32,7 +32,7 @@ robin sugar tiger under value water young zonal badge crown delta ember flute gl
 """.split()
 
 
-def _modules() -> list[Path]:
+def modules() -> list[Path]:
     """List the library's modules, ordered by a hash of their names."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = [
@@ -87,7 +87,7 @@ def _shipped(domain: str) -> Iterator[tuple[str, Callable[[], str]]]:
         for name, words in sorted(topics.items()):
             yield name, partial(str, words)
     taken = _docstrings if domain == "general" else _without_docstrings
-    for path in _modules():
+    for path in modules():
 
         def read(path: Path = path) -> str:
             return taken(path.read_text(encoding="utf-8"))

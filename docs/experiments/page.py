@@ -17,10 +17,11 @@ _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n\n)(?:\|.*\n)*")
 _FIGURE = r"[-+]?\d+(?:\.\d+)?(?:%| of \d+)?"
 
 
-def read_quotes() -> list[str]:
-    """Read quotes.txt: fragments of evaluation.md with keys in place of figures."""
-    lines = (HERE / "quotes.txt").read_text().splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
+def read_quotes(name: str) -> list[str]:
+    """Read the fragments of one of `PAGES` in quotes.txt, keys in place of figures."""
+    text = (HERE / "quotes.txt").read_text()
+    own = text.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+    return [line for line in own.splitlines() if line and not line.startswith("#")]
 
 
 def keys_of(quote: str) -> list[str]:
@@ -78,8 +79,7 @@ def with_figures(page: str, results: Results, quotes: list[str]) -> str:
 
 def up_to_date(name: str, page: str, results: Results) -> str:
     """Bring the text of one of `PAGES` up to date."""
-    quotes = read_quotes() if name == "evaluation.md" else []
-    return with_figures(with_tables(page, results), results, quotes)
+    return with_figures(with_tables(page, results), results, read_quotes(name))
 
 
 def write_pages(folder: Path) -> None:

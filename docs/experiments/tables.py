@@ -6,7 +6,9 @@ from collections.abc import Callable
 from statistics import fmean
 
 import numpy as np
+import real_results
 from checks import angles, bounds, family, linearity, pairs, regime
+from real_results import real
 from results import GRID_PREFIX, GROUPS, ORACLE, Results, table
 
 BASELINES = (
@@ -221,6 +223,10 @@ def oracle_weights(results: Results) -> str:
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
+    "real-headline": lambda _: real_results.headline(real()),
+    "real-methods": lambda _: real_results.methods(real()),
+    "real-family": lambda _: real_results.family(real()),
+    "thresholds": real_results.thresholds,
     "headline": headline,
     "groups": groups,
     "baselines": baselines,

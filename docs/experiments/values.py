@@ -6,6 +6,7 @@ from collections.abc import Callable
 from statistics import fmean
 
 from checks import pair_curve, rank_agreement
+from real_results import RULES, comparisons, judged, real
 from results import GROUPS, Averages, Results
 from tables import signed, wins
 
@@ -100,6 +101,38 @@ def _bend(results: Results, model: str) -> str:
     return f"{100 * fmean(bends):.0f}%"
 
 
+def _real_mean(_: Results, one: str, other: str, group: str) -> str:
+    return signed(fmean(real().differences(one, other, group)))
+
+
+def _real_lower(_: Results, one: str, other: str, group: str) -> str:
+    return wins(real().differences(one, other, group))
+
+
+def _real_loss(_: Results, model: str, domain: str) -> str:
+    return f"{fmean(real().models[model]['loss'][domain]):.2f}"
+
+
+def _judged(results: Results, rule: str, limit: str, family: str) -> tuple[str, float]:
+    pairs = comparisons(results)[family]
+    right, gain = judged(pairs, RULES[rule].statistic, float(limit))
+    return f"{right} of {len(pairs)}", gain
+
+
+def _beyond(results: Results, rule: str, limit: str, family: str) -> str:
+    statistic = RULES[rule].statistic
+    pairs = comparisons(results)[family]
+    return wins([d for n, d in pairs if statistic(n) > float(limit)])
+
+
+def _right(results: Results, rule: str, limit: str, family: str) -> str:
+    return _judged(results, rule, limit, family)[0]
+
+
+def _gain(results: Results, rule: str, limit: str, family: str) -> str:
+    return signed(_judged(results, rule, limit, family)[1])
+
+
 _KINDS: dict[str, Callable[..., str]] = {
     "mean": _mean,
     "wins": _wins,
@@ -113,6 +146,12 @@ _KINDS: dict[str, Callable[..., str]] = {
     "general": _general,
     "rank": _rank,
     "bend": _bend,
+    "real-mean": _real_mean,
+    "real-lower": _real_lower,
+    "real-loss": _real_loss,
+    "beyond": _beyond,
+    "right": _right,
+    "gain": _gain,
 }
 
 
@@ -134,7 +173,12 @@ def value(results: Results, key: str) -> str:
             - `bend`, a model: how far its outputs leave the line halfway;
             - `share` or `best`, two models: MetaGPT's share of the first, or the best;
             - `embeddings`, a model: their part of n_t;
-            - `general`, a model: its loss on that domain.
+            - `general`, a model: its loss on that domain;
+            - `real-mean` or `real-lower`, two methods, a group of `RealResults`: as
+              `mean` and `wins`, on Gemma 3 270M;
+            - `real-loss`, a model of Gemma 3 270M, a domain: its loss;
+            - `right` or `gain`, one of `RULES`, a limit, `real` or `small`: `judged`;
+            - `beyond`, the same: how often MetaGPT is lower beyond the limit.
 
     Returns:
         the figure as it is printed.
