@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -347,5 +349,35 @@ def test_advice_says_what_the_experiment_measured() -> None:
     assert f"worse than the plain average in {worse} of {len(apart)}" in said_apart
     milder = sum(less < 0 for _, less in apart)
     assert f"than MetaGPT in {milder} of {len(apart)}" in said_apart
+    outcomes = list(real_outcomes())
+    near = [gap for disparity, gap in outcomes if disparity <= advice.APART_NORMS]
+    assert len(near) < len(outcomes)
+    better = sum(gap > 0 for gap in near)
+    assert f"the average was better in {better} of {len(near)}." in said_near
     for text in (said_near, said_apart):
         assert text.endswith(advice.COMPARE)
+
+
+def real_outcomes() -> Iterator[tuple[float, float]]:
+    """Disparity of a mixture of the real model, and MetaGPT's loss above the average's.
+
+    Yields:
+        one pair for each mixture.
+    """
+    file = Path(__file__).parents[1] / "docs" / "experiments" / "real_model.json"
+    raw = json.loads(file.read_text())
+    models = {model["model"]: model for model in raw["models"]}
+    merges = {(m["mixture"], m["method"]): m["loss"] for m in raw["merges"]}
+    domain = {
+        name: plan["domain"]
+        for plan in raw["setting"]["plans"]
+        for name in plan["steps"]
+    }
+    for mixture, names in raw["setting"]["mixtures"].items():
+        sq_norms = [models[name]["sq_norm"] for name in names]
+        gap = math.fsum(
+            statistics.fmean(merges[mixture, "metagpt"][domain[name]])
+            - statistics.fmean(merges[mixture, "average"][domain[name]])
+            for name in names
+        )
+        yield math.sqrt(max(sq_norms) / min(sq_norms)), gap

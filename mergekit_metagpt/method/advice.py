@@ -333,7 +333,8 @@ def which_weights(disparity: float) -> str | None:
     """
     found = (
         "Below 2 to 1, MetaGPT and the plain average were close in our experiment on "
-        "small models: MetaGPT was better in 7 of 9 comparisons, by 0.003 on average."
+        "small models: MetaGPT was better in 7 of 9 comparisons, by 0.003 on average. "
+        "On Gemma 3 270M the average was better in 6 of 6."
     )
     if disparity > APART_NORMS:
         found = (
