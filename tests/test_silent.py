@@ -54,7 +54,7 @@ def refused(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def report_of(*arguments: str) -> Any:
-    assert run_command("inspect", *arguments, "--json", "report.json") == 0
+    assert run_command("inspect", *arguments, "--json", "report.json", "--force") == 0
     return json.loads(Path("report.json").read_text())
 
 
