@@ -42,7 +42,7 @@ def trio(name: str, tmp_path_factory: pytest.TempPathFactory) -> Trio:
 
 def report_of(*arguments: str | Path, folder: Path) -> Any:
     file = folder / "report.json"
-    assert run_command("inspect", *arguments, "--json", file) == 0
+    assert run_command("inspect", *arguments, "--json", file, "--force") == 0
     return json.loads(file.read_text())
 
 

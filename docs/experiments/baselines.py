@@ -35,7 +35,9 @@ def baselines(recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
     configs = {}
     for name, (method, weight, parameters) in settings.items():
-        config = {**deepcopy(recipe), "merge_method": method}
+        # mergekit's methods round at every step.
+        dtypes = {"dtype": "float32", "out_dtype": "bfloat16"}
+        config = {**deepcopy(recipe), "merge_method": method, **dtypes}
         config.pop("parameters", None)
         if parameters:
             config["parameters"] = parameters

@@ -133,7 +133,7 @@ def ours(*arguments: str | Path) -> Ran | None:
 def inspect(config: Path, folder: Path) -> Ran:
     """What `mergekit-metagpt inspect` says of a merge."""
     file = folder / "inspect.json"
-    if bad := ours("inspect", config, "--json", file):
+    if bad := ours("inspect", config, "--json", file, "--force"):
         return bad
     report = json.loads(file.read_text())
     (found,) = report["families"]
