@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -275,6 +276,10 @@ def test_the_steps_run_and_go_on(
 ) -> None:
     import real_model
 
+    # What `main` sets for its process, this one gets back.
+    monkeypatch.setenv("MERGEKIT_METAGPT_QUIET", "0")
+    log = logging.getLogger("mergekit_metagpt")
+    monkeypatch.setattr(log, "setLevel", lambda level: None)
     written = tmp_path / "results.json"
     for step in ("train", "evaluate", "evaluate", "write"):
         command = ["real_model.py", step, str(folders.out), "--to", str(written)]

@@ -52,8 +52,10 @@ def verify(capsys: pytest.CaptureFixture[str]) -> Verify:
         found: dict[str, Any] = json.loads(written.out)
         verdict = {0: "verified", 1: "different", 3: "not checked"}[status]
         assert found["verdict"] == verdict
+        different = {c["name"] for c in found["checks"] if c["verdict"] == "different"}
         if status:
-            assert written.err.splitlines()[-1].startswith(f"Error: {out} ")
+            subject = out if "inputs" not in different else f"the inputs of {out}"
+            assert written.err.splitlines()[-1].startswith(f"Error: {subject} ")
         found["of"] = {check["name"]: check for check in found["checks"]}
         return found
 

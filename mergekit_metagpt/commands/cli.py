@@ -152,7 +152,7 @@ def inspect(
     if "-" not in (json_file, csv_file):
         show(tables.lay_out(report))
         if peft:
-            click.echo(peft_call.call(report))
+            click.echo(f"\n{peft_call.call(report)}")
     headers.require_fit(report.headers)
 
 
@@ -264,6 +264,11 @@ def verify(
             click.echo(line)
     failed = [check.name for check in found.checks if check.verdict == found.verdict]
     names = ", ".join(failed)
+    if found.verdict == "different" and "inputs" in failed:
+        raise Differs(
+            f"the inputs of {out} are not those that it was merged from: see {names}. "
+            "Restore them, and verify again"
+        )
     if found.verdict == "different":
         raise Differs(f"{out} is not the merge that it says it is: see {names}")
     if found.verdict == "not checked":

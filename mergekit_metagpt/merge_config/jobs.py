@@ -376,7 +376,7 @@ def _misshapen(
     hint = "Only models of the base's own shapes can be merged with it: leave it out"
     if 0 in shape:
         hint = "It was saved without values, as sharded training may do: save it whole"
-    elif tensor.task.output_weight.vocabulary_axis is not None:
+    elif _differ_only_in(shape, expected, tensor.task.output_weight.vocabulary_axis):
         hint = (
             "The vocabularies differ in size: give tokenizer_source: base (or union), "
             "so that mergekit matches their tokens"
@@ -385,6 +385,14 @@ def _misshapen(
         f"{tensor.name} is {list(shape)} in {model.label}, in the base "
         f"{list(expected)}. {hint}"
     )
+
+
+def _differ_only_in(
+    one: tuple[int, ...], other: tuple[int, ...], axis: int | None
+) -> bool:
+    if axis is None:
+        return False
+    return one[:axis] + one[axis + 1 :] == other[:axis] + other[axis + 1 :]
 
 
 def _check_parameters(

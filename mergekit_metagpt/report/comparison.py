@@ -240,6 +240,15 @@ def compare(
         rows[name] = row
     ranked = sorted((rows[name] for name in candidates), key=lambda row: row.ald)
     models = [row for name, row in rows.items() if name not in candidates]
+    # On the text of one specialist alone, it has an ALD of 0 by definition.
+    own = set(specialists.values()) if len(counted) == 1 else set()
+    alone = [
+        row.name
+        for row in models
+        if row.name not in own
+        and (gap := above(row.name, dict.fromkeys(counted, best))).value
+        < -2 * gap.error
+    ]
     return Comparison.model_validate(
         {
             **about,
@@ -248,7 +257,7 @@ def compare(
             "models": models,
             "candidates": ranked,
             "best": best,
-            "verdict": _verdict(ranked, unit) + _better_alone(models, ranked[0]),
+            "verdict": _verdict(ranked, unit) + _better_alone(alone),
         }
     )
 
@@ -296,9 +305,8 @@ def in_words(by: str, others: Sequence[Row | Scored]) -> str:
     return f"{by}{NOISE}, as with {names}."
 
 
-def _better_alone(models: Sequence[Row], best: Row) -> str:
-    """Say so where a model alone does better than every merge."""
-    names = [row.name for row in models if row.ald < best.ald]
+def _better_alone(names: Sequence[str]) -> str:
+    """Say so where models alone do better than every merge, beyond noise."""
     if not names:
         return ""
     return (
