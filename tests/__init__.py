@@ -1,4 +1,4 @@
-"""Tests of mergekit_metagpt; `support` holds the oracle, `conftest` the checkpoints."""
+"""Tests of mergekit_metagpt; `oracle` holds formulas, `conftest` the checkpoints."""
 
 import os
 
@@ -6,3 +6,5 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests neither read nor fill what their user's merges remember.
 os.environ["MERGEKIT_METAGPT_CACHE"] = "0"
+# pytest-xdist gives its workers the width of a terminal.
+os.environ.pop("COLUMNS", None)
