@@ -573,11 +573,27 @@ def test_7_one_warning_names_a_model_that_takes_nearly_all_or_nothing(
     warnings = said(caplog, DEGENERATE)
     assert len(warnings) == len(culprits)
     for warning in warnings:
-        assert [k for k, o in enumerate(others) if str(o) in warning] == culprits
-        for cause in ("LoRA", "full fine-tune", "wrong base", "vocabulary"):
+        assert [
+            k for k, o in enumerate(others) if warning.startswith(f"{o} ")
+        ] == culprits
+        for cause in ("LoRA", "full fine-tune", "wrong base"):
             assert cause in warning
-        for way_out in ("power: 1", "weight", "exclude"):
+        for way_out in ("power: 1", "weight: "):
             assert way_out in warning
+        assert "vocabulary" not in warning and "exclude" not in warning
+
+
+def test_7_the_vocabulary_is_named_where_embeddings_hold_most_of_the_norm(
+    tmp_path: Path, base: State, caplog: Log
+) -> None:
+    small, large = shares(base, (0.5, 0.5))
+    name = "model.embed_tokens.weight"
+    large[name] = large[name] + 1
+    first, *others = written(tmp_path, base, small, large)
+    run_mergekit(merge_config(first, others), tmp_path / "out")
+    (warning,) = said(caplog, DEGENERATE)
+    assert warning.startswith(f"{others[1]} ")
+    assert "vocabulary" in warning and "exclude: embed_tokens" in warning
 
 
 @every_granularity
