@@ -57,11 +57,6 @@ class Prepared:
     exported: plain_yaml.Exported
     warned: bool
 
-    @property
-    def estimated(self) -> bool:
-        """Whether the coefficients rest on a sample."""
-        return is_estimated(self.report)
-
     def write_beside(self, folder: Path) -> str:
         """Write the files that lie beside the model.
 
@@ -136,7 +131,7 @@ def prepare(text: str, config: MergeConfiguration, options: MergeOptions) -> Pre
     )
     if not options.allow_crimes:
         inspecting.require_near(report)
-    with once.again(estimated=is_estimated(report)):
+    with once.again(estimated=report.estimated):
         found = _coefficients(job.planned)
     report = inspecting.with_ranges(report, merged, found)
     report = report.model_copy(update={"options": _recorded(options)})
@@ -189,7 +184,7 @@ def merge(
         # mergekit makes the folder's name the title of the model card.
         made = parent / "made" / out.name
         try:
-            with once.again(estimated=prepared.estimated):
+            with once.again(estimated=prepared.report.estimated):
                 plan.run(
                     config, str(made), options, source=text, warned=prepared.warned
                 )
@@ -217,18 +212,6 @@ def _coefficients(planned: Sequence[plan.Planned]) -> list[plan.Coefficients]:
         plan.Coefficients(tensor, *parts[at % group.size][at // group.size])
         for at, tensor in enumerate(planned)
     ]
-
-
-def is_estimated(report: schema.Report) -> bool:
-    """Whether a merge was made from estimates, not from exact figures.
-
-    Args:
-        report: of the merge.
-
-    Returns:
-        whether any weight was not read for it.
-    """
-    return any(family.sample is not None for family in report.families)
 
 
 def _recorded(options: MergeOptions) -> schema.Options:

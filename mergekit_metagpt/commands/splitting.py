@@ -89,7 +89,7 @@ def merge(
         group.gather(None)  # nobody merges for hours before all have seen it
         reused = group.share(shards.finished(folder) if group.leads else {})
         mine = [shard for shard in dealt if shard.rank == group.rank]
-        estimated = bool(checked.prepared and checked.prepared.estimated)
+        estimated = bool(checked.prepared and checked.prepared.report.estimated)
         with ranks.sharing(None), once.again(estimated=estimated):
             manifests = shards.write(
                 parts,

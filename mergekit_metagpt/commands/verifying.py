@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mergekit_metagpt.commands.errors import in_one_line
-from mergekit_metagpt.commands.merging import REPORT, is_estimated
+from mergekit_metagpt.commands.merging import REPORT
 from mergekit_metagpt.merge_config import (
     checks,
     families,
@@ -120,7 +120,7 @@ def _checks(
 
 def _as_estimated(record: schema.Report | None) -> AbstractContextManager[None]:
     """Estimate norms where the merge did, whatever the cache knows by now."""
-    return once.again(estimated=record is None or is_estimated(record))
+    return once.again(estimated=record is None or record.estimated)
 
 
 @contextmanager

@@ -287,6 +287,11 @@ class Report(_Schema):
     )
     families: tuple[Family, ...]
 
+    @property
+    def estimated(self) -> bool:
+        """Whether the merge rests on estimates: a weight was not read for it."""
+        return any(family.sample is not None for family in self.families)
+
 
 Verdict = Literal["verified", "different", "not recorded", "not checked"]
 
