@@ -1,11 +1,12 @@
 """Times merges with a page cache that is smaller than the files; prints Markdown.
 
-    python docs/benchmarks/limited.py STORE [--limit-gb 4.5] [--rounds 3]
+    python docs/benchmarks/limited.py STORE [--limit-gb 4.5] [--disk-mb-s 500]
 
 Runs in a new control group (this needs root) with a limit on memory that includes the
-page cache, so that every pass over the store reads the disk. Each round reads all
-files once, scans them, and merges them by metagpt, by metagpt with a sample of 0.02 and
-by task_arithmetic. Ratios are taken within a round.
+page cache, so that every pass over the store reads the disk; `--disk-mb-s` also limits
+how fast it is read. Each round reads all files once, scans them, and merges them by
+metagpt, by metagpt with a sample of 0.02 and by task_arithmetic. Ratios are taken
+within a round.
 """
 
 from __future__ import annotations
@@ -28,15 +29,35 @@ SAMPLED = "metagpt, sample 0.02"
 METHODS = ("metagpt", SAMPLED, "task_arithmetic")
 
 
-def join_group(limit: int) -> Path:
-    """Move this process to a new control group with at most `limit` bytes of memory."""
-    old = GROUPS / "memory"
-    home = (old if old.is_dir() else GROUPS) / f"metagpt-{os.getpid()}"
-    home.mkdir()
-    name = "memory.limit_in_bytes" if old.is_dir() else "memory.max"
-    (home / name).write_text(str(limit))
-    (home / "cgroup.procs").write_text(str(os.getpid()))
-    return home
+def join_group(limit: int, disk: tuple[Path, int] | None = None) -> None:
+    """Move this process to a new control group.
+
+    Args:
+        limit: bytes of memory, at most.
+        disk: a folder, and bytes a second at which its disk is read at most.
+    """
+    many = (GROUPS / "memory").is_dir()  # version 1: a tree for each kind of limit
+    limits = {"memory": ("memory.limit_in_bytes" if many else "memory.max", str(limit))}
+    if disk is not None:
+        number = whole_disk(disk[0])
+        limits["blkio"] = (
+            ("blkio.throttle.read_bps_device", f"{number} {disk[1]}")
+            if many
+            else ("io.max", f"{number} rbps={disk[1]}")
+        )
+    for kind, (name, value) in limits.items():
+        home = (GROUPS / kind if many else GROUPS) / f"metagpt-{os.getpid()}"
+        home.mkdir(exist_ok=True)
+        (home / name).write_text(value)
+        (home / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def whole_disk(folder: Path) -> str:
+    """Return the number of the disk, not the partition, that holds a folder."""
+    device = folder.stat().st_dev
+    at = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    at = at.parent if (at / "partition").exists() else at
+    return (at / "dev").read_text().strip()
 
 
 def seconds_of_scan(base: Path, tuned: list[Path]) -> float:
@@ -61,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("store", type=Path, help="folder for checkpoints")
     parser.add_argument("--limit-gb", type=float, default=4.5)
+    parser.add_argument("--disk-mb-s", type=int, help="read the disk no faster")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     base, tuned = store.make(given.store, 3)
@@ -69,7 +91,8 @@ def main() -> None:
     size = sum(file.stat().st_size for file in files)
     configs = whole_process.configurations(base, tuned)
     configs[SAMPLED] = {**configs["metagpt"], "parameters": {"sample": 0.02}}
-    join_group(int(given.limit_gb * 1e9))
+    disk = given.disk_mb_s and (base, given.disk_mb_s * 10**6)
+    join_group(int(given.limit_gb * 1e9), disk or None)
     scan.drop(files)  # cached pages of other groups do not count against the limit
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
@@ -86,7 +109,8 @@ def main() -> None:
             for row, value in took.items():
                 times.setdefault(row, []).append(value)
     print(machine.describe())
-    print(f"{size / 1e9:.1f} GB of files, {given.limit_gb} GB to hold them\n")
+    speed = f", read at {given.disk_mb_s} MB/s at most" if disk else ""
+    print(f"{size / 1e9:.1f} GB of files, {given.limit_gb} GB to hold them{speed}\n")
     print("| what | median, s | range |\n|---|---|---|")
     for row, values in times.items():
         middle = statistics.median(values)
