@@ -390,7 +390,7 @@ def compare(
     check_target(write)
 
     from mergekit_metagpt.commands import comparing, together
-    from mergekit_metagpt.report import comparison, figures, scoring
+    from mergekit_metagpt.report import comparison, comparison_plot, scoring
 
     if plot is not None and not texts:
         raise ValueError("--plot draws losses on texts; expected --text MODEL=FILE")
@@ -412,7 +412,7 @@ def compare(
         )
     write_json(json_file, compared)
     if plot is not None:
-        figures.comparison_figure(compared, Path(plot))
+        comparison_plot.comparison_figure(compared, Path(plot))
     if json_file != "-":
         if compared.texts:
             show([*comparison.lay_out(compared), compared.verdict])

@@ -6,6 +6,7 @@ It never changes a file but those that its caller names.
 __all__ = [
     "card",
     "comparison",
+    "comparison_plot",
     "drawing",
     "figures",
     "headers",
