@@ -21,6 +21,7 @@ from mergekit_metagpt.report import (
     comparison_plot,
     drawing,
     figures,
+    ranking,
     schema,
 )
 from mergekit_metagpt.scanning.cache import ChunkLosses
@@ -467,7 +468,7 @@ def compared(
             **{task: losses(0.01 * k, 91 + k) for k, task in enumerate(tasks)},
             **merges,
         },
-        {merge: ([merge], "") for merge in merges},
+        {m: ranking.Merge([m], "", "weights of a kind") for m in merges},
         {"versions": {}, "context": 512, "dtype": "float32", "device": "cpu"},
     )
 
@@ -492,6 +493,7 @@ def test_a_comparison_can_be_read(
     joined = " ".join(words)
     assert found.verdict in joined
     assert f"Average loss difference (ALD), nats per {found.unit}" in joined
+    assert "candidate 0: weights of a kind" in words
     rows = [*found.candidates, *found.models]
     for label, row in zip(
         drawing.labels([row.name for row in rows], comparison_plot.LONGEST_NAME),
@@ -515,6 +517,17 @@ def test_a_loss_that_is_no_number_is_drawn(tmp_path: Path) -> None:
     changed = found.model_copy(update={"candidates": candidates})
     comparison_plot.comparison_figure(changed, tmp_path / "figure.png")
     assert png_size(tmp_path / "figure.png")[0] >= 1200
+
+
+def test_axes_end_at_round_numbers_beyond_what_they_show(
+    drawn: list[Figure], tmp_path: Path
+) -> None:
+    for values in ([0.3, 0.3123], [1.0], [-2e-5, 7e-5], [512.0, 4096.0]):
+        axis = comparison_plot._Axis.over(values, 0.0, 3.0)
+        assert axis.low < min(values) and max(values) < axis.high
+        for end in (axis.low, axis.high):
+            assert end / axis.step == pytest.approx(round(end / axis.step))
+        assert 2 <= round((axis.high - axis.low) / axis.step) <= 6
 
 
 def marks(figure: Figure) -> list[Line2D]:

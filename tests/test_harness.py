@@ -16,7 +16,7 @@ import transformers
 import yaml
 
 from mergekit_metagpt.commands import demo, harness
-from mergekit_metagpt.report import scoring
+from mergekit_metagpt.report import ranking, scoring
 from mergekit_metagpt.scanning import cache
 from mergekit_metagpt.scanning.cache import TaskScores
 from tests.families import run_command
@@ -212,7 +212,7 @@ def test_means_over_tasks_and_paired_errors() -> None:
         "one": [scores("acc", [1, 0, 1, 1]), scores("loss", [1, 2], higher=False)],
         "two": [scores("acc", [1, 0, 1, 0]), scores("loss", [1, 2], higher=False)],
     }
-    merges = {name: ([name], "") for name in ("two", "one")}
+    merges = {name: ranking.Merge([name], "") for name in ("two", "one")}
     found = scoring.compare(["a", "b"], measured, merges, "0")
     assert [row.name for row in found.candidates] == ["one", "two"]
     one, two = found.candidates
@@ -226,7 +226,7 @@ def test_means_over_tasks_and_paired_errors() -> None:
     alone = scoring.compare(
         ["a"],
         {"base": [scores("acc", [1, 1])], "one": [scores("acc", [0, 1])]},
-        {"one": (["one"], "")},
+        {"one": ranking.Merge(["one"], "")},
         "0",
     )
     assert alone.verdict.endswith("base alone scored better.")

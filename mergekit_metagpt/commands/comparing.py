@@ -20,7 +20,7 @@ from mergekit_metagpt.commands.losses import Tokenized
 from mergekit_metagpt.merge_config import candidates as merges
 from mergekit_metagpt.merge_config import checks, families, jobs, merge_yaml, plan
 from mergekit_metagpt.merge_config.candidates import Candidate
-from mergekit_metagpt.report import comparison, inspecting, scoring
+from mergekit_metagpt.report import comparison, inspecting, ranking, scoring
 from mergekit_metagpt.scanning import cache, pools, ranks
 
 if TYPE_CHECKING:
@@ -173,10 +173,10 @@ def compare(
         request.scales,
         merged[0].settings.sample,
     )
-    given = {
-        name: merge_yaml.read_file(file)[0] for name, file in request.candidates.items()
-    }
-    own = [merges.of_text(name, written) for name, written in given.items()]
+    own = [
+        merges.of_text(name, merge_yaml.read_file(file)[0], f"the YAML of {file.name}")
+        for name, file in request.candidates.items()
+    ]
     listed = merges.distinct([*wanted, *own])
     inputs = {candidate.name: _check(candidate, options) for candidate in listed}
     gram = True if "keep" in request.scales else None
@@ -202,7 +202,9 @@ def compare(
         parts = list(inputs[candidate.name].values())
         subjects[candidate.name] = _Subject(parts, candidate, list(tokenized.values()))
     measured, scores = _measure(subjects, cut, tasks, dtype, device, options)
-    merges_by_name = {each.name: (each.names, each.text) for each in listed}
+    merges_by_name = {
+        each.name: ranking.Merge(each.names, each.text, each.meaning) for each in listed
+    }
     about = {
         "versions": {package: version(package) for package in PACKAGES},
         "context": context,

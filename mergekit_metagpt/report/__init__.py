@@ -13,6 +13,7 @@ __all__ = [
     "inspecting",
     "parts",
     "peft_call",
+    "ranking",
     "schema",
     "scoring",
     "tables",

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from mergekit_metagpt.report.comparison import Comparison, loss_in
 from mergekit_metagpt.report.drawing import (
     BLUE,
     FAINT,
@@ -23,9 +23,7 @@ from mergekit_metagpt.report.drawing import (
     Rows,
     labels,
 )
-
-if TYPE_CHECKING:
-    from mergekit_metagpt.report.comparison import Comparison
+from mergekit_metagpt.report.ranking import NOISE, with_error
 
 TEXTS_BESIDE, LONGEST_NAME, LONGEST_TITLE = 5, 26, 20
 MINUS = "\N{MINUS SIGN}"
@@ -74,7 +72,7 @@ def comparison_figure(found: Comparison, file: Path) -> None:
     for first in range(0, len(titles), beside):
         numbers = range(len(titles))[first : first + beside]
         y = _draw_losses(page, y, rows, found, titles, numbers) + GAP
-    page.save(file, y)
+    page.save(file, _draw_meanings(page, y, found) + GAP)
 
 
 def _draw_differences(page: Page, y: float, rows: Rows, found: Comparison) -> float:
@@ -82,8 +80,8 @@ def _draw_differences(page: Page, y: float, rows: Rows, found: Comparison) -> fl
     y = page.paragraph(y, title, size=SIZE, color=INK, bold=True)
     words = (
         "How much higher a merge's loss is than that of the specialist for each text, "
-        "on average. Bars: two standard errors of the difference from the best; "
-        "hollow: no difference beyond noise."
+        "on average. Bars: two standard errors of the ALD above the best; hollow: "
+        f"{NOISE}. Arrow: beyond the end."
     )
     y = page.paragraph(y, words) + LINE
     best = found.candidates[0]
@@ -93,13 +91,13 @@ def _draw_differences(page: Page, y: float, rows: Rows, found: Comparison) -> fl
         if row.above_best is None or row.above_best_error is None
         else "best"
         if row is best
-        else f"+{row.above_best:.4f} ± {row.above_best_error:.4f}"
+        else f"+{with_error(row.above_best, row.above_best_error)}"
         for row in everyone
     ]
     right = WIDTH - MARGIN
     for cells, heading in (
         (gaps, "above the best"),
-        ([f"{row.ald:.4f}" for row in everyone], "difference"),
+        ([f"{row.ald:.4f}" for row in everyone], "ALD"),
     ):
         rows.column(page, y, right, cells, heading)
         right -= rows.room(page, cells, heading)
@@ -117,12 +115,24 @@ def _draw_differences(page: Page, y: float, rows: Rows, found: Comparison) -> fl
     return axis.draw(page, rows.bottom(y))
 
 
+def _draw_meanings(page: Page, y: float, found: Comparison) -> float:
+    """Say below the panels what each candidate is."""
+    if any(row.meaning for row in found.candidates):
+        y = page.paragraph(y, "The merges", size=SIZE, color=INK, bold=True)
+    for row in found.candidates:
+        if row.meaning:
+            names = " = ".join(row.names)
+            y = page.paragraph(y, f"{names}: {row.meaning}")
+    return y
+
+
 @dataclass(frozen=True)
 class _Axis:
-    """Values from left to right."""
+    """Values from left to right, between two round numbers; `step` has one digit."""
 
     low: float
     high: float
+    step: float
     left: float
     right: float
 
@@ -131,22 +141,32 @@ class _Axis:
         finite = [value for value in values if math.isfinite(value)] or [0.0]
         low, high = min(finite), max(finite)
         more = (high - low) / 20 or abs(high) / 20 or 1.0
-        return cls(low - more, high + more, left, right)
+        low, high = low - more, high + more
+        unit = 10.0 ** math.floor(math.log10((high - low) / 3))
+        step = next(unit * n for n in (1, 2, 5, 10) if (high - low) / (unit * n) <= 4)
+        ends = math.floor(low / step) * step, math.ceil(high / step) * step
+        return cls(*ends, step, left, right)
 
     def at(self, value: float) -> float:
         share = (value - self.low) / (self.high - self.low)
         return self.left + share * (self.right - self.left)
 
     def draw(self, page: Page, y: float) -> float:
-        """Draw the axis at the bottom, with the numbers of its ends."""
-        digits = max(0, 2 - math.floor(math.log10(self.high - self.low)))
-        page.line([self.left, self.right], [y, y], color=FAINT)
-        for x, value, align in (
-            (self.left, self.low, "left"),
-            (self.right, self.high, "right"),
-        ):
-            number = f"{value:.{digits}f}".replace("-", MINUS)
-            page.text(x, y + 0.1, number, size=7.5, align=align, color=GREY)
+        """Draw the axis at the bottom, with as many numbers as it has room for."""
+        size, digits = 7.5, max(0, -math.floor(math.log10(self.step * 1.001)))
+        count = round((self.high - self.low) / self.step)
+        values = [self.low + self.step * n for n in range(count + 1)]
+        numbers = [f"{value:.{digits}f}".replace("-", MINUS) for value in values]
+        room = 1.5 * max(page.width(number, size) for number in numbers) + 0.08
+        crowded = (self.right - self.left) / count < room
+        page.line([self.left, self.right], [y, y])
+        for n, (value, number) in enumerate(zip(values, numbers, strict=True)):
+            x = self.at(value)
+            page.line([x, x], [y, y + 0.03])
+            # Numbers at the ends stay clear of the next panel's.
+            align = {0: "left", count: "right"}.get(n, "center")
+            if align != "center" or not crowded:
+                page.text(x, y + 0.11, number, size=size, align=align, color=GREY)
         return y + LINE
 
 
@@ -195,10 +215,7 @@ def _draw_losses(
     rows.write(page, y)
     for place, k in enumerate(numbers):
         text = found.texts[k]
-        losses = [
-            row.losses[k].per_token if found.unit == "token" else row.losses[k].per_byte
-            for row in everyone
-        ]
+        losses = [loss_in(row.losses[k], found.unit) for row in everyone]
         known = {row.name: loss for row, loss in zip(everyone, losses, strict=True)}
         lines = {
             style: known[name]
