@@ -373,13 +373,21 @@ def test_ctrl_c_during_a_merge_leaves_nothing(
     assert not (places / "kept").exists()
 
 
-def test_the_best_is_written_kept_and_drawn(places: Path) -> None:
+def test_the_best_is_written_kept_and_drawn(
+    places: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     kept, best, figure = places / "kept", places / "best.yml", places / "f.png"
     arguments = [*ALL, "--keep", str(kept), "--write", str(best), "--plot", str(figure)]
     found = compared(places, *arguments)
     text = best.read_text()
-    assert text.startswith(f"# {found['best']}: {found['verdict']}\n")
-    assert text.endswith(found["candidates"][0]["yaml"])
+    top, _, rest = text.partition(found["candidates"][0]["yaml"])
+    comments = top.splitlines()
+    assert not rest and all(line.startswith("# ") for line in comments)
+    assert comments[0].startswith("# Written by mergekit-metagpt compare merge.yml, ")
+    assert f"# {found['best']}: {found['candidates'][0]['meaning']}." in comments
+    assert "Measured on: arithmetic (arithmetic.txt, " in top
+    assert "not counted: general (general.txt, " in top
+    assert comments[-1] == f"# {found['verdict']}"
     theirs = run_mergekit(yaml.safe_load(text), places / "theirs")
     ours = read_model(kept)
     assert theirs.keys() == ours.keys()
@@ -390,9 +398,19 @@ def test_the_best_is_written_kept_and_drawn(places: Path) -> None:
     assert found["verdict"] in (kept / "README.md").read_text()
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert run(*ALL, "--keep", str(kept)) == 2
-    assert run(*ALL, "--write", str(best)) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "Wrote" in x]
+    assert f"{best} (the YAML of {found['best']}), {kept} (the model" in line
+    assert f"{figure} (the figure), " in line
+    assert line.endswith(f"mergekit-yaml {best} ./merged")
+    assert run(*ALL, "--write", str(best), "--plot", str(figure)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{best} and {figure} exist; choose other names, or --force" in line
     assert run(*ALL, "--keep", str(kept), "--write", str(best), "--force") == 0
     assert best.read_text() == text
+    capsys.readouterr()
+    assert run(*ALL) == 0
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "--write" in x]
+    assert line.startswith(f"For the YAML of {found['best']}, add --write BEST.yml")
 
 
 def test_a_merge_by_another_method_can_win(places: Path) -> None:

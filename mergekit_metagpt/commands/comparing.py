@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_metagpt.commands import harness, losses, merging, together
+from mergekit_metagpt.commands import harness, losses, merging, outcomes, together
 from mergekit_metagpt.commands.harness import Task
 from mergekit_metagpt.commands.losses import Tokenized
 from mergekit_metagpt.merge_config import candidates as merges
@@ -121,7 +121,7 @@ def compare(
         options: mergekit's; random methods get the seed 0 unless they name another.
         keep: folder for the best merge.
         write: file for the YAML of the best merge.
-        force: whether `keep` and `write` may exist.
+        force: whether `keep` may exist; `write` is replaced.
 
     Returns:
         the comparison.
@@ -142,8 +142,6 @@ def compare(
     text, config = merge_yaml.read_file(request.config)
     if keep is not None:
         merging.check_place(keep.resolve(), request.config, config, force=force)
-    if write is not None and write.exists() and not force:
-        raise ValueError(f"{write} exists; choose another name, or --force")
     merged = families.of_config(config)
     models = list(dict.fromkeys(m for f in merged for m in (f.base, *f.models)))
     base, *specialists = models
@@ -234,7 +232,7 @@ def compare(
         about,
     )
     (best,) = (candidate for candidate in listed if candidate.name == found.best)
-    source = f"# {best.name}: {found.verdict}\n{best.text}"
+    source = f"{outcomes.origin(request.config, found)}{best.text}"
     if write is not None:
         write.write_text(source, encoding="utf-8")
     if keep is not None:
