@@ -283,7 +283,8 @@ def demo(folder: Path) -> None:
     """Train a tiny base and three specialists in DIR, merge and compare them.
 
     Needs no network. Takes one to two minutes on two cores. Prints squared norms,
-    coefficients, cosines and held-out losses; leaves models, YAML files and a figure.
+    coefficients, cosines and held-out losses; leaves models, texts, YAML files and a
+    figure.
     """
     from rich.console import Console
 
@@ -298,16 +299,10 @@ def demo(folder: Path) -> None:
         f"Lowest ALD here: {best}. Which it is depends on text, seed and training "
         f"lengths: no evidence for a method. Figure: {figure}"
     )
-    place = shlex.quote(str(folder))
-    show(
-        [
-            family.task_vectors(result),
-            family.losses(result),
-            note,
-            "Merge again by hand, with mergekit's own command:",
-        ]
-    )
-    click.echo(f"(cd {place} && mergekit-yaml metagpt.yml ./merged-by-hand)")
+    show([family.task_vectors(result), family.losses(result), note])
+    merge, compare = family.by_hand(folder)
+    click.echo(f"Merge again by hand, with mergekit's own command:\n{merge}")
+    click.echo(f"Compare these and other weights on the held-out texts:\n{compare}")
 
 
 @main.command()
