@@ -371,11 +371,15 @@ def _measure(
         for k in range(len(texts)):
             about = json.dumps([*subject.about(k), *settings])
             abouts[name, k] = about
-            known[name, k] = cache.read_losses(subject.opened, about)
+            known[name, k] = cache.read_measured(
+                cache.ChunkLosses, subject.opened, about
+            )
         for task in tasks:
             about = json.dumps([*subject.about_task(task), *settings])
             about_tasks[name, task.name] = about
-            scored[name, task.name] = cache.read_scores(subject.opened, about)
+            scored[name, task.name] = cache.read_measured(
+                cache.TaskScores, subject.opened, about
+            )
     counts = {task.name: task.count for task in tasks}
     bar = tqdm(
         total=sum(len(chunks[k]) for (_, k), found in known.items() if not found)
@@ -407,7 +411,7 @@ def _measure(
                     new = losses.evaluate(model, shown[k], progress=bar.update)
                     for checkpoint in subject.opened:
                         checkpoint.verify_unchanged()
-                    cache.write_losses(subject.opened, abouts[name, k], new)
+                    cache.write_measured(subject.opened, abouts[name, k], new)
                     known[name, k] = new
                 for task in left:
                     bar.set_description(f"{name} on {task.name}")
@@ -416,7 +420,7 @@ def _measure(
                     for checkpoint in subject.opened:
                         checkpoint.verify_unchanged()
                     about = about_tasks[name, task.name]
-                    cache.write_scores(subject.opened, about, scores)
+                    cache.write_measured(subject.opened, about, scores)
                     scored[name, task.name] = scores
                 del model
     return (
