@@ -118,7 +118,12 @@ def by_hand(folder: Path, data: Path) -> list[float]:
 def test_scores_are_those_of_an_evaluation_by_hand(
     family: Path, places: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = scored(places, "--task", "sums.yaml", "--power", "-1")
+    best = places / "best.yml"
+    tasks = ("--task", "sums.yaml", "--power", "-1")
+    found = scored(places, *tasks, "--write", str(best))
+    comments = best.read_text()
+    assert "# Scored on tasks of lm-eval: sums.\n" in comments
+    assert f"# {found['verdict']}\n" in comments and "ALD" not in comments
     shown = capsys.readouterr()
     assert (found["texts"], found["models"], found["candidates"]) == ([], [], [])
     scoring = found["scoring"]
