@@ -267,6 +267,17 @@ def test_models_without_a_task_vector(tmp_path: Path) -> None:
     assert png_size(tmp_path / "figure.png")[0] >= 1200
 
 
+def test_adapters_without_their_base(drawn: list[Figure], tmp_path: Path) -> None:
+    plain = family(2, layers=2)
+    base = plain.base.model_copy(update={"name": "BASE", "parameters": 0})
+    unknown = {"relative_norms": (None, None)}
+    layers = tuple(layer.model_copy(update=unknown) for layer in plain.layers)
+    found = plain.model_copy(update={"base": base, "layers": layers})
+    words = words_of(report(found), drawn, tmp_path)
+    assert "Merge of 2 adapters of one base" in words and "BASE" not in words
+    assert "How far each layer moved" not in words
+
+
 def words_of(
     found: schema.Report, drawn: list[Figure], tmp_path: Path, method: str = "metagpt"
 ) -> str:

@@ -68,6 +68,8 @@ def _draw_family(page: Page, y: float, family: schema.Family, method: str) -> fl
     base = fitting(page, [family.base.name], 4.5)[0]
     count = "1 model" if len(names) == 1 else f"{len(names)} models"
     title = f"Merge of {count} fine-tuned from {base}"
+    if not family.base.parameters:  # only the adapters were opened
+        title = f"Merge of {len(names)} adapters of one base"
     y = page.paragraph(y, title, size=11, color=INK, bold=True) + GAP / 2
     y = _draw_shares(page, y, rows, family, method) + GAP
     if family.settings.granularity == "layer":

@@ -49,11 +49,9 @@ def draw(
         shares: by pool and model; None shows how far each layer moved.
 
     Returns:
-        the bottom; `y` where the report has no layers.
+        the bottom; `y` where there is nothing to show.
     """
     pools = family.layers if shares is None else family.pools
-    if not pools:
-        return y
     if shares is None:
         title = "How far each layer moved, relative to the base"
         values: Sequence[Sequence[float | None]] = [p.relative_norms for p in pools]
@@ -61,6 +59,8 @@ def draw(
     else:
         title, values = "Share of the merge, layer by layer", shares
         nothing, of_what = "none", ""
+    if all(value is None for row in values for value in row):
+        return y
     y = page.paragraph(y, title, size=SIZE, color=INK, bold=True)
     positive = [value for row in values for value in row if value]
     low, high = (min(positive), max(positive)) if positive else (0.0, 1.0)
