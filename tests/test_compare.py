@@ -205,6 +205,8 @@ def test_candidates_are_the_closed_form_with_these_parameters(
     assert by_name["as written"]["yaml"] == (family / "merge.yml").read_text()
     assert by_name["as written"]["meaning"].startswith("the YAML as it was given; ")
     assert by_name["average"]["meaning"] == "equal weights"
+    summed = by_name["task arithmetic 0.3"]["meaning"]
+    assert summed == "each model's change times 0.3"
     parameters = {
         "power 1": {"power": 1.0},
         "average": {"power": 0.0},

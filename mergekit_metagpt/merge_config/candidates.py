@@ -131,7 +131,10 @@ def usual(
     for name, parameters in derived.items():
         if sample < 1 and parameters.get("power") != 0.0:
             parameters = {**parameters, "sample": sample}
-        yield of_text(name, by_metagpt(text, parameters), _meaning(parameters))
+        meaning = _meaning(parameters)
+        if name == "task arithmetic 0.3":
+            meaning = "each model's change times 0.3"
+        yield of_text(name, by_metagpt(text, parameters), meaning)
 
 
 def _meaning(parameters: Mapping[str, Any]) -> str:
@@ -170,10 +173,8 @@ def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
     for new in candidates:
         old = merges.get(new.key, Candidate((), new.text, new.config))
         names = tuple(dict.fromkeys((*old.names, *new.names)))
-        said = "; ".join(filter(None, dict.fromkeys((old.meaning, new.meaning))))
-        if new.meaning in old.meaning.split("; "):
-            said = old.meaning
-        merges[new.key] = Candidate(names, old.text, old.config, said)
+        said = dict.fromkeys((*filter(None, old.meaning.split("; ")), new.meaning))
+        merges[new.key] = Candidate(names, old.text, old.config, "; ".join(said))
     found = list(merges.values())
     every = [name for candidate in found for name in candidate.names]
     if twice := [name for name in every if every.count(name) > 1]:
