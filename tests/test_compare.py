@@ -20,7 +20,7 @@ import yaml
 
 from mergekit_metagpt.commands import demo, losses
 from mergekit_metagpt.merge_config import candidates, plan
-from mergekit_metagpt.report import comparison
+from mergekit_metagpt.report import comparison, ranking
 from mergekit_metagpt.scanning import cache
 from mergekit_metagpt.scanning.cache import ChunkLosses
 from tests.broken import snapshot
@@ -203,6 +203,10 @@ def test_candidates_are_the_closed_form_with_these_parameters(
     by_name = {row["name"]: row for row in found["candidates"]}
     assert by_name["as written"]["names"] == ["as written", "metagpt"]
     assert by_name["as written"]["yaml"] == (family / "merge.yml").read_text()
+    assert by_name["as written"]["meaning"].startswith("the YAML as it was given; ")
+    assert by_name["average"]["meaning"] == "equal weights"
+    summed = by_name["task arithmetic 0.3"]["meaning"]
+    assert summed == "each model's change times 0.3"
     parameters = {
         "power 1": {"power": 1.0},
         "average": {"power": 0.0},
@@ -272,7 +276,7 @@ def test_equal_merges_are_made_once_and_never_differ(
     equal = ChunkLosses(losses=[1.0] * 9, tokens=[2] * 9, bytes=[3] * 9)
     text = comparison.Text(name="t", file="t", model="t", chunks=9, tokens=18, bytes=27)
     about = {"versions": {}, "context": 8, "dtype": "float32", "device": "cpu"}
-    merges = {name: ([name], "") for name in ("one", "two")}
+    merges = {name: ranking.Merge([name], "") for name in ("one", "two")}
     rows = {"t": [equal], "one": [equal], "two": [equal]}
     shown = comparison.compare([text], rows, merges, about)
     assert not any(row.beyond_noise for row in shown.candidates)
@@ -371,13 +375,21 @@ def test_ctrl_c_during_a_merge_leaves_nothing(
     assert not (places / "kept").exists()
 
 
-def test_the_best_is_written_kept_and_drawn(places: Path) -> None:
+def test_the_best_is_written_kept_and_drawn(
+    places: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     kept, best, figure = places / "kept", places / "best.yml", places / "f.png"
     arguments = [*ALL, "--keep", str(kept), "--write", str(best), "--plot", str(figure)]
     found = compared(places, *arguments)
     text = best.read_text()
-    assert text.startswith(f"# {found['best']}: {found['verdict']}\n")
-    assert text.endswith(found["candidates"][0]["yaml"])
+    top, _, rest = text.partition(found["candidates"][0]["yaml"])
+    comments = top.splitlines()
+    assert not rest and all(line.startswith("# ") for line in comments)
+    assert comments[0].startswith("# Written by mergekit-metagpt compare merge.yml, ")
+    assert f"# {found['best']}: {found['candidates'][0]['meaning']}." in comments
+    assert "Measured on: arithmetic (arithmetic.txt, " in top
+    assert "not counted: general (general.txt, " in top
+    assert comments[-1] == f"# {found['verdict']}"
     theirs = run_mergekit(yaml.safe_load(text), places / "theirs")
     ours = read_model(kept)
     assert theirs.keys() == ours.keys()
@@ -388,9 +400,19 @@ def test_the_best_is_written_kept_and_drawn(places: Path) -> None:
     assert found["verdict"] in (kept / "README.md").read_text()
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert run(*ALL, "--keep", str(kept)) == 2
-    assert run(*ALL, "--write", str(best)) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "Wrote" in x]
+    assert f"{best} (the YAML of {found['best']}), {kept} (the model" in line
+    assert f"{figure} (the figure), " in line
+    assert line.endswith(f"mergekit-yaml {best} ./merged")
+    assert run(*ALL, "--write", str(best), "--plot", str(figure)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{best} and {figure} exist; choose other names, or --force" in line
     assert run(*ALL, "--keep", str(kept), "--write", str(best), "--force") == 0
     assert best.read_text() == text
+    capsys.readouterr()
+    assert run(*ALL) == 0
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "--write" in x]
+    assert line.startswith(f"For the YAML of {found['best']}, add --write BEST.yml")
 
 
 def test_a_merge_by_another_method_can_win(places: Path) -> None:
@@ -666,6 +688,24 @@ def test_the_last_line(values: dict[str, float], verdict: str) -> None:
         name: [ChunkLosses(losses=[value] * 9, tokens=[1] * 9, bytes=[1] * 9)]
         for name, value in {"t": 1.0, **values}.items()
     }
-    candidates = {n: ([n], "") for n in values if n != "base"}
+    candidates = {n: ranking.Merge([n], "") for n in values if n != "base"}
     found = comparison.compare([text], rows, candidates, about)
     assert found.verdict.endswith(verdict)
+
+
+@pytest.mark.parametrize(
+    ("losses", "harmed"),
+    [([1.0] * 9, False), ([1.5] * 9, True), ([0.5, *[1.0] * 7, 1.6], False)],
+)
+def test_a_specialist_worse_than_the_base_on_its_own_text_is_named(
+    losses: list[float], harmed: bool
+) -> None:
+    text = comparison.Text(name="t", file="t", model="t", chunks=9, tokens=9, bytes=9)
+    about = {"versions": {}, "context": 8, "dtype": "float32", "device": "cpu"}
+    rows = {
+        name: [ChunkLosses(losses=values, tokens=[1] * 9, bytes=[1] * 9)]
+        for name, values in {"base": [1.0] * 9, "t": losses, "a": [1.1] * 9}.items()
+    }
+    found = comparison.compare([text], rows, {"a": ranking.Merge(["a"], "")}, about)
+    sentence = " t is worse than the base on its own text, by 0.5000±0.0000: "
+    assert (sentence in found.verdict) == harmed

@@ -3,6 +3,7 @@
 import ast
 import math
 import re
+import shlex
 from itertools import pairwise
 from operator import add, mul, sub
 from pathlib import Path
@@ -13,6 +14,7 @@ import transformers
 import yaml
 
 from mergekit_metagpt.commands import demo
+from tests.families import run_command
 
 SMALL = {"steps": (100, 20, 30, 40), "width": 32}
 TINY = {"steps": (2, 1, 1, 1), "width": 32}
@@ -141,6 +143,24 @@ def test_recipes_work_from_any_folder(result, tmp_path, monkeypatch):
         paths = [Path(source["model"]) for source in recipe["models"]]
         assert paths == list(result.family.specialists.values())
         assert all(path.is_absolute() and path.is_dir() for path in paths)
+
+
+def test_the_comparison_that_the_demo_prints_runs(result, monkeypatch, capsys):
+    folder = result.family.base.parent
+    monkeypatch.setattr(demo, "run", lambda where, say: result)
+    assert run_command("demo", folder) == 0
+    (line,) = re.findall(r"^\(cd .* compare .*\)$", capsys.readouterr().out, re.M)
+    cd, place, then, program, *arguments = shlex.split(line.strip("()"))
+    assert (cd, then, program) == ("cd", "&&", "mergekit-metagpt")
+    monkeypatch.chdir(place)
+    assert run_command(*arguments) == 0
+    shown = capsys.readouterr().out
+    for name in demo.SPECIALTIES:
+        held_out = demo.text(name, demo.HELD_OUT_BYTES, held_out=True)
+        assert Path(f"{name}.txt").read_text() == held_out[: demo.HELD_OUT_BYTES]
+        loss = re.search(rf"^ ?{name} .*", shown.partition("Loss on each")[2], re.M)
+        assert loss and len(loss[0].split()) == 1 + len(demo.SPECIALTIES)
+    assert "Best on these texts: " in shown
 
 
 def test_stages_are_said_in_order(result, said):

@@ -10,11 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from mergekit_metagpt.report import comparison, drawing, figures, schema
+from mergekit_metagpt.report import (
+    comparison,
+    comparison_plot,
+    drawing,
+    figures,
+    ranking,
+    schema,
+)
 from mergekit_metagpt.scanning.cache import ChunkLosses
 
 LONG = "someone-with-a-long-name/a-very-long-name-of-a-model-in-its-seventh-edition-v2"
@@ -258,6 +267,17 @@ def test_models_without_a_task_vector(tmp_path: Path) -> None:
     assert png_size(tmp_path / "figure.png")[0] >= 1200
 
 
+def test_adapters_without_their_base(drawn: list[Figure], tmp_path: Path) -> None:
+    plain = family(2, layers=2)
+    base = plain.base.model_copy(update={"name": "BASE", "parameters": 0})
+    unknown = {"relative_norms": (None, None)}
+    layers = tuple(layer.model_copy(update=unknown) for layer in plain.layers)
+    found = plain.model_copy(update={"base": base, "layers": layers})
+    words = words_of(report(found), drawn, tmp_path)
+    assert "Merge of 2 adapters of one base" in words and "BASE" not in words
+    assert "How far each layer moved" not in words
+
+
 def words_of(
     found: schema.Report, drawn: list[Figure], tmp_path: Path, method: str = "metagpt"
 ) -> str:
@@ -317,6 +337,9 @@ def test_cells_that_did_not_move_have_a_legend(
         layers = (plain.layers[0].model_copy(update=norms), *plain.layers[1:])
         found = report(plain.model_copy(update={"layers": layers}))
         assert legend in words_of(found, drawn, tmp_path)
+        hatched = [box for box in rectangles(drawn[-1]) if box.get_hatch()]
+        # The cell, and the patch of the legend.
+        assert len(hatched) == (2 if value == 0 else 0)
 
 
 def test_a_legend_of_all_has_room(drawn: list[Figure], tmp_path: Path) -> None:
@@ -341,6 +364,36 @@ def test_cosines_near_0_are_a_line(drawn: list[Figure], tmp_path: Path) -> None:
     assert drawn[-1].get_figheight() > small
     two = words_of(report(family(2, cosine=0.4)), drawn, tmp_path)
     assert "partly the same directions: cosine 0.40" in two
+    slight = words_of(report(family(3, cosine=0.13)), drawn, tmp_path)
+    assert "only slightly similar directions: cosine 0.13" in slight
+    assert "same direction?" not in slight
+
+
+def rectangles(figure: Figure) -> list[Rectangle]:
+    return figure.findobj(Rectangle)  # type: ignore[return-value]
+
+
+def test_the_whole_length_of_a_bar_is_the_whole_merge(
+    drawn: list[Figure], tmp_path: Path
+) -> None:
+    words = words_of(report(family(3)), drawn, tmp_path)
+    assert "0%\n100%\nequal shares: 33.3%" in words
+    assert "Larger does not mean better." in words
+    boxes = rectangles(drawn[-1])
+    tracks = [box for box in boxes if same_color(box, figures.TRACK)]
+    bars = [box for box in boxes if same_color(box, drawing.BLUE)]
+    lengths = [b.get_width() / t.get_width() for b, t in zip(bars, tracks, strict=True)]
+    assert lengths == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+    same = words_of(changed([{}, {}], settings=settings_of(power=0)), drawn, tmp_path)
+    assert "equal shares" not in same
+
+
+def same_color(box: Rectangle, color: str) -> bool:
+    return bool(box.get_facecolor() == to_rgba(color))
+
+
+def settings_of(**changes: Any) -> schema.Settings:
+    return schema.Settings(**{"power": 2, "exclude": (), "varying": (), **changes})
 
 
 def test_shares_by_layer_have_a_panel(drawn: list[Figure], tmp_path: Path) -> None:
@@ -426,7 +479,7 @@ def compared(
             **{task: losses(0.01 * k, 91 + k) for k, task in enumerate(tasks)},
             **merges,
         },
-        {merge: ([merge], "") for merge in merges},
+        {m: ranking.Merge([m], "", "weights of a kind") for m in merges},
         {"versions": {}, "context": 512, "dtype": "float32", "device": "cpu"},
     )
 
@@ -444,16 +497,17 @@ def compared(
 def test_a_comparison_can_be_read(
     found: comparison.Comparison, drawn: list[Figure], tmp_path: Path
 ) -> None:
-    figures.comparison_figure(found, tmp_path / "figure.png")
+    comparison_plot.comparison_figure(found, tmp_path / "figure.png")
     (figure,) = drawn
     assert_readable(figure)
     words = words_in(figure)
     joined = " ".join(words)
     assert found.verdict in joined
     assert f"Average loss difference (ALD), nats per {found.unit}" in joined
+    assert "candidate 0: weights of a kind" in words
     rows = [*found.candidates, *found.models]
     for label, row in zip(
-        figures.labels([row.name for row in rows], figures.LONGEST_NAME),
+        drawing.labels([row.name for row in rows], comparison_plot.LONGEST_NAME),
         rows,
         strict=True,
     ):
@@ -472,8 +526,19 @@ def test_a_loss_that_is_no_number_is_drawn(tmp_path: Path) -> None:
     )
     candidates = (*found.candidates[:-1], worst)
     changed = found.model_copy(update={"candidates": candidates})
-    figures.comparison_figure(changed, tmp_path / "figure.png")
+    comparison_plot.comparison_figure(changed, tmp_path / "figure.png")
     assert png_size(tmp_path / "figure.png")[0] >= 1200
+
+
+def test_axes_end_at_round_numbers_beyond_what_they_show(
+    drawn: list[Figure], tmp_path: Path
+) -> None:
+    for values in ([0.3, 0.3123], [1.0], [-2e-5, 7e-5], [512.0, 4096.0]):
+        axis = comparison_plot._Axis.over(values, 0.0, 3.0)
+        assert axis.low < min(values) and max(values) < axis.high
+        for end in (axis.low, axis.high):
+            assert end / axis.step == pytest.approx(round(end / axis.step))
+        assert 2 <= round((axis.high - axis.low) / axis.step) <= 6
 
 
 def marks(figure: Figure) -> list[Line2D]:
@@ -483,7 +548,7 @@ def marks(figure: Figure) -> list[Line2D]:
 def test_noise_is_hollow(drawn: list[Figure], tmp_path: Path) -> None:
     found = compared(1, 4)
     assert {row.beyond_noise for row in found.candidates[1:]} == {True, False}
-    figures.comparison_figure(found, tmp_path / "figure.png")
+    comparison_plot.comparison_figure(found, tmp_path / "figure.png")
     hollow = [mark.get_markerfacecolor() == "white" for mark in marks(drawn[-1])]
     near = [not row.beyond_noise for row in found.candidates]
     assert hollow == [False, *near[1:]] * 2

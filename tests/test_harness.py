@@ -16,7 +16,7 @@ import transformers
 import yaml
 
 from mergekit_metagpt.commands import demo, harness
-from mergekit_metagpt.report import scoring
+from mergekit_metagpt.report import ranking, scoring
 from mergekit_metagpt.scanning import cache
 from mergekit_metagpt.scanning.cache import TaskScores
 from tests.families import run_command
@@ -118,7 +118,12 @@ def by_hand(folder: Path, data: Path) -> list[float]:
 def test_scores_are_those_of_an_evaluation_by_hand(
     family: Path, places: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = scored(places, "--task", "sums.yaml", "--power", "-1")
+    best = places / "best.yml"
+    tasks = ("--task", "sums.yaml", "--power", "-1")
+    found = scored(places, *tasks, "--write", str(best))
+    comments = best.read_text()
+    assert "# Scored on tasks of lm-eval: sums.\n" in comments
+    assert f"# {found['verdict']}\n" in comments and "ALD" not in comments
     shown = capsys.readouterr()
     assert (found["texts"], found["models"], found["candidates"]) == ([], [], [])
     scoring = found["scoring"]
@@ -212,7 +217,7 @@ def test_means_over_tasks_and_paired_errors() -> None:
         "one": [scores("acc", [1, 0, 1, 1]), scores("loss", [1, 2], higher=False)],
         "two": [scores("acc", [1, 0, 1, 0]), scores("loss", [1, 2], higher=False)],
     }
-    merges = {name: ([name], "") for name in ("two", "one")}
+    merges = {name: ranking.Merge([name], "") for name in ("two", "one")}
     found = scoring.compare(["a", "b"], measured, merges, "0")
     assert [row.name for row in found.candidates] == ["one", "two"]
     one, two = found.candidates
@@ -226,7 +231,7 @@ def test_means_over_tasks_and_paired_errors() -> None:
     alone = scoring.compare(
         ["a"],
         {"base": [scores("acc", [1, 1])], "one": [scores("acc", [0, 1])]},
-        {"one": (["one"], "")},
+        {"one": ranking.Merge(["one"], "")},
         "0",
     )
     assert alone.verdict.endswith("base alone scored better.")

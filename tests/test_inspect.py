@@ -779,9 +779,19 @@ Warning: embeddings hold 100% of ||tau||^2 of ./b: if its vocabulary was resized
 reordered, keep them out with exclude: embed_tokens,lm_head
 Norms are 2.00 to 1 apart. Below 2 to 1, MetaGPT and the plain average were close in \
 our experiment on small models: MetaGPT was better in 7 of 9 comparisons, by 0.003 on \
-average. On Gemma 3 270M the average was better in 6 of 6. Compare on your own text: \
-mergekit-metagpt compare CONFIG --text MODEL=FILE
+average. On Gemma 3 270M the average was better in 6 of 6.
+Compare on your own text: mergekit-metagpt compare ab.yml --text MODEL=FILE
 """
+
+
+def test_the_way_on_can_be_gone_without_a_yaml(
+    inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("inspect", "--base", "./base", "./a", "./b") == 0
+    (line,) = re.findall("^Compare on your own.*", capsys.readouterr().out, re.M)
+    assert "recipes your-own-models > merge.yml), then mergekit-metagpt c" in line
+    assert "compare merge.yml --text MODEL=FILE" in line
+    assert run_command("recipes", "your-own-models") == 0
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from mergekit_metagpt.commands.errors import Differs, Unverified, one_line_error
 from mergekit_metagpt.commands.options import (
     check_new,
     check_reports,
-    check_target,
     is_zero,
     loading_options,
     numbers,
@@ -137,7 +136,8 @@ def inspect(
         "weights": weights_of(weights),
     }
     with together.as_rank() as group:
-        if families.are_adapters(models, base, remote=remote):
+        adapters = families.are_adapters(models, base, remote=remote)
+        if adapters:
             report = measuring.report_of_adapters(models, **wishes)
         else:
             measure = measuring.remote_report_of if remote else measuring.report_of
@@ -150,7 +150,8 @@ def inspect(
     if plot is not None and report.families:
         figures.report_figure(report, Path(plot))
     if "-" not in (json_file, csv_file):
-        show(tables.lay_out(report))
+        then = measuring.next_step(models, base, adapters=adapters)
+        show(tables.lay_out(report, then))
         if peft:
             click.echo(f"\n{peft_call.call(report)}")
     headers.require_fit(report.headers)
@@ -282,7 +283,8 @@ def demo(folder: Path) -> None:
     """Train a tiny base and three specialists in DIR, merge and compare them.
 
     Needs no network. Takes one to two minutes on two cores. Prints squared norms,
-    coefficients, cosines and held-out losses; leaves models, YAML files and a figure.
+    coefficients, cosines and held-out losses; leaves models, texts, YAML files and a
+    figure.
     """
     from rich.console import Console
 
@@ -297,16 +299,10 @@ def demo(folder: Path) -> None:
         f"Lowest ALD here: {best}. Which it is depends on text, seed and training "
         f"lengths: no evidence for a method. Figure: {figure}"
     )
-    place = shlex.quote(str(folder))
-    show(
-        [
-            family.task_vectors(result),
-            family.losses(result),
-            note,
-            "Merge again by hand, with mergekit's own command:",
-        ]
-    )
-    click.echo(f"(cd {place} && mergekit-yaml metagpt.yml ./merged-by-hand)")
+    show([family.task_vectors(result), family.losses(result), note])
+    merge, compare = family.by_hand(folder)
+    click.echo(f"Merge again by hand, with mergekit's own command:\n{merge}")
+    click.echo(f"Compare these and other weights on the held-out texts:\n{compare}")
 
 
 @main.command()
@@ -386,11 +382,10 @@ def compare(
     than the specialists do. Merges are removed again. A second run goes on where the
     first one ended.
     """
-    check_reports(json=json_file, plot=plot, force=force)
-    check_target(write)
+    check_reports(json=json_file, plot=plot, write=write, force=force)
 
-    from mergekit_metagpt.commands import comparing, together
-    from mergekit_metagpt.report import comparison, figures, scoring
+    from mergekit_metagpt.commands import comparing, outcomes, together
+    from mergekit_metagpt.report import comparison, comparison_plot, scoring
 
     if plot is not None and not texts:
         raise ValueError("--plot draws losses on texts; expected --text MODEL=FILE")
@@ -412,12 +407,16 @@ def compare(
         )
     write_json(json_file, compared)
     if plot is not None:
-        figures.comparison_figure(compared, Path(plot))
+        comparison_plot.comparison_figure(compared, Path(plot))
     if json_file != "-":
         if compared.texts:
             show([*comparison.lay_out(compared), compared.verdict])
         if compared.scoring is not None:
             show(scoring.lay_out(compared.scoring))
+    click.echo(
+        outcomes.closing(compared, json=json_file, plot=plot, write=write, keep=keep),
+        err=True,
+    )
 
 
 @main.command()

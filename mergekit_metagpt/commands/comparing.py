@@ -14,13 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_metagpt.commands import harness, losses, merging, together
+from mergekit_metagpt.commands import harness, losses, merging, outcomes, together
 from mergekit_metagpt.commands.harness import Task
 from mergekit_metagpt.commands.losses import Tokenized
 from mergekit_metagpt.merge_config import candidates as merges
 from mergekit_metagpt.merge_config import checks, families, jobs, merge_yaml, plan
 from mergekit_metagpt.merge_config.candidates import Candidate
-from mergekit_metagpt.report import comparison, inspecting, scoring
+from mergekit_metagpt.report import comparison, inspecting, ranking, scoring
 from mergekit_metagpt.scanning import cache, pools, ranks
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def compare(
         options: mergekit's; random methods get the seed 0 unless they name another.
         keep: folder for the best merge.
         write: file for the YAML of the best merge.
-        force: whether `keep` and `write` may exist.
+        force: whether `keep` may exist; `write` is replaced.
 
     Returns:
         the comparison.
@@ -142,8 +142,6 @@ def compare(
     text, config = merge_yaml.read_file(request.config)
     if keep is not None:
         merging.check_place(keep.resolve(), request.config, config, force=force)
-    if write is not None and write.exists() and not force:
-        raise ValueError(f"{write} exists; choose another name, or --force")
     merged = families.of_config(config)
     models = list(dict.fromkeys(m for f in merged for m in (f.base, *f.models)))
     base, *specialists = models
@@ -173,10 +171,10 @@ def compare(
         request.scales,
         merged[0].settings.sample,
     )
-    given = {
-        name: merge_yaml.read_file(file)[0] for name, file in request.candidates.items()
-    }
-    own = [merges.of_text(name, written) for name, written in given.items()]
+    own = [
+        merges.of_text(name, merge_yaml.read_file(file)[0], f"the YAML of {file.name}")
+        for name, file in request.candidates.items()
+    ]
     listed = merges.distinct([*wanted, *own])
     inputs = {candidate.name: _check(candidate, options) for candidate in listed}
     gram = True if "keep" in request.scales else None
@@ -202,7 +200,9 @@ def compare(
         parts = list(inputs[candidate.name].values())
         subjects[candidate.name] = _Subject(parts, candidate, list(tokenized.values()))
     measured, scores = _measure(subjects, cut, tasks, dtype, device, options)
-    merges_by_name = {each.name: (each.names, each.text) for each in listed}
+    merges_by_name = {
+        each.name: ranking.Merge(each.names, each.text, each.meaning) for each in listed
+    }
     about = {
         "versions": {package: version(package) for package in PACKAGES},
         "context": context,
@@ -232,7 +232,7 @@ def compare(
         about,
     )
     (best,) = (candidate for candidate in listed if candidate.name == found.best)
-    source = f"# {best.name}: {found.verdict}\n{best.text}"
+    source = f"{outcomes.origin(request.config, found)}{best.text}"
     if write is not None:
         write.write_text(source, encoding="utf-8")
     if keep is not None:
@@ -371,11 +371,15 @@ def _measure(
         for k in range(len(texts)):
             about = json.dumps([*subject.about(k), *settings])
             abouts[name, k] = about
-            known[name, k] = cache.read_losses(subject.opened, about)
+            known[name, k] = cache.read_measured(
+                cache.ChunkLosses, subject.opened, about
+            )
         for task in tasks:
             about = json.dumps([*subject.about_task(task), *settings])
             about_tasks[name, task.name] = about
-            scored[name, task.name] = cache.read_scores(subject.opened, about)
+            scored[name, task.name] = cache.read_measured(
+                cache.TaskScores, subject.opened, about
+            )
     counts = {task.name: task.count for task in tasks}
     bar = tqdm(
         total=sum(len(chunks[k]) for (_, k), found in known.items() if not found)
@@ -407,7 +411,7 @@ def _measure(
                     new = losses.evaluate(model, shown[k], progress=bar.update)
                     for checkpoint in subject.opened:
                         checkpoint.verify_unchanged()
-                    cache.write_losses(subject.opened, abouts[name, k], new)
+                    cache.write_measured(subject.opened, abouts[name, k], new)
                     known[name, k] = new
                 for task in left:
                     bar.set_description(f"{name} on {task.name}")
@@ -416,7 +420,7 @@ def _measure(
                     for checkpoint in subject.opened:
                         checkpoint.verify_unchanged()
                     about = about_tasks[name, task.name]
-                    cache.write_scores(subject.opened, about, scores)
+                    cache.write_measured(subject.opened, about, scores)
                     scored[name, task.name] = scores
                 del model
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -319,18 +320,44 @@ def _write_recipes(folder: Path, family: Family) -> dict[str, Path]:
 
     base: dict[str, Any] = {"base_model": str(family.base)}
     models = [{"model": str(path)} for path in family.specialists.values()]
-    common = {"models": models, "dtype": "float32", "out_dtype": "bfloat16"}
+    # metagpt rounds once in any case; mergekit's own methods round at every step.
+    once, often = {"dtype": "bfloat16"}, {"dtype": "float32", "out_dtype": "bfloat16"}
+    weight = {"parameters": {"weight": 0.3}}
     configs = {
-        "metagpt": base,
-        "average": {"merge_method": "linear", "parameters": {"weight": 1.0}},
-        "task_arithmetic": {**base, "parameters": {"weight": 0.3}},
+        "metagpt": base | once,
+        "average": {"merge_method": "linear", "parameters": {"weight": 1.0}} | often,
+        "task_arithmetic": base | weight | often,
     }
     recipes = {}
     for name, config in configs.items():
-        config = {"merge_method": name, **config, **common}
+        config = {"merge_method": name, **config, "models": models}
         recipes[name] = folder / f"{name}.yml"
         recipes[name].write_text(yaml.safe_dump(config, sort_keys=False))
     return recipes
+
+
+def _write_texts(folder: Path) -> None:
+    """Write the text on which each specialist is evaluated, for `compare`."""
+    for name in SPECIALTIES:
+        corpus = text(name, HELD_OUT_BYTES, held_out=True)[:HELD_OUT_BYTES]
+        (folder / f"{name}.txt").write_text(corpus, encoding="ascii")
+
+
+def by_hand(folder: Path) -> list[str]:
+    """Return command lines for what the demo did, and for more.
+
+    Args:
+        folder: that of `run`.
+
+    Returns:
+        lines for a shell: a merge by mergekit's own command, and a comparison.
+    """
+    texts = " ".join(f"--text {name}={name}.txt" for name in SPECIALTIES)
+    commands = (
+        "mergekit-yaml metagpt.yml ./merged-by-hand",
+        f"mergekit-metagpt compare metagpt.yml {texts}",
+    )
+    return [f"(cd {shlex.quote(str(folder))} && {command})" for command in commands]
 
 
 def run(
@@ -343,7 +370,8 @@ def run(
     """Make a family, merge it with MetaGPT and two baselines, evaluate all models.
 
     Writes `metagpt.yml`, `average.yml` and `task_arithmetic.yml` (weight 0.3) beside
-    the family, and merges each through mergekit into `merged-<name>`.
+    the family, and merges each through mergekit into `merged-<name>`. Leaves a
+    held-out text for each specialist too.
 
     Args:
         folder: new or empty folder.
@@ -381,6 +409,7 @@ def run(
                 MergeOptions(quiet=True),
                 config_source=source,
             )
+    _write_texts(folder)
     pooled = scan(family.base, list(family.specialists.values()), gram=True).pool()
     assert pooled.gram is not None
     say("evaluating on held-out text")

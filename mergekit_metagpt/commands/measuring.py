@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,20 +38,48 @@ def config_of(models: Sequence[str], base: str | None) -> MergeConfiguration:
             f"{len(models)} models are given and no base; expected one CONFIG, or "
             "--base BASE and the models"
         )
-    file = Path(models[0])
-    if file.is_dir():
-        yaml_of_merge = file / "mergekit_config.yml"
-        if not yaml_of_merge.is_file():
-            raise ValueError(
-                f"{file} is a folder; expected a merge YAML, or --base BASE and "
-                "the models"
-            )
-        file = yaml_of_merge
+    file = _yaml_of(models[0])
+    if Path(models[0]).is_dir() and not file.is_file():
+        raise ValueError(
+            f"{models[0]} is a folder; expected a merge YAML, or --base BASE and the "
+            "models"
+        )
     config = merge_yaml.read_file(file)[1]
     checks.check_method(config)
     if config.merge_method in checks.METHODS:
         checks.check_names(config)
     return config
+
+
+def _yaml_of(model: str) -> Path:
+    """The YAML that is named, or that lies in the folder of a merged model."""
+    file = Path(model)
+    return file / "mergekit_config.yml" if file.is_dir() else file
+
+
+def next_step(models: Sequence[str], base: str | None, *, adapters: bool) -> str:
+    """Say by which command to find out which weights are best.
+
+    Args:
+        models: as for `config_of`.
+        base: as for `config_of`.
+        adapters: whether the models are adapters without a base.
+
+    Returns:
+        a sentence; without a YAML it begins with how to write one.
+    """
+    if base is None and not adapters:
+        config, first = shlex.quote(str(_yaml_of(models[0]))), ""
+    else:
+        config, recipe = "merge.yml", "lora-adapters" if adapters else "your-own-models"
+        first = (
+            "name the models in a merge YAML (a template: mergekit-metagpt recipes "
+            f"{recipe} > {config}), then "
+        )
+    return (
+        f"Compare on your own text: {first}mergekit-metagpt compare {config} "
+        "--text MODEL=FILE"
+    )
 
 
 def report_of_adapters(adapters: Sequence[str], **wishes: Any) -> schema.Report:

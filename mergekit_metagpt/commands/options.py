@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,7 @@ def check_new(out: str, *, force: bool) -> None:
     """Refuse an output file that is there already, or cannot be written."""
     check_target(out)
     if out != "-" and Path(out).exists():
-        _require_force(out, force=force)
+        _require_force([out], force=force)
 
 
 def check_reports(
@@ -98,6 +98,7 @@ def check_reports(
         ValueError: a file is there, cannot be written, or is named by two options.
     """
     owners: dict[str, str] = {}
+    taken: list[str] = []
     for option, file in {**targets, "plot": plot}.items():
         if file is None:
             continue
@@ -108,17 +109,23 @@ def check_reports(
         else:
             check_target(file)
         if Path(file).is_file():  # a device or a pipe can be written again
-            _require_force(file, force=force)
+            taken.append(file)
         if (other := owners.setdefault(file, option)) != option:
             one = "stdout" if file == "-" else "a file"
             raise ValueError(
                 f"--{other} and --{option} are both {file}; {one} takes one of them"
             )
+    _require_force(taken, force=force)
 
 
-def _require_force(out: str, *, force: bool) -> None:
-    if not force:
-        raise ValueError(f"{out} exists; choose another name, or --force")
+def _require_force(taken: Sequence[str], *, force: bool) -> None:
+    """Refuse all files at once that are there already."""
+    if taken and not force:
+        one = len(taken) == 1
+        raise ValueError(
+            f"{' and '.join(taken)} {'exists' if one else 'exist'}; choose "
+            f"{'another name' if one else 'other names'}, or --force"
+        )
 
 
 def check_target(file: str | None, endings: tuple[str, ...] = ()) -> None:

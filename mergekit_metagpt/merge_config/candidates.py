@@ -26,11 +26,13 @@ class Candidate:
         names: under which it was asked for.
         text: its YAML.
         config: the same as mergekit's configuration.
+        meaning: what it is, for a reader who knows none of its names.
     """
 
     names: tuple[str, ...]
     text: str
     config: MergeConfiguration
+    meaning: str = ""
 
     @property
     def name(self) -> str:
@@ -53,12 +55,13 @@ class Candidate:
         return json.dumps(data, sort_keys=True)
 
 
-def of_text(name: str, text: str) -> Candidate:
+def of_text(name: str, text: str, meaning: str) -> Candidate:
     """Read a candidate from a merge YAML.
 
     Args:
         name: to show.
         text: the YAML, of any method.
+        meaning: what it is, in words.
 
     Returns:
         the candidate.
@@ -67,7 +70,7 @@ def of_text(name: str, text: str) -> Candidate:
         ValueError: as `merge_yaml.read`; the message begins with the name.
     """
     try:
-        return Candidate((name,), text, merge_yaml.read(text))
+        return Candidate((name,), text, merge_yaml.read(text), meaning)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -109,7 +112,7 @@ def usual(
     Yields:
         candidates, some of which may be the same merge.
     """
-    yield of_text("as written", text)
+    yield of_text("as written", text, "the YAML as it was given")
     derived: dict[str, Mapping[str, Any]] = {
         "metagpt": {},
         "power 1": {"power": 1.0},
@@ -128,7 +131,30 @@ def usual(
     for name, parameters in derived.items():
         if sample < 1 and parameters.get("power") != 0.0:
             parameters = {**parameters, "sample": sample}
-        yield of_text(name, by_metagpt(text, parameters))
+        meaning = _meaning(parameters)
+        if name == "task arithmetic 0.3":
+            meaning = "each model's change times 0.3"
+        yield of_text(name, by_metagpt(text, parameters), meaning)
+
+
+def _meaning(parameters: Mapping[str, Any]) -> str:
+    """Say in words what `metagpt` does with these parameters."""
+    power, scale = float(parameters.get("power", 2)), parameters.get("lambda", 1)
+    weights = {
+        2.0: "weights by squared distance from the base",
+        1.0: "weights by distance from the base",
+        0.0: "equal weights",
+    }
+    said = [
+        weights.get(power, f"weights by distance from the base to the power {power:g}")
+    ]
+    if "exclude" in parameters:
+        said.append("embeddings and head not counted")
+    if scale == "keep":
+        said.append("as long as its models' changes are on average")
+    elif scale != 1:
+        said.append(f"the merged change times {scale:g}")
+    return ", ".join(said)
 
 
 def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
@@ -147,7 +173,8 @@ def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
     for new in candidates:
         old = merges.get(new.key, Candidate((), new.text, new.config))
         names = tuple(dict.fromkeys((*old.names, *new.names)))
-        merges[new.key] = Candidate(names, old.text, old.config)
+        said = dict.fromkeys((*filter(None, old.meaning.split("; ")), new.meaning))
+        merges[new.key] = Candidate(names, old.text, old.config, "; ".join(said))
     found = list(merges.values())
     every = [name for candidate in found for name in candidate.names]
     if twice := [name for name in every if every.count(name) > 1]:

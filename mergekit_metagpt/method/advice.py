@@ -23,7 +23,6 @@ FAR = 0.5
 APART = 1.0
 SIBLINGS = 0.5
 ORTHOGONAL = 0.1
-COMPARE = "Compare on your own text: mergekit-metagpt compare CONFIG --text MODEL=FILE"
 # Largest norm over the smallest. docs/evaluation.md has comparisons up to 1.5 and from
 # 2.3 on.
 APART_NORMS = 2.0
@@ -329,7 +328,7 @@ def which_weights(disparity: float) -> str | None:
         disparity: largest norm over the smallest, of the models that are merged.
 
     Returns:
-        sentences that end with the command to find out.
+        sentences.
     """
     found = (
         "Below 2 to 1, MetaGPT and the plain average were close in our experiment on "
@@ -342,7 +341,7 @@ def which_weights(disparity: float) -> str | None:
             "comparisons of our experiment on small models, and power: 1 was better "
             "than MetaGPT in 18 of 18. Try power: 1 and power: 0."
         )
-    return f"Norms are {disparity:.2f} to 1 apart. {found} {COMPARE}"
+    return f"Norms are {disparity:.2f} to 1 apart. {found}"
 
 
 def cosine_reading(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from mergekit_metagpt.method.announcing import estimate
 from mergekit_metagpt.report import schema, tables
 
@@ -85,8 +87,29 @@ def _family(family: schema.Family) -> list[str]:
             f"| `{model.name}` | {value} | {model.weight:g} | {model.norm:.5g} "
             f"| {relative} | {_version(model)} |"
         )
-    said = [text for text in (tables.lengths_of(family), family.advice) if text]
-    return [*lines, "", *(part for text in said for part in (text, ""))]
+    norms = (
+        "`norm` is how far a model moved from the base, and `relative norm` the same "
+        "divided by the norm of the base. A larger coefficient does not mean a better "
+        "model."
+    )
+    return [*lines, "", " ".join((norms, *_lengths(family))), ""]
+
+
+def _lengths(family: schema.Family) -> Iterator[str]:
+    """Say how far the models, and their sum, are from the base."""
+    lengths = family.lengths
+    if lengths is None:
+        return
+    yield (
+        f"The model that moved farthest moved {lengths.disparity:.2f} times as far as "
+        "the one that moved least."
+    )
+    if lengths.merged is not None:
+        yield (
+            "Before any scaling, the merged task vector is "
+            f"{lengths.merged / lengths.inputs:.2f} times as long as those of the "
+            "models are on average."
+        )
 
 
 def _sample(family: schema.Family) -> str:

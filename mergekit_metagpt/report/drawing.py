@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -137,6 +138,8 @@ class Page:
         height: float,
         color: str,
         edge: str = "none",
+        *,
+        hatched: bool = False,
     ) -> None:
         """Draw a rectangle from its upper left corner.
 
@@ -147,12 +150,14 @@ class Page:
             height: downwards.
             color: of the inside.
             edge: color of the border.
+            hatched: whether oblique lines of the same color fill it.
         """
         from matplotlib.patches import Rectangle
 
-        self._axes.add_artist(
-            Rectangle((x, y), width, height, facecolor=color, edgecolor=edge, lw=0.6)
-        )
+        look: dict[str, Any] = {"facecolor": color, "edgecolor": edge, "lw": 0.6}
+        if hatched:
+            look["hatch"] = "/////"
+        self._axes.add_artist(Rectangle((x, y), width, height, **look))
 
     def line(
         self,
@@ -379,6 +384,37 @@ def labels(names: Sequence[str], limit: int = LONGEST_LABEL) -> list[str]:
             return short
     short = [_shortened(tail, middle - 2, room - middle - 2) for tail in tails]
     return [f"{number} {label}" for number, label in enumerate(short, 1)]
+
+
+def percents(
+    values: Sequence[float | None], errors: Sequence[float | None], digits: int
+) -> list[str]:
+    """Write shares as percentages of as many digits.
+
+    Args:
+        values: shares; None is a dash.
+        errors: their standard errors; None or 0 where they are exact.
+        digits: after the point; more where the smallest error has more.
+
+    Returns:
+        a text for each value.
+    """
+    known = [error for error in errors if error]
+    if known:
+        digits = min(max(digits, -math.floor(math.log10(100 * min(known)))), 3)
+    least = 10.0**-digits
+    cells = []
+    for value, error in zip(values, errors, strict=True):
+        if value is None:
+            cells.append("-")
+            continue
+        if error:
+            cells.append(f"{100 * value:.{digits}f} ± {100 * error:.{digits}f}%")
+        elif 0 < 100 * value < least / 2:
+            cells.append(f"< {least:.{digits}f}%")
+        else:
+            cells.append(f"{100 * value:.{digits}f}%")
+    return cells
 
 
 def fitting(page: Page, names: Sequence[str], room: float = 3.2) -> list[str]:

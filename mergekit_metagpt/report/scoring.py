@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
-from rich.text import Text as Cell
 
-from mergekit_metagpt.report.comparison import (
-    NOISE,
+from mergekit_metagpt.report.comparison import Scored, Scoring, Task
+from mergekit_metagpt.report.ranking import (
     Estimate,
-    Scored,
-    Scoring,
-    Task,
+    Merge,
     difference,
     in_words,
-    table_of,
+    rank,
+    table_of_ranks,
+    tables_of_parts,
     with_error,
 )
 from mergekit_metagpt.scanning.cache import ChunkLosses, TaskScores
@@ -27,7 +27,7 @@ MOST_TASKS = 3
 def compare(
     tasks: Sequence[str],
     measured: Mapping[str, Sequence[TaskScores]],
-    candidates: Mapping[str, tuple[Sequence[str], str]],
+    merges: Mapping[str, Merge],
     lm_eval: str,
 ) -> Scoring:
     """Rank candidates by the mean of their scores, each task by its first metric.
@@ -38,7 +38,7 @@ def compare(
     Args:
         tasks: names, in the order of the scores.
         measured: scores by model or candidate, task by task.
-        candidates: all names and the YAML of each merge, by its first name.
+        merges: the candidates, each by its first name.
         lm_eval: version of the harness.
 
     Returns:
@@ -66,38 +66,25 @@ def compare(
         return difference(list(zip(lost[name], others, strict=True)), "token")
 
     means = {name: above(name, None) for name in measured}
-    best = min(candidates, key=lambda name: means[name].value)
-    rows = {}
-    for name, of_tasks in measured.items():
+
+    def row(name: str, gap: Estimate | None, known: Mapping[str, Any]) -> Scored:
         mean = means[name]
-        row = Scored(
+        return Scored(
             name=name,
-            scores=tuple(_estimates(scores) for scores in of_tasks),
+            **known,
+            scores=tuple(map(_estimates, measured[name])),
             mean=Estimate(value=-mean.value + 0.0, error=mean.error),
+            below_best=None if gap is None else gap.value,
+            below_best_error=None if gap is None else gap.error,
         )
-        if name in candidates:
-            names, yaml = candidates[name]
-            gap = above(name, best)
-            row = row.model_copy(
-                update={
-                    "names": tuple(names),
-                    "yaml": yaml,
-                    "below_best": gap.value,
-                    "below_best_error": gap.error,
-                    "beyond_noise": abs(gap.value) > 2 * gap.error,
-                }
-            )
-        rows[name] = row
-    ranked = sorted(
-        (rows[name] for name in candidates), key=lambda row: -row.mean.value
-    )
-    models = [row for name, row in rows.items() if name not in candidates]
+
+    ranked, models = rank(means, merges, above, row)
     return Scoring(
         lm_eval=lm_eval,
         tasks=tuple(described),
         models=tuple(models),
         candidates=tuple(ranked),
-        best=best,
+        best=ranked[0].name,
         verdict=_verdict(ranked, models),
     )
 
@@ -123,7 +110,7 @@ def _estimates(scores: TaskScores) -> dict[str, Estimate]:
 def _verdict(ranked: Sequence[Scored], models: Sequence[Scored]) -> str:
     best, *others = ranked
     if others:
-        gap = with_error(others[0].below_best or 0.0, others[0].below_best_error or 0.0)
+        gap = with_error(others[0].gap.value, others[0].gap.error)
         by = f"Best on these tasks: {best.name}, mean score better by {gap} than "
         text = in_words(by, others)
     else:
@@ -145,34 +132,15 @@ def lay_out(found: Scoring) -> Iterator[str | Table]:
         tables, and lines of text.
     """
     yield f"Mean score and standard error, by lm-eval {found.lm_eval}"
-    table = table_of("candidate", "score", "below best", "")
-    for row in found.candidates:
-        same = f" (= {', '.join(row.names[1:])})" if row.names[1:] else ""
-        words = "beyond noise" if row.beyond_noise else NOISE
-        gap = with_error(row.below_best or 0.0, row.below_best_error or 0.0)
-        best = row.name == found.best
-        table.add_row(
-            Cell(row.name + same),
-            with_error(row.mean.value, row.mean.error),
-            "" if best else gap,
-            "best" if best else words,
-        )
-    table.add_section()
-    for row in found.models:
-        table.add_row(
-            Cell(row.name), with_error(row.mean.value, row.mean.error), "", ""
-        )
-    yield table
+    yield table_of_ranks(found.candidates, found.models, "score", "below best")
     yield "Score on each task"
-    for first in range(0, len(found.tasks), MOST_TASKS):
-        numbers = range(first, min(first + MOST_TASKS, len(found.tasks)))
-        table = table_of("model", *(str(number + 1) for number in numbers))
-        for rows in (found.models, found.candidates):
-            for row in rows:
-                cells = (_shown(row, found.tasks[k].metric, k) for k in numbers)
-                table.add_row(Cell(row.name), *cells)
-            table.add_section()
-        yield table
+    yield from tables_of_parts(
+        found.models,
+        found.candidates,
+        lambda row, task: _shown(row, found.tasks[task].metric, task),
+        len(found.tasks),
+        MOST_TASKS,
+    )
     for number, task in enumerate(found.tasks, 1):
         way = "" if task.higher_is_better else ", lower is better"
         yield f"{number}: {task.name}, {task.metric}{way}, {task.documents:,} documents"

@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 MOST_COLUMNS = 16
 
 
-def lay_out(found: schema.Report) -> Iterator[str | Table]:
+def lay_out(found: schema.Report, then: str = "") -> Iterator[str | Table]:
     """Lay out what `inspect` found, family by family.
 
     Args:
         found: the report.
+        then: how to find out which weights are best, where models are weighted.
 
     Yields:
         tables, and paragraphs.
@@ -43,6 +44,8 @@ def lay_out(found: schema.Report) -> Iterator[str | Table]:
         if len(found.families) > 1:
             yield f"Merged with each other: {', '.join(family.places)}"
         yield from _family(family)
+    if then and any(family.advice for family in found.families):
+        yield then
 
 
 def _headers(headers: Sequence[schema.Header]) -> Iterator[str | Table]:

@@ -307,52 +307,35 @@ def write_sample(
     _write("sample", base, models, content, request)
 
 
-def read_losses(models: Sequence[Checkpoint], about: str) -> ChunkLosses | None:
-    """Look up what an earlier run measured of a model, or of a merge, on a text.
+M = TypeVar("M", ChunkLosses, TaskScores)
+_KINDS = {ChunkLosses: "losses", TaskScores: "scores"}
+
+
+def read_measured(
+    schema: type[M], models: Sequence[Checkpoint], about: str
+) -> M | None:
+    """Look up what an earlier run measured of a model, or of a merge.
 
     Args:
+        schema: `ChunkLosses` on a text, or `TaskScores` on a task.
         models: the model, or those that are merged.
-        about: all else that the losses depend on: merge, text, settings, versions.
+        about: all else that it depends on: merge, text or task, settings, versions.
 
     Returns:
-        the losses, or None.
+        what was measured, or None.
     """
-    return _read("losses", models[0], models[1:], ChunkLosses, about)
+    return _read(_KINDS[schema], models[0], models[1:], schema, about)
 
 
-def write_losses(models: Sequence[Checkpoint], about: str, losses: ChunkLosses) -> None:
-    """Remember what was measured of a model, or of a merge, on a text.
+def write_measured(models: Sequence[Checkpoint], about: str, measured: M) -> None:
+    """Remember what was measured of a model, or of a merge.
 
     Args:
         models: the model, or those that are merged.
-        about: all else that the losses depend on.
-        losses: of each chunk.
+        about: as for `read_measured`.
+        measured: losses on a text, or scores on a task.
     """
-    _write("losses", models[0], models[1:], losses, about)
-
-
-def read_scores(models: Sequence[Checkpoint], about: str) -> TaskScores | None:
-    """Look up how a model, or a merge, scored on a task in an earlier run.
-
-    Args:
-        models: the model, or those that are merged.
-        about: all else that the scores depend on: merge, task, settings, versions.
-
-    Returns:
-        the scores, or None.
-    """
-    return _read("scores", models[0], models[1:], TaskScores, about)
-
-
-def write_scores(models: Sequence[Checkpoint], about: str, scores: TaskScores) -> None:
-    """Remember how a model, or a merge, scored on a task.
-
-    Args:
-        models: the model, or those that are merged.
-        about: all else that the scores depend on.
-        scores: of each document.
-    """
-    _write("scores", models[0], models[1:], scores, about)
+    _write(_KINDS[type(measured)], models[0], models[1:], measured, about)
 
 
 def _place(
