@@ -23,6 +23,8 @@ FAR = 0.5
 APART = 1.0
 SIBLINGS = 0.5
 ORTHOGONAL = 0.1
+# A cosine of 0.3 is 9% of a squared norm.
+SLIGHT = 0.3
 # Largest norm over the smallest. docs/evaluation.md has comparisons up to 1.5 and from
 # 2.3 on.
 APART_NORMS = 2.0
@@ -375,11 +377,12 @@ def cosine_reading(
             f"Near orthogonal (at most {abs(value):.2f}), as the paper assumes: what "
             "one model learned hardly overlaps with the others."
         )
-    way = (
-        "share a direction: part of what they learned is the same"
-        if value > 0
-        else "point against each other: what one learned, the other undoes in part"
-    )
+    if abs(value) <= SLIGHT:
+        way = f"are slightly {'similar' if value > 0 else 'opposed'}"
+    elif value > 0:
+        way = "share a direction: part of what they learned is the same"
+    else:
+        way = "point against each other: what one learned, the other undoes in part"
     return (
         f"{models[column]} and {models[row]} {way} (cosine {value:+.2f}). The paper "
         "assumes values near 0; the coefficients do not depend on them."

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_metagpt.method.advice import ORTHOGONAL
+from mergekit_metagpt.method.advice import ORTHOGONAL, SLIGHT
 from mergekit_metagpt.report import layer_panel, tables
 from mergekit_metagpt.report.drawing import (
     BLUE,
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 MOST_NUMBERS = 16
 FIGURE_SPACE, MINUS = "\N{FIGURE SPACE}", "\N{MINUS SIGN}"
 LONGEST_WEIGHT = 14
-# A cosine of 0.3 is 9% of a squared norm: no reason for a panel.
-SLIGHT = 0.3
 TRACK = "#e9edf4"
 
 
