@@ -1,0 +1,112 @@
+"""Asks the hub for a repository, and says in one sentence what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from mergekit_metagpt.checkpoints.ranges import AGAIN, TIMEOUT_S
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelPath
+
+T = TypeVar("T")
+
+
+def require_repository(place: ModelPath) -> None:
+    """Check by a single request that the hub has a repository.
+
+    mergekit's own request is repeated for half a minute where there is no network.
+
+    Args:
+        place: its name, and its revision or None.
+
+    Raises:
+        ValueError: it is not the name of a repository.
+        OSError: the hub cannot be reached, or does not have it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def ask() -> None:
+        try:
+            HfApi().model_info(place.path, revision=place.revision, timeout=TIMEOUT_S)
+        except HfHubHTTPError as error:
+            if error.response.status_code not in AGAIN:
+                raise
+            # A busy server: mergekit asks again, with patience.
+
+    explained(str(place), ask)
+
+
+def explained(label: str, work: Callable[[], T]) -> T:
+    """Turn the hub's answers about a repository into one sentence.
+
+    Args:
+        label: the repository, for messages.
+        work: asks the hub.
+
+    Returns:
+        what `work` returns.
+
+    Raises:
+        ValueError: the label is not the name of a repository.
+        OSError: the hub cannot be reached, or does not give it.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    login = "log in with `hf auth login`, or set HF_TOKEN"
+    try:
+        return work()
+    except OfflineModeIsEnabled as error:
+        raise OSError(
+            f"{label} cannot be read: HF_HUB_OFFLINE is set. Unset it, or name a local "
+            "folder"
+        ) from error
+    except GatedRepoError as error:
+        raise OSError(
+            f"{label} is gated: accept its conditions on {constants.ENDPOINT}, then "
+            f"{login}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise OSError(
+            f"{label} is no repository on {constants.ENDPOINT}, or a private one. "
+            f"Check its name; if it is private, {login}"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise OSError(
+            f"{label}: the repository has no such revision; expected a branch, a tag "
+            "or a commit"
+        ) from error
+    except EntryNotFoundError as error:
+        raise OSError(
+            f"{label} lacks a file that it lists: {str(error).splitlines()[-1]}"
+        ) from error
+    except HFValidationError as error:
+        raise ValueError(
+            f"{label} is no name of a repository, such as OWNER/NAME. For a folder, "
+            f"write its path, such as ./{label}"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        denied = f"; {login}" if status in (401, 403) else ""
+        raise OSError(
+            f"{label} cannot be read: {constants.ENDPOINT} answered with status "
+            f"{status}{denied}"
+        ) from error
+    except HTTPError as error:
+        raise OSError(
+            f"{label} cannot be read: {constants.ENDPOINT} cannot be reached "
+            f"({str(error) or type(error).__name__}). Check the network, or name a "
+            "local folder"
+        ) from error
