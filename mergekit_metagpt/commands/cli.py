@@ -89,7 +89,9 @@ def main() -> None:
 )
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 @click.option(
-    "--peft", is_flag=True, help="Print the Python lines by which PEFT adds adapters."
+    "--peft",
+    metavar="FILE",
+    help="Write the Python script by which PEFT adds adapters; - for stdout.",
 )
 @one_line_errors
 @loading_options
@@ -108,7 +110,7 @@ def inspect(
     budget: str | None,
     remote: bool,
     force: bool,
-    peft: bool,
+    peft: str | None,
 ) -> None:
     """Measure the models of CONFIG, or MODEL... against --base, without merging.
 
@@ -118,11 +120,7 @@ def inspect(
     the files. LoRA adapters are measured from their factors; where all of MODEL... are
     adapters, --base is not needed.
     """
-    if peft and "-" in (json_file, csv_file):
-        raise ValueError(
-            "--peft prints to stdout; expected a file for --json and --csv"
-        )
-    check_reports(json=json_file, csv=csv_file, plot=plot, force=force)
+    check_reports(json=json_file, csv=csv_file, peft=peft, plot=plot, force=force)
 
     from mergekit_metagpt.commands import measuring, together
     from mergekit_metagpt.merge_config import families
@@ -149,10 +147,10 @@ def inspect(
         write_text(csv_file, tables.as_csv(report))
     if plot is not None and report.families:
         figures.report_figure(report, Path(plot))
-    if "-" not in (json_file, csv_file):
+    if peft is not None:
+        write_text(peft, peft_call.script(report))
+    if "-" not in (json_file, csv_file, peft):
         show(tables.lay_out(report))
-        if peft:
-            click.echo(f"\n{peft_call.call(report)}")
     headers.require_fit(report.headers)
 
 
