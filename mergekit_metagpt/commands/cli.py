@@ -179,7 +179,7 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
 
     read = merge_yaml.read_file(Path(config))[1]
     checks.check_yaml(read, config)
-    job = jobs.check(read, options)
+    job = jobs.check(read, options, Path(config))
     report = inspecting.inspect(families.of_config(read), job.opened, gram=None)
     if not options.allow_crimes:
         inspecting.require_near(report)
@@ -187,7 +187,8 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     for change in exported.changes:
         click.echo(f"Differs from {read.merge_method}: {change}.", err=True)
     name = "OUT.yml" if out == "-" else shlex.quote(out)
-    then = f"It needs no plugin: mergekit-yaml {name} ./merged"
+    seed = " --random-seed N" if read.merge_method in checks.RANDOM_METHODS else ""
+    then = f"It needs no plugin: mergekit-yaml {name} ./merged{seed}"
     write_yaml(out, exported.text, then=then)
 
 
@@ -206,7 +207,7 @@ def convert(config: str, out: str, base: str | None, force: bool) -> None:
     """
     check_new(out, force=force)
 
-    from mergekit_metagpt.merge_config import converting, merge_yaml
+    from mergekit_metagpt.merge_config import checks, converting, merge_yaml
 
     try:
         converted = converting.convert(merge_yaml.text_of(Path(config)), base)
@@ -217,7 +218,10 @@ def convert(config: str, out: str, base: str | None, force: bool) -> None:
     for note in converted.notes:
         click.echo(f"Note: {printable(note)}.", err=True)
     name = "NEW.yml" if out == "-" else shlex.quote(out)
-    write_yaml(out, converted.text, then=f"Look first: mergekit-metagpt inspect {name}")
+    then = f"Look first: mergekit-metagpt inspect {name}"
+    if converted.method in checks.RANDOM_METHODS:
+        then += f". Then: mergekit-metagpt merge {name} OUT --random-seed N"
+    write_yaml(out, converted.text, then=then)
 
 
 @main.command()
