@@ -1181,7 +1181,8 @@ def test_a_base_among_the_models_is_named(
         *({"model": name, "parameters": {"weight": 0.25}} for name in ("./a", "./b")),
     ]
     for method in ("linear", "metagpt"):
-        config = merge_config("./base", [], merge_method=method, models=models)
+        config = {**merge_config("./base", []), "merge_method": method}
+        config["models"] = models
         (inside / "listed.yml").write_text(yaml.safe_dump(config))
         text = shown(capsys, "listed.yml", "--json", "-")
         (family,) = json.loads(text)["families"]

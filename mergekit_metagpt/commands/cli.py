@@ -163,8 +163,9 @@ def inspect(
 def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     """Write the metagpt merge CONFIG as plain mergekit YAML with fixed weights.
 
-    Anyone can merge OUT.yml (- for stdout) with mergekit alone and gets the same model
-    but for rounding in the last place. Scans, and does not merge.
+    Anyone can merge OUT.yml (- for stdout) with mergekit alone. The result equals that
+    of CONFIG up to the last bit of a weight; where it differs by more, a line says so.
+    Scans, and does not merge.
     """
     check_new(out, force=force)
 
