@@ -487,15 +487,22 @@ def test_a_folder_without_its_dot_is_one_line_and_one_request(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Without `--remote`; huggingface_hub itself would ask for half a minute."""
+    """Without `--remote`; huggingface_hub itself would ask for half a minute.
+
+    An adapter, too.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "maths").mkdir(parents=True)
-    arguments = ("--base", "models/Math", "./code")
+    base = "models/Math"
 
     def said() -> str:
-        capsys.readouterr()
-        assert run_command("inspect", *arguments) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        lines = []
+        for arguments in (("--base", base, "./code"), (base, "models/other")):
+            capsys.readouterr()
+            assert run_command("inspect", *arguments) == 2
+            lines += capsys.readouterr().err.splitlines()
+        line, of_adapter = lines
+        assert line == of_adapter
         return line
 
     line = said()
@@ -503,7 +510,7 @@ def test_a_folder_without_its_dot_is_one_line_and_one_request(
         line
     )
     assert "no repository" in line
-    assert len(hub.asked) == 1
+    assert len(hub.asked) == 2  # one for each command
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         point_to(f"http://127.0.0.1:{closed.getsockname()[1]}", monkeypatch)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from mergekit_metagpt.checkpoints.nearby import nearest
 from mergekit_metagpt.checkpoints.ranges import AGAIN, TIMEOUT_S
 
 if TYPE_CHECKING:
@@ -14,16 +16,16 @@ T = TypeVar("T")
 
 
 def require_repository(place: ModelPath) -> None:
-    """Check by a single request that the hub has a repository.
+    """Check by a single request that the hub has what is no local folder.
 
-    mergekit's own request is repeated for half a minute where there is no network.
+    Where there is no network, huggingface_hub repeats its own for half a minute.
 
     Args:
-        place: its name, and its revision or None.
+        place: name of a repository, and its revision or None.
 
     Raises:
-        ValueError: it is not the name of a repository.
-        OSError: the hub cannot be reached, or does not have it.
+        ValueError: it is no name of a repository, the hub cannot be reached, or does
+            not have it.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -36,7 +38,15 @@ def require_repository(place: ModelPath) -> None:
                 raise
             # A busy server: mergekit asks again, with patience.
 
-    explained(str(place), ask)
+    try:
+        explained(str(place), ask)
+    except (ValueError, OSError) as error:
+        meant = nearest(Path(place.path), folders=True)
+        hint = f" (did you mean {meant}?)" if meant else ""
+        raise ValueError(
+            f"{place.path} is no folder in {Path.cwd()}{hint}. Taken for a repository: "
+            f"{error}"
+        ) from error
 
 
 def explained(label: str, work: Callable[[], T]) -> T:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint, read_checkpoint
-from mergekit_metagpt.checkpoints.hub import require_repository
+from mergekit_metagpt.checkpoints.hub import explained, require_repository
 from mergekit_metagpt.checkpoints.lora import merged_copy, require_current
 from mergekit_metagpt.checkpoints.nearby import nearest
 
@@ -186,19 +186,10 @@ def unopened(label: str) -> Checkpoint:
 
 def _downloaded(model: ModelReference, cache: str | None) -> Path:
     """The folder of a model, from the hub where it is no local one."""
-    path = Path(model.model.path)
-    if path.exists():
-        return path
-    try:
-        require_repository(model.model)
-        return Path(model.local_path(cache))
-    except Exception as error:  # whatever the client of the hub raises
-        meant = nearest(path, folders=True)
-        hint = f" (did you mean {meant}?)" if meant else ""
-        raise ValueError(
-            f"{path} is no folder in {Path.cwd()}{hint}. Taken for a repository: "
-            f"{error}"
-        ) from error
+    if Path(model.model.path).exists():
+        return Path(model.model.path)
+    require_repository(model.model)
+    return explained(str(model), lambda: Path(model.local_path(cache)))
 
 
 def open_checkpoints(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_metagpt.checkpoints import adapters, architecture
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint, made_of
 from mergekit_metagpt.checkpoints.files import classified
-from mergekit_metagpt.checkpoints.hub import explained
+from mergekit_metagpt.checkpoints.hub import explained, require_repository
 from mergekit_metagpt.checkpoints.identity import FileIdentity, hub_revision
 from mergekit_metagpt.checkpoints.opening import WEIGHTS, open_checkpoint
 from mergekit_metagpt.checkpoints.ranges import (
@@ -61,6 +61,8 @@ def open_adapter(model: ModelReference, *, merged: bool = False) -> Checkpoint |
         OSError: the repository or a file of it cannot be read.
     """
     place, label = model.lora or model.model, str(model)
+    if not adapters.is_at_hand(place.path, place.revision):
+        require_repository(place)
     fetch = functools.partial(adapters.adapter_folder, place.path, place.revision)
     folder = explained(str(place), fetch)
     if not folder.is_dir():
