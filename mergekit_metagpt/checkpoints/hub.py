@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from mergekit_metagpt.checkpoints.nearby import nearest
 from mergekit_metagpt.checkpoints.ranges import AGAIN, TIMEOUT_S
 
-if TYPE_CHECKING:
-    from mergekit.common import ModelPath
-
 T = TypeVar("T")
 
 
-def require_repository(place: ModelPath) -> None:
+def require_repository(path: str, revision: str | None) -> None:
     """Check by a single request that the hub has what is no local folder.
 
     Where there is no network, huggingface_hub repeats its own for half a minute.
 
     Args:
-        place: name of a repository, and its revision or None.
+        path: name of a repository.
+        revision: of the repository.
 
     Raises:
         ValueError: it is no name of a repository, the hub cannot be reached, or does
@@ -32,19 +30,19 @@ def require_repository(place: ModelPath) -> None:
 
     def ask() -> None:
         try:
-            HfApi().model_info(place.path, revision=place.revision, timeout=TIMEOUT_S)
+            HfApi().model_info(path, revision=revision, timeout=TIMEOUT_S)
         except HfHubHTTPError as error:
             if error.response.status_code not in AGAIN:
                 raise
             # A busy server: mergekit asks again, with patience.
 
     try:
-        explained(str(place), ask)
+        explained(f"{path}@{revision}" if revision else path, ask)
     except (ValueError, OSError) as error:
-        meant = nearest(Path(place.path), folders=True)
+        meant = nearest(Path(path), folders=True)
         hint = f" (did you mean {meant}?)" if meant else ""
         raise ValueError(
-            f"{place.path} is no folder in {Path.cwd()}{hint}. Taken for a repository: "
+            f"{path} is no folder in {Path.cwd()}{hint}. Taken for a repository: "
             f"{error}"
         ) from error
 

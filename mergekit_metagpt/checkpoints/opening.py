@@ -188,7 +188,7 @@ def _downloaded(model: ModelReference, cache: str | None) -> Path:
     """The folder of a model, from the hub where it is no local one."""
     if Path(model.model.path).exists():
         return Path(model.model.path)
-    require_repository(model.model)
+    require_repository(model.model.path, model.model.revision)
     return explained(str(model), lambda: Path(model.local_path(cache)))
 
 

@@ -62,7 +62,7 @@ def open_adapter(model: ModelReference, *, merged: bool = False) -> Checkpoint |
     """
     place, label = model.lora or model.model, str(model)
     if not adapters.is_at_hand(place.path, place.revision):
-        require_repository(place)
+        require_repository(place.path, place.revision)
     fetch = functools.partial(adapters.adapter_folder, place.path, place.revision)
     folder = explained(str(place), fetch)
     if not folder.is_dir():
