@@ -323,7 +323,8 @@ PARAMETERS = [
     Row(
         "misspelt",
         broken.parameters(granularty="layer"),
-        ours="granularty is no parameter of metagpt; did you mean granularity?",
+        ours="…granularty, under `parameters:`, is no parameter of metagpt; did you "
+        "mean granularity?",
         mergekit=None,
     ),
     Row(

@@ -456,7 +456,17 @@ def test_nothing_is_replaced_without_force(
     assert run_command("convert", old, "-") == 0
     said = capsys.readouterr()
     assert said.out == new.read_text()
-    assert "Wrote stdout" in said.err
+    assert "Wrote stdout" in said.err and "--random-seed" not in said.err
+
+
+def test_the_next_command_has_a_seed_where_numbers_are_drawn(
+    tmp_path: Path, family: Family, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = stage(tmp_path, family, "dare_ties"), tmp_path / "new.yml"
+    assert run_command("convert", old, new) == 0
+    assert f"merge {new} OUT --random-seed N" in capsys.readouterr().err
+    assert run_command("export", new, "-") == 0
+    assert "mergekit-yaml OUT.yml ./merged --random-seed N" in capsys.readouterr().err
 
 
 def test_a_refused_yaml_writes_nothing(

@@ -1179,6 +1179,27 @@ def test_bad_input_is_one_line_and_nothing_is_created(
     assert snapshot(tmp_path) == before
 
 
+def test_a_base_among_the_models_is_named(
+    inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A user of `linear` expects a weight for it."""
+    assert "./base is the base and also listed" in shown(
+        capsys, "--base", "./base", "./base", "./a"
+    )
+    models = [
+        {"model": "./base", "parameters": {"weight": 0.5}},
+        *({"model": name, "parameters": {"weight": 0.25}} for name in ("./a", "./b")),
+    ]
+    for method in ("linear", "metagpt"):
+        config = {**merge_config("./base", []), "merge_method": method}
+        config["models"] = models
+        (inside / "listed.yml").write_text(yaml.safe_dump(config))
+        text = shown(capsys, "listed.yml", "--json", "-")
+        (family,) = json.loads(text)["families"]
+        assert family["note"].endswith("and its weight 0.5 does not count")
+    assert "listed" not in shown(capsys, "ab.yml")
+
+
 ARGUMENTS: list[tuple[list[str], str]] = [
     (["missing.yml"], "missing.yml"),
     (["base"], "base is a folder; expected a merge YAML"),

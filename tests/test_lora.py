@@ -247,7 +247,10 @@ def test_experts_that_are_adapted_one_by_one(
 
 
 def combined_by(lines: str, base: Path) -> State:
-    """The parameters after the printed lines were run on a base in float64."""
+    """The parameters after the script was run on a base in float64.
+
+    They are those of the adapter that it saves, too.
+    """
     import peft
 
     class Auto:
@@ -262,15 +265,21 @@ def combined_by(lines: str, base: Path) -> State:
     lines = re.sub(r"^from .*", "", lines, flags=re.MULTILINE)
     names = {"PeftModel": Peft, "AutoModelForCausalLM": Auto}
     exec(lines, names)
-    return distinct(names["model"].merge_and_unload())  # type: ignore[attr-defined]
+    combined = distinct(names["model"].merge_and_unload())  # type: ignore[attr-defined]
+    (place,) = re.findall(r'^# PeftModel.*"(.*)"', lines, flags=re.MULTILINE)
+    saved = distinct(Peft.from_pretrained(loaded(base), place).merge_and_unload())
+    for name, tensor in combined.items():
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-6, atol=1e-6)
+    return combined
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, Any]:
-    """The lines that `inspect --peft` prints, and the report."""
+    """The script that `inspect --peft -` prints and nothing else, and the report."""
     file = Path(str(arguments[-1]))
-    assert run_command("inspect", *arguments[:-1], "--peft", "--json", file) == 0
+    assert run_command("inspect", *arguments[:-1], "--peft", "-", "--json", file) == 0
     text = capsys.readouterr().out
-    return text[text.index("from peft import") :], json.loads(file.read_text())
+    assert text.startswith("from peft import")
+    return text, json.loads(file.read_text())
 
 
 COMBINED: dict[str, tuple[str, list[dict[str, Any]]]] = {
@@ -315,8 +324,13 @@ COMBINED: dict[str, tuple[str, list[dict[str, Any]]]] = {
 @pytest.mark.parametrize("case", COMBINED)
 @pytest.mark.parametrize("kind", ["cat", "svd"])
 def test_the_printed_call_gives_the_sum(
-    case: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str,
+    kind: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     name, settings = COMBINED[case]
     family = write_tuned(tmp_path, architectures()[name], *settings)
     lines, report = printed(capsys, *family.adapters, tmp_path / "report.json")
@@ -334,8 +348,9 @@ def test_the_printed_call_gives_the_sum(
 
 
 def test_linear_is_not_the_sum(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     settings = [{"r": 4, "target_modules": ["q_proj"]}] * 2
     family = write_tuned(tmp_path, architectures()["llama"], *settings)
     lines, report = printed(capsys, *family.adapters, tmp_path / "report.json")
@@ -410,7 +425,7 @@ NOT_COMBINED: dict[str, tuple[str, list[dict[str, Any]], Sequence[str], str]] = 
         "llama",
         [{"target_modules": ["q_proj"]}],
         ("--json", "-"),
-        "--peft prints to stdout",
+        "--json and --peft are both -",
     ),
 }
 
@@ -423,7 +438,7 @@ def test_what_peft_cannot_combine_is_refused(
     if case == "a pattern and a list":
         settings = [{"target_modules": ["q_proj"]}, settings[1]]
     family = write_tuned(tmp_path, architectures()[name], *settings)
-    assert run_command("inspect", *family.adapters, "--peft", *options) == 2
+    assert run_command("inspect", *family.adapters, "--peft", "-", *options) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 

@@ -454,6 +454,10 @@ def test_a_yaml_of_another_folder(
         assert str(Path.cwd()) in said and f"lies in {work}:" in said
     assert run_command("inspect", "--base", "../bse", "../a") == 2
     assert "Did you mean ../base?" in capsys.readouterr().err
+    monkeypatch.chdir(work)
+    for given, meant in (("MERGE.yml", "merge.yml"), ("./M", "m")):
+        assert run_command("inspect", given) == 2
+        assert f"Did you mean ./{meant}?" in capsys.readouterr().err
 
 
 def test_warnings_of_tensors_that_the_report_does_not_see_stay(

@@ -481,6 +481,44 @@ def test_no_network(
     assert "HF_HUB_OFFLINE is set" in refused(capsys, *FAMILY)
 
 
+def test_a_folder_without_its_dot_is_one_line_and_one_request(
+    hub: Hub,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without `--remote`; huggingface_hub itself would ask for half a minute.
+
+    An adapter, too.
+    """
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "maths").mkdir(parents=True)
+    base = "models/Math"
+
+    def said() -> str:
+        lines = []
+        for arguments in (("--base", base, "./code"), (base, "models/other")):
+            capsys.readouterr()
+            assert run_command("inspect", *arguments) == 2
+            lines += capsys.readouterr().err.splitlines()
+        line, of_adapter = lines
+        assert line == of_adapter
+        return line
+
+    line = said()
+    assert f"models/Math is no folder in {tmp_path} (did you mean ./models/maths?)" in (
+        line
+    )
+    assert "no repository" in line
+    assert len(hub.asked) == 2  # one for each command
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        point_to(f"http://127.0.0.1:{closed.getsockname()[1]}", monkeypatch)
+        assert "cannot be reached" in said()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in said()
+
+
 def write_odd(
     folder: Path, states: State, config: dict[str, Any] | None = None
 ) -> Path:
@@ -570,7 +608,7 @@ def test_adapters_and_names_that_are_none_are_refused(
     assert "LoRA adapter" in refused(capsys, "--base", "org/base", "org/math+org/code")
     assert "./x does not exist" in refused(capsys, "--base", "org/base", "./x")
     said = refused(capsys, "--base", "org/base", "org/a/b")
-    assert "neither a local folder" in said
+    assert "no name of a repository" in said
 
 
 def test_nan_in_a_block_is_named(

@@ -21,6 +21,7 @@ from mergekit_metagpt.scanning import one_pass
 from tests.families import (
     State,
     cast,
+    llama_config,
     llama_state,
     merge_config,
     relatives,
@@ -341,6 +342,15 @@ def test_4_more_than_one_differing_axis_is_an_error(
     with pytest.raises(ValueError, match=name):
         run_mergekit(merge_config(paths[0], paths[1:]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_4_other_widths_are_no_vocabulary(tmp_path: Path) -> None:
+    """Heads of a set size: every tensor differs in the hidden axis, and no other."""
+    for name, width in (("base", 32), ("wide", 48)):
+        sizes = {"hidden_size": width, "head_dim": 8}
+        write_model(tmp_path / name, llama_state(**sizes), llama_config(**sizes))
+    with pytest.raises(ValueError, match=r"wide is no fine-tune .* hidden_size is 48"):
+        mergekit_metagpt.scan(tmp_path / "base", [tmp_path / "wide"])
 
 
 def test_4_a_warning_where_embeddings_hold_most_points_to_exclude(

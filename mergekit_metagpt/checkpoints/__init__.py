@@ -9,6 +9,7 @@ __all__ = [
     "files",
     "identity",
     "layouts",
+    "nearby",
     "opening",
     "pairs",
     "ranges",

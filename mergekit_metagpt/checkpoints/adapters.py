@@ -51,6 +51,33 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not models
 
 
+def is_at_hand(path: str, revision: str | None) -> bool:
+    """Whether an adapter is named as a folder, or lies in the hub's cache.
+
+    Args:
+        path: a folder or hub repository.
+        revision: of the repository.
+
+    Returns:
+        False if only the hub may have it.
+    """
+    if _is_local(path):
+        return True
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(path, CONFIG, revision=revision)
+    except HFValidationError:  # no name of a repository
+        return False
+    return isinstance(cached, str)
+
+
+def _is_local(path: str) -> bool:
+    place = Path(path)
+    return place.exists() or place.is_absolute() or path.startswith((".", "~"))
+
+
 def adapter_folder(path: str, revision: str | None) -> Path:
     """Return the folder of an adapter, which is downloaded whole if it is on the hub.
 
@@ -65,7 +92,7 @@ def adapter_folder(path: str, revision: str | None) -> Path:
         ValueError: the repository is no adapter.
         Exception: whatever the client of the hub raises.
     """
-    if Path(path).exists() or Path(path).is_absolute() or path.startswith((".", "~")):
+    if _is_local(path):
         return Path(path)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import threading
@@ -13,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from mergekit_metagpt.checkpoints.hub import explained, require_repository
 from mergekit_metagpt.checkpoints.lora import merged_copy, require_current
+from mergekit_metagpt.checkpoints.nearby import nearest
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -132,9 +133,9 @@ def open_checkpoint(
             "pytorch_model.bin, or their .index.json"
         )
     if not path.exists() and (path.is_absolute() or label.startswith((".", "~"))):
-        raise ValueError(
-            f"{label} does not exist; expected a model's folder{_near(path)}"
-        )
+        meant = nearest(path, folders=True)
+        hint = f". Did you mean {meant}?" if meant else ""
+        raise ValueError(f"{label} does not exist; expected a model's folder{hint}")
     if model.lora and not lora_merge_cache:
         raise ValueError(f"{label} has a LoRA adapter; give --lora-merge-cache FOLDER")
     if model.lora:
@@ -183,26 +184,12 @@ def unopened(label: str) -> Checkpoint:
     return Checkpoint(label=label, tensors={}, tied_names={}, identity=())
 
 
-def _near(path: Path) -> str:
-    """Ask for the folder that is called much like one that is not there."""
-    above = path.expanduser().absolute().parent
-    names = [p.name for p in above.iterdir() if p.is_dir()] if above.is_dir() else []
-    if not (close := difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)):
-        return ""
-    # pathlib drops the leading ./ which tells a folder from a repository.
-    meant = str(path.with_name(close[0]))
-    return f". Did you mean {'' if meant.startswith(('.', '/', '~')) else './'}{meant}?"
-
-
 def _downloaded(model: ModelReference, cache: str | None) -> Path:
-    try:
-        return Path(model.local_path(cache))
-    except Exception as error:
-        why = f"{str(error).rstrip('.')}{_near(Path(model.model.path))}"
-        raise ValueError(
-            f"{model} is neither a local folder (then write ./{model}) nor available "
-            f"on the hub: {why}"
-        ) from error
+    """The folder of a model, from the hub where it is no local one."""
+    if Path(model.model.path).exists():
+        return Path(model.model.path)
+    require_repository(model.model.path, model.model.revision)
+    return explained(str(model), lambda: Path(model.local_path(cache)))
 
 
 def open_checkpoints(

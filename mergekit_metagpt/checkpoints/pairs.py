@@ -25,6 +25,9 @@ PROBE = 1000
 # base and model are taken for strangers. (One alone may have more: a head, a tower.)
 MIN_COVERED = 0.5
 MAX_FOREIGN = 0.1
+# Vocabularies may differ in size. Where more of the tensors in layers than this share
+# do, the models have other widths, and where they overlap tells nothing.
+MAX_RESIZED = 0.1
 # Entries of config.json that explain most shapes which differ.
 SIZES = ("hidden_size", "intermediate_size", "num_key_value_heads")
 
@@ -116,23 +119,27 @@ def check_pair(base: Checkpoint, model: Checkpoint) -> None:
 
     Raises:
         ValueError: they share less than half of their parameters, both have much that
-            the other lacks, or a tensor differs in more than one axis; names the share
-            and the first mismatching tensors.
+            the other lacks, layers have other widths, or a tensor differs in more than
+            one axis; names the share and the first mismatching tensors.
     """
     if model.adapter is not None:
         if base.tensors:
             check_adapter(base, model)
         return
     shared = counterparts(base, model)
-    covered, differing = 0, []
+    covered, differing, resized = 0, [], []
     for name, (ours, theirs) in sorted(shared.items()):
         shape = _overlap(ours.shape, theirs.shape)
+        said = f"{name} is {list(theirs.shape)}, in the base {list(ours.shape)}"
         if shape is None:
-            differing.append(
-                f"{name} is {list(theirs.shape)}, in the base {list(ours.shape)}"
-            )
-        else:
-            covered += math.prod(shape)
+            differing.append(said)
+            continue
+        covered += math.prod(shape)
+        # A tensor without elements was saved wrongly: that is said elsewhere.
+        if ours.shape != theirs.shape and layer_key(name) != name and 0 not in shape:
+            resized.append(said)
+    if len(resized) > MAX_RESIZED * sum(layer_key(name) != name for name in shared):
+        differing += resized
     totals = [sum(t.numel for t in c.tensors.values()) for c in (base, model)]
     share = covered / max(*totals, 1)
     foreign = (min(totals) - covered) / max(*totals, 1)

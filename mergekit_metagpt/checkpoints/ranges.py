@@ -19,7 +19,8 @@ TRIES = 5
 FIRST_WAIT_S = 1.0
 MOST_WAIT_S = 300.0
 TIMEOUT_S = 30.0
-_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
+# Answers of a busy server.
+AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 # A signed address that has expired.
 _EXPIRED = frozenset({400, 401, 403, 404, 410})
 
@@ -74,7 +75,7 @@ def request(
             with get_session().stream(
                 "GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT_S
             ) as response:
-                if response.status_code not in _AGAIN:
+                if response.status_code not in AGAIN:
                     if direct and response.status_code in _EXPIRED:
                         raise _Expired
                     return _answer(what, response, span)

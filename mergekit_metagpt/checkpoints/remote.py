@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from mergekit_metagpt.checkpoints import adapters, architecture
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint, made_of
 from mergekit_metagpt.checkpoints.files import classified
+from mergekit_metagpt.checkpoints.hub import explained, require_repository
 from mergekit_metagpt.checkpoints.identity import FileIdentity, hub_revision
 from mergekit_metagpt.checkpoints.opening import WEIGHTS, open_checkpoint
 from mergekit_metagpt.checkpoints.ranges import (
@@ -26,69 +27,6 @@ from mergekit_metagpt.checkpoints.stored import FileHeader, quantised
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
-
-T = TypeVar("T")
-
-
-def _explained(label: str, work: Callable[[], T]) -> T:
-    """Turn the hub's answers about a repository into one sentence."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    login = "log in with `hf auth login`, or set HF_TOKEN"
-    try:
-        return work()
-    except OfflineModeIsEnabled as error:
-        raise OSError(
-            f"{label} cannot be read: HF_HUB_OFFLINE is set. Unset it, or name a local "
-            "folder"
-        ) from error
-    except GatedRepoError as error:
-        raise OSError(
-            f"{label} is gated: accept its conditions on {constants.ENDPOINT}, then "
-            f"{login}"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise OSError(
-            f"{label} is no repository on {constants.ENDPOINT}, or a private one. "
-            f"Check its name; if it is private, {login}"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise OSError(
-            f"{label}: the repository has no such revision; expected a branch, a tag "
-            "or a commit"
-        ) from error
-    except EntryNotFoundError as error:
-        raise OSError(
-            f"{label} lacks a file that it lists: {str(error).splitlines()[-1]}"
-        ) from error
-    except HFValidationError as error:
-        raise ValueError(
-            f"{label} is neither a local folder (then write ./{label}) nor the name of "
-            "a repository"
-        ) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        denied = f"; {login}" if status in (401, 403) else ""
-        raise OSError(
-            f"{label} cannot be read: {constants.ENDPOINT} answered with status "
-            f"{status}{denied}"
-        ) from error
-    except HTTPError as error:
-        raise OSError(
-            f"{label} cannot be read: {constants.ENDPOINT} cannot be reached "
-            f"({str(error) or type(error).__name__}). Check the network, or name a "
-            "local folder"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -123,8 +61,10 @@ def open_adapter(model: ModelReference, *, merged: bool = False) -> Checkpoint |
         OSError: the repository or a file of it cannot be read.
     """
     place, label = model.lora or model.model, str(model)
+    if not adapters.is_at_hand(place.path, place.revision):
+        require_repository(place.path, place.revision)
     fetch = functools.partial(adapters.adapter_folder, place.path, place.revision)
-    folder = _explained(str(place), fetch)
+    folder = explained(str(place), fetch)
     if not folder.is_dir():
         raise ValueError(f"{place} does not exist; expected an adapter's folder")
     if merged and adapters.reason_against(label, folder):
@@ -166,7 +106,7 @@ def glimpse(
             f"{label} has a LoRA adapter of another model than the base, which cannot "
             "be merged remotely. Leave out --remote, or name the adapter's merged model"
         )
-    return _explained(label, functools.partial(_glimpse, model))
+    return explained(label, functools.partial(_glimpse, model))
 
 
 def _glimpse(model: ModelReference) -> Glimpse:

@@ -88,7 +88,9 @@ def main() -> None:
 )
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 @click.option(
-    "--peft", is_flag=True, help="Print the Python lines by which PEFT adds adapters."
+    "--peft",
+    metavar="FILE",
+    help="Write the Python script by which PEFT adds adapters; - for stdout.",
 )
 @one_line_errors
 @loading_options
@@ -107,7 +109,7 @@ def inspect(
     budget: str | None,
     remote: bool,
     force: bool,
-    peft: bool,
+    peft: str | None,
 ) -> None:
     """Measure the models of CONFIG, or MODEL... against --base, without merging.
 
@@ -117,11 +119,7 @@ def inspect(
     the files. LoRA adapters are measured from their factors; where all of MODEL... are
     adapters, --base is not needed.
     """
-    if peft and "-" in (json_file, csv_file):
-        raise ValueError(
-            "--peft prints to stdout; expected a file for --json and --csv"
-        )
-    check_reports(json=json_file, csv=csv_file, plot=plot, force=force)
+    check_reports(json=json_file, csv=csv_file, peft=peft, plot=plot, force=force)
 
     from mergekit_metagpt.commands import measuring, together
     from mergekit_metagpt.merge_config import families
@@ -149,11 +147,11 @@ def inspect(
         write_text(csv_file, tables.as_csv(report))
     if plot is not None and report.families:
         figures.report_figure(report, Path(plot))
-    if "-" not in (json_file, csv_file):
+    if peft is not None:
+        write_text(peft, peft_call.script(report))
+    if "-" not in (json_file, csv_file, peft):
         then = measuring.next_step(models, base, adapters=adapters)
         show(tables.lay_out(report, then))
-        if peft:
-            click.echo(f"\n{peft_call.call(report)}")
     headers.require_fit(report.headers)
 
 
@@ -166,8 +164,9 @@ def inspect(
 def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     """Write the metagpt merge CONFIG as plain mergekit YAML with fixed weights.
 
-    Anyone can merge OUT.yml (- for stdout) with mergekit alone and gets the same model
-    but for rounding in the last place. Scans, and does not merge.
+    Anyone can merge OUT.yml (- for stdout) with mergekit alone. The result equals that
+    of CONFIG up to the last bit of a weight; where it differs by more, a line says so.
+    Scans, and does not merge.
     """
     check_new(out, force=force)
 
@@ -182,7 +181,7 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
 
     read = merge_yaml.read_file(Path(config))[1]
     checks.check_yaml(read, config)
-    job = jobs.check(read, options)
+    job = jobs.check(read, options, Path(config))
     report = inspecting.inspect(families.of_config(read), job.opened, gram=None)
     if not options.allow_crimes:
         inspecting.require_near(report)
@@ -190,7 +189,8 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     for change in exported.changes:
         click.echo(f"Differs from {read.merge_method}: {change}.", err=True)
     name = "OUT.yml" if out == "-" else shlex.quote(out)
-    then = f"It needs no plugin: mergekit-yaml {name} ./merged"
+    seed = " --random-seed N" if read.merge_method in checks.RANDOM_METHODS else ""
+    then = f"It needs no plugin: mergekit-yaml {name} ./merged{seed}"
     write_yaml(out, exported.text, then=then)
 
 
@@ -209,7 +209,7 @@ def convert(config: str, out: str, base: str | None, force: bool) -> None:
     """
     check_new(out, force=force)
 
-    from mergekit_metagpt.merge_config import converting, merge_yaml
+    from mergekit_metagpt.merge_config import checks, converting, merge_yaml
 
     try:
         converted = converting.convert(merge_yaml.text_of(Path(config)), base)
@@ -220,7 +220,10 @@ def convert(config: str, out: str, base: str | None, force: bool) -> None:
     for note in converted.notes:
         click.echo(f"Note: {printable(note)}.", err=True)
     name = "NEW.yml" if out == "-" else shlex.quote(out)
-    write_yaml(out, converted.text, then=f"Look first: mergekit-metagpt inspect {name}")
+    then = f"Look first: mergekit-metagpt inspect {name}"
+    if converted.method in checks.RANDOM_METHODS:
+        then += f". Then: mergekit-metagpt merge {name} OUT --random-seed N"
+    write_yaml(out, converted.text, then=then)
 
 
 @main.command()

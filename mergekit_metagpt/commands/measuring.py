@@ -47,7 +47,7 @@ def config_of(models: Sequence[str], base: str | None) -> MergeConfiguration:
     config = merge_yaml.read_file(file)[1]
     checks.check_method(config)
     if config.merge_method in checks.METHODS:
-        checks.check_names(config)
+        checks.check_names(config, file)
     return config
 
 

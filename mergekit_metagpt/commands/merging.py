@@ -102,13 +102,16 @@ class Prepared:
                 stream.write(f"\n{about}")
 
 
-def prepare(text: str, config: MergeConfiguration, options: MergeOptions) -> Prepared:
+def prepare(
+    text: str, config: MergeConfiguration, options: MergeOptions, file: Path
+) -> Prepared:
     """Check a whole merge by one of our methods, and measure its models.
 
     Args:
         text: the YAML.
         config: the same as mergekit's configuration, checked by `checks.check_yaml`.
         options: mergekit's own.
+        file: that of the YAML, for messages.
 
     Returns:
         the merge.
@@ -118,7 +121,7 @@ def prepare(text: str, config: MergeConfiguration, options: MergeOptions) -> Pre
         OSError: a file cannot be read.
     """
     with ranks.leader_first():
-        job = jobs.check(config, options)
+        job = jobs.check(config, options, file)
     jobs.check_copied_tokenizer(config, options)
     merged = families.of_config(config)
     # Without inner products, unless an earlier `inspect` left them in the cache.
@@ -136,6 +139,9 @@ def prepare(text: str, config: MergeConfiguration, options: MergeOptions) -> Pre
     report = inspecting.with_ranges(report, merged, found)
     report = report.model_copy(update={"options": _recorded(options)})
     exported = plain_yaml.export(job, found)
+    for family in report.families:
+        if family.note:
+            LOG.warning("%s", family.note)
     # Parameters that vary by tensor may need warnings that the report does not have.
     warned = not any(family.settings.varying for family in report.families)
     if warned:
@@ -176,7 +182,7 @@ def merge(
     out = out.resolve()
     check_place(out, config_file, config, force=force)
     options.apply_global_options()
-    prepared = prepare(text, config, options)
+    prepared = prepare(text, config, options, config_file)
     with workplace(out) as parent:
         # Write these first: they should fail before hours of merging, not after.
         beside = parent / "beside"

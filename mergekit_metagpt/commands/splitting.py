@@ -134,7 +134,7 @@ def _check(
 ) -> _Checked:
     if config.merge_method in checks.METHODS:
         checks.check_yaml(config, file)
-        prepared = merging.prepare(text, config, options)
+        prepared = merging.prepare(text, config, options, file)
         job = prepared.job
         return _Checked(text, config, job.opened, job.planned, prepared)
     with ranks.leader_first():

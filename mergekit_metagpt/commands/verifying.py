@@ -276,10 +276,11 @@ def _shares(report: schema.Report) -> list[tuple[str, float]]:
         for model in family.models:
             if model.coefficient is not None:
                 shares.append((model.name, model.coefficient))
+                continue
             for of, value in zip(
                 ("smallest", "largest"), model.coefficient_range, strict=True
             ):
-                shares.append((f"{of} of {model.name}", value))
+                shares.append((f"the {of} coefficient of {model.name}", value))
     for family in report.families:
         for pool in family.pools:
             for model, value in zip(family.models, pool.coefficients, strict=True):
@@ -308,7 +309,7 @@ def _values(
     elif random and options.random_seed is None:
         why = (
             f"{method} draws random numbers, and no seed is recorded. Give "
-            "--random-seed N as to the merge; without one, no merge can be repeated"
+            "the --random-seed N of the merge; without one, no merge can be repeated"
         )
     if why:
         details = f"cannot be replayed: {why}"

@@ -174,13 +174,14 @@ def _samples(part: Inputs) -> Iterator[float]:
     yield sample.validate(sample.default)
 
 
-def check_names(config: MergeConfiguration) -> None:
+def check_names(config: MergeConfiguration, file: Path | None = None) -> None:
     """Refuse misspelt or misplaced parameters, which mergekit silently ignores.
 
     Warns of parameters of other methods.
 
     Args:
         config: mergekit's configuration.
+        file: where it stands, for messages; the caller adds it if None.
 
     Raises:
         ValueError: a parameter looks misspelt, or one for all models is given for one.
@@ -191,14 +192,16 @@ def check_names(config: MergeConfiguration) -> None:
     register()
     spec = registry.get(config.merge_method).spec
     scopes = {parameter.name: parameter.scope for parameter in spec.parameters}
-    unknown = set()
+    unknown: dict[str, str] = {}
+    shared = "`parameters:`"
     for part in slices_of(config):
         for model, levels in zip(part.models, part.settings, strict=True):
             for number, level in enumerate(levels):
                 of_one_model = number < len(levels) - len(part.shared)
                 for name in level:
                     if name not in scopes:
-                        unknown.add(name)
+                        under = f"{model} in {part.place}"
+                        unknown.setdefault(name, under if of_one_model else shared)
                     elif of_one_model and scopes[name] == ParameterScope.SHARED:
                         raise ValueError(
                             f"{name} stands under {model} in {part.place}, but is one "
@@ -207,8 +210,10 @@ def check_names(config: MergeConfiguration) -> None:
                         )
     for name in sorted(unknown):
         if meant := closest(name, scopes):
+            at = "" if file is None else f"{file}: "
             raise ValueError(
-                f"{name} is no parameter of {spec.name}; did you mean {meant}?"
+                f"{at}{name}, under {unknown[name]}, is no parameter of "
+                f"{spec.name}; did you mean {meant}?"
             )
     if unknown:
         names = ", ".join(sorted(unknown))

@@ -74,6 +74,7 @@ MEASURED = {
 class Converted:
     """A recipe as YAML, and in words each change and what to know of the result."""
 
+    method: str
     text: str
     changes: tuple[str, ...]
     notes: tuple[str, ...]
@@ -122,7 +123,7 @@ def convert(text: str, base: str | None = None) -> Converted:
         notes.append(LOST[old])
     if old in MEASURED:
         notes.append(experience(old))
-    return Converted(header + body, tuple(changes), tuple(notes))
+    return Converted(new, header + body, tuple(changes), tuple(notes))
 
 
 def experience(method: str) -> str:

@@ -44,6 +44,8 @@ class Family:
         weights: importance of each model, 1 unless a metagpt YAML says otherwise.
         by_hand: the `weight` of each model as a YAML of another method has it.
         keeps_length: whether `lambda` is `keep` anywhere.
+        base_listed: whether `models:` names the base too.
+        base_weight: the `weight` that stands under it there.
     """
 
     places: tuple[str, ...]
@@ -54,6 +56,8 @@ class Family:
     weights: tuple[float, ...]
     by_hand: tuple[str | None, ...]
     keeps_length: bool
+    base_listed: bool
+    base_weight: str | None
 
 
 def checked(name: str, value: Any) -> Any:
@@ -162,8 +166,12 @@ def of_config(
             )
         settings, varying = _settings(part) if ours else (Settings(), ())
         models, own, by_hand = [], [], []
+        listed, lost = False, None
         scales = [merge_yaml.values_of(level.get("lambda")) for level in part.shared]
         for model, levels in zip(part.models, part.settings, strict=True):
+            if model == part.base and part.ranges is None:
+                above = len(levels) - len(part.shared)
+                listed, lost = True, _by_hand(levels[:above])
             if model == part.base or model in models:
                 continue
             weight, constant = by_name.get(model, 1.0), True
@@ -185,6 +193,8 @@ def of_config(
             weights=tuple(own),
             by_hand=tuple(by_hand),
             keeps_length=ours and any("keep" in values for values in scales),
+            base_listed=listed,
+            base_weight=lost,
         )
         same = families.setdefault(family, family)
         families[family] = replace(same, places=(*same.places, part.place))

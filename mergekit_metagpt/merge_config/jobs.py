@@ -70,12 +70,15 @@ class Job:
         ]
 
 
-def check(config: MergeConfiguration, options: MergeOptions) -> Job:
+def check(
+    config: MergeConfiguration, options: MergeOptions, file: Path | None = None
+) -> Job:
     """Check that a merge by one of our methods can be done; register the methods.
 
     Args:
         config: mergekit's configuration.
         options: mergekit's own.
+        file: where the configuration stands, for messages.
 
     Returns:
         the models as they were when they were checked, and mergekit's plan.
@@ -85,7 +88,7 @@ def check(config: MergeConfiguration, options: MergeOptions) -> Job:
         OSError: a file cannot be read.
     """
     check_yaml(config)
-    check_names(config)
+    check_names(config, file)
     slices = list(slices_of(config))
     opened = open_checkpoints(merge_yaml.models(config), options)
     for checkpoint in opened.values():

@@ -149,6 +149,15 @@ def nothing_counts(exclude: Sequence[str]) -> str:
     )
 
 
+def base_listed(base: Hashable, weight: str | None) -> str:
+    """Say that a base among the models has no coefficient, and no weight."""
+    lost = "" if weight is None else f", and its weight {weight} does not count"
+    return (
+        f"{base} is the base and also listed as a model: it has no task vector, so it "
+        f"gets no coefficient{lost}"
+    )
+
+
 def left_out(
     base: Hashable, models: Sequence[Hashable], power: float, where: str
 ) -> str | None:

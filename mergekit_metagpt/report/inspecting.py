@@ -258,6 +258,9 @@ def _family(
         reading=advice.cosine_reading(family.models, cosines),
         lengths=lengths,
         advice=None if lengths is None else advice.which_weights(lengths.disparity),
+        note=advice.base_listed(family.base, family.base_weight)
+        if family.base_listed
+        else None,
         pools=tuple(pool.reported for pool in pools),
         layers=tuple(pool.reported for pool in _pools(family, result, "layer")),
         warnings=(

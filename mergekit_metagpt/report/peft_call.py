@@ -1,4 +1,4 @@
-"""Writes the Python lines by which PEFT combines the adapters of a report."""
+"""Writes the script by which PEFT combines the adapters of a report."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from mergekit_metagpt.report import schema
 # PEFT takes these for the new adapter from the first one.
 SHARED = ("exclude_modules", "layers_to_transform", "layers_pattern")
 COMBINED = "metagpt"
+FOLDER = "./combined"
 
 
-def call(found: schema.Report) -> str:
-    """Write the call of `add_weighted_adapter` that gives base + sum lambda_t tau_t.
+def script(found: schema.Report) -> str:
+    """Write the script that gives base + sum lambda_t tau_t, and saves the sum.
 
     Args:
         found: of one family of adapters.
 
     Returns:
-        lines of Python.
+        Python: imports, the base, its adapters, `add_weighted_adapter`, and the saving.
 
     Raises:
         ValueError: there is more than one family or one coefficient for each model, a
@@ -81,6 +82,13 @@ def call(found: schema.Report) -> str:
             ")",
             *([f"{first} = True"] if stabilised else []),
             f'model.set_adapter("{COMBINED}")',
+            "",
+            "# The sum as one adapter, to be loaded as any other:",
+            f'# PeftModel.from_pretrained(base, "{FOLDER}/{COMBINED}")',
+            f'model.save_pretrained("{FOLDER}", selected_adapters=["{COMBINED}"])',
+            "# Or as a whole model, which needs no PEFT:",
+            '# model.merge_and_unload().save_pretrained("./merged")',
+            "",
         ]
     )
 

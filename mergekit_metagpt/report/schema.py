@@ -230,6 +230,9 @@ class Family(_Schema):
     advice: str | None = Field(
         default=None, description="what the norms tell of the weights, in words"
     )
+    note: str | None = Field(
+        default=None, description="that the base is listed among the models, if it is"
+    )
     pools: tuple[Pool, ...] = Field(description="at the granularity of the settings")
     layers: tuple[Pool, ...] = Field(description="at granularity layer, always")
     warnings: tuple[str, ...]

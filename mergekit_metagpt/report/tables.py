@@ -122,6 +122,8 @@ def _family(family: schema.Family) -> Iterator[str | Table]:
     if wide:
         yield f"\n{len(models)} models are too many for a table: use --json or --csv"
     lines = [*_left_out(family), *(f"Warning: {w}" for w in family.warnings)]
+    if family.note:
+        lines.insert(0, f"{family.note}.")
     if family.advice:
         lines.append(family.advice)
     if lines:
