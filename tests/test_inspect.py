@@ -1108,6 +1108,10 @@ BAD: dict[str, tuple[Any, str]] = {
         broken.settings(merge_method="metagtp"),
         "which mergekit does not have. Did you mean metagpt?",
     ),
+    "part of a method's name": (
+        broken.settings(merge_method="dare"),
+        "Did you mean dare_linear or dare_ties or metagpt_dare_linear or metagpt_dare_",
+    ),
     "misspelt key": (
         broken.settings(dtyp="bfloat16"),
         "dtyp is no key of a merge in the YAML; did you mean dtype?",

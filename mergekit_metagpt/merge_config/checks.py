@@ -141,8 +141,11 @@ def _other_method(method: str, file: str | Path) -> str:
 
 
 def _hint(name: str, names: Collection[str]) -> str:
-    meant = closest(name.lower().replace("-", "_"), names)
-    return f"Did you mean {meant}? " if meant else ""
+    """Suggest the nearest name, or all that have this one as a part, such as dare."""
+    name = name.lower().replace("-", "_")
+    meant = closest(name, names)
+    near = [meant] if meant else [n for n in names if f"_{name}_" in f"_{n}_"]
+    return f"Did you mean {' or '.join(near)}? " if near else ""
 
 
 def _check_weights(part: Inputs) -> None:
