@@ -401,7 +401,7 @@ def test_the_best_is_written_kept_and_drawn(
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert run(*ALL, "--keep", str(kept)) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "Wrote" in x]
-    assert f"{best} (the YAML of {found['best']}), {kept} (the model" in line
+    assert f"{best} (the YAML of '{found['best']}'), {kept} (the merge" in line
     assert f"{figure} (the figure), " in line
     assert line.endswith(f"mergekit-yaml {best} ./merged")
     assert run(*ALL, "--write", str(best), "--plot", str(figure)) == 2
@@ -412,7 +412,7 @@ def test_the_best_is_written_kept_and_drawn(
     capsys.readouterr()
     assert run(*ALL) == 0
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "--write" in x]
-    assert line.startswith(f"For the YAML of {found['best']}, add --write BEST.yml")
+    assert line.startswith(f"For the YAML of '{found['best']}', add --write BEST.yml")
 
 
 def test_a_merge_by_another_method_can_win(places: Path) -> None:

@@ -444,7 +444,7 @@ def test_a_yaml_of_another_folder(
     """Its relative paths are taken from the current folder, as mergekit does."""
     Path("m", "sub").mkdir()
     monkeypatch.chdir(work / "m" / "sub")
-    for base, says in (("./m/base", f"run this in {work}"), ("./x", "where it is")):
+    for base, says in (("./m/base", f"run this in {work}"), ("./x", "they start")):
         file = work / "there.yml"
         file.write_text(yaml.safe_dump(merge_config(base, ["./m/a"])))
         out = [] if command == "inspect" else ["out"]

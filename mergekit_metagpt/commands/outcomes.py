@@ -71,15 +71,15 @@ def closing(
     named = (
         (json if json != "-" else None, "all losses and scores"),
         (plot, "the figure"),
-        (write, f"the YAML of {found.best}"),
-        (keep, f"the model merged by {found.best}"),
+        (write, f"the YAML of '{found.best}'"),
+        (keep, f"the merge '{found.best}'"),
     )
     said = [f"{place} ({what})" for place, what in named if place is not None]
     line = f"Wrote {', '.join(said)}. " if said else ""
     if write is not None:
         line += f"Merge it: mergekit-yaml {shlex.quote(write)} ./merged"
     elif keep is None:
-        line += f"For the YAML of {found.best}, add --write BEST.yml to this command"
+        line += f"For the YAML of '{found.best}', add --write BEST.yml to this command"
         if cache.folder() is not None:
             line += ": what was measured is kept, and not measured again"
         line += "."

@@ -113,7 +113,9 @@ def _require_here(config: MergeConfiguration, file: Path) -> None:
                 continue
             there = (home / part.path).exists()
             if there or part.path.startswith("."):
-                way = f"run this in {home}" if there else "run this where it is"
+                way = f"run this in {home}" if there else "run this where they start"
+                if (home / "metagpt.json").exists():
+                    way = f"{home}/metagpt.json has what was measured then; {way}"
                 raise ValueError(
                     f"{file}: {part.path} does not exist. Relative paths are taken "
                     f"from the current folder, {Path.cwd()}, and the YAML lies in "
@@ -146,7 +148,8 @@ def read(text: str) -> MergeConfiguration:
                 "holds several YAML documents; expected one merge. Merge them one by "
                 "one, or with mergekit-multi"
             ) from error
-        raise ValueError(f"not readable as YAML: {_one_line(error)}") from error
+        tab = ". Indent with spaces, not tabs" if r"'\t'" in str(error) else ""
+        raise ValueError(f"not readable as YAML: {_one_line(error)}{tab}") from error
     if not isinstance(data, dict):
         holds = "is empty" if data is None else f"holds {type(data).__name__}"
         raise ValueError(

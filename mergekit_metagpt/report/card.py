@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mergekit_metagpt.merge_config.checks import RANDOM_METHODS
 from mergekit_metagpt.method.announcing import estimate
 from mergekit_metagpt.report import schema, tables
 
@@ -40,11 +41,19 @@ def section(
         f"![share of each model in the merge, and how far its layers moved]({figure})",
         "",
         f"Made with {versions}. All figures are in `metagpt.json`. `{plain}` is the "
-        "same merge with explicit weights, for mergekit without the plugin"
-        + (f" ({'; '.join(changes)})." if changes else "."),
+        f"same merge with explicit weights{_seed(report)}, for mergekit without the "
+        "plugin" + (f" ({'; '.join(changes)})." if changes else "."),
         "",
     ]
     return "\n".join(lines)
+
+
+def _seed(report: schema.Report) -> str:
+    """What a merge that draws random numbers needs besides its YAML."""
+    if report.method not in RANDOM_METHODS or report.options is None:
+        return ""
+    seed = report.options.random_seed
+    return " but other random numbers" if seed is None else f" and --random-seed {seed}"
 
 
 def _formula(report: schema.Report) -> str:

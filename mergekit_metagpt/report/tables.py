@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Columns for models, at most: of more, cells have no room in a terminal.
 MOST_COLUMNS = 16
+# `lambda: keep` where nothing moved.
+UNDEFINED = "undefined"
 
 
 def lay_out(found: schema.Report, then: str = "") -> Iterator[str | Table]:
@@ -143,7 +145,7 @@ def keep_of(family: schema.Family) -> str:
     """Say what `lambda: keep` comes to in a family: a number, or the range of pools."""
     values = [pool.keep for pool in family.pools if pool.keep is not None]
     ends = dict.fromkeys(f"{end(values):.4g}" for end in (min, max) if values)
-    return " to ".join(ends) or "undefined"
+    return " to ".join(ends) or UNDEFINED
 
 
 def lengths_of(family: schema.Family) -> str | None:
@@ -162,10 +164,12 @@ def lengths_of(family: schema.Family) -> str | None:
     norms = f"Norms {lengths.disparity:.2f} to 1 apart{gamma}."
     if lengths.merged is None:
         return norms
+    keep = keep_of(family)
+    way = "is undefined" if keep == UNDEFINED else f"would multiply it by {keep}"
     return (
         f"Merged task vector: length {lengths.merged:.4g}, "
         f"{lengths.merged / lengths.inputs:.2f} of the mean of its inputs "
-        f"(lambda: keep is {keep_of(family)}). {norms}"
+        f"(lambda: keep {way}). {norms}"
     )
 
 
