@@ -32,11 +32,13 @@ MIXTURES = {
     "code, worked, german": ("code", "worked", "german"),
     "worked long": ("worked_long", "german", "chat"),
     "worked short": ("worked_short", "german", "chat"),
+    "code short": ("code_short", "worked", "german"),
     "one LoRA": ("worked", "german", "legal_lora"),
+    "all five": ("code", "worked", "german", "chat", "legal_lora"),
 }
-FEW = ("average", "metagpt", "power 1")
+FEW = ("average", "metagpt", "power 1", "power -1")
 # Mixtures that the methods on singular vectors are tried on: they take minutes each.
-DECOMPOSED = ("two equal",)
+DECOMPOSED = ("two equal", "three equal")
 PRIOR_RATE = 2.0
 
 
@@ -86,7 +88,7 @@ def _of_mergekit(count: int) -> dict[str, tuple[str, Any]]:
 
 def grams(folders: Folders) -> dict[str, Any]:
     """Scan all specialists once; read what was measured from then on."""
-    log = folders.out / "grams.json"
+    log = folders.own / "grams.json"
     if not log.exists():
         names = list(specialists())
         paths = [folders.model(name) for name in names]
@@ -229,7 +231,7 @@ def measure_mixture(folders: Folders, mixture: str, *, first: bool) -> None:
         mixture: one of `MIXTURES`.
         first: merge by the methods of `FEW`; else by all others.
     """
-    log = folders.out / "merges" / f"{mixture}.jsonl"
+    log = folders.own / "merges" / f"{mixture}.jsonl"
     log.parent.mkdir(exist_ok=True)
     with claimed(log.with_suffix(".lock")) as is_free:
         if not is_free:

@@ -49,13 +49,14 @@ from run import written
 
 from mergekit_metagpt import register
 
+SEEDS = (0, 1, 2)
 RESULTS = Path(__file__).resolve().parent / "real_model.json"
 
 
 def _measure_models(folders: Folders) -> None:
     """Measure the base and each specialist on all domains."""
     for name in ("base", *specialists()):
-        log = folders.out / f"measured {name}.json"
+        log = folders.own / f"measured {name}.json"
         if not log.exists():
             result = evaluate(load(folders.model(name)), folders, DOMAINS)
             log.write_text(json.dumps({"model": name, **asdict(result)}))
@@ -67,7 +68,7 @@ def _check_precision(folders: Folders) -> None:
     The effect to compare with is a difference between two models, so the errors of
     differences are kept too.
     """
-    log = folders.out / "precision.json"
+    log = folders.own / "precision.json"
     if log.exists():
         return
     each: dict[str, list[float]] = {}
@@ -105,13 +106,13 @@ def _short(value: Any) -> Any:
 
 
 def _gather(folders: Folders) -> dict[str, Any]:
-    """Read what the steps kept."""
+    """Read what the steps kept of one seed."""
     known = grams(folders)
     gram = torch.tensor(known["gram"], dtype=torch.float64)
     lengths = gram.diagonal().sqrt()
     models = []
     for row, name in enumerate(("base", *known["names"])):
-        record = json.loads((folders.out / f"measured {name}.json").read_text())
+        record = json.loads((folders.own / f"measured {name}.json").read_text())
         if row:
             record["sq_norm"] = float(gram[row - 1, row - 1])
             record["of_embeddings"] = known["of_embeddings"][row - 1]
@@ -119,43 +120,48 @@ def _gather(folders: Folders) -> dict[str, Any]:
     merges = [
         json.loads(line)
         for mixture in MIXTURES
-        if (log := folders.out / "merges" / f"{mixture}.jsonl").exists()
+        if (log := folders.own / "merges" / f"{mixture}.jsonl").exists()
         for line in log.read_text().splitlines()
     ]
-    prepared = json.loads((folders.out / "prepared.json").read_text())
     return {
-        "setting": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "domains": list(DOMAINS),
-            "plans": [asdict(plan) for plan in PLANS],
-            "tokens_a_step": WINDOW * BATCH,
-            "chunks": CHUNKS,
-            "chunk": CHUNK,
-            "seed": 0,
-            "prior_rate": PRIOR_RATE,
-            "mixtures": {name: list(models) for name, models in MIXTURES.items()},
-            "prepared": _short(prepared),
-            "precision": json.loads((folders.out / "precision.json").read_text()),
-            "file_minus_memory": json.loads((folders.out / "file.json").read_text()),
-            "base_sq_norm": known["base"],
-        },
+        "seed": folders.seed,
         "models": _short(models),
         "cosines": _short((gram / lengths / lengths[:, None]).tolist()),
         "merges": _short(merges),
     }
 
 
+def _setting(folders: Folders) -> dict[str, Any]:
+    """Read what all seeds share, and what was checked on the first."""
+    prepared = json.loads((folders.out / "prepared.json").read_text())
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "domains": list(DOMAINS),
+        "plans": [asdict(plan) for plan in PLANS],
+        "tokens_a_step": WINDOW * BATCH,
+        "chunks": CHUNKS,
+        "chunk": CHUNK,
+        "prior_rate": PRIOR_RATE,
+        "mixtures": {name: list(models) for name, models in MIXTURES.items()},
+        "prepared": _short(prepared),
+        "precision": json.loads((folders.own / "precision.json").read_text()),
+        "file_minus_memory": json.loads((folders.own / "file.json").read_text()),
+        "base_sq_norm": grams(folders)["base"],
+    }
+
+
 def _evaluate(folders: Folders) -> None:
+    """Measure models and merges; of seeds other than 0, those of `FEW` methods."""
     _measure_models(folders)
-    _check_precision(folders)
-    same = folders.out / "file.json"
-    if not same.exists():
-        same.write_text(json.dumps(file_against_memory(folders)))
-    for mixture in MIXTURES:
-        measure_mixture(folders, mixture, first=True)
-    for mixture in MIXTURES:
-        measure_mixture(folders, mixture, first=False)
+    same = folders.own / "file.json"
+    if folders.seed == 0:
+        _check_precision(folders)
+        if not same.exists():
+            same.write_text(json.dumps(file_against_memory(folders)))
+    for first in (True, False) if folders.seed == 0 else (True,):
+        for mixture in MIXTURES:
+            measure_mixture(folders, mixture, first=first)
 
 
 def main() -> None:
@@ -167,20 +173,25 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for models and measurements")
     parser.add_argument("--to", type=Path, default=RESULTS, help="where `write` writes")
     options = parser.parse_args()
-    folders = Folders(options.out.resolve())
+    seeds = [Folders(options.out.resolve(), seed) for seed in SEEDS]
     os.environ["MERGEKIT_METAGPT_QUIET"] = "1"
     logging.getLogger("mergekit_metagpt").setLevel(logging.ERROR)
     register()
     with one_quiet_thread():
         if options.step in ("prepare", "all"):
-            prepare(folders)
-        if options.step in ("train", "all"):
-            for plan in PLANS:
-                train(folders, plan)
-        if options.step in ("evaluate", "all"):
-            _evaluate(folders)
+            prepare(seeds[0])
+        for folders in seeds:
+            if options.step in ("train", "all"):
+                for plan in PLANS:
+                    train(folders, plan)
+            if options.step in ("evaluate", "all"):
+                _evaluate(folders)
         if options.step in ("write", "all"):
-            options.to.write_text(written(_gather(folders)))
+            found = {
+                "setting": _setting(seeds[0]),
+                "seeds": [_gather(folders) for folders in seeds],
+            }
+            options.to.write_text(written(found))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ HEADLINE = ("average", "metagpt", "power 1")
 
 @dataclass(frozen=True)
 class RealResults:
-    """The records of the experiment on Gemma 3 270M, and what follows from them."""
+    """The records of one seed on Gemma 3 270M, and what follows from them."""
 
+    setting: dict[str, Any]
     raw: dict[str, Any]
 
     @cached_property
@@ -43,7 +44,7 @@ class RealResults:
     @property
     def mixtures(self) -> dict[str, list[str]]:
         """Names of the models of each mixture."""
-        return self.raw["setting"]["mixtures"]
+        return self.setting["mixtures"]
 
     @property
     def methods(self) -> list[str]:
@@ -65,7 +66,7 @@ class RealResults:
         """The domain of each specialist."""
         return {
             name: plan["domain"]
-            for plan in self.raw["setting"]["plans"]
+            for plan in self.setting["plans"]
             for name in plan["steps"]
         }
 
@@ -114,9 +115,24 @@ class RealResults:
 
 
 @cache
+def all_seeds() -> tuple[RealResults, ...]:
+    """Read the committed results of all seeds; only the first has all methods."""
+    found = json.loads(PATH.read_text())
+    return tuple(RealResults(found["setting"], raw) for raw in found["seeds"])
+
+
 def real() -> RealResults:
-    """Read the committed results."""
-    return RealResults(json.loads(PATH.read_text()))
+    """Read the committed results of the first seed."""
+    return all_seeds()[0]
+
+
+def of_all_seeds(one: str, other: str, group: str) -> list[float]:
+    """List ALD(one) - ALD(other) for the mixtures of a group, seed by seed."""
+    return [
+        value
+        for results in all_seeds()
+        for value in results.differences(one, other, group)
+    ]
 
 
 def signed(value: float) -> str:
@@ -136,6 +152,7 @@ def lambdas(sq_norms: list[float]) -> list[float]:
 
 def headline(results: RealResults) -> str:
     """MetaGPT and `power: 1` against the plain average, mixture by mixture."""
+    others = [other for other in all_seeds() if other is not results]
     rows = []
     for mixture, names in results.mixtures.items():
         shares = lambdas(results.norms(mixture))
@@ -143,10 +160,12 @@ def headline(results: RealResults) -> str:
         for method in HEADLINE[1:]:
             mean, error = results.difference(mixture, method, "average")
             cells.append(f"{signed(mean)} ± {error:.3f}")
+            again = [at.difference(mixture, method, "average")[0] for at in others]
+            cells.append(", ".join(map(signed, again)))
         each = ", ".join(f"{n} {x:.2f}" for n, x in zip(names, shares, strict=True))
         rows.append([mixture, each, *cells])
-    head = ["mixture", "models and lambda", "average's ALD", "MetaGPT", "power 1"]
-    return table(head, rows)
+    head = ["mixture", "models and lambda", "average's ALD", "MetaGPT", "other seeds"]
+    return table([*head, "power 1", "other seeds"], rows)
 
 
 def methods(results: RealResults) -> str:
@@ -155,7 +174,7 @@ def methods(results: RealResults) -> str:
     for method in ("base", *(m for m in results.methods if m != "average")):
         cells = []
         for group in ("equal", "unequal"):
-            pairs = results.differences(method, "average", group)
+            pairs = of_all_seeds(method, "average", group)
             cells.append(
                 f"{signed(fmean(pairs))} ({lower(pairs)}, worst {signed(max(pairs))})"
                 if pairs
@@ -169,7 +188,7 @@ def family(results: RealResults) -> str:
     """Base and specialists, each on its own domain."""
     rows = []
     base = results.models["base"]
-    for plan in results.raw["setting"]["plans"]:
+    for plan in results.setting["plans"]:
         for name, steps in plan["steps"].items():
             own, domain = results.models[name], plan["domain"]
             kind = f"LoRA, rank {plan['lora_rank']}" if plan["lora_rank"] else "full"
@@ -228,9 +247,9 @@ Comparison = tuple[list[float], float]  # n_t, and ALD(MetaGPT) - ALD(average)
 
 def comparisons(small: Results) -> dict[str, list[Comparison]]:
     """List the comparisons of both families; of the small one without `harsh`."""
-    results = real()
     of_real = [
         (results.norms(mixture), results.difference(mixture, "metagpt", "average")[0])
+        for results in all_seeds()
         for mixture in results.mixtures
     ]
     of_small = [

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from statistics import fmean
 
 from checks import pair_curve, rank_agreement
-from real_results import RULES, comparisons, judged, real
+from real_results import RULES, comparisons, judged, of_all_seeds, real
 from results import GROUPS, Averages, Results
 from tables import signed, wins
 
@@ -102,11 +102,11 @@ def _bend(results: Results, model: str) -> str:
 
 
 def _real_mean(_: Results, one: str, other: str, group: str) -> str:
-    return signed(fmean(real().differences(one, other, group)))
+    return signed(fmean(of_all_seeds(one, other, group)))
 
 
 def _real_lower(_: Results, one: str, other: str, group: str) -> str:
-    return wins(real().differences(one, other, group))
+    return wins(of_all_seeds(one, other, group))
 
 
 def _real_loss(_: Results, model: str, domain: str) -> str:
