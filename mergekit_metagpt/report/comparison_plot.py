@@ -16,6 +16,7 @@ from mergekit_metagpt.report.drawing import (
     INK,
     LINE,
     MARGIN,
+    MINUS,
     SIZE,
     SMALL,
     WIDTH,
@@ -26,7 +27,6 @@ from mergekit_metagpt.report.drawing import (
 from mergekit_metagpt.report.ranking import NOISE, with_error
 
 TEXTS_BESIDE, LONGEST_NAME, LONGEST_TITLE = 5, 26, 20
-MINUS = "\N{MINUS SIGN}"
 
 
 def comparison_figure(found: Comparison, file: Path) -> None:

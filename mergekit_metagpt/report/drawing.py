@@ -12,6 +12,7 @@ from typing import Any
 FORMATS = (".png", ".svg", ".pdf")
 # A model card shows a page some 700 pixels wide: a point of a font is 1.4 pixels there.
 WIDTH, MARGIN, DPI = 7.0, 0.12, 200
+MINUS = "\N{MINUS SIGN}"
 SIZE, SMALL = 9.0, 8.0
 INK, GREY, FAINT = "#1a1a1a", "#5f5f5f", "#c4c4c4"
 BLUE = "#4c72b0"

@@ -16,6 +16,7 @@ from mergekit_metagpt.report.drawing import (
     INK,
     LINE,
     MARGIN,
+    MINUS,
     SIZE,
     WIDTH,
     Page,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 # A number in each cell of cosines has room up to so many models.
 MOST_NUMBERS = 16
-FIGURE_SPACE, MINUS = "\N{FIGURE SPACE}", "\N{MINUS SIGN}"
+FIGURE_SPACE = "\N{FIGURE SPACE}"
 LONGEST_WEIGHT = 14
 TRACK = "#e9edf4"
 

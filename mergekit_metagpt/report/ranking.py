@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -57,14 +58,14 @@ class Ranked(Record):
     beyond_noise: bool | None = None
 
     @property
+    @abstractmethod
     def by(self) -> Estimate:
         """That by which it is ranked."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def gap(self) -> Estimate:
         """How much better the best candidate is; 0 of other models."""
-        raise NotImplementedError
 
 
 R = TypeVar("R", bound=Ranked)
