@@ -201,7 +201,8 @@ def compare(
         subjects[candidate.name] = _Subject(parts, candidate, list(tokenized.values()))
     measured, scores = _measure(subjects, cut, tasks, dtype, device, options)
     merges_by_name = {
-        each.name: ranking.Merge(each.names, each.text, each.meaning) for each in listed
+        each.name: ranking.Merge(each.names, each.text, "; ".join(each.meanings))
+        for each in listed
     }
     about = {
         "versions": {package: version(package) for package in PACKAGES},

@@ -26,13 +26,13 @@ class Candidate:
         names: under which it was asked for.
         text: its YAML.
         config: the same as mergekit's configuration.
-        meaning: what it is, for a reader who knows none of its names.
+        meanings: what it is, for a reader who knows none of its names.
     """
 
     names: tuple[str, ...]
     text: str
     config: MergeConfiguration
-    meaning: str = ""
+    meanings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -70,7 +70,7 @@ def of_text(name: str, text: str, meaning: str) -> Candidate:
         ValueError: as `merge_yaml.read`; the message begins with the name.
     """
     try:
-        return Candidate((name,), text, merge_yaml.read(text), meaning)
+        return Candidate((name,), text, merge_yaml.read(text), (meaning,))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -173,8 +173,8 @@ def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
     for new in candidates:
         old = merges.get(new.key, Candidate((), new.text, new.config))
         names = tuple(dict.fromkeys((*old.names, *new.names)))
-        said = dict.fromkeys((*filter(None, old.meaning.split("; ")), new.meaning))
-        merges[new.key] = Candidate(names, old.text, old.config, "; ".join(said))
+        meanings = tuple(dict.fromkeys((*old.meanings, *new.meanings)))
+        merges[new.key] = Candidate(names, old.text, old.config, meanings)
     found = list(merges.values())
     every = [name for candidate in found for name in candidate.names]
     if twice := [name for name in every if every.count(name) > 1]:

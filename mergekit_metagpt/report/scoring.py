@@ -7,10 +7,11 @@ from typing import Any
 
 from rich.table import Table
 
-from mergekit_metagpt.report.comparison import Scored, Scoring, Task
 from mergekit_metagpt.report.ranking import (
     Estimate,
     Merge,
+    Ranked,
+    Record,
     difference,
     in_words,
     rank,
@@ -22,6 +23,54 @@ from mergekit_metagpt.scanning.cache import ChunkLosses, TaskScores
 
 # Tasks beside each other in a table of 80 columns.
 MOST_TASKS = 3
+
+
+class Task(Record):
+    """A task of the EleutherAI harness, with the metric by which merges are ranked."""
+
+    name: str
+    metric: str
+    higher_is_better: bool
+    documents: int
+
+
+class Scored(Ranked):
+    """A model and its scores, task by task.
+
+    Attributes:
+        scores: by metric, in the order of the tasks.
+        mean: over the tasks, each by its first metric; what is better when lower
+            counts with the other sign.
+        below_best: mean of the best candidate minus this one's.
+        below_best_error: its standard error, paired over documents.
+    """
+
+    scores: tuple[dict[str, Estimate], ...]
+    mean: Estimate
+    below_best: float | None = None
+    below_best_error: float | None = None
+
+    @property
+    def by(self) -> Estimate:
+        """The mean score."""
+        return self.mean
+
+    @property
+    def gap(self) -> Estimate:
+        """How much better that of the best candidate is."""
+        error = self.below_best_error or 0.0
+        return Estimate(value=self.below_best or 0.0, error=error)
+
+
+class Scoring(Record):
+    """Merges by their scores on tasks."""
+
+    lm_eval: str
+    tasks: tuple[Task, ...]
+    models: tuple[Scored, ...]
+    candidates: tuple[Scored, ...]
+    best: str
+    verdict: str
 
 
 def compare(
