@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import machine
+import scan
 import store
 import whole_process
 
@@ -30,8 +31,7 @@ def slopes(given: argparse.Namespace) -> dict[str, list[float]]:
         folder = given.store if scale == 1 else given.store / f"scale-{scale:g}"
         base, tuned = store.make(folder, 3, scale)
         models = [path.resolve() for path in (base, *tuned)]
-        files = [file for model in models for file in model.glob("*.safetensors")]
-        sizes.append(sum(file.stat().st_size for file in files) / 1e9)
+        sizes.append(sum(f.stat().st_size for f in scan.files_of(models)) / 1e9)
         configs.append(whole_process.configurations(models[0], models[1:]))
     found: dict[str, list[float]] = {method: [] for method in METHODS}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
