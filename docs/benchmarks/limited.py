@@ -1,6 +1,6 @@
 """Times merges with a page cache that is smaller than the files; prints Markdown.
 
-    python docs/benchmarks/limited.py STORE [--limit-gb 4.5] [--disk-mb-s 500]
+    python docs/benchmarks/limited.py STORE [--models 3] [--limit-gb 4.5] [--disk-mb-s 500]
 
 Runs in a new control group (this needs root) with a limit on memory that includes the
 page cache, so that every pass over the store reads the disk; `--disk-mb-s` also limits
@@ -81,11 +81,12 @@ def main() -> None:
     """Measure in rounds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("store", type=Path, help="folder for checkpoints")
+    parser.add_argument("--models", type=int, default=3, help="fine-tunes of the base")
     parser.add_argument("--limit-gb", type=float, default=4.5)
     parser.add_argument("--disk-mb-s", type=int, help="read the disk no faster")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    base, tuned = store.make(given.store, 3)
+    base, tuned = store.make(given.store, given.models)
     base, tuned = base.resolve(), [path.resolve() for path in tuned]
     files = scan.files_of([base, *tuned])
     size = sum(file.stat().st_size for file in files)
