@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 import mergekit_metagpt
 from mergekit_metagpt.merge_config import families
-from mergekit_metagpt.scanning import cache, once, one_pass
+from mergekit_metagpt.scanning import cache, groups, once
 from mergekit_metagpt.scanning.once import measure
 from mergekit_metagpt.scanning.results import ScanResult
 from tests.adapters import (
@@ -172,8 +172,8 @@ def test_beside_a_full_fine_tune(
 ) -> None:
     monkeypatch.setattr(cache, "YOUNG_S", 0.0)
     # Pieces that begin and end within a row, and within an expert.
-    monkeypatch.setattr(one_pass, "SEGMENT", 700)
-    monkeypatch.setattr(one_pass, "PIECE", 130)
+    monkeypatch.setattr(groups, "SEGMENT", 700)
+    monkeypatch.setattr(groups, "PIECE", 130)
     family = tuned(name)
     model = loaded(family.base).float()
     with torch.no_grad():

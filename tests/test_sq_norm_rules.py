@@ -17,7 +17,7 @@ import torch
 
 import mergekit_metagpt
 from mergekit_metagpt.arithmetic import squared_norms
-from mergekit_metagpt.scanning import one_pass
+from mergekit_metagpt.scanning import groups
 from tests.families import (
     State,
     cast,
@@ -407,7 +407,7 @@ def test_5_the_same_bits_whatever_the_number_of_workers_and_threads(
     large: list[Path], segment: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if segment:  # many parts of one tensor, without gigabytes of it
-        monkeypatch.setattr(one_pass, "SEGMENT", segment)
+        monkeypatch.setattr(groups, "SEGMENT", segment)
     before = torch.get_num_threads()
     results = []
     try:

@@ -15,6 +15,7 @@ from mergekit_metagpt.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from mergekit_metagpt.checkpoints.hub import explained, require_repository
 from mergekit_metagpt.checkpoints.lora import merged_copy, require_current
 from mergekit_metagpt.checkpoints.nearby import nearest
+from mergekit_metagpt.checkpoints.stored import corrupt
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -33,15 +34,11 @@ WEIGHTS = (
 def _index(label: str, folder: Path) -> ShardedTensorIndex:
     from mergekit.io import ShardedTensorIndex
 
-    found = (folder / name for name in WEIGHTS if (folder / name).exists())
-    file = next(found, folder)
     try:
         return ShardedTensorIndex.from_disk(str(folder))
     except Exception as error:
-        raise OSError(
-            f"{file} cannot be read: {error}. It is truncated or corrupt: fetch or "
-            "save it again"
-        ) from error
+        files = (folder / name for name in WEIGHTS if (folder / name).exists())
+        raise corrupt(next(files, folder), error) from error
 
 
 _BY_LOADER: weakref.WeakKeyDictionary[LazyTensorLoader, Checkpoint] = (

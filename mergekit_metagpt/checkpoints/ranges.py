@@ -152,6 +152,18 @@ def _plain(etag: str) -> str:
     return etag.removeprefix("W/").strip('"')
 
 
+def places_in(header: dict[str, Any], start: int) -> dict[str, tuple[int, int]]:
+    """Return each tensor's first byte and size, where data begins at byte `start`.
+
+    Drops the metadata of the safetensors header.
+    """
+    header.pop("__metadata__", None)
+    offsets = {name: entry["data_offsets"] for name, entry in header.items()}
+    return {
+        name: (start + first, end - first) for name, (first, end) in offsets.items()
+    }
+
+
 @dataclass(eq=False)
 class RemoteFile:
     """A safetensors file of a repository, of which parts are read.
@@ -230,12 +242,7 @@ class RemoteFile:
             head += self.read(len(head), 8 + length - 1)
         try:
             header = json.loads(head[8 : 8 + length])
-            header.pop("__metadata__", None)
-            places = {name: entry["data_offsets"] for name, entry in header.items()}
-            self.starts = {
-                name: (8 + length + start, end - start)
-                for name, (start, end) in places.items()
-            }
+            self.starts = places_in(header, 8 + length)
             end = max((first + size for first, size in self.starts.values()), default=0)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise OSError(f"the header of {self.label} is corrupt: {error}") from error
