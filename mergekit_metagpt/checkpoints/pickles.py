@@ -118,9 +118,6 @@ class Archive:
 
         Returns:
             the archive; None for a file of another kind.
-
-        Raises:
-            OSError: two records have the same name.
         """
         try:
             with zipfile.ZipFile(file) as archive:
@@ -128,11 +125,6 @@ class Archive:
         except (zipfile.BadZipFile, OSError, ValueError, RuntimeError):
             return None  # torch will say what is wrong with it
         records = {record.filename.lower(): record for record in entries}
-        if len(records) < len(entries):
-            raise OSError(
-                f"{file} cannot be read: two of its records have the same name. Fetch "
-                "or save it again"
-            )
         folder = entries[0].filename.partition("/")[0].lower() if entries else ""
         return cls(file, folder, records)
 
