@@ -303,7 +303,7 @@ def test_a_repository_that_is_not_there(
     hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = refused(capsys, "--base", "org/base", "org/nothing")
-    assert "org/nothing is no repository" in said and "log in" in said
+    assert "org/nothing is not on " in said and "log in" in said
 
 
 @pytest.mark.parametrize("token", [None, "hf_other"])
@@ -453,9 +453,9 @@ def test_an_upload_that_is_not_complete(
     (folder / "config.json").write_bytes((folders["math"] / "config.json").read_bytes())
     hub.add("org/half", folder)
     said = refused(capsys, "--base", "org/base", "org/half")
-    assert "header promises" in said and "not complete" in said
+    assert "header promises" in said and "incomplete" in said
     (folder / "model.safetensors").write_bytes(b"<html>" * 1000)
-    assert "no safetensors file" in refused(capsys, "--base", "org/base", "org/half")
+    assert "not a safetensors file" in refused(capsys, "--base", "org/base", "org/half")
 
 
 def test_a_long_header_takes_a_second_request(
@@ -510,7 +510,7 @@ def test_a_folder_without_its_dot_is_one_line_and_one_request(
         f"models/Math is not a folder in {tmp_path} (did you mean ./models/maths?)"
         in (line)
     )
-    assert "no repository" in line
+    assert "As a repository: " in line
     assert len(hub.asked) == 2  # one for each command
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -649,7 +649,7 @@ def test_a_header_that_promises_gigabytes_is_refused(
     content = struct.pack("<Q", 1 << 40) + os.urandom(100)
     (folder / "model.safetensors").write_bytes(content)
     hub.add("org/huge", folder)
-    assert "no safetensors file" in refused(capsys, "--base", "org/base", "org/huge")
+    assert "not a safetensors file" in refused(capsys, "--base", "org/base", "org/huge")
 
 
 def test_a_yaml_may_name_repositories(
