@@ -86,7 +86,7 @@ def needs_grad(tensors: Sequence[torch.Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-# Buffers are reused: for a new one, the kernel zeroes pages, which takes longer than the
+# Buffers are reused: for a new one the kernel zeroes pages, which takes longer than the
 # loop itself. They have at least LEAST bytes; those of more than MOST, as for the Gram
 # matrices of hundreds of models, are freed after use.
 LEAST = 1 << 22

@@ -38,7 +38,7 @@ class Exported:
     changes: tuple[str, ...]
 
 
-def export(job: Job, found: Sequence[Coefficients] | None = None) -> Exported:
+def export(job: Job, weighted: Sequence[Coefficients] | None = None) -> Exported:
     """Write a merge by one of our methods with explicit weights, for plain mergekit.
 
     `metagpt` becomes `task_arithmetic` in float32 (in float64 for such weights), which
@@ -47,7 +47,7 @@ def export(job: Job, found: Sequence[Coefficients] | None = None) -> Exported:
 
     Args:
         job: the checked merge.
-        found: its coefficients; computed if None.
+        weighted: its coefficients; computed if None.
 
     Returns:
         the YAML and its differences.
@@ -57,17 +57,17 @@ def export(job: Job, found: Sequence[Coefficients] | None = None) -> Exported:
         OSError: as the merge itself.
     """
     config = job.config
-    if found is None:
-        found = coefficients(job.planned)
+    if weighted is None:
+        weighted = coefficients(job.planned)
     weights: dict[_Place, float] = {}
-    for tensor in found:
+    for tensor in weighted:
         at = tensor.planned
         for model, share in tensor.shares.items():
             place = at.module, at.slice_number, model, at.input_names[model]
             weights[place] = share
 
     inner = config.merge_method.removeprefix("metagpt").removeprefix("_")
-    keeps_length = any(t.planned.settings.keeps_length for t in found)
+    keeps_length = any(t.planned.settings.keeps_length for t in weighted)
     names = _kept_parameters(config.merge_method)
     dump = kept(dumped(config), names - {"lambda"} if keeps_length else names)
     first = {"merge_method": inner or "task_arithmetic"}
@@ -84,16 +84,16 @@ def export(job: Job, found: Sequence[Coefficients] | None = None) -> Exported:
             }
             weight = weight_setting(of_source) if of_source else 0.0
             source.setdefault("parameters", {})["weight"] = weight
-    scales = {t.planned.name: t.scale for t in found if t.shares}
+    scales = {t.planned.name: t.scale for t in weighted if t.shares}
     if keeps_length:
         data.setdefault("parameters", {})["lambda"] = weight_setting(scales)
-    changes = [] if inner else _set_precision(data, config, found)
+    changes = [] if inner else _set_precision(data, config, weighted)
 
     from mergekit.config import ConfigYamlDumper
 
     body = yaml.dump(data, Dumper=ConfigYamlDumper, sort_keys=False, width=88)
     _verify(body, weights, scales if keeps_length else {})
-    return Exported(_comment(config, found, changes) + body, tuple(changes))
+    return Exported(_comment(config, weighted, changes) + body, tuple(changes))
 
 
 def weight_setting(values: Mapping[str, float]) -> float | list[dict[str, Any]]:
@@ -122,10 +122,10 @@ def weight_setting(values: Mapping[str, float]) -> float | list[dict[str, Any]]:
         uniform = len(of_layer[key]) == 1 and name.startswith(f"{key}.")
         if value != default:
             filters[f"{key}." if uniform else name] = value
-    ordered = sorted(filters.items(), key=lambda found: (-len(found[0]), found[0]))
+    ordered = sorted(filters.items(), key=lambda item: (-len(item[0]), item[0]))
     if any(_first(ordered, name, default) != v for name, v in values.items()):
         # A filter matches another name too: give every name a filter.
-        ordered = sorted(values.items(), key=lambda found: (-len(found[0]), found[0]))
+        ordered = sorted(values.items(), key=lambda item: (-len(item[0]), item[0]))
     if not ordered:
         return default
     return [
@@ -217,12 +217,12 @@ def _sources(
 
 
 def _set_precision(
-    data: dict[str, Any], config: MergeConfiguration, found: Sequence[Coefficients]
+    data: dict[str, Any], config: MergeConfiguration, weighted: Sequence[Coefficients]
 ) -> list[str]:
     """Let task_arithmetic compute as `metagpt` does; report remaining differences."""
     stored: Counter[torch.dtype] = Counter()
     of_output: dict[str, torch.dtype] = {}
-    for tensor in found:
+    for tensor in weighted:
         at, sizes = tensor.planned, []
         dtypes = []
         for model, name in at.input_names.items():
@@ -306,7 +306,7 @@ def _verify(
 
 
 def _comment(
-    config: MergeConfiguration, found: Sequence[Coefficients], changes: Sequence[str]
+    config: MergeConfiguration, weighted: Sequence[Coefficients], changes: Sequence[str]
 ) -> str:
     formula = "||theta_t - theta_0||^2 / sum_k ||theta_k - theta_0||^2"
     lines = [
@@ -314,7 +314,7 @@ def _comment(
         "Each weight is a coefficient of MetaGPT (https://arxiv.org/abs/2406.11385),",
         f"lambda_t = {formula}, measured on",
     ]
-    for model in dict.fromkeys(m for t in found for m in t.planned.task.model_order):
+    for model in dict.fromkeys(m for t in weighted for m in t.planned.task.model_order):
         checkpoint = already_open(model)
         if checkpoint is not None:
             digest = digest_of(checkpoint.identity)
@@ -330,9 +330,9 @@ def _comment(
     }
     if given:
         lines.append(f"with parameters of metagpt: {', '.join(sorted(given))}.")
-    errors = [tensor.error for tensor in found if tensor.error is not None]
+    errors = [tensor.error for tensor in weighted if tensor.error is not None]
     if errors:
-        share = found[0].planned.settings.sample
+        share = weighted[0].planned.settings.sample
         lines.append(
             f"Estimated from a sample of {share:g} of each large tensor, with standard "
             f"errors of at most {max(errors):.1g}."

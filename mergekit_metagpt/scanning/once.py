@@ -217,7 +217,7 @@ def _scanned(
     result = None
     if full or (own is None and base.tensors):
         # All adapters need the tensors of the base that count, and their norms. Unless
-        # they are known already, measure the base against itself.
+        # an earlier scan has them, measure the base against itself.
         itself = [] if own else [base]
         result = scan_checkpoints(
             base,

@@ -160,7 +160,7 @@ class ScanResult:
         """Return the result for some of the models.
 
         Args:
-            rows: indices of these models, in the order wanted.
+            rows: indices of these models, in any order.
 
         Returns:
             a result of `len(rows)` models, over the tensors that any of them shares.
