@@ -538,8 +538,8 @@ MERGEKIT_FIRST = [
     Row(
         "fewer-layers",
         broken.llama(num_hidden_layers=2),
-        ours="{dir}/tuned1 has 2 layers by its config.json, the base {dir}/base has 3; "
-        "… Name the layers that both have under `slices:`",
+        ours="{dir}/tuned1 has 2 layers by its config.json; expected 3, as in the base "
+        "{dir}/base. Name the layers that both have under `slices:`",
         mergekit="All inputs to a slice must contain the same number of layers",
         error=RuntimeError,
     ),

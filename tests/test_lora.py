@@ -559,7 +559,7 @@ def test_adapters_on_the_hub(
     assert sum(asked.range is not None for asked in large) <= 4
     assert run_command("inspect", "--remote", "org/none", "org/adapter0") == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "org/none is no repository" in said
+    assert "org/none is not on " in said
     assert run_command("inspect", "--remote", "none.yml") == 2
     assert "none.yml" in capsys.readouterr().err
 

@@ -349,7 +349,9 @@ def test_4_other_widths_are_no_vocabulary(tmp_path: Path) -> None:
     for name, width in (("base", 32), ("wide", 48)):
         sizes = {"hidden_size": width, "head_dim": 8}
         write_model(tmp_path / name, llama_state(**sizes), llama_config(**sizes))
-    with pytest.raises(ValueError, match=r"wide is no fine-tune .* hidden_size is 48"):
+    with pytest.raises(
+        ValueError, match=r"wide is not a fine-tune .* hidden_size is 48"
+    ):
         mergekit_metagpt.scan(tmp_path / "base", [tmp_path / "wide"])
 
 
