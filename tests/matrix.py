@@ -204,7 +204,7 @@ MODELS = (
     Row(
         "LLaVA, base and models in different layouts",
         REFUSED,
-        "... is no fine-tune of ...: ...% of the parameters match",
+        "... is not a fine-tune of ...: ...% of the parameters match",
         "mergekit's own methods drop part of a model in the other layout.",
     ),
     *described(

@@ -79,33 +79,19 @@ def resized(by: int) -> Change:
     return change
 
 
-SIZES = r"record data/\d+ has [\d,]+ bytes; its pickle says"
-CHANGES: dict[str, tuple[Change, str]] = {
-    "shorter": (resized(-1), SIZES),
-    "longer": (resized(4), SIZES),
-    "twice": (
-        lambda records: records.update(
-            {n.replace("/data/", "/DATA/"): c for n, c in records.items()}
-        ),
-        "two of its records have one name",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_records_that_do_not_fit_are_refused_by_a_scan(
-    name: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("by", [-1, 4])
+def test_records_that_do_not_fit_are_refused_by_a_scan(by: int, tmp_path: Path) -> None:
     """Before a value is read: torch itself maps them, and goes on into the next."""
-    change, said = CHANGES[name]
     base = write_model(tmp_path / "base", llama_state())
     model = write_model(tmp_path / "model", tuned(llama_state(), seed=1))
     (model / "model.safetensors").unlink()
     file = model / "pytorch_model.bin"
     torch.save(tuned(llama_state(), seed=1), file)
     assert scan(base, [model]).pool("model").sq_norms.item() > 0
-    rewritten(file, change)
-    with pytest.raises(OSError, match=said) as raised:
+    rewritten(file, resized(by))
+    with pytest.raises(
+        OSError, match=r"record data/\d+ has [\d,]+ bytes; its pickle"
+    ) as raised:
         scan(base, [model])
     assert str(raised.value).startswith(f"{file} cannot be read: ")
 

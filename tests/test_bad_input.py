@@ -128,7 +128,7 @@ NOT_FINITE.append(
 QUANTISED = "{{dir}}/tuned1 is quantised ({}); … Dequantise it first, or name the …"
 BARE_ADAPTER = "{dir}/adapter is a bare LoRA adapter; write it as base+adapter …"
 NO_FINE_TUNE = (
-    "{{dir}}/tuned1 is no fine-tune of {{dir}}/base: {}% of the parameters match; "
+    "{{dir}}/tuned1 is not a fine-tune of {{dir}}/base: {}% of the parameters match; "
     "first differences: {}…. Give the base that it was trained from"
 )
 
@@ -228,8 +228,8 @@ FILES = [
     index(
         "names-another-shard",
         broken.with_shard("lm_head.weight", SHARD),
-        ours=f"lm_head.weight is said to be in {{dir}}/tuned1/{SHARD} by the index of "
-        "{dir}/tuned1, but is not. Fetch or save the model again",
+        ours=f"lm_head.weight is not in {{dir}}/tuned1/{SHARD}, where the index of "
+        "{dir}/tuned1 has it. Fetch or save the model again",
         error=OSError,
     ),
     Row(
@@ -538,8 +538,8 @@ MERGEKIT_FIRST = [
     Row(
         "fewer-layers",
         broken.llama(num_hidden_layers=2),
-        ours="{dir}/tuned1 has 2 layers by its config.json, the base {dir}/base has 3; "
-        "… Name the layers that both have under `slices:`",
+        ours="{dir}/tuned1 has 2 layers by its config.json; expected 3, as in the base "
+        "{dir}/base. Name the layers that both have under `slices:`",
         mergekit="All inputs to a slice must contain the same number of layers",
         error=RuntimeError,
     ),

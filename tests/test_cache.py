@@ -269,7 +269,7 @@ def test_a_damaged_gram_matrix_is_measured_anew(
     assert len(scans) == 2
 
 
-def test_a_link_to_something_endless_is_not_read(
+def test_an_entry_that_is_too_large_is_not_read(
     home: Path, aged: Family, scans: list[list[str]]
 ) -> None:
     scan(aged)

@@ -19,7 +19,7 @@ import mergekit_metagpt
 from mergekit_metagpt.checkpoints.opening import open_checkpoint
 from mergekit_metagpt.commands.cli import main
 from mergekit_metagpt.report import schema
-from mergekit_metagpt.scanning import once, one_pass
+from mergekit_metagpt.scanning import groups, once, one_pass
 from tests.broken import snapshot
 from tests.conftest import Family, make_family
 from tests.families import (
@@ -239,10 +239,10 @@ def test_ten_thousand_tensors(tmp_path: Path) -> None:
 def marked_parts_only(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of a huge tensor, read only the parts that hold something; count all of it."""
     covered: list[int] = []
-    everything = one_pass.Group.segments.fget
+    everything = groups.Group.segments.fget
     assert everything is not None
 
-    def some(group: one_pass.Group) -> list[slice]:
+    def some(group: groups.Group) -> list[slice]:
         parts = everything(group)
         assert parts[0].start == 0
         for part, following in pairwise(parts):
@@ -254,7 +254,7 @@ def marked_parts_only(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             if any(part.start <= at < part.stop for at in huge.MARKED)
         ]
 
-    monkeypatch.setattr(one_pass.Group, "segments", property(some))
+    monkeypatch.setattr(groups.Group, "segments", property(some))
     return covered
 
 

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 import mergekit_metagpt
 from mergekit_metagpt.merge_config import families
-from mergekit_metagpt.scanning import cache, once, one_pass
+from mergekit_metagpt.scanning import cache, groups, once
 from mergekit_metagpt.scanning.once import measure
 from mergekit_metagpt.scanning.results import ScanResult
 from tests.adapters import (
@@ -172,8 +172,8 @@ def test_beside_a_full_fine_tune(
 ) -> None:
     monkeypatch.setattr(cache, "YOUNG_S", 0.0)
     # Pieces that begin and end within a row, and within an expert.
-    monkeypatch.setattr(one_pass, "SEGMENT", 700)
-    monkeypatch.setattr(one_pass, "PIECE", 130)
+    monkeypatch.setattr(groups, "SEGMENT", 700)
+    monkeypatch.setattr(groups, "PIECE", 130)
     family = tuned(name)
     model = loaded(family.base).float()
     with torch.no_grad():
@@ -559,7 +559,7 @@ def test_adapters_on_the_hub(
     assert sum(asked.range is not None for asked in large) <= 4
     assert run_command("inspect", "--remote", "org/none", "org/adapter0") == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "org/none is no repository" in said
+    assert "org/none is not on " in said
     assert run_command("inspect", "--remote", "none.yml") == 2
     assert "none.yml" in capsys.readouterr().err
 

@@ -109,13 +109,3 @@ def test_tensors_under_state_dict_can_be_measured_not_merged(
     assert (f"{file} of {model} holds tensors under state_dict" in str(refused)) == (
         nested
     )
-
-
-@pytest.mark.parametrize("places", [["x"], {"a": 3}, {"a": "x\0y"}])
-def test_an_index_of_another_kind_is_refused(places: Any, tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model", TUNED, shards=3)
-    file = model / "model.safetensors.index.json"
-    file.write_text(json.dumps({"weight_map": places}))
-    with pytest.raises((OSError, ValueError)) as raised:
-        opened(model)
-    assert str(model) in str(raised.value)

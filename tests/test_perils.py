@@ -1,23 +1,20 @@
-"""Pure functions behind `inspect`: warnings, parts of names, digests, sums."""
+"""Pure functions behind `inspect`: warnings, parts of names, digests."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from mergekit_metagpt.arithmetic import in_parts
 from mergekit_metagpt.arithmetic.closed_form import coefficients
 from mergekit_metagpt.checkpoints import identity
 from mergekit_metagpt.checkpoints.identity import FileIdentity
 from mergekit_metagpt.method import advice
 from mergekit_metagpt.report.parts import PARTS, part_of
-
-F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 # --- perils ---------------------------------------------------------------------------
 
@@ -97,21 +94,15 @@ def test_a_distance_is_no_reason_for_what_a_weight_did() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "says"), [(0.0, False), (0.5, False), (0.51, True), (1.0, True)]
+    ("warning", "limit"), [(advice.embeddings, 0.5), (advice.counts_unwritten, 0.01)]
 )
-def test_embeddings(share: float, says: bool) -> None:
-    said = advice.embeddings("m", share, "wte")
-    assert (said is not None) == says
-    if said is not None:
-        assert f"{share:.0%}" in said and "exclude: wte" in said
-
-
-@pytest.mark.parametrize(("share", "says"), [(0.0, False), (0.01, False), (0.02, True)])
-def test_unwritten(share: float, says: bool) -> None:
-    said = advice.counts_unwritten("m", share, "mtp.")
-    assert (said is not None) == says
-    if said is not None:
-        assert f"{share:.0%}" in said and "exclude: mtp." in said
+def test_a_share_of_a_squared_norm_above_the_limit_is_reported(
+    warning: Callable[..., str | None], limit: float
+) -> None:
+    assert warning("m", 0.0, "wte") is warning("m", limit, "wte") is None
+    for share in (limit + 0.01, 1.0):
+        said = warning("m", share, "wte")
+        assert said is not None and f"{share:.0%}" in said and "exclude: wte" in said
 
 
 @pytest.mark.parametrize(
@@ -326,18 +317,3 @@ def test_a_file_that_is_gone(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(OSError, match=file.name):
         identity.fingerprint(of_file)
-
-
-# --- sums -----------------------------------------------------------------------------
-
-
-def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    noise = torch.randn(3, 700, generator=torch.Generator().manual_seed(0))
-    return {
-        "ordinary": noise.to(dtype),
-        "more than a chunk": torch.linspace(-2, 2, in_parts.CHUNK + 1500).to(dtype),
-        "strided": noise.to(dtype).T[::3],
-        "zero": torch.zeros(5, dtype=dtype),
-        "empty": torch.zeros(0, 4, dtype=dtype),
-        "scalar": torch.tensor(1.3, dtype=dtype),
-    }

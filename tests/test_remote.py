@@ -303,7 +303,7 @@ def test_a_repository_that_is_not_there(
     hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = refused(capsys, "--base", "org/base", "org/nothing")
-    assert "org/nothing is no repository" in said and "log in" in said
+    assert "org/nothing is not on " in said and "log in" in said
 
 
 @pytest.mark.parametrize("token", [None, "hf_other"])
@@ -396,7 +396,7 @@ def test_a_file_that_is_shorter_than_it_was(
 ) -> None:
     hub.trouble = after_headers(hub, lambda asked: (416, {}, b""))
     said = refused(capsys, *FAMILY)
-    assert "ends before byte" in said and "upload is not complete" in said
+    assert "ends before byte" in said and "upload is incomplete" in said
 
 
 def test_a_busy_server_is_given_the_time_that_it_asks_for(
@@ -453,9 +453,9 @@ def test_an_upload_that_is_not_complete(
     (folder / "config.json").write_bytes((folders["math"] / "config.json").read_bytes())
     hub.add("org/half", folder)
     said = refused(capsys, "--base", "org/base", "org/half")
-    assert "header promises" in said and "not complete" in said
+    assert "header promises" in said and "incomplete" in said
     (folder / "model.safetensors").write_bytes(b"<html>" * 1000)
-    assert "no safetensors file" in refused(capsys, "--base", "org/base", "org/half")
+    assert "not a safetensors file" in refused(capsys, "--base", "org/base", "org/half")
 
 
 def test_a_long_header_takes_a_second_request(
@@ -506,10 +506,11 @@ def test_a_folder_without_its_dot_is_one_line_and_one_request(
         return line
 
     line = said()
-    assert f"models/Math is no folder in {tmp_path} (did you mean ./models/maths?)" in (
-        line
+    assert (
+        f"models/Math is not a folder in {tmp_path} (did you mean ./models/maths?)"
+        in (line)
     )
-    assert "no repository" in line
+    assert "As a repository: " in line
     assert len(hub.asked) == 2  # one for each command
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -537,7 +538,7 @@ def test_what_does_not_fit_is_named_with_the_reason(
     for extra in ((), ("--sample", "0")):
         assert inspect(*FAMILY, "org/stranger", *extra) == 2
         shown = capsys.readouterr()
-        assert "org/stranger is no fine-tune of org/base" in shown.out
+        assert "org/stranger is not a fine-tune of org/base" in shown.out
         assert "org/stranger cannot be measured" in shown.err
         assert "||tau||" not in shown.out
     assert not [at for at in of_weights(hub) if at.range != "bytes=0-65535"]
@@ -608,7 +609,7 @@ def test_adapters_and_names_that_are_none_are_refused(
     assert "LoRA adapter" in refused(capsys, "--base", "org/base", "org/math+org/code")
     assert "./x does not exist" in refused(capsys, "--base", "org/base", "./x")
     said = refused(capsys, "--base", "org/base", "org/a/b")
-    assert "no name of a repository" in said
+    assert "not the name of a repository" in said
 
 
 def test_nan_in_a_block_is_named(
@@ -648,7 +649,7 @@ def test_a_header_that_promises_gigabytes_is_refused(
     content = struct.pack("<Q", 1 << 40) + os.urandom(100)
     (folder / "model.safetensors").write_bytes(content)
     hub.add("org/huge", folder)
-    assert "no safetensors file" in refused(capsys, "--base", "org/base", "org/huge")
+    assert "not a safetensors file" in refused(capsys, "--base", "org/base", "org/huge")
 
 
 def test_a_yaml_may_name_repositories(

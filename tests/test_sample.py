@@ -17,7 +17,7 @@ from mergekit.merge_methods import merge_state_dicts
 
 from mergekit_metagpt.checkpoints.opening import open_checkpoint
 from mergekit_metagpt.merge_config import candidates
-from mergekit_metagpt.scanning import cache, once, sampling
+from mergekit_metagpt.scanning import cache, once, pieces
 from mergekit_metagpt.scanning.one_pass import scan_checkpoints
 from mergekit_metagpt.scanning.results import Pooled, ScanResult
 from mergekit_metagpt.scanning.sampling import Sample, sample_checkpoints
@@ -164,7 +164,7 @@ def test_the_same_bits_wherever_a_merge_is_made(
     monkeypatch.setenv(cache.VARIABLE, "0")
     first = run_mergekit(config(paths), tmp_path / "first")
     sharded = write(tmp_path / "sharded", states, shards=3)
-    monkeypatch.setattr(sampling, "default_workers", lambda: 7)
+    monkeypatch.setattr(pieces, "default_workers", lambda: 7)
     forget()
     assert_same_states(first, run_mergekit(config(sharded), tmp_path / "sharded-out"))
     pretend_devices(monkeypatch, 2)

@@ -17,7 +17,8 @@ from mergekit_metagpt.checkpoints.files import Readers
 from mergekit_metagpt.checkpoints.opening import open_checkpoint
 from mergekit_metagpt.checkpoints.pairs import align
 from mergekit_metagpt.scanning import cache, once, sampling
-from mergekit_metagpt.scanning.one_pass import groups_of, scan_checkpoints
+from mergekit_metagpt.scanning.groups import groups_of
+from mergekit_metagpt.scanning.one_pass import scan_checkpoints
 from mergekit_metagpt.scanning.results import ScanResult
 from mergekit_metagpt.scanning.sampling import BLOCK, Sample, sample_checkpoints
 from tests.families import State, run_command, write_model

@@ -17,7 +17,7 @@ import torch
 
 import mergekit_metagpt
 from mergekit_metagpt.arithmetic import squared_norms
-from mergekit_metagpt.scanning import one_pass
+from mergekit_metagpt.scanning import groups
 from tests.families import (
     State,
     cast,
@@ -349,7 +349,9 @@ def test_4_other_widths_are_no_vocabulary(tmp_path: Path) -> None:
     for name, width in (("base", 32), ("wide", 48)):
         sizes = {"hidden_size": width, "head_dim": 8}
         write_model(tmp_path / name, llama_state(**sizes), llama_config(**sizes))
-    with pytest.raises(ValueError, match=r"wide is no fine-tune .* hidden_size is 48"):
+    with pytest.raises(
+        ValueError, match=r"wide is not a fine-tune .* hidden_size is 48"
+    ):
         mergekit_metagpt.scan(tmp_path / "base", [tmp_path / "wide"])
 
 
@@ -407,7 +409,7 @@ def test_5_the_same_bits_whatever_the_number_of_workers_and_threads(
     large: list[Path], segment: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if segment:  # many parts of one tensor, without gigabytes of it
-        monkeypatch.setattr(one_pass, "SEGMENT", segment)
+        monkeypatch.setattr(groups, "SEGMENT", segment)
     before = torch.get_num_threads()
     results = []
     try:

@@ -1,6 +1,6 @@
-"""Numbers only: squared norms, coefficients, and scaled sums of tensors in memory.
+"""Arithmetic on tensors in memory: squared norms, coefficients and scaled sums.
 
-It never touches a file, a name of a tensor, or mergekit.
+It never touches a file, a tensor's name, or mergekit.
 """
 
 __all__ = [

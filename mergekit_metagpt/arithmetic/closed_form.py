@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-# A sum that is so short beside its terms consists of rounding errors.
+# A sum shorter than this, relative to its terms, is rounding error.
 CANCELLED = 1e-6
 
 
@@ -17,8 +17,8 @@ def contributes(
     """Mark the models that take part in the ratio.
 
     A model takes part if its weight is positive and, unless `power` is 0, its squared
-    norm is positive: for `power > 0` the others have coefficient 0, for `power < 0`
-    (where 0 has no power) they are left out.
+    norm is positive. The others get coefficient 0: for `power > 0` by the formula, for
+    `power < 0` because it has no value at norm 0.
 
     Args:
         sq_norms: squared norms ||tau_t||^2, shape `(K,)`.
@@ -101,7 +101,7 @@ def coefficients(
 
 
 def merged_length(shares: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """Length of the merged task vector, ||sum_t lambda_t tau_t||.
+    """Compute the length of the merged task vector, ||sum_t lambda_t tau_t||.
 
     It is sqrt(lambda' G lambda) with the Gram matrix G_ij = <tau_i, tau_j>.
 
@@ -121,18 +121,18 @@ def merged_length(shares: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
 
 
 def restoring(shares: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """Factor that gives the merged task vector the mean length of its inputs.
+    """Compute the factor that gives the merged task vector its inputs' mean length.
 
     s = sum_t lambda_t ||tau_t|| / ||sum_t lambda_t tau_t|| (MAGIC in weight space,
-    arXiv 2512.19320). It is 1 where all task vectors have one direction, and at most
-    sqrt(K) where none are at obtuse angles.
+    arXiv 2512.19320). It is 1 if all task vectors have the same direction, and at most
+    sqrt(K) if no angle between them is obtuse.
 
     Args:
         shares: lambda >= 0, shape `(K,)`, float64.
         gram: inner products <tau_i, tau_j>, shape `(K, K)`, float64.
 
     Returns:
-        s, shape `()`, float64; 1 where nothing moved.
+        s, shape `()`, float64; 1 if no model moved.
 
     Raises:
         ValueError: the task vectors cancel each other.
@@ -157,16 +157,16 @@ def restoring(shares: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
 
 
 def log_variation(sq_norms: torch.Tensor) -> float | None:
-    """How much the logarithms of squared norms vary, relative to their mean.
+    """Compute how much the logarithms of squared norms vary, relative to their mean.
 
-    gamma = Var_t(log n_t) / mean_t(log n_t)^2 with the variance over K (ACE, arXiv
+    gamma = Var_t(log n_t) / mean_t(log n_t)^2, with the population variance (ACE, arXiv
     2603.02945). It depends on the unit of the norms.
 
     Args:
         sq_norms: n_t > 0, shape `(K,)`.
 
     Returns:
-        gamma, or None where the mean is 0.
+        gamma, or None if the mean is 0.
 
     Example:
         >>> round(log_variation(torch.tensor([2.0, 8.0])), 4)
@@ -178,10 +178,10 @@ def log_variation(sq_norms: torch.Tensor) -> float | None:
 
 
 def cosines(gram: torch.Tensor) -> torch.Tensor:
-    """Cosine of the angle between every two task vectors.
+    """Compute the cosines of the angles between all pairs of task vectors.
 
     cos_ij = G_ij / sqrt(G_ii G_jj) with the Gram matrix G_ij = <tau_i, tau_j>. The
-    paper's derivation assumes them to be near 0; its solution does not need it.
+    paper's derivation assumes that they are near 0; its solution does not need that.
 
     Args:
         gram: shape `(..., K, K)`, float64, symmetric.

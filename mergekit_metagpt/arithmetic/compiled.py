@@ -1,4 +1,4 @@
-"""The compiled loops, where they were built: CPU tensors in, sums or a merge out."""
+"""Calls the compiled loops, if they were built, on CPU tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 try:
     import _mergekit_metagpt as _loops
-except ImportError:  # no compiler when this was installed: torch does the work
+except ImportError:  # installed without a compiler: torch does the work
     _loops = None
 
 # In the order of the loops in loops.c.
@@ -21,7 +21,7 @@ def built() -> bool:
 
 
 def serves(*tensors: torch.Tensor) -> bool:
-    """Whether the loops can work on tensors together: on the CPU, of one dtype."""
+    """Whether the loops can take these tensors together: on the CPU, of one dtype."""
     first = tensors[0]
     return (
         built()
@@ -31,10 +31,10 @@ def serves(*tensors: torch.Tensor) -> bool:
 
 
 def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[float]:
-    """Squared norms ||tuned_k - base||^2 of flat tensors that the loops serve.
+    """Compute squared norms ||tuned_k - base||^2 of flat tensors that the loops serve.
 
-    Differences, products and sums in float64, summed in an order of their own: the
-    same bits on every processor.
+    Differences, products and sums are in float64. The order of each sum is fixed, so
+    that every processor gives the same bits.
 
     Args:
         base: shape `(n,)`.
@@ -47,7 +47,7 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[float]:
 
 
 def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Gram matrix <tuned_k - base, tuned_l - base> of tensors that the loops serve.
+    """Compute the Gram matrix <tuned_k - base, tuned_l - base>, like `sq_norms`.
 
     Args:
         base: shape `(n,)`.
@@ -84,11 +84,12 @@ def scaled_sum(
         base: shape `(n,)`, or None for sum_k factors_k tuned_k.
         tuned: K tensors, shape `(n,)`, that the loops serve together with base and out.
         factors: K numbers.
-        out: shape `(n,)`, contiguous, no part of the others.
-        narrow: in float32 (in float64 where that is not finite); else in float64.
+        out: shape `(n,)`, contiguous, not overlapping the others.
+        narrow: compute in float32, and again in float64 if the result is not finite;
+            otherwise compute in float64.
 
     Returns:
-        whether all of `out` is finite; in float64, which is not looked at, True.
+        whether all of `out` is finite; always True for float64, which is not checked.
     """
     held = [_in_memory(tensor) for tensor in tuned]
     reference = None if base is None else _in_memory(base)
@@ -105,6 +106,6 @@ def scaled_sum(
 
 
 def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values one after the other, where a processor can read them."""
+    """The same values, contiguous and aligned in memory."""
     plain = tensor.resolve_neg().contiguous()
     return plain.clone() if plain.data_ptr() % plain.element_size() else plain

@@ -14,14 +14,14 @@ import torch
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Elements per step. Large enough that Python's share is small, small enough that
-# the scratch buffers stay in a CPU's cache; on other devices a step costs a launch.
+# Elements per step: enough to make Python's overhead small, few enough to keep scratch
+# buffers in a CPU's cache. On other devices each step costs a kernel launch.
 CHUNK = 1 << 18
 DEVICE_CHUNK = 1 << 25
-# Elements that one thread takes at a time. Sums are formed part by part whatever the
-# number of threads, for the same bits.
+# Elements that a thread takes at a time. Fixed, so that sums have the same bits for any
+# number of threads.
 PART = 1 << 20
-# Below this number of elements torch runs an operation on one thread anyway.
+# Up to this number of elements torch uses a single thread anyway.
 SERIAL = 1 << 15
 
 
@@ -38,7 +38,7 @@ def chunks(like: torch.Tensor) -> Iterator[slice]:
 def results_of_parts(
     like: torch.Tensor, work: Callable[[slice], T], *, compiled: bool
 ) -> list[T]:
-    """Call work for every part of a flat tensor, on a CPU with several threads."""
+    """Call `work` for every part of a flat tensor, on several threads if on a CPU."""
     if like.device.type != "cpu":
         return [work(slice(0, like.numel()))]
     ends = [*range(PART, like.numel(), PART), like.numel()]
@@ -50,7 +50,7 @@ def results_of_parts(
 
 
 class _Value(torch.autograd.Function):
-    """The first argument's place in the graph, with the second one's value."""
+    """Gives the second argument's value to the first argument's node in the graph."""
 
     @staticmethod
     def forward(
@@ -66,19 +66,19 @@ class _Value(torch.autograd.Function):
 
 
 def with_value(differentiable: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Return a value computed without autograd, with the gradient of another.
+    """Give a value that was computed without autograd a gradient.
 
-    Bits do then not depend on whether an input requires a gradient.
+    So the bits of a result do not depend on whether an input requires a gradient.
 
     Args:
         differentiable: the same value but for rounding, computed with autograd.
-        value: of its shape and dtype.
+        value: the value, of the same shape and dtype.
 
     Returns:
         the bits of `value`, in the graph of `differentiable`.
     """
-    found: torch.Tensor = _Value.apply(differentiable, value)  # type: ignore[no-untyped-call]
-    return found
+    combined: torch.Tensor = _Value.apply(differentiable, value)  # type: ignore[no-untyped-call]
+    return combined
 
 
 def needs_grad(tensors: Sequence[torch.Tensor]) -> bool:
@@ -86,10 +86,10 @@ def needs_grad(tensors: Sequence[torch.Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-# Bytes of a kept buffer, at least. What a loop allocates anew for each tensor costs the
-# kernel more time, in pages to be zeroed, than the loop itself.
+# Buffers are reused: for a new one the kernel zeroes pages, which takes longer than the
+# loop itself. They have at least LEAST bytes; those of more than MOST, as for the Gram
+# matrices of hundreds of models, are freed after use.
 LEAST = 1 << 22
-# Larger ones, as for the Gram matrices of hundreds of models, are given back.
 MOST = 1 << 26
 _FREE: list[torch.Tensor] = []
 _LOCK = threading.Lock()
@@ -99,16 +99,16 @@ _LOCK = threading.Lock()
 def scratch(
     rows: int, numel: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[torch.Tensor]:
-    """Lend a buffer of any content.
+    """Lend a buffer with arbitrary content.
 
     Args:
         rows: number of rows.
-        numel: elements of a row.
+        numel: elements per row.
         dtype: of the elements.
-        device: where they lie; only the CPU's buffers are kept.
+        device: device of the buffer; only CPU buffers are reused.
 
     Yields:
-        shape `(rows, numel)`, contiguous; not to be used afterwards.
+        shape `(rows, numel)`, contiguous; do not use it afterwards.
     """
     if device.type != "cpu":
         yield torch.empty(rows, numel, dtype=dtype, device=device)
@@ -118,7 +118,7 @@ def scratch(
         fitting = [at for at, buffer in enumerate(_FREE) if buffer.numel() >= size]
         buffer = _FREE.pop(fitting[0]) if fitting else None
     if buffer is None:
-        # A buffer made in inference mode could not be written to outside of it.
+        # A buffer made in inference mode could not be written to outside it.
         with torch.inference_mode(False):
             buffer = torch.empty(max(size, LEAST), dtype=torch.uint8, device="cpu")
     try:
@@ -133,10 +133,10 @@ _THREADS_LOCK = threading.Lock()
 
 
 def use_one_torch_thread() -> None:
-    """Run torch operations of this worker on the worker alone.
+    """Let torch operations of the calling thread run on this thread only.
 
-    `torch.set_num_threads` sets the calling thread's own number and, as a side effect,
-    the default of threads started later: a short-lived thread puts that back.
+    `torch.set_num_threads` also changes the default for threads started later, which
+    a short-lived thread restores.
     """
     with _THREADS_LOCK:
         default = torch.get_num_threads()
@@ -151,15 +151,14 @@ def spread(
 ) -> list[R]:
     """Run work on parts of one tensor, on as many threads as torch would use.
 
-    torch's own threads would be woken for every short operation on a chunk, and wait
-    for each other: on busy CPUs many times slower than operations of one thread each.
-    The calling thread is one of them where compiled loops do the work: waking another
-    takes longer than the sum of a small tensor.
+    torch would wake its own threads for every short operation on a chunk, and wait for
+    all of them, which is many times slower on busy CPUs. With compiled loops, the
+    calling thread works too: waking another one takes longer than a small sum.
 
     Args:
-        work: called once with every part.
-        parts: its arguments.
-        compiled: whether compiled loops do the work, and no operation of torch.
+        work: function of a part.
+        parts: the parts; each is worked on once.
+        compiled: whether only compiled loops do the work, not torch.
 
     Returns:
         the results, in the order of the parts.
@@ -180,7 +179,7 @@ def spread(
                 while turn := next_part():
                     results[turn[0]] = work(turn[1])
             finally:
-                waiting.clear()  # after an error, nobody goes on
+                waiting.clear()  # after an error, let the other threads stop too
 
     threads = min(torch.get_num_threads(), len(parts))
     helpers = threads - 1 if compiled else threads

@@ -1,9 +1,9 @@
 /* The loops over elements, compiled: addresses in, sums or a merged tensor out.
  *
- * `compiled.py` is the only caller. Knows nothing of tensors, threads or files, and
- * releases the interpreter's lock while it runs. Each operation is rounded by itself, in
- * an order that this file fixes: the bits do not depend on the processor. Loops are
- * written without branches, so that compilers turn them into vector instructions.
+ * Only `compiled.py` calls this file. It knows nothing of tensors, threads or files, and
+ * releases the interpreter's lock while it runs. Every operation is rounded separately,
+ * in an order fixed here, so that the bits do not depend on the processor. Loops have no
+ * branches, so that compilers turn them into vector instructions.
  */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
@@ -35,8 +35,8 @@
 #define INLINE static inline
 #endif
 
-/* Elements that are worked on at a time: few enough for the first-level cache (512
- * of them were faster than 256 and 1,024; docs/log.md). */
+/* Elements per block, few enough for the first-level cache (512 were faster than 256
+ * and 1,024; docs/log.md). */
 #define BLOCK 512
 /* Running sums of a block; BLOCK is a multiple of it. */
 #define LANES 32
@@ -103,7 +103,7 @@ INLINE uint16_t to_float16(float value) {
 
 /* ---- squared norms ---- */
 
-/* sum of (a_i - b_i)^2 over n elements; n is made a multiple of LANES by zeros. */
+/* sum of (a_i - b_i)^2 over n elements, padded with zeros to a multiple of LANES. */
 INLINE double sum_of_squares(const double *a, const double *b, size_t n) {
     double sums[LANES] = {0};
     for (size_t i = 0; i < n; i += LANES)
@@ -116,7 +116,7 @@ INLINE double sum_of_squares(const double *a, const double *b, size_t n) {
     return sums[0];
 }
 
-/* sums[k] = ||tuned[k] - base||^2, in float64: blocks in lanes, and one by one. */
+/* sums[k] = ||tuned[k] - base||^2 in float64, summed in lanes and block by block. */
 typedef void sq_norms_loop(const void *base, const void *const *tuned, size_t count,
                            size_t n, double *sums);
 
@@ -146,8 +146,8 @@ DEFINE_SQ_NORMS(bfloat16, uint16_t)
 
 /* ---- Gram matrices ---- */
 
-/* sums[r] += sum of a_i rows[r]_i over n elements, for some rows at a time: each number
- * is loaded once for all of them. */
+/* sums[r] += sum of a_i rows[r]_i over n elements, for several rows at a time, so that
+ * each a_i is loaded once for all of them. */
 #define DEFINE_DOTS(NAME, ROWS, WIDE)                                                  \
     INLINE void NAME(const double *a, const double *rows, size_t n,                    \
                      double *sums) {                                                   \
@@ -165,7 +165,7 @@ DEFINE_SQ_NORMS(bfloat16, uint16_t)
 
 DEFINE_DOTS(dot_4, 4, LANES / 2)
 DEFINE_DOTS(dot_1, 1, LANES / 2)
-DEFINE_DOTS(dot_own, 1, LANES) /* of a vector with itself, the bits of sum_of_squares */
+DEFINE_DOTS(dot_own, 1, LANES) /* for a with itself: the bits of sum_of_squares */
 
 /* gram[k][l] = <tuned[k] - base, tuned[l] - base> for l <= k; its diagonal has the bits
  * of sq_norms. `taus` has room for a block of each model. */
@@ -202,10 +202,10 @@ DEFINE_GRAM(bfloat16, uint16_t)
 
 /* ---- scaled sum ---- */
 
-/* out = base - sum_k factors[k] (base - tuned[k]), or sum_k factors[k] tuned[k] where
- * base is NULL. In float32 if `narrow` (a block whose sum is not finite, in float64),
- * else in float64; rounded once. Answers whether all of it is finite as it is stored;
- * of float64 nobody looks. */
+/* out = base - sum_k factors[k] (base - tuned[k]), or sum_k factors[k] tuned[k] if base
+ * is NULL; rounded once. Computed in float32 if `narrow`, but again in float64 for
+ * blocks that are not finite; otherwise in float64. Returns whether all of out is
+ * finite; for float64 that is not checked. */
 typedef int scaled_sum_loop(const void *base, const void *const *tuned,
                              const double *factors, size_t count, size_t n, int narrow,
                              void *out);
@@ -216,7 +216,7 @@ typedef int scaled_sum_loop(const void *base, const void *const *tuned,
 #define LIMIT_bfloat16 0x7f7f8000u
 #define LIMIT_float16 0x477ff000u
 
-/* One block of it, with numbers of type R; answers whether all of it is finite. */
+/* One block of it, computed with type R; returns whether all of it is finite. */
 #define DEFINE_BLOCK(NAME, STORED, R)                                                  \
     INLINE int sum_block_##NAME##_##R(const STORED *base, const void *const *tuned,    \
                                       const double *factors, size_t count, size_t at,  \
@@ -293,7 +293,7 @@ static const struct {
     {sq_norms_bfloat16, gram_bfloat16, scaled_sum_bfloat16},
 };
 
-/* Room for an address and a number of each model; to be freed by PyMem_Free. */
+/* Allocates an address and a number for each model, to be freed by PyMem_Free. */
 static int take(int dtype, Py_ssize_t n, PyObject *addresses, const void ***tuned,
                 double **numbers) {
     Py_ssize_t count = PyTuple_Size(addresses);

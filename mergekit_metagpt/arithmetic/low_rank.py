@@ -1,4 +1,4 @@
-"""Squared norms and inner products of products of factors, which are never formed."""
+"""Computes inner products of low-rank matrices from their factors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 def gram_of_products(
     lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    r"""Gram matrix of products of two factors, from the factors alone.
+    r"""Compute the Gram matrix of products of two factors without forming them.
 
-    <L_i R_i, L_j R_j> = tr((L_i' L_j) (R_j R_i')), summed over the products of a stack.
+    <L_i R_i, L_j R_j> = tr((L_i' L_j) (R_j R_i')), summed over a stack of E products.
     Exact but for rounding in float64; takes O((m + n) r^2) instead of O(m n r).
 
     Args:
@@ -48,10 +48,10 @@ def piece_of_product(
         left: L, shape `(E, m, r)`, float64.
         right: R, shape `(E, r, n)`, float64.
         columns: how many of the n columns the flattened tensor has.
-        piece: its elements.
+        piece: which elements of the flattened tensor.
 
     Returns:
-        the elements of L R, flat, float64.
+        these elements of L R, flat, float64.
 
     Example:
         >>> left = torch.tensor([[[1.0], [2.0]]], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The merged tensor: base plus the scaled sum of the task vectors."""
+"""Merges one tensor: the base plus the scaled sum of the task vectors."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ def scaled_sum(
     in float32 for 16- and 32-bit inputs and in float64 for float64, rounded once.
     For every element |theta - exact| <= 0.5 ulp + (K + 3) 2^-24 (|base| + sum_k
     lambda_k |tau_k|), and K 2^-150 more where float32 products underflow. An element
-    that no model changed keeps its bits. Keeps autograd
-    where an input (or `lambdas`) requires a gradient.
+    that no model changed keeps its bits. Differentiable in base, tuned and lambdas.
 
     Args:
         base: theta_0, any shape and strides, floating point.
@@ -37,7 +36,7 @@ def scaled_sum(
         lambdas: scaling coefficients, shape `(K,)`, float64, on the CPU.
 
     Returns:
-        theta, shape, dtype and device of the base, in memory of its own.
+        theta, a new tensor with the base's shape, dtype and device.
 
     Example:
         >>> lambdas = torch.tensor([0.25, 0.75], dtype=torch.float64)
@@ -50,16 +49,7 @@ def scaled_sum(
 def merged_and_finite(
     base: torch.Tensor, tuned: Sequence[torch.Tensor], lambdas: torch.Tensor
 ) -> tuple[torch.Tensor, bool]:
-    """Merge one tensor, and tell whether the result is finite.
-
-    Args:
-        base: as for `scaled_sum`.
-        tuned: as for `scaled_sum`.
-        lambdas: as for `scaled_sum`.
-
-    Returns:
-        theta, and whether none of its elements is NaN or infinite.
-    """
+    """Merge one tensor like `scaled_sum`; also return whether all of it is finite."""
     factors = lambdas.tolist()
     narrow = base.dtype != torch.float64 and _fit_float32(factors)
     dtype = torch.float32 if narrow else torch.float64
@@ -94,7 +84,7 @@ def merged_and_finite(
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite, without room for another tensor."""
+    """Whether no element is NaN or infinite, without allocating a mask."""
     return not tensor.numel() or all(map(torch.isfinite, tensor.detach().aminmax()))
 
 
@@ -124,16 +114,16 @@ def _scaled_sum(
 
 
 def _fit_float32(factors: Sequence[float]) -> bool:
-    """Whether coefficients keep their precision in float32, and their products."""
+    """Whether float32 is precise enough for coefficients and their products."""
     return all(factor == 0 or 1e-30 <= abs(factor) <= 1e30 for factor in factors)
 
 
 def _base_cancels(dtype: torch.dtype, factors: Sequence[float]) -> bool:
-    """Whether theta is a weighted mean of the models that may leave out the base.
+    """Whether theta can be computed as a weighted mean of the models without the base.
 
-    In 16 bits: float32 sums of coefficients that sum to 1 are so close to a weight that
-    no model changed that rounding gives it back (for up to 2,000 models, of which
-    the sums are 2^-12 off in the worst case). In float32 they are not.
+    The mean is in float32. For 16-bit weights it is so close to a weight that no model
+    changed that rounding restores that weight: for 2,000 models it is 2^-12 off in the
+    worst case. For float32 weights, rounding would not.
     """
     convex = min(factors, default=0.0) >= 0 and abs(sum(factors) - 1) <= 1e-12
     few = len(factors) <= 1000

@@ -1,4 +1,4 @@
-"""Squared norms and inner products of one tensor's task vectors."""
+"""Computes squared norms and inner products of one tensor's task vectors."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def coarser_dtype(first: torch.dtype, second: torch.dtype) -> torch.dtype:
 
 
 def _common_grid(first: torch.dtype, second: torch.dtype) -> tuple[torch.dtype, ...]:
-    """Dtypes to round to in turn, for values that both dtypes can represent.
+    """Dtypes to round to, one after the other, so that both can represent the values.
 
-    bfloat16 has the fewer mantissa bits, float16 the narrower range: small weights
-    keep fewer bits there, and an unchanged weight must not show that as a difference.
+    Between float16 and bfloat16 these are both: bfloat16 has fewer mantissa bits, but
+    float16 has fewer for very small weights, and neither may look like a difference.
     """
     if first == second:
         return ()
@@ -53,7 +53,7 @@ def _common_grid(first: torch.dtype, second: torch.dtype) -> tuple[torch.dtype, 
 
 
 def _rounded(values: torch.Tensor, grid: tuple[torch.dtype, ...]) -> torch.Tensor:
-    """Values in float64 after rounding to each dtype that does not overflow there."""
+    """Values in float64 after rounding to each dtype, except where that overflows."""
     for dtype in grid:
         narrow = values.to(dtype)
         if not bool(torch.isfinite(narrow.sum(dtype=torch.float64))):
@@ -69,13 +69,13 @@ def _task_vectors(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (k, a chunk of tau_k in float64), which the caller may overwrite.
 
-    base and model are both rounded to the coarser of their two precisions first, so
-    that a weight which was only stored differently contributes exactly 0.
+    Base and model are first rounded to the coarser of their two precisions, so that a
+    weight that only was stored differently contributes exactly 0.
 
     Args:
-        base: flat.
+        base: flat tensor.
         tuned: K flat tensors.
-        squared: yield the squares instead, made in one operation.
+        squared: yield the squares, computed in one operation, instead of differences.
 
     Yields:
         k, and the chunk's differences or squares, shape `(n,)`, float64.
@@ -99,7 +99,7 @@ def _task_vectors(
 def _whole_task_vectors(
     base: torch.Tensor, tuned: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """As `_task_vectors`, each as a whole, and differentiable."""
+    """Whole task vectors, differentiable; see `_task_vectors`."""
     grids = [_common_grid(base.dtype, tensor.dtype) for tensor in tuned]
     return [
         _rounded(tensor, grid) - _rounded(base, grid)
@@ -108,17 +108,17 @@ def _whole_task_vectors(
 
 
 def _sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum in rows of fixed length: the same bits for any number of torch's threads."""
+    """Sum in rows of fixed length, for the same bits with any number of threads."""
     whole = values.numel() // ROW * ROW
     return values[:whole].view(-1, ROW).sum(dim=1).sum() + values[whole:].sum()
 
 
 def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Squared norm of every model's task vector on one tensor.
+    """Compute the squared norm of every model's task vector on one tensor.
 
     n_k = ||tau_k||^2 = sum_i (tuned_k[i] - base[i])^2, each difference taken at the
     coarser of the two stored precisions; differences, products and sums in float64.
-    Differentiable where an input requires a gradient.
+    Differentiable in base and tuned.
 
     Args:
         base: theta_0, any shape and strides, floating point.
@@ -138,11 +138,12 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
     flat_tuned = [tensor.detach().reshape(-1) for tensor in tuned]
 
     def of_part(part: slice) -> torch.Tensor:
-        found = flat_sq_norms(flat[part], [tensor[part] for tensor in flat_tuned])
-        return torch.tensor(found, dtype=torch.float64, device="cpu")
+        norms = flat_sq_norms(flat[part], [tensor[part] for tensor in flat_tuned])
+        return torch.tensor(norms, dtype=torch.float64, device="cpu")
 
-    found = results_of_parts(flat, of_part, compiled=compiled.serves(flat, *flat_tuned))
-    total = sum(found[1:], found[0])
+    by_loops = compiled.serves(flat, *flat_tuned)
+    first, *others = results_of_parts(flat, of_part, compiled=by_loops)
+    total = sum(others, first)
     if not needs_grad([base, *tuned]):
         return total
     taus = _whole_task_vectors(base, tuned)
@@ -150,7 +151,7 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def too_far(what: str) -> str:
-    """Return what to say of finite weights whose squared norm is not finite."""
+    """Return the error of finite weights whose squared norm is not finite."""
     return (
         f"||tau||^2 of {what} exceeds float64: its weights differ from the base's by "
         "more than 1e150"
@@ -158,11 +159,11 @@ def too_far(what: str) -> str:
 
 
 def flat_sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[float]:
-    """Squared norm of every model's task vector on a piece of a flattened tensor.
+    """Compute the squared norm of every model's task vector on a piece of a tensor.
 
-    As `sq_norms`, but for pieces of moderate size, on the thread that calls it and
-    without autograd. By the compiled loops, or else by torch; which of the two does not
-    depend on the other models, and neither do the bits.
+    Like `sq_norms`, but for a piece of moderate size, on the calling thread, without
+    autograd. Whether the compiled loops or torch do the work for a model, and so the
+    bits of its norm, does not depend on the other models.
 
     Args:
         base: shape `(n,)`.
@@ -177,25 +178,25 @@ def flat_sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[flo
     """
     if compiled.serves(base, *tuned):
         return compiled.sq_norms(base, tuned)
-    found = dict.fromkeys(range(len(tuned)), 0.0)
-    served = [k for k in found if compiled.serves(base, tuned[k])]
+    norms = dict.fromkeys(range(len(tuned)), 0.0)
+    served = [k for k in norms if compiled.serves(base, tuned[k])]
     if served:
         sums = compiled.sq_norms(base, [tuned[k] for k in served])
-        found.update(zip(served, sums, strict=True))
-    if rest := [k for k in found if k not in served]:
+        norms.update(zip(served, sums, strict=True))
+    if rest := [k for k in norms if k not in served]:
         totals = torch.zeros(len(rest), dtype=torch.float64, device=base.device)
         tensors = [tuned[k] for k in rest]
         for at, squares in _task_vectors(base, tensors, squared=True):
             totals[at] += _sum(squares)
-        found.update(zip(rest, totals.tolist(), strict=True))
-    return list(found.values())
+        norms.update(zip(rest, totals.tolist(), strict=True))
+    return list(norms.values())
 
 
 def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Gram matrix of the task vectors on one tensor.
+    """Compute the Gram matrix of the task vectors on one tensor.
 
     G_ij = <tau_i, tau_j>, with the same differences as `sq_norms`; its diagonal has
-    the bits of `sq_norms`. Differentiable where an input requires a gradient.
+    the bits of `sq_norms`. Differentiable in base and tuned.
 
     Args:
         base: theta_0, any shape, floating point.
@@ -232,8 +233,8 @@ def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tens
         gram.diagonal().copy_(gram.new_tensor(flat_sq_norms(chunk, parts)))
         return gram
 
-    found = results_of_parts(flat, of_part, compiled=by_loops)
-    total = sum(found[1:], found[0]).cpu()
+    first, *others = results_of_parts(flat, of_part, compiled=by_loops)
+    total = sum(others, first).cpu()
     if not needs_grad([base, *tuned]):
         return total
     taus = torch.stack([t.reshape(-1) for t in _whole_task_vectors(base, tuned)])
@@ -243,7 +244,7 @@ def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tens
 def products_with(
     base: torch.Tensor, tuned: Sequence[torch.Tensor], others: torch.Tensor
 ) -> torch.Tensor:
-    """Inner products of task vectors with other vectors on a piece of a tensor.
+    """Compute inner products of task vectors with other vectors on a piece of a tensor.
 
     P_ka = <tau_k, others_a>, with the same differences as `sq_norms`.
 
@@ -270,7 +271,7 @@ def products_with(
 
 
 def gram_of_rows(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Gram matrix of the task vectors on every row of a matrix.
+    """Compute the Gram matrix of the task vectors for every row of a matrix.
 
     G_rij = <tau_i[r], tau_j[r]>, with the same differences as `sq_norms`.
 

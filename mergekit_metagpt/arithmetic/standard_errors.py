@@ -1,4 +1,4 @@
-"""Standard errors of estimates: covariances of sums in, errors of ratios out."""
+"""Computes standard errors of sampled norms, coefficients and cosines."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 @dataclass(frozen=True)
 class Covariances:
-    """How estimates of K models vary with the sample, by tensor or by pool.
+    """Covariances of estimates for K models, by tensor or by pool.
 
-    Tensors are sampled independently of each other: covariances of a pool are the sums
-    of its tensors'. A tensor that was read whole has zeros.
+    Tensors are sampled independently of each other, so the covariances of a pool are
+    the sums of its tensors'. A tensor that was read whole has zeros.
 
     Attributes:
         sq_norms: Cov(n_s, n_t), shape `(..., K, K)`, float64.
@@ -31,7 +31,7 @@ class Covariances:
 
     @classmethod
     def zeros(cls, tensors: int, models: int, *, gram: bool) -> Covariances:
-        """Return those of tensors that were all read whole."""
+        """Return the covariances of tensors that were all read whole."""
         one = torch.zeros(tensors, models, dtype=torch.float64, device="cpu")
         square = one.new_zeros(tensors, models, models)
         return cls(
@@ -47,7 +47,7 @@ class Covariances:
         of_models: Callable[[torch.Tensor], torch.Tensor],
         of_pairs: Callable[[torch.Tensor], torch.Tensor],
     ) -> Covariances:
-        """Apply a function to what is `(..., K)`, another to what is `(..., K, K)`."""
+        """Apply one function to tensors `(..., K)` and another to `(..., K, K)`."""
         gram, mixed = self.gram, self.gram_and_sq_norms
         return Covariances(
             of_pairs(self.sq_norms),
@@ -63,7 +63,7 @@ def _error(variance: torch.Tensor) -> torch.Tensor:
 
 
 def _per(values: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """values / sums; 0 where a sum is 0, which then does not vary either."""
+    """values / sums; 0 where a sum is 0, since it does not vary either."""
     return torch.where(sums > 0, values / sums, torch.zeros_like(values))
 
 

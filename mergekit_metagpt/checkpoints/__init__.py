@@ -1,6 +1,6 @@
-"""What lies on disk, or on the hub: headers, values, and what base and model share.
+"""Models on disk or on the hub: headers, values, and what base and model share.
 
-It measures nothing, and it never opens a model that the caller did not name.
+It measures nothing, and never opens a model that the caller did not name.
 """
 
 __all__ = [

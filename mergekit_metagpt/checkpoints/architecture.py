@@ -1,4 +1,4 @@
-"""What config.json says of a model, checked: its architecture, or why there is none."""
+"""Reads a model's architecture from config.json, or says why there is none."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ _MOST_SHOWN = 60
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model's tensors by its configuration.
+    """The tensors that a model has by its configuration.
 
     Attributes:
-        weights: by mergekit's definition; where it has none, transformers' ties.
-        layers: how many there are, by the name of the module, where it has.
+        weights: those of mergekit's definition; without one, those that transformers
+            ties to others.
+        layers: number of layers of each module of the definition.
         vocabulary: names of the tensors with an entry for each token.
-        refused: why mergekit could not plan a merge of this model, or None. Its files
-            can be measured all the same.
+        refused: why mergekit cannot plan a merge of this model, or None. The model can
+            be measured in either case.
     """
 
     weights: tuple[WeightInfo, ...] = ()
@@ -40,31 +41,17 @@ class Architecture:
 
 
 def content(folder: Path) -> Mapping[str, Any]:
-    """Return what a model's config.json holds; nothing if it cannot be read.
-
-    Args:
-        folder: of the model.
-
-    Returns:
-        the JSON object.
-    """
+    """Return the object in a model's config.json; empty if it cannot be read."""
     try:
-        found = json.loads((folder / FILE).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        config = json.loads((folder / FILE).read_bytes())
+    except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def quantisation(config: bytes | None) -> str | None:
-    """Say how a model is quantised by its config.json.
-
-    Args:
-        config: content of the file, if there is one.
-
-    Returns:
-        a sentence, or None.
-    """
-    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+    """Say how a model is quantised by its config.json, if it is."""
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
         given = json.loads(config or b"{}").get("quantization_config")
         if given:
             method = given.get("quant_method", "unnamed")
@@ -84,61 +71,45 @@ def architecture_of(
 
     Args:
         label: the model as its user wrote it, for messages.
-        folder: where its config.json lies.
+        folder: folder of its config.json.
         stored: the tensors of its files.
-        override: the architecture that its user says it is of.
+        override: architecture that its user gives, instead of the configuration's.
         trust_remote_code: run code that comes with a model.
 
     Returns:
-        the architecture. Never raises: what cannot be used is said in it.
+        the architecture. Never raises: problems are reported as `refused`.
     """
     file = folder / FILE
     if not file.exists():
         return Architecture(
             refused=f"{folder} has no {FILE}; expected a model's folder"
         )
-    found = Architecture()
     try:
         given = json.loads(file.read_bytes())
         if override is not None and isinstance(given, dict):
             given = {**given, "architectures": [override]}
-        odd = _odd(given)
-        if odd is None:
+        problem = _problem(given)
+        if problem is None:
             config = _config(folder, override, trust_remote_code=trust_remote_code)
-            found, odd = _found(config, stored)
+            architecture = _architecture(config, stored)
+            if architecture.refused is not None:
+                refused = f"{label} {architecture.refused}"
+                return replace(architecture, refused=refused)
+            return architecture
     # Whatever transformers, mergekit and the modules of an architecture raise.
     except Exception as error:
-        odd = f"cannot be used: {type(error).__name__}: {error}"
-    if odd is not None:
-        return replace(found, refused=f"{file} of {label} {odd}. {REPAIR}")
-    if found.refused is not None:
-        return replace(found, refused=f"{label} {found.refused}")
-    return found
+        problem = f"cannot be used: {type(error).__name__}: {error}"
+    return Architecture(refused=f"{file} of {label} {problem}. {REPAIR}")
 
 
-def _odd(given: Any) -> str | None:
-    """What is wrong with the parts of a config.json that everything else rests on."""
+def _problem(given: Any) -> str | None:
+    """What makes a config.json useless to everything that reads it."""
     if not isinstance(given, dict):
         return f"holds {_shown(given)}; expected a JSON object"
-    if not isinstance(given.get("model_type", ""), str):
-        return f"has model_type {_shown(given['model_type'])}; expected a name"
     names = given.get("architectures")
     if not isinstance(names, list) or [type(name) for name in names] != [str]:
         return f"has architectures {_shown(names)}; expected a list of one name"
-    if taken := _taken(given):
-        return (
-            f"has a key {_shown(taken)}, which is a method of transformers' "
-            "configurations; expected settings"
-        )
     return None
-
-
-def _taken(given: Mapping[str, Any]) -> str | None:
-    """A key that would replace what transformers calls of a configuration."""
-    from transformers import PretrainedConfig
-
-    methods = (key for key in given if callable(getattr(PretrainedConfig, key, None)))
-    return next(methods, None)
 
 
 def _shown(value: Any) -> str:
@@ -156,38 +127,34 @@ def _config(
     )
     if override is not None:
         config.architectures = [override]
-    config.to_json_string()  # as at the end of a merge
+    config.to_json_string()  # raises now what it would raise at the end of a merge
     return config
 
 
-def _found(
+def _architecture(
     config: PretrainedConfig, stored: Mapping[str, StoredTensor]
-) -> tuple[Architecture, str | None]:
-    """The architecture, and what is wrong with the names of what is stored."""
+) -> Architecture:
     from mergekit.architecture import arch_info_for_config
 
-    known = arch_info_for_config(config)
-    if known is None:
+    definition = arch_info_for_config(config)
+    if definition is None:
         return Architecture(
             weights=_ties(config, stored), vocabulary=_vocabulary(config, stored)
-        ), None
-    parts = known.modules.items()
-    layers = {name: part.architecture.num_layers(config) for name, part in parts}
-    refused = _other_names(known, config, stored)
-    weights = tuple(known.all_weights(config))
-    # The names and ties of what there is hold all the same.
+        )
+    parts = definition.modules.items()
+    weights = tuple(definition.all_weights(config))
     return Architecture(
         weights=weights,
-        layers=layers,
+        layers={name: part.architecture.num_layers(config) for name, part in parts},
         vocabulary=frozenset(w.name for w in weights if w.vocabulary_axis is not None),
-        refused=refused,
-    ), None
+        refused=_other_names(definition, config, stored),
+    )
 
 
 def _vocabulary(
     config: PretrainedConfig, stored: Mapping[str, StoredTensor]
 ) -> frozenset[str]:
-    """Tensors outside the layers with an entry for each token, where no list says."""
+    """Tensors outside the layers that, by their shape, have an entry for each token."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     return frozenset(
         name
@@ -203,7 +170,7 @@ def _ties(
     from mergekit.architecture import WeightInfo
 
     ties = None
-    with contextlib.suppress(ImportError):  # of what that architecture needs
+    with contextlib.suppress(ImportError):  # a package that the architecture needs
         model_class = getattr(transformers, config.architectures[0], None)
         ties = getattr(model_class, "_tied_weights_keys", None)
     return tuple(
@@ -214,14 +181,14 @@ def _ties(
 
 
 def _other_names(
-    known: ModelArchitecture,
+    definition: ModelArchitecture,
     config: PretrainedConfig,
     stored: Mapping[str, StoredTensor],
 ) -> str | None:
-    """Say so where no layer of a module is stored under a name of the definition."""
+    """Report a module whose layers are all stored under names unknown to mergekit."""
     from mergekit.architecture.conversion import can_convert_checkpoint_keys
 
-    for part in known.modules.values():
+    for part in definition.modules.values():
         module, prefix = part.architecture, part.weight_prefix or ""
         expected = [
             f"{prefix}{name}"
@@ -249,14 +216,14 @@ def _other_names(
 
 
 def prefix_of(names: Collection[str], expected: Collection[str]) -> str | None:
-    """Return what stands before the expected names in all names, if anything does.
+    """Return the prefix that a wrapper of the model has put before all names, if any.
 
     Args:
-        names: as a wrapper of a model may have stored them.
-        expected: names of the model itself; not all of them need be there.
+        names: the stored names.
+        expected: names of the model's own tensors; some may be missing.
 
     Returns:
-        such as `module.` or `base_model.model.`.
+        a prefix such as `module.` or `base_model.model.`.
     """
     expected = set(expected)
     for name in names:
@@ -269,6 +236,6 @@ def prefix_of(names: Collection[str], expected: Collection[str]) -> str | None:
 
 
 def _common_end(one: str, other: str) -> int:
-    """Count the last components that two names have in common."""
+    """The number of components at the end that two names have in common."""
     pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))

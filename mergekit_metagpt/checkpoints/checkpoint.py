@@ -1,4 +1,4 @@
-"""Reads a model's headers under the names that mergekit writes."""
+"""Reads a model's headers; its tensors have the names that mergekit writes."""
 
 from __future__ import annotations
 
@@ -35,26 +35,24 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The header of an opened model: what is stored, under mergekit's output names.
+    """The headers of an opened model, under mergekit's output names.
 
     Attributes:
         label: the model as its user wrote it.
         tensors: floating-point tensors by output name.
-        tied_names: for an output name, the weights that stand in for it when it is
-            not stored, by the architecture.
-        identity: of every file, when it was opened.
-        model_type: by its configuration, or None.
-        folder: where its config.json lies, or None for a bare file.
-        others: names of stored tensors that are not of floating point.
+        tied_names: for an output name, the tensors that the architecture uses instead
+            if it is not stored.
+        identity: identities of all files when they were opened.
+        model_type: from its configuration, or None.
+        folder: folder of its config.json, or None for a bare file.
+        others: names of stored tensors that are not floating-point.
         vocabulary: output names of tensors with an entry for each token.
-        layers: how many there are by the configuration, by the name of the module,
-            where mergekit has a definition.
+        layers: number of layers of each module, if mergekit defines the architecture.
         defined: output names of all tensors of that definition.
-        warning: what will be wrong with a model that takes its configuration, or None.
-        refused: why mergekit could not plan a merge of it, though it can be measured.
-        remote: what reads its files, by the paths of its tensors, if it was not
-            downloaded.
-        adapter: what a LoRA adapter adds to its base; its `tensors` are factors.
+        warning: what will be wrong with a merge that copies its configuration, or None.
+        refused: why mergekit cannot plan a merge of it, or None.
+        remote: readers of its files by path, if it was not downloaded.
+        adapter: the LoRA adapter that it is, or None; `tensors` are then factors.
     """
 
     label: str
@@ -74,28 +72,28 @@ class Checkpoint:
 
     @functools.cached_property
     def renamed(self) -> Mapping[str, str]:
-        """Output names by every name that transformers' renaming rules give them."""
+        """Output names by all names that transformers' renaming rules give to them."""
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
 
-        found = {name: name for name in self.tensors}
+        names = {name: name for name in self.tensors}
         if self.model_type is None:
-            return found
+            return names
         for rule in get_checkpoint_conversion_mapping(self.model_type) or ():
             if isinstance(rule, WeightRenaming):
-                new = {rule.rename_source_key(n)[0]: own for n, own in found.items()}
-                found = {**new, **found}
-        return found
+                new = {rule.rename_source_key(n)[0]: own for n, own in names.items()}
+                names = {**new, **names}
+        return names
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
-        """Every name by which the model may mean one of its tensors."""
+        """All names that one of its tensors may have."""
         adapted = self.adapter.factors if self.adapter else ()
         return frozenset(self.renamed).union(self.tied_names, adapted)
 
     @functools.cached_property
     def stored_layers(self) -> Mapping[str, tuple[StoredTensor, ...]]:
-        """Tensors of each layer, by every name that the layer has."""
+        """Tensors of each layer, by all names of the layer."""
         layers: dict[str, dict[StoredTensor, None]] = {}
         for alias, name in self.renamed.items():
             layers.setdefault(layer_key(alias), {})[self.tensors[name]] = None
@@ -103,12 +101,12 @@ class Checkpoint:
 
     @functools.cached_property
     def counterparts(self) -> weakref.WeakKeyDictionary[Checkpoint, Mapping[str, Any]]:
-        """What `layouts.counterparts` answers, for each model that is still open."""
+        """Results of `layouts.counterparts`, for each model that is still open."""
         return weakref.WeakKeyDictionary()
 
     @functools.cached_property
     def converted(self) -> dict[str, Any]:
-        """What `layouts` makes of tensors in another layout, by the name asked for."""
+        """Tensors that `layouts` converts from another layout, by name."""
         return {}
 
     @functools.cached_property
@@ -128,7 +126,7 @@ class Checkpoint:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def first_elements(self, name: str, count: int) -> torch.Tensor:
-        """Return up to `count` leading elements of a stored tensor, flattened."""
+        """Return the first `count` elements (or fewer) of a stored tensor."""
         return self._readers.read(self.tensors[name]).reshape(-1)[:count]
 
     @functools.cached_property
@@ -141,24 +139,24 @@ class Checkpoint:
         Raises:
             OSError: a file has changed, or is gone.
         """
-        for known in self.identity:
-            if known.etag:
-                continue  # a file on the hub: every answer is compared
+        for opened in self.identity:
+            if opened.etag:
+                continue  # on the hub: `RemoteFile` compares every answer
             try:
-                current = FileIdentity.of(Path(known.path))
+                current = FileIdentity.of(Path(opened.path))
             except OSError:
                 current = None
-            if current != known:
+            if current != opened:
                 raise OSError(
-                    f"{known.path} has changed since {self.label} was opened; the "
-                    "squared norms and the merge would be of different weights. Run "
-                    "the merge again in a new process"
+                    f"{opened.path} has changed since {self.label} was opened; squared "
+                    "norms and merge would be of different weights. Run the merge "
+                    "again in a new process"
                 )
 
 
 def _shard_path(folder: Path, label: str, entry: str) -> Path:
-    path = Path(os.path.normpath(folder / entry)) if isinstance(entry, str) else None
-    if path is None or not path.is_relative_to(os.path.normpath(folder)):
+    path = Path(os.path.normpath(folder / entry))
+    if not path.is_relative_to(os.path.normpath(folder)):
         raise ValueError(
             f"the index of {label} points outside its folder: {entry!r}; expected "
             "a file beside it. Fetch or save the model again"
@@ -167,12 +165,12 @@ def _shard_path(folder: Path, label: str, entry: str) -> Path:
 
 
 def _left_over(label: str, file: Path, config: Mapping[str, Any]) -> str | None:
-    """Say so where a model says that it is quantised, and is not (any more)."""
+    """Report a configuration that says that plain weights are quantised."""
     if not config.get("quantization_config"):
         return None
     return (
-        f"{label} stores plain weights, but {file} has a quantization_config, which "
-        "the merged model takes over and would be loaded by. Remove that entry"
+        f"{label} stores plain weights, but {file} has a quantization_config. The "
+        "merged model would get it too, and load wrongly. Remove that entry"
     )
 
 
@@ -184,24 +182,20 @@ def read_checkpoint(
     trust_remote_code: bool,
     bare: bool = False,
 ) -> Checkpoint:
-    """Read headers; of a `bare` file, nothing that may lie beside it."""
+    """Read headers; if `bare`, of the file only, without the config.json beside it."""
     folder = Path(index.base_path)
-    if not isinstance(index.tensor_paths, dict):
-        raise OSError(
-            f"the index of {label} holds a {type(index.tensor_paths).__name__}; "
-            "expected files by the names of tensors. Fetch or save the model again"
-        )
     places = {
         name: _shard_path(folder, label, entry)
         for name, entry in index.tensor_paths.items()
     }
     files = sorted(set(places.values()))
     headers = {file: read_header(label, file) for file in files}
+    identity = tuple(FileIdentity.of(file) for file in files)
     return made_of(
         label,
         places,
         headers,
-        tuple(FileIdentity.of(file) for file in files),
+        identity,
         folder,
         override=override,
         trust=trust_remote_code,
@@ -220,32 +214,31 @@ def made_of(
     trust: bool,
     bare: bool = False,
 ) -> Checkpoint:
-    """Put headers together.
+    """Put the headers of a model's files together.
 
     Args:
         label: the model as its user wrote it.
-        places: the file of every tensor.
-        headers: of every file.
-        identity: of every file.
-        folder: where config.json lies.
-        override: the architecture that its user says it is of.
+        places: the file of every tensor, by the index.
+        headers: header of every file.
+        identity: identities of the files.
+        folder: folder of config.json.
+        override: architecture that its user gives, instead of the configuration's.
         trust: run code that comes with the model.
-        bare: whether to ignore what may lie beside the file.
+        bare: ignore config.json.
 
     Returns:
         the checkpoint.
 
     Raises:
-        OSError: a tensor is not where it is said to be.
+        OSError: a tensor is not in the file that the index names.
     """
     config = architecture.content(folder)
-    files = sorted(headers)
     lost = [n for n, file in places.items() if n not in headers[file].names]
     if lost:
         name = min(lost)
         raise OSError(
-            f"{name} is said to be in {places[name]} by the index of {label}, but is "
-            "not. Fetch or save the model again"
+            f"{name} is not in {places[name]}, where the index of {label} has it. "
+            "Fetch or save the model again"
         )
     stored = {
         tensor.name: tensor
@@ -253,42 +246,38 @@ def made_of(
         for tensor in header.tensors
         if places.get(tensor.name) == tensor.file
     }
-    known = architecture.Architecture()
+    own = architecture.Architecture()
     model_type = None
     if not bare:
-        known = architecture.architecture_of(
-            label,
-            folder,
-            stored,
-            override=override,
-            trust_remote_code=trust,
+        own = architecture.architecture_of(
+            label, folder, stored, override=override, trust_remote_code=trust
         )
         model_type = config.get("model_type")
-        if nested := [file for file in files if headers[file].nested]:
-            known = replace(
-                known,
+        if nested := [file for file in sorted(headers) if headers[file].nested]:
+            own = replace(
+                own,
                 refused=f"{nested[0]} of {label} holds tensors under state_dict, where "
                 "mergekit does not read them. Store them by their names",
             )
-    if known.refused:
-        LOG.info("%s can be measured, not merged: %s", label, known.refused)
+    if own.refused:
+        LOG.info("%s can be measured, not merged: %s", label, own.refused)
     names = {
         alias: weight.name
-        for weight in known.weights
+        for weight in own.weights
         for alias in weight.aliases or ()
         if alias in stored and weight.name not in stored
     }
     return Checkpoint(
         label=label,
         tensors={names.get(name, name): tensor for name, tensor in stored.items()},
-        tied_names={w.name: tuple(w.tied_names) for w in known.weights if w.tied_names},
+        tied_names={w.name: tuple(w.tied_names) for w in own.weights if w.tied_names},
         identity=identity,
         model_type=model_type if isinstance(model_type, str) else None,
         folder=None if bare else folder,
         others=frozenset(places).difference(stored),
-        vocabulary=known.vocabulary,
-        layers=known.layers,
-        defined=frozenset(w.name for w in known.weights if known.layers),
+        vocabulary=own.vocabulary,
+        layers=own.layers,
+        defined=frozenset(w.name for w in own.weights if own.layers),
         warning=_left_over(label, folder / architecture.FILE, config),
-        refused=known.refused,
+        refused=own.refused,
     )

@@ -21,14 +21,17 @@ from mergekit_metagpt.checkpoints.stored import (
     ConvertedTensor,
     FileHeader,
     StoredTensor,
+    corrupt,
+    missing,
     quantised,
 )
 
 
 class Readers:
-    """The open files of one scan: per thread, one shard of each folder at a time.
+    """The open files of one scan.
 
-    Pickles cannot be read in part: each is memory-mapped once, for all threads.
+    Each thread keeps one safetensors file of each folder open. A pickle cannot be read
+    in part, so it is memory-mapped once for all threads.
     """
 
     def __init__(self) -> None:
@@ -37,13 +40,13 @@ class Readers:
         self._pickles: dict[Path, Mapping[str, torch.Tensor]] = {}
 
     def read(self, stored: StoredTensor | ConvertedTensor) -> torch.Tensor:
-        """Return the stored tensor, on the CPU, backed by the file where possible.
+        """Return the values of a stored tensor, on the CPU.
 
         Args:
-            stored: the tensor, from `read_header`, or one that is made from such.
+            stored: a tensor from `read_header`, or one converted from such tensors.
 
         Returns:
-            its values: a view of the mapped file, not to be written to.
+            a view of the mapped file where possible; not to be written to.
 
         Raises:
             OSError: the file is missing, truncated or corrupt.
@@ -68,19 +71,19 @@ class Readers:
             ) from error
         return tensor
 
-    def _convert(self, wanted: ConvertedTensor) -> torch.Tensor:
+    def _convert(self, target: ConvertedTensor) -> torch.Tensor:
         from mergekit.architecture.conversion import convert_checkpoint_tensors
 
         tensor: torch.Tensor | None = convert_checkpoint_tensors(
-            wanted.model_type,
-            {source.name: partial(self.read, source) for source in wanted.sources},
-            wanted.name,
+            target.model_type,
+            {source.name: partial(self.read, source) for source in target.sources},
+            target.name,
         )
-        if tensor is None or tuple(tensor.shape) != wanted.shape:
-            found = "nothing" if tensor is None else list(tensor.shape)
+        if tensor is None or tuple(tensor.shape) != target.shape:
+            got = "nothing" if tensor is None else list(tensor.shape)
             raise ValueError(
-                f"{wanted.name} cannot be made from what {wanted.file.parent} stores: "
-                f"expected shape {list(wanted.shape)}, got {found}"
+                f"{target.name} cannot be made from what {target.file.parent} stores: "
+                f"expected shape {list(target.shape)}, got {got}"
             )
         return tensor
 
@@ -89,21 +92,15 @@ def _open_safetensors(file: Path) -> Any:
     from safetensors import safe_open
 
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} is missing; it is part of the model by its index. Fetch or "
-            "save it again"
-        )
+        raise missing(file)
     try:
         return safe_open(str(file), framework="pt", device="cpu")
     except Exception as error:
-        raise OSError(
-            f"{file} cannot be read: {error}. It is truncated or corrupt: fetch or "
-            "save it again"
-        ) from error
+        raise corrupt(file, error) from error
 
 
 def read_header(label: str, file: Path) -> FileHeader:
-    """Read what is known of a file's tensors without their values.
+    """Read the header of a model file.
 
     Args:
         label: the model as its user wrote it, for messages.
@@ -135,14 +132,14 @@ def _safetensors_header(label: str, file: Path) -> FileHeader:
 def classified(
     file: Path, entries: Iterable[tuple[str, str, tuple[int, ...]]]
 ) -> tuple[list[StoredTensor], str | None]:
-    """Tell a safetensors file's floating-point tensors from packed ones.
+    """Tell a safetensors file's floating-point tensors from quantised ones.
 
     Args:
         file: the file.
-        entries: name, dtype and shape of every tensor, as the header has them.
+        entries: name, dtype and shape of every tensor, as in the header.
 
     Returns:
-        the tensors of floating point, and which tensor is quantised, if one is.
+        the floating-point tensors, and the first quantised one in words, or None.
     """
     tensors, packed = [], None
     for name, kind, shape in entries:

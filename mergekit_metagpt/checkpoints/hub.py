@@ -1,4 +1,4 @@
-"""Asks the hub for a repository, and says in one sentence what it answers."""
+"""Asks the hub for a repository, and explains its answer in one sentence."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ T = TypeVar("T")
 
 
 def require_repository(path: str, revision: str | None) -> None:
-    """Check by a single request that the hub has what is no local folder.
+    """Check by a single request that the hub has a repository.
 
-    Where there is no network, huggingface_hub repeats its own for half a minute.
+    Without a network, huggingface_hub would retry its own requests for half a minute.
 
     Args:
-        path: name of a repository.
-        revision: of the repository.
+        path: name of the repository; not a local folder.
+        revision: branch, tag or commit.
 
     Raises:
-        ValueError: it is no name of a repository, the hub cannot be reached, or does
-            not have it.
+        ValueError: the name is invalid, the hub cannot be reached, or it does not have
+            the repository.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -34,7 +34,7 @@ def require_repository(path: str, revision: str | None) -> None:
         except HfHubHTTPError as error:
             if error.response.status_code not in AGAIN:
                 raise
-            # A busy server: mergekit asks again, with patience.
+            # The server is busy: mergekit's own requests are repeated.
 
     try:
         explained(f"{path}@{revision}" if revision else path, ask)
@@ -42,13 +42,12 @@ def require_repository(path: str, revision: str | None) -> None:
         meant = nearest(Path(path), folders=True)
         hint = f" (did you mean {meant}?)" if meant else ""
         raise ValueError(
-            f"{path} is no folder in {Path.cwd()}{hint}. Taken for a repository: "
-            f"{error}"
+            f"{path} is not a folder in {Path.cwd()}{hint}. As a repository: {error}"
         ) from error
 
 
 def explained(label: str, work: Callable[[], T]) -> T:
-    """Turn the hub's answers about a repository into one sentence.
+    """Ask the hub; explain its errors in one sentence.
 
     Args:
         label: the repository, for messages.
@@ -59,7 +58,7 @@ def explained(label: str, work: Callable[[], T]) -> T:
 
     Raises:
         ValueError: the label is not the name of a repository.
-        OSError: the hub cannot be reached, or does not give it.
+        OSError: the hub cannot be reached, or refuses the request.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
@@ -88,8 +87,8 @@ def explained(label: str, work: Callable[[], T]) -> T:
         ) from error
     except RepositoryNotFoundError as error:
         raise OSError(
-            f"{label} is no repository on {constants.ENDPOINT}, or a private one. "
-            f"Check its name; if it is private, {login}"
+            f"{label} is not on {constants.ENDPOINT}, or is private. Check its name; "
+            f"if it is private, {login}"
         ) from error
     except RevisionNotFoundError as error:
         raise OSError(
@@ -102,8 +101,8 @@ def explained(label: str, work: Callable[[], T]) -> T:
         ) from error
     except HFValidationError as error:
         raise ValueError(
-            f"{label} is no name of a repository, such as OWNER/NAME. For a folder, "
-            f"write its path, such as ./{label}"
+            f"{label} is not the name of a repository, such as OWNER/NAME. For a "
+            f"folder, write its path, such as ./{label}"
         ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code

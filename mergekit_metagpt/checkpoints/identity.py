@@ -1,4 +1,4 @@
-"""Tells which version of a file this is, and what it contains."""
+"""Identifies versions of a file: by its status here, and by its content anywhere."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What tells one version of a file from the next.
+    """Identifies one version of a file.
 
-    `etag` is the hub's hash of a file that was not downloaded: its path is that on the
-    hub, and it has no time and no inode.
+    A file on the hub has its path there, the hub's hash as `etag`, and neither time nor
+    inode.
     """
 
     path: str
@@ -29,18 +29,18 @@ class FileIdentity:
         return cls(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-# Bytes that are read of a file: its first ones (the header of a safetensors file of a
-# few thousand tensors), its last ones, and blocks in between.
+# A fingerprint reads the head of a file (enough for the safetensors header of a few
+# thousand tensors) and blocks spread over the rest.
 HEAD = 1 << 20
 BLOCK = 1 << 12
 BLOCKS = 16
-# A downloaded snapshot is made of links to blobs, named by the hash of their content.
+# A downloaded snapshot consists of links to blobs, named by hashes of their content.
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a file holds, as far as it was looked at.
+    """Identifies the content of a file.
 
     Attributes:
         name: of the file, without its folder.
@@ -57,9 +57,9 @@ class Fingerprint:
 
 @functools.lru_cache(maxsize=4096)
 def fingerprint(file: FileIdentity) -> Fingerprint:
-    """Return the fingerprint of a file whose identity was taken.
+    """Return the fingerprint of a file.
 
-    Changes between the samples, in a file of the same size, are not seen.
+    A change between the samples goes unnoticed if the size stays the same.
 
     Args:
         file: identity of the file.
@@ -87,7 +87,7 @@ def fingerprint(file: FileIdentity) -> Fingerprint:
 
 
 def digest_of(files: tuple[FileIdentity, ...]) -> str:
-    """Return one digest for all files of a model, whatever folder they lie in.
+    """Return one digest for all files of a model, whatever their folder.
 
     Args:
         files: identities of the files.
@@ -98,8 +98,8 @@ def digest_of(files: tuple[FileIdentity, ...]) -> str:
     Raises:
         OSError: a file cannot be read.
     """
-    prints = sorted(map(fingerprint, files), key=lambda found: found.name)
-    lines = [f"{found.name}:{found.size}:{found.digest}" for found in prints]
+    prints = sorted(map(fingerprint, files), key=lambda file: file.name)
+    lines = [f"{file.name}:{file.size}:{file.digest}" for file in prints]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -107,7 +107,7 @@ def hub_revision(folder: Path) -> str | None:
     """Return the commit of a downloaded snapshot, or of files on the hub.
 
     Args:
-        folder: where the files lie, `.../models--OWNER--NAME/snapshots/COMMIT` or
+        folder: folder of the files, `.../models--OWNER--NAME/snapshots/COMMIT` or
             `OWNER/NAME/resolve/COMMIT`.
 
     Returns:

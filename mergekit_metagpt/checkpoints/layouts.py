@@ -1,4 +1,4 @@
-"""Finds one tensor under its different names and stored layouts."""
+"""Finds a tensor that a model stores under another name or in another layout."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def stored_as(checkpoint: Checkpoint, name: str) -> Stored | None:
 
     Args:
         checkpoint: an input of a merge.
-        name: of a tensor that mergekit plans to read.
+        name: name of a tensor that mergekit plans to read.
 
     Returns:
         the tensor of that name, one that it is tied to, or one that transformers'
-        conversion rules make; None if there is nothing of the kind.
+        conversion rules make; None if there is none of these.
     """
     for own in (name, *checkpoint.tied_names.get(name, ())):
         if own in checkpoint.tensors:
@@ -31,12 +31,12 @@ def stored_as(checkpoint: Checkpoint, name: str) -> Stored | None:
 
 
 def sources(stored: Stored) -> tuple[StoredTensor, ...]:
-    """Return the tensors in files of which one is made."""
+    """Return the tensors in files from which a tensor is made."""
     return stored.sources if isinstance(stored, ConvertedTensor) else (stored,)
 
 
 def _stand_in(checkpoint: Checkpoint, name: str) -> Stored | None:
-    """A tensor of that name made from what a checkpoint stores in another layout."""
+    """A tensor of that name, made from what is stored under other names or layouts."""
     if name in checkpoint.renamed:
         return checkpoint.tensors[checkpoint.renamed[name]]
     if name not in checkpoint.converted:
@@ -46,7 +46,7 @@ def _stand_in(checkpoint: Checkpoint, name: str) -> Stored | None:
 
 
 def _converted(checkpoint: Checkpoint, name: str) -> ConvertedTensor | None:
-    """A tensor that transformers' rules make from others of its layer."""
+    """A tensor that transformers' conversion rules make from others of its layer."""
     layer = checkpoint.stored_layers.get(layer_key(name))
     if layer is None or checkpoint.model_type is None:
         return None
@@ -64,7 +64,7 @@ def _converted(checkpoint: Checkpoint, name: str) -> ConvertedTensor | None:
             {tensor.name: functools.partial(header, tensor) for tensor in layer},
             name,
         )
-    except Exception:  # whatever a rule raises about tensors that do not fit it
+    except Exception:  # whatever a rule raises for tensors that do not fit it
         return None
     if made is None:
         return None
@@ -77,17 +77,17 @@ def _converted(checkpoint: Checkpoint, name: str) -> ConvertedTensor | None:
 def counterparts(
     base: Checkpoint, model: Checkpoint
 ) -> Mapping[str, tuple[Stored, Stored]]:
-    """Find for each output name what base and model store under it, from headers.
+    """Find the tensors that base and model both have, from headers.
 
-    Where only one of them stores a tensor, the other's may follow from another layout,
-    such as single experts beside fused ones.
+    If only one of them stores a tensor, the other's may be stored in another layout,
+    such as single experts instead of fused ones. Ties are not considered.
 
     Args:
         base: the base.
         model: a fine-tune of it.
 
     Returns:
-        what both have, by output name; ties are not looked at.
+        the base's and the model's tensor, by output name.
     """
     if model not in base.counterparts:
         base.counterparts[model] = dict(_counterparts(base, model))

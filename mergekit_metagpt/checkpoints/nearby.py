@@ -1,4 +1,4 @@
-"""Finds what was meant by a path that is not there; reads no file."""
+"""Suggests what was meant by a path that does not exist; reads no file."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 
 
 def nearest(path: Path, *, folders: bool = False) -> str | None:
-    """Name the file or folder beside it that is called much like a path.
+    """Return the file or folder beside a missing path with the most similar name.
 
-    Upper and lower case count as equal, and backslashes as slashes.
+    Case is ignored, and backslashes count as slashes.
 
     Args:
-        path: what does not exist.
-        folders: whether only a folder can be meant.
+        path: the missing path.
+        folders: whether to suggest folders only.
 
     Returns:
-        a path with a leading `./`, which tells a folder from a repository, unless it is
-        absolute; None where nothing is called alike.
+        an absolute path, or one with a leading `./`, which tells a folder from a
+        repository; None if no name is similar.
     """
     path = Path(str(path).replace("\\", "/"))
     above = path.expanduser().parent

@@ -1,4 +1,4 @@
-"""Opens a model, or finds the one that mergekit has open."""
+"""Opens models, reading headers only, or finds those that mergekit has open."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from mergekit_metagpt.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from mergekit_metagpt.checkpoints.hub import explained, require_repository
 from mergekit_metagpt.checkpoints.lora import merged_copy, require_current
 from mergekit_metagpt.checkpoints.nearby import nearest
+from mergekit_metagpt.checkpoints.stored import corrupt
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
     from mergekit.io import LazyTensorLoader, ShardedTensorIndex
     from mergekit.options import MergeOptions
 
-# What mergekit looks for, in its order; an index goes before the single file.
+# The files that mergekit looks for, in its order: an index comes before a single file.
 WEIGHTS = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -33,15 +34,11 @@ WEIGHTS = (
 def _index(label: str, folder: Path) -> ShardedTensorIndex:
     from mergekit.io import ShardedTensorIndex
 
-    found = (folder / name for name in WEIGHTS if (folder / name).exists())
-    file = next(found, folder)
     try:
         return ShardedTensorIndex.from_disk(str(folder))
     except Exception as error:
-        raise OSError(
-            f"{file} cannot be read: {error}. It is truncated or corrupt: fetch or "
-            "save it again"
-        ) from error
+        files = (folder / name for name in WEIGHTS if (folder / name).exists())
+        raise corrupt(next(files, folder), error) from error
 
 
 _BY_LOADER: weakref.WeakKeyDictionary[LazyTensorLoader, Checkpoint] = (
@@ -51,7 +48,7 @@ _BY_LOADER_LOCK = threading.Lock()
 
 
 def already_open(model: Hashable) -> Checkpoint | None:
-    """Return the checkpoint behind a merge input if mergekit has opened it.
+    """Return the checkpoint of a merge input, if mergekit has it open.
 
     Never opens or downloads a model itself. The header is read once per loader.
 
@@ -59,7 +56,7 @@ def already_open(model: Hashable) -> Checkpoint | None:
         model: the id of a tensor entry: a `ModelReference` in a merge from files.
 
     Returns:
-        the checkpoint, or None where the id stands for no open checkpoint.
+        the checkpoint, or None if mergekit has none open for this id.
 
     Raises:
         ValueError: the checkpoint is quantised or its index leaves its folder.
@@ -108,11 +105,11 @@ def open_checkpoint(
         trust_remote_code: run code that comes with a model, for its architecture.
 
     Returns:
-        the checkpoint's header.
+        the checkpoint.
 
     Raises:
-        ValueError: no model there, a bare LoRA adapter, or a quantised model.
-        OSError: a file of it is missing, truncated or corrupt.
+        ValueError: the model does not exist, is a bare LoRA adapter, or is quantised.
+        OSError: a file is missing, truncated or corrupt.
     """
     from mergekit.common import ModelReference
     from mergekit.io.tasks import LoaderCache
@@ -156,14 +153,14 @@ def open_checkpoint(
 
 
 def is_adapter_of(model: ModelReference, base: ModelReference) -> bool:
-    """Whether a reference names an adapter of just this base.
+    """Whether a model is given as this base plus an adapter.
 
     Args:
         model: a model.
         base: the base that it is measured against.
 
     Returns:
-        False also where adapter or base belong to other models.
+        False if the adapter is of another model, or the base has an adapter itself.
     """
     if model.lora is None or base.lora is not None:
         return False
@@ -173,19 +170,12 @@ def is_adapter_of(model: ModelReference, base: ModelReference) -> bool:
 
 
 def unopened(label: str) -> Checkpoint:
-    """Return what stands for a base that is known by its name alone.
-
-    Args:
-        label: its name.
-
-    Returns:
-        a checkpoint without tensors.
-    """
+    """Return a checkpoint without tensors, for a base known only by its name."""
     return Checkpoint(label=label, tensors={}, tied_names={}, identity=())
 
 
 def _downloaded(model: ModelReference, cache: str | None) -> Path:
-    """The folder of a model, from the hub where it is no local one."""
+    """The folder of a model, downloaded if it is not a local one."""
     if Path(model.model.path).exists():
         return Path(model.model.path)
     require_repository(model.model.path, model.model.revision)
@@ -198,8 +188,8 @@ def open_checkpoints(
     """Open models as mergekit does with these options, reading headers only.
 
     Args:
-        models: references; each is opened once.
-        options: mergekit's own.
+        models: the models; each is opened once.
+        options: mergekit's options.
 
     Returns:
         the headers by model.
@@ -210,7 +200,7 @@ def open_checkpoints(
     """
     from mergekit.io.tasks import LoaderCache
 
-    LoaderCache().setup(options)  # holds the precision in which adapters are merged
+    LoaderCache().setup(options)  # sets the precision in which adapters are merged
     return {
         model: open_checkpoint(
             model,
@@ -228,14 +218,15 @@ def planned_as_bases(
     opened: Mapping[ModelReference, Checkpoint],
     options: MergeOptions,
 ) -> Iterator[Mapping[ModelReference, Checkpoint]]:
-    """Let mergekit plan with a base where it would merge an adapter into it first.
+    """Let mergekit plan with bases in place of their adapters.
 
-    The merged copy has the names, shapes and precisions of the base.
+    Otherwise mergekit would merge each adapter into its base first. That copy has the
+    names, shapes and precisions of the base.
 
     Args:
-        bases: of adapters.
-        opened: adapters and all other models.
-        options: mergekit's own.
+        bases: the base of each adapter.
+        opened: headers of adapters and all other models.
+        options: mergekit's options.
 
     Yields:
         the headers to plan with.
@@ -261,7 +252,7 @@ def hand_to_mergekit(
 
     Args:
         opened: headers by model.
-        options: mergekit's own.
+        options: mergekit's options.
     """
     from mergekit.io.tasks import LoaderCache
 
@@ -269,6 +260,6 @@ def hand_to_mergekit(
     for model, checkpoint in opened.items():
         new = model not in LoaderCache.loaders
         loader = LoaderCache().get(model)
-        if new:  # else the loader may hold an earlier version of the files
+        if new:  # an old loader may hold an earlier version of the files
             with _BY_LOADER_LOCK:
                 _BY_LOADER[loader] = checkpoint

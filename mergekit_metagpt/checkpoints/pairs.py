@@ -1,4 +1,4 @@
-"""Pairs the tensors of base and model: same weight, same rows, every weight once."""
+"""Pairs the tensors of base and model, each weight once, from headers."""
 
 from __future__ import annotations
 
@@ -19,22 +19,29 @@ from mergekit_metagpt.checkpoints.layouts import (
 )
 from mergekit_metagpt.checkpoints.stored import ConvertedTensor, StoredTensor, layer_key
 
-# Elements that tell most tensors that differ apart.
+# Elements to compare first: most different tensors differ here.
 PROBE = 1000
-# Below this share of covered parameters, or if both have more than that of their own,
-# base and model are taken for strangers. (One alone may have more: a head, a tower.)
+# A fine-tune shares at least MIN_COVERED of the parameters with its base. One of the
+# two may have more than MAX_FOREIGN of its own, such as a head, but not both.
 MIN_COVERED = 0.5
 MAX_FOREIGN = 0.1
-# Vocabularies may differ in size. Where more of the tensors in layers than this share
-# do, the models have other widths, and where they overlap tells nothing.
+# Vocabularies may differ in size. But if more than this share of the tensors in layers
+# differ in size, the models have different widths, and their overlap means nothing.
 MAX_RESIZED = 0.1
-# Entries of config.json that explain most shapes which differ.
+# Entries of config.json that explain most differences in shape.
 SIZES = ("hidden_size", "intermediate_size", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
 class SharedTensor:
-    """A tensor that counts in n_t: where base and model store it, and the overlap."""
+    """A tensor that counts in n_t.
+
+    Attributes:
+        name: under which it counts.
+        base: where the base stores it.
+        model: where the model stores it.
+        shape: the overlap of both.
+    """
 
     name: str
     base: Stored
@@ -47,13 +54,13 @@ class SharedTensor:
 
     @property
     def divisible(self) -> bool:
-        """Whether parts can be read without making the whole tensor."""
+        """Whether parts can be read without converting the whole tensor."""
         return not isinstance(self.base, ConvertedTensor) and not isinstance(
             self.model, ConvertedTensor
         )
 
     def cut(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Flatten the part of either tensor that both have."""
+        """Return the overlap, cut out of either side and flattened."""
         for axis, size in enumerate(self.shape):
             tensor = tensor.narrow(axis, 0, size)
         return tensor.reshape(-1)
@@ -87,7 +94,7 @@ def check_distinct(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
 
     Args:
         base: the base.
-        models: those merged with each other.
+        models: the models that are merged with each other.
 
     Raises:
         ValueError: two of them are the same files.
@@ -100,8 +107,8 @@ def check_distinct(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
         other = owners.setdefault(files, checkpoint)
         if other is base and checkpoint is not base:
             raise ValueError(
-                f"{checkpoint.label} is the base {base.label} under another name. Name "
-                "it as the base is named, or leave it out"
+                f"{checkpoint.label} is the base {base.label} under another name. "
+                "Spell it like the base, or leave it out"
             )
         if other is not checkpoint:
             raise ValueError(
@@ -114,13 +121,13 @@ def check_pair(base: Checkpoint, model: Checkpoint) -> None:
     """Check from headers that model is a fine-tune of base.
 
     Args:
-        base: the base; without tensors where it was not opened, for adapters alone.
+        base: the base; without tensors if it was not opened, for adapters alone.
         model: the model.
 
     Raises:
-        ValueError: they share less than half of their parameters, both have much that
+        ValueError: they share less than half of their parameters, both have many that
             the other lacks, layers have other widths, or a tensor differs in more than
-            one axis; names the share and the first mismatching tensors.
+            one axis. The message has the share and the first differences.
     """
     if model.adapter is not None:
         if base.tensors:
@@ -130,14 +137,14 @@ def check_pair(base: Checkpoint, model: Checkpoint) -> None:
     covered, differing, resized = 0, [], []
     for name, (ours, theirs) in sorted(shared.items()):
         shape = _overlap(ours.shape, theirs.shape)
-        said = f"{name} is {list(theirs.shape)}, in the base {list(ours.shape)}"
+        difference = f"{name} is {list(theirs.shape)}, in the base {list(ours.shape)}"
         if shape is None:
-            differing.append(said)
+            differing.append(difference)
             continue
         covered += math.prod(shape)
-        # A tensor without elements was saved wrongly: that is said elsewhere.
+        # An empty tensor was saved wrongly, which another check reports.
         if ours.shape != theirs.shape and layer_key(name) != name and 0 not in shape:
-            resized.append(said)
+            resized.append(difference)
     if len(resized) > MAX_RESIZED * sum(layer_key(name) != name for name in shared):
         differing += resized
     totals = [sum(t.numel for t in c.tensors.values()) for c in (base, model)]
@@ -159,14 +166,14 @@ def check_pair(base: Checkpoint, model: Checkpoint) -> None:
                 "without it"
             )
     raise ValueError(
-        f"{model.label} is no fine-tune of {base.label}: {share:.1%} of the parameters "
-        f"match; first differences: {'; '.join([*differing, *absent][:3])}. "
+        f"{model.label} is not a fine-tune of {base.label}: {share:.1%} of the "
+        f"parameters match; first differences: {'; '.join([*differing, *absent][:3])}. "
         f"{_sizes(base, model)}{advice}"
     )
 
 
 def _sizes(base: Checkpoint, model: Checkpoint) -> str:
-    """Sizes of layers in which the configurations of two models differ."""
+    """A sentence on the sizes in which two configurations differ, or nothing."""
     ours, theirs = (
         {} if checkpoint.folder is None else content(checkpoint.folder)
         for checkpoint in (base, model)
@@ -184,7 +191,7 @@ def _roots(
     tied_names: Mapping[str, tuple[str, ...]],
     same_bits: Callable[[Stored, Stored], bool],
 ) -> dict[str, str]:
-    """For each output name, the stored tensor that it is: its own or a tied one."""
+    """The stored tensor behind each output name: its own, or one that it is tied to."""
     roots = {}
     for name, tensor in tensors.items():
         shares = tensor.shares if isinstance(tensor, StoredTensor) else None
@@ -201,7 +208,7 @@ def _roots(
 
 
 def same_bits(first: Stored, second: Stored, readers: Readers) -> bool:
-    """Whether two stored tensors are the same weight, such as a head and an embedding.
+    """Whether two stored tensors are equal, such as a head and an embedding.
 
     Args:
         first: one tensor.
@@ -217,7 +224,7 @@ def same_bits(first: Stored, second: Stored, readers: Readers) -> bool:
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     ours, theirs = readers.read(first).reshape(-1), readers.read(second).reshape(-1)
-    # A glance first: torch compares to the end what differs from the beginning.
+    # Compare the beginning first: `torch.equal` reads to the end in any case.
     return torch.equal(ours[:PROBE], theirs[:PROBE]) and torch.equal(ours, theirs)
 
 
@@ -229,16 +236,16 @@ def align(
 ) -> Alignment:
     """Pair the tensors of base and model; a weight counts once.
 
-    Every floating-point tensor that both store (or stand in for by a tie) is paired by
-    its output name. Where base and model both mean the same two stored tensors by two
-    names, as with a tied head, the pair counts under the first. Reads tensors only to
-    tell whether a stored head equals its embedding.
+    Every floating-point tensor that both have, stored or by a tie, is paired by its
+    output name. If two names mean the same stored tensors in base and model, as with a
+    tied head, the pair counts once, under the first. Tensors are read only to find out
+    whether a stored head equals its embedding.
 
     Args:
         base: the base.
         model: a fine-tune of it.
         readers: the files of this scan.
-        same: tells whether two tensors are the same weight; `same_bits` if None.
+        same: compares a head with its embedding; `same_bits` if None.
 
     Returns:
         the pairs.

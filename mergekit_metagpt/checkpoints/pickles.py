@@ -17,12 +17,13 @@ from mergekit_metagpt.checkpoints.stored import (
     PACKED_SUFFIXES,
     FileHeader,
     StoredTensor,
+    missing,
     quantised,
 )
 
 
 def _unpickled(file: Path) -> dict[str, Any]:
-    """The dictionary that a pickle holds, of tensors or with one under `state_dict`."""
+    """The dictionary that a pickle holds: tensors by name, here or at `state_dict`."""
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     archive = Archive.of(file)
     try:
@@ -30,13 +31,10 @@ def _unpickled(file: Path) -> dict[str, Any]:
             mapped = archive is not None and archive.can_be_mapped
             state = torch.load(file, mmap=mapped, **options)
         except RuntimeError:
-            # Of a kind that torch can read, but not map.
+            # torch can read this kind of file, but not map it.
             state = torch.load(file, **options)
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{file} is missing; it is part of the model by its index. Fetch or "
-            "save it again"
-        ) from error
+        raise missing(file) from error
     except Exception as error:
         raise OSError(
             f"{file} cannot be read: {error}. It is truncated, corrupt, or holds more "
@@ -59,14 +57,14 @@ def load_pickle(file: Path) -> Mapping[str, torch.Tensor]:
 
 def _tensors(file: Path, state: dict[str, Any]) -> Mapping[str, torch.Tensor]:
     inner = state.get("state_dict", state)
-    found = {k: v for k, v in inner.items() if isinstance(v, torch.Tensor)}
-    for name, tensor in found.items():
+    tensors = {k: v for k, v in inner.items() if isinstance(v, torch.Tensor)}
+    for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise OSError(
                 f"{file} cannot be read: {name} is {tensor.layout} on "
                 f"{tensor.device}; expected plain tensors"
             )
-    return found
+    return tensors
 
 
 def pickle_header(label: str, file: Path) -> FileHeader:
@@ -89,7 +87,7 @@ def pickle_header(label: str, file: Path) -> FileHeader:
     return FileHeader(frozenset(state), tuple(tensors), nested)
 
 
-# Bytes of an element, by the name of the class of its storage.
+# Bytes of an element, by the class of its storage.
 _BYTES = {
     "UntypedStorage": 1,
     **dict.fromkeys(("BoolStorage", "ByteStorage", "CharStorage"), 1),
@@ -105,7 +103,7 @@ _BYTES = {
 
 @dataclass(frozen=True)
 class Archive:
-    """The records of an archive as torch finds them: by name, upper case or lower."""
+    """The records of an archive by lower-case name: torch ignores case."""
 
     file: Path
     folder: str
@@ -116,40 +114,32 @@ class Archive:
         """Read the directory of an archive.
 
         Args:
-            file: a file of torch.
+            file: a file saved by torch.
 
         Returns:
             the archive; None for a file of another kind.
-
-        Raises:
-            OSError: two records have one name.
         """
         try:
             with zipfile.ZipFile(file) as archive:
-                found = archive.infolist()
+                entries = archive.infolist()
         except (zipfile.BadZipFile, OSError, ValueError, RuntimeError):
-            return None  # torch says what it is
-        records = {record.filename.lower(): record for record in found}
-        if len(records) < len(found):
-            raise OSError(
-                f"{file} cannot be read: two of its records have one name. Fetch or "
-                "save it again"
-            )
-        folder = found[0].filename.partition("/")[0].lower() if found else ""
+            return None  # torch will say what is wrong with it
+        records = {record.filename.lower(): record for record in entries}
+        folder = entries[0].filename.partition("/")[0].lower() if entries else ""
         return cls(file, folder, records)
 
     @property
     def can_be_mapped(self) -> bool:
-        """Whether values can be used as they lie in the file."""
+        """Whether the records are stored without compression."""
         kinds = {record.compress_type for record in self.records.values()}
         return kinds <= {zipfile.ZIP_STORED}
 
     def check_records(self) -> None:
-        """Check that each storage of the pickle has a record of just its bytes.
+        """Check that each storage of the pickle has a record of exactly its size.
 
-        torch maps a storage from where its record begins for as many bytes as the
-        pickle says: if the record has fewer, the tensor goes on into its neighbours.
-        To be called once torch has taken the pickle: nothing here limits its work.
+        torch maps as many bytes as the pickle says, from the beginning of the record.
+        If the record is shorter, the end of the tensor is read from its neighbours.
+        Call it once torch has accepted the pickle: this reader sets no limits itself.
 
         Raises:
             OSError: a record is missing, shorter or longer.
@@ -157,13 +147,14 @@ class Archive:
         try:
             with zipfile.ZipFile(self.file) as archive:
                 content = archive.read(self.records[f"{self.folder}/data.pkl"])
-            storages = _storages(content)
+            lister = _StorageLister(content)
+            lister.load()
         except Exception as error:
             raise OSError(
                 f"{self.file} cannot be read: {type(error).__name__} {error} in its "
                 "pickle. Fetch or save it again, or store it as safetensors"
             ) from error
-        for storage in storages:
+        for storage in lister.storages:
             record = self.records.get(f"{self.folder}/data/{storage.key}".lower())
             size = 0 if record is None else record.file_size
             if record is None or size != storage.bytes:
@@ -176,14 +167,14 @@ class Archive:
 
 @dataclass(frozen=True)
 class _Storage:
-    """What a pickle says of a storage: the name of its record, and its size."""
+    """A storage by the pickle: the name of its record, and its size in bytes."""
 
     key: str
     bytes: int
 
 
 class _Nothing:
-    """Stands for whatever a pickle names or makes; does nothing."""
+    """Stands for every object that a pickle names or makes; does nothing."""
 
     def __new__(cls, *arguments: Any, **named: Any) -> _Nothing:
         return super().__new__(cls)
@@ -200,12 +191,12 @@ class _Nothing:
     def extend(self, values: Any) -> None: ...
 
 
-class _Listener(pickle.Unpickler):
-    """Goes through a pickle and hears of storages; imports and calls nothing of it."""
+class _StorageLister(pickle.Unpickler):
+    """Lists the storages of a pickle; imports and calls nothing that it names."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__(io.BytesIO(content), encoding="utf-8")
-        self.heard: list[_Storage] = []
+        self.storages: list[_Storage] = []
 
     def find_class(self, module: str, name: str) -> type[_Nothing]:
         return type(name, (_Nothing,), {})
@@ -214,11 +205,5 @@ class _Listener(pickle.Unpickler):
         _, kind, key, _, count = identity
         if type(key) is not str or type(count) is not int:
             raise TypeError(f"a storage of key {key!r} and size {count!r}")
-        self.heard.append(_Storage(key, count * _BYTES[kind.__name__]))
+        self.storages.append(_Storage(key, count * _BYTES[kind.__name__]))
         return _Nothing()
-
-
-def _storages(content: bytes) -> list[_Storage]:
-    listener = _Listener(content)
-    listener.load()
-    return listener.heard

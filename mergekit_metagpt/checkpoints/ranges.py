@@ -1,4 +1,4 @@
-"""Reads parts of a file on the hub by HTTP range requests, with patience."""
+"""Reads parts of a file on the hub by HTTP range requests, again while it is busy."""
 
 from __future__ import annotations
 
@@ -8,26 +8,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Requests at a time, of all repositories together.
+# Simultaneous requests, to all repositories together.
 AT_ONCE = 16
-# Bytes of a file that are asked for first: headers are rarely longer.
+# Bytes of the first request to a file; few headers are longer.
 HEAD = 1 << 16
-# What safetensors itself refuses to read.
+# The limit of safetensors itself.
 MOST_HEADER = 100_000_000
 MOST_JSON = 64_000_000
 TRIES = 5
 FIRST_WAIT_S = 1.0
 MOST_WAIT_S = 300.0
 TIMEOUT_S = 30.0
-# Answers of a busy server.
+# Statuses of a busy server.
 AGAIN = frozenset({408, 429, 500, 502, 503, 504})
-# A signed address that has expired.
+# Statuses of a signed address that has expired.
 _EXPIRED = frozenset({400, 401, 403, 404, 410})
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Bytes of a file, its size, its ETag here and on the hub, and where it lies."""
+    """Bytes of a file, and what the headers of the answer say of the file.
+
+    Attributes:
+        content: the bytes.
+        total: size of the file.
+        etag: ETag of the last server.
+        linked: the hub's hash of the file's content.
+        url: address of the last server.
+    """
 
     content: bytes
     total: int
@@ -37,25 +45,25 @@ class Answer:
 
 
 class _Expired(Exception):
-    """A redirect that was followed before leads nowhere any more."""
+    """The target of an earlier redirect has expired."""
 
 
 def request(
     what: str, url: str, span: tuple[int, int] | None, *, direct: bool = False
 ) -> Answer:
-    """Get a file or a part of it; try again where the server is busy.
+    """Get a file or a part of it; try again while the server is busy.
 
     Args:
         what: the file, for messages.
         url: its address.
-        span: its first and last byte that are asked for; all of it if None.
-        direct: whether the address is a signed one, which gets no token.
+        span: first and last byte to get; the whole file if None.
+        direct: whether the address is a signed one, to which no token is sent.
 
     Returns:
         the answer.
 
     Raises:
-        OSError: it cannot be had, in huggingface_hub's or our own words.
+        OSError: the file cannot be read; some messages are huggingface_hub's.
     """
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -101,8 +109,8 @@ def _answer(what: str, response: Any, span: tuple[int, int] | None) -> Answer:
     if status == 416:
         assert span is not None
         raise OSError(
-            f"{what} ends before byte {span[0]:,}, which its header or size promises: "
-            "it has changed, or its upload is not complete"
+            f"{what} ends before byte {span[0]:,}, although its header or size promise "
+            "more: it has changed, or its upload is incomplete"
         )
     if status >= 400:
         response.read()
@@ -152,16 +160,28 @@ def _plain(etag: str) -> str:
     return etag.removeprefix("W/").strip('"')
 
 
+def places_in(header: dict[str, Any], start: int) -> dict[str, tuple[int, int]]:
+    """Return each tensor's first byte and size, where data begins at byte `start`.
+
+    Drops the metadata of the safetensors header.
+    """
+    header.pop("__metadata__", None)
+    offsets = {name: entry["data_offsets"] for name, entry in header.items()}
+    return {
+        name: (start + first, end - first) for name, (first, end) in offsets.items()
+    }
+
+
 @dataclass(eq=False)
 class RemoteFile:
-    """A safetensors file of a repository, of which parts are read.
+    """A safetensors file on the hub, read in parts.
 
     Attributes:
         label: the file, for messages.
-        url: on the hub, at a commit.
-        starts: first byte and size of every tensor.
-        size: of the file, once it is known.
-        linked: the hub's hash of its content, once it is known.
+        url: its address on the hub, at a commit.
+        starts: first byte and size of every tensor, once the header was read.
+        size: of the file, after the first request.
+        linked: the hub's hash of its content, after the first request.
     """
 
     label: str
@@ -173,18 +193,18 @@ class RemoteFile:
     _direct: str | None = None
 
     def read(self, first: int, last: int) -> bytes:
-        """Get some of its bytes.
+        """Return bytes of the file.
 
         Args:
-            first: the first of them.
-            last: the last of them; the file may end before it.
+            first: position of the first byte.
+            last: position of the last byte; the file may end before.
 
         Returns:
             the bytes.
 
         Raises:
-            OSError: they cannot be had, or the file has changed since it was first
-                asked for.
+            OSError: they cannot be read, or the file has changed since the first
+                request.
         """
         answer = None
         if self._direct is not None:
@@ -195,53 +215,48 @@ class RemoteFile:
         if answer is None:
             answer = request(self.label, self.url, (first, last))
         if self._etag is None:
-            self._etag, self.size, self.linked = (
-                answer.etag,
-                answer.total,
-                answer.linked,
-            )
+            self._etag, self.size = answer.etag, answer.total
+            self.linked = answer.linked
         if (answer.etag, answer.total) != (self._etag, self.size):
             raise OSError(
-                f"{self.label} has changed between two requests: an estimate would be "
-                "of two versions. Run the command again"
+                f"{self.label} has changed between two requests, and an estimate would "
+                "mix two versions. Run the command again"
             )
         if answer.url != self.url:
             self._direct = answer.url
         return answer.content
 
     def read_into(self, first: int, into: memoryview) -> None:
-        """Fill a buffer with the bytes of the file from `first` on."""
+        """Fill a buffer with bytes of the file, beginning at `first`."""
         into[:] = self.read(first, first + len(into) - 1)
 
     def read_header(self) -> Mapping[str, Any]:
         """Read the header of a safetensors file, and take `starts` from it.
 
         Returns:
-            what the header says of each tensor.
+            the header's entry for each tensor.
 
         Raises:
-            OSError: it cannot be had, is corrupt, or promises more than the file holds.
+            OSError: the header cannot be read, is corrupt, or promises more than the
+                file holds.
         """
         head = self.read(0, HEAD - 1)
         length = int.from_bytes(head[:8], "little")
         if not 2 <= length <= MOST_HEADER:
-            raise OSError(f"{self.label} is no safetensors file. Fetch it yourself")
+            raise OSError(
+                f"{self.label} is not a safetensors file. Download the model, and look"
+            )
         if 8 + length > len(head):
             head += self.read(len(head), 8 + length - 1)
         try:
             header = json.loads(head[8 : 8 + length])
-            header.pop("__metadata__", None)
-            places = {name: entry["data_offsets"] for name, entry in header.items()}
-            self.starts = {
-                name: (8 + length + start, end - start)
-                for name, (start, end) in places.items()
-            }
+            self.starts = places_in(header, 8 + length)
             end = max((first + size for first, size in self.starts.values()), default=0)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise OSError(f"the header of {self.label} is corrupt: {error}") from error
         if self.size is not None and end > self.size:
             raise OSError(
                 f"{self.label} is {self.size:,} bytes; its header promises {end:,}. "
-                "Its upload is not complete"
+                "Its upload is incomplete"
             )
         return header

@@ -1,4 +1,4 @@
-"""Looks at models on the hub by configuration and headers, without a download."""
+"""Reads configuration and headers of models on the hub, without downloading weights."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Glimpse:
-    """A model as far as its configuration and headers tell.
+    """A model's configuration and headers.
 
     Attributes:
-        checkpoint: the header; without a folder if it was read from the hub.
+        checkpoint: the headers; without a folder if they were read from the hub.
         commit: of a repository; None for a local folder.
-        download: bytes of its weights, if they would have to be downloaded, else 0.
-        quantised: what is quantised in it, or None.
+        download: bytes to download for a merge; 0 for a local folder.
+        quantised: a sentence on what is quantised in it, or None.
     """
 
     checkpoint: Checkpoint
@@ -47,17 +47,18 @@ class Glimpse:
 
 
 def open_adapter(model: ModelReference, *, merged: bool = False) -> Checkpoint | None:
-    """Open a LoRA adapter, which is small: from the hub it is fetched whole.
+    """Open a LoRA adapter; from the hub it is downloaded whole, as it is small.
 
     Args:
         model: `base+adapter`, or an adapter alone; folders or `repository@revision`.
-        merged: whether a merged copy can be had, so that None is an answer.
+        merged: whether the caller can use a copy merged by mergekit instead.
 
     Returns:
-        a checkpoint of factors; None if its task vector is not their product.
+        a checkpoint of factors. If the task vector is not a product of factors, None
+        if `merged`, else an error.
 
     Raises:
-        ValueError: there is no adapter, or factors alone do not tell its task vector.
+        ValueError: there is no adapter, or its task vector is not such a product.
         OSError: the repository or a file of it cannot be read.
     """
     place, label = model.lora or model.model, str(model)
@@ -81,15 +82,15 @@ def _glimpse_adapter(model: ModelReference) -> Glimpse:
 def glimpse(
     model: ModelReference, *, is_own_adapter: bool = False, **options: Any
 ) -> Glimpse:
-    """Open a local folder, or look at a hub repository without downloading it.
+    """Read configuration and headers of a local folder or a hub repository.
 
     Args:
         model: a folder or `repository@revision`.
-        is_own_adapter: whether it is an adapter of the base that it is measured by.
+        is_own_adapter: whether it is an adapter of the base it is measured against.
         **options: of `open_checkpoint`, for local folders.
 
     Returns:
-        what its configuration and headers tell.
+        the model; its weights are not downloaded.
 
     Raises:
         ValueError: it stores pickles, which cannot be read in part, or is an adapter
@@ -205,7 +206,7 @@ def _checkpoint(
     identity: Sequence[FileIdentity],
     config: bytes | None,
 ) -> Checkpoint:
-    """A checkpoint whose configuration lies in a folder for as long as it is read."""
+    """Make a checkpoint; config.json is in a temporary folder only while it is read."""
     with tempfile.TemporaryDirectory() as folder:
         if config is not None:
             Path(folder, architecture.FILE).write_bytes(config)

@@ -1,4 +1,4 @@
-"""Describes stored tensors: name, file, dtype and shape, without their values."""
+"""Describes stored tensors by name, file, dtype and shape, never by their values."""
 
 from __future__ import annotations
 
@@ -23,9 +23,14 @@ FLOATS = frozenset(SAFETENSORS_FLOATS.values())
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A floating-point tensor in a file: its stored name, file, dtype and shape.
+    """A floating-point tensor in a file.
 
-    `shares` names an earlier tensor of the same file with the same memory (pickles).
+    Attributes:
+        name: under which the file stores it.
+        file: the file.
+        dtype: of its elements.
+        shape: of the tensor.
+        shares: the first tensor of a pickle with the same memory, if another is.
     """
 
     name: str
@@ -41,10 +46,10 @@ class StoredTensor:
 
 @dataclass(frozen=True, eq=False)
 class ConvertedTensor:
-    """A tensor that is stored in another layout, as single experts instead of fused.
+    """A tensor stored in another layout, such as single experts instead of fused ones.
 
-    transformers' conversion rules of `model_type` make it from `sources`, as when
-    mergekit loads it.
+    transformers' conversion rules for `model_type` make it from `sources`, as they do
+    when mergekit loads it.
     """
 
     name: str
@@ -55,7 +60,7 @@ class ConvertedTensor:
 
     @property
     def file(self) -> Path:
-        """One of the files that hold it, for messages."""
+        """One of the files of its sources, for messages."""
         return self.sources[0].file
 
 
@@ -64,13 +69,13 @@ class Factors:
     """What an adapter adds to one weight: s B A.
 
     Attributes:
-        module: whose weight it is.
-        down: A, shape `(r, columns)`; of E experts `(E * r, columns)`.
-        up: B, shape `(rows, r)`; of E experts `(rows, r * E)`.
+        module: the module of the weight.
+        down: A, shape `(r, columns)`, or `(E * r, columns)` for E experts.
+        up: B, shape `(rows, r)`, or `(rows, r * E)` for E experts.
         rank: r.
         scale: s.
-        embedding: whether the weight is that of an embedding, to which (B A)' is added.
-        copy: the weight of the base, where the adapter stores that too.
+        embedding: whether the module is an embedding, to which s (B A)' is added.
+        copy: the base's weight, if the adapter stores a copy of it.
     """
 
     module: str
@@ -83,12 +88,12 @@ class Factors:
 
     @property
     def experts(self) -> int:
-        """E; 1 for a weight that is no stack of experts."""
+        """E; 1 for a weight that is not a stack of experts."""
         return self.down.shape[0] // self.rank
 
     @property
     def sides(self) -> tuple[int, int]:
-        """Rows and columns of what is added, (B A)' for an embedding."""
+        """Rows and columns of the weight."""
         sides = self.up.shape[0], self.down.shape[1]
         return sides[::-1] if self.embedding else sides
 
@@ -98,9 +103,9 @@ class Adapter:
     """A LoRA adapter.
 
     Attributes:
-        folder: where it lies.
-        factors: by the names of the weights that it adapts.
-        config: its adapter_config.json.
+        folder: the folder of its files.
+        factors: what it adds to each weight, by the weight's name.
+        config: content of its adapter_config.json.
     """
 
     folder: Path
@@ -116,12 +121,31 @@ def quantised(label: str, why: str) -> ValueError:
     )
 
 
+def missing(file: Path) -> FileNotFoundError:
+    """Return the error for a file that a model's index names, but that is not there."""
+    return FileNotFoundError(
+        f"{file} is missing; it is part of the model by its index. Fetch or save it "
+        "again"
+    )
+
+
+def corrupt(file: Path, error: Exception) -> OSError:
+    """Return the error for a file that cannot be read, with the reader's own words."""
+    return OSError(
+        f"{file} cannot be read: {error}. It is truncated or corrupt: fetch or save it "
+        "again"
+    )
+
+
 @dataclass(frozen=True)
 class FileHeader:
-    """What a file holds: names of all tensors, and those of floating point.
+    """What a file holds.
 
-    `tensors` are in the order of their bytes. `nested` is whether some lie where
-    mergekit does not look for them: under a `state_dict` of a pickle.
+    Attributes:
+        names: of all tensors.
+        tensors: those of floating point, in the order of their bytes.
+        nested: whether a pickle holds tensors under `state_dict`, where mergekit does
+            not look for them.
     """
 
     names: frozenset[str]
@@ -132,8 +156,8 @@ class FileHeader:
 def layer_key(name: str) -> str:
     """Return the pool of a tensor under `granularity: layer`.
 
-    The prefix of the name up to and including its first integer component, or the
-    whole name where there is none.
+    This is the name up to and including its first integer component, or the whole name
+    if it has none.
 
     Args:
         name: of a tensor.

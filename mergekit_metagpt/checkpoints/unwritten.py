@@ -1,4 +1,4 @@
-"""Finds the weights that a merge would lose, by asking transformers from headers."""
+"""Finds weights that a merge would lose, by letting transformers load headers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.layouts import Stored, sources, stored_as
 from mergekit_metagpt.checkpoints.stored import StoredTensor, layer_key
 
-# What transformers leaves out of every model that has such a buffer.
+# Buffers that transformers ignores in every model.
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
@@ -27,7 +27,7 @@ def left_out(
         written: names under which mergekit reads it for the tensors that it writes.
 
     Returns:
-        the tensors that go into none of them, by output name.
+        the other tensors, by output name.
     """
     read = (stored_as(checkpoint, name) for name in written)
     used = {part.name for stored in read if stored for part in sources(stored)}
@@ -39,20 +39,20 @@ def lost(
 ) -> Mapping[str, StoredTensor]:
     """Find the weights that a model needs and that a merge does not write.
 
-    Needed is what transformers misses when it is given the headers of what the merge
-    writes, and does not miss in the model itself. Tensors that nobody reads are left
-    out without loss: buffers of older versions, or layers beyond the model's own, such
-    as those that predict several tokens.
+    transformers loads the headers of the model, and those that the merge writes. The
+    model needs a weight if transformers misses it in the latter only. Other tensors may
+    be left out: buffers of older versions, or layers beyond the model's own, such as
+    those that predict several tokens.
 
     Args:
-        checkpoint: the model from which the merged one has its configuration.
+        checkpoint: the model whose configuration the merged model gets.
         written: names under which mergekit reads it for the tensors that it writes.
         trust_remote_code: run code that comes with the model.
 
     Returns:
-        the tensors by output name; none where transformers has no such model.
+        the tensors by output name; none if transformers cannot load such a model.
     """
-    # A layer among others of its kind that are written is left out by intention.
+    # If other layers of its kind are written, a layer is left out on purpose.
     layers = {layer_key(name) for name in written}
     kinds = {_kind(layer) for layer in layers}
     left = {
@@ -74,28 +74,20 @@ def lost(
 
 
 def share_of(checkpoint: Checkpoint, names: Collection[str]) -> float:
-    """Return the share of a model's parameters that some of its tensors hold.
-
-    Args:
-        checkpoint: the model.
-        names: output names of its tensors.
-
-    Returns:
-        from 0 to 1.
-    """
+    """Return the share of a model's parameters that are in the named tensors."""
     sizes = {name: tensor.numel for name, tensor in checkpoint.tensors.items()}
     return sum(sizes[name] for name in names) / max(sum(sizes.values()), 1)
 
 
 def _kind(layer: str) -> str:
-    """The name of a layer without its number; other names as they are."""
+    """The name of a layer without its number; any other name unchanged."""
     head, _, last = layer.rpartition(".")
     return head if last.isdecimal() else layer
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What transformers would say of loading tensors of these names and shapes."""
+    """What transformers reports after loading tensors of certain names and shapes."""
 
     missing: frozenset[str]
     unexpected: frozenset[str]
@@ -108,7 +100,7 @@ class _Loaded:
 def _load(
     checkpoint: Checkpoint, tensors: Mapping[str, Stored], *, trust_remote_code: bool
 ) -> _Loaded | None:
-    """Load headers into a model without memory; None where there is no such model."""
+    """Load headers into a model without weights; None if that is impossible."""
     import transformers
 
     if checkpoint.folder is None:
@@ -133,7 +125,7 @@ def _load(
                 ignore_mismatched_sizes=True,
                 device_map="meta",
             )
-    except Exception:  # whatever the class of a model raises: it cannot be asked
+    except Exception:  # whatever the class of a model raises
         return None
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return _Loaded(
@@ -145,7 +137,7 @@ def _load(
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep transformers from reporting a load that nobody asked for."""
+    """Keep transformers from reporting these loads, which its user did not ask for."""
     from transformers.utils import logging
 
     verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()

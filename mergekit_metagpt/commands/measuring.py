@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_metagpt.merge_config import checks, families, jobs, merge_yaml, plan
+from mergekit_metagpt.merge_config import (
+    checks,
+    families,
+    merge_yaml,
+    plan,
+    plan_checks,
+)
 from mergekit_metagpt.report import headers, inspecting, schema
 from mergekit_metagpt.scanning import ranks
 
@@ -119,7 +125,7 @@ def report_of(
         opened = families.open_models(merged, options)
     planned = refused = None
     try:
-        planned = jobs.check_plan(config, opened, options)
+        planned = plan_checks.check_plan(config, opened, options)
     except ValueError as error:
         refused = str(error)
     report = inspecting.inspect(

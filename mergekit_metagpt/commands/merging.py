@@ -20,6 +20,7 @@ from mergekit_metagpt.merge_config import (
     merge_yaml,
     plain_yaml,
     plan,
+    tokenizer_checks,
 )
 from mergekit_metagpt.report import card, inspecting, schema
 from mergekit_metagpt.report.figures import report_figure
@@ -122,7 +123,7 @@ def prepare(
     """
     with ranks.leader_first():
         job = jobs.check(config, options, file)
-    jobs.check_copied_tokenizer(config, options)
+    tokenizer_checks.check_copied_tokenizer(config, options)
     merged = families.of_config(config)
     # Without inner products, unless an earlier `inspect` left them in the cache.
     report = inspecting.inspect(

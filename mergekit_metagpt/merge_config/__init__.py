@@ -13,5 +13,7 @@ __all__ = [
     "merge_yaml",
     "plain_yaml",
     "plan",
+    "plan_checks",
     "replaying",
+    "tokenizer_checks",
 ]

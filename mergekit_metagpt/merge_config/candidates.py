@@ -1,4 +1,4 @@
-"""Writes the YAML of the merges that are worth comparing with a given one."""
+"""Writes the YAML of merges that are worth comparing with a given one."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A merge to be compared with others.
+    """A merge to compare with others.
 
     Attributes:
-        names: under which it was asked for.
+        names: all names of the merge.
         text: its YAML.
-        config: the same as mergekit's configuration.
-        meanings: what it is, for a reader who knows none of its names.
+        config: mergekit's configuration of it.
+        meanings: explanations, for readers who do not know the names.
     """
 
     names: tuple[str, ...]
@@ -41,10 +41,10 @@ class Candidate:
 
     @property
     def key(self) -> str:
-        """What the merge depends on beside its models; defaults left out."""
+        """Everything but the models' weights that the merge depends on."""
         data = dumped(self.config)
         if self.config.merge_method in METHODS and "parameters" in data:
-            defaults = {known.name: known.default for known in own_parameters()}
+            defaults = {spec.name: spec.default for spec in own_parameters()}
             given = data.pop("parameters")
             left = {
                 name: float(value) if type(value) is int else value
@@ -59,9 +59,9 @@ def of_text(name: str, text: str, meaning: str) -> Candidate:
     """Read a candidate from a merge YAML.
 
     Args:
-        name: to show.
+        name: name of the candidate.
         text: the YAML, of any method.
-        meaning: what it is, in words.
+        meaning: explanation of the merge.
 
     Returns:
         the candidate.
@@ -80,7 +80,7 @@ def by_metagpt(text: str, parameters: Mapping[str, Any]) -> str:
 
     Args:
         text: a merge YAML of any method with a base.
-        parameters: of `metagpt`; all others are left out, wherever they stand.
+        parameters: parameters of `metagpt`, which replace all those of the YAML.
 
     Returns:
         the YAML.
@@ -99,15 +99,15 @@ def usual(
     scales: Sequence[float | str] = (),
     sample: float = 1.0,
 ) -> Iterator[Candidate]:
-    """Yield a merge as written and those that it is usually compared with.
+    """Yield a merge as written, and those to compare it with by default.
 
     Args:
         text: the merge YAML.
-        counts: how many models are merged with each other, of each family.
-        embeddings: `exclude` that names the embeddings; empty if there are none.
+        counts: number of models in each family.
+        embeddings: an `exclude` for the embeddings; empty if there are none.
         powers: further exponents of the norms.
-        scales: further values of `lambda`, `keep` among them.
-        sample: of the merge as written, for all that measure norms.
+        scales: further values of `lambda`; may include `keep`.
+        sample: `sample` of the merge as written; used for every merge with norms.
 
     Yields:
         candidates, some of which may be the same merge.
@@ -138,7 +138,7 @@ def usual(
 
 
 def _meaning(parameters: Mapping[str, Any]) -> str:
-    """Say in words what `metagpt` does with these parameters."""
+    """Explain what `metagpt` does with these parameters."""
     power, scale = float(parameters.get("power", 2)), parameters.get("lambda", 1)
     weights = {
         2.0: "weights by squared distance from the base",
@@ -161,7 +161,7 @@ def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
     """Join candidates that are the same merge.
 
     Args:
-        candidates: in the order in which they are to be shown.
+        candidates: candidates in the order to show them.
 
     Returns:
         each merge once, with all its names.
@@ -172,11 +172,13 @@ def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
     merges: dict[str, Candidate] = {}
     for new in candidates:
         old = merges.get(new.key, Candidate((), new.text, new.config))
-        names = tuple(dict.fromkeys((*old.names, *new.names)))
-        meanings = tuple(dict.fromkeys((*old.meanings, *new.meanings)))
-        merges[new.key] = Candidate(names, old.text, old.config, meanings)
-    found = list(merges.values())
-    every = [name for candidate in found for name in candidate.names]
-    if twice := [name for name in every if every.count(name) > 1]:
+        merges[new.key] = Candidate(
+            tuple(dict.fromkeys((*old.names, *new.names))),
+            old.text,
+            old.config,
+            tuple(dict.fromkeys((*old.meanings, *new.meanings))),
+        )
+    names = [name for candidate in merges.values() for name in candidate.names]
+    if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two candidates are named {twice[0]}. Rename one of them")
-    return found
+    return list(merges.values())

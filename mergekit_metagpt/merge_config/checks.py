@@ -1,4 +1,4 @@
-"""Refuses what a YAML alone shows to be wrong: methods, bases, names, parameters."""
+"""Refuses errors that a YAML alone shows: in methods, bases, names, parameters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("mergekit_metagpt")
 METHODS = ("metagpt", *(f"metagpt_{name}" for name in COMPOSED))
-# Their results depend on --random-seed.
+# The results of these depend on --random-seed.
 RANDOM_METHODS = tuple(f"metagpt_{name}" for name in RANDOM)
 # Methods of mergekit that convert to `metagpt` itself, and all that convert.
 _ALIKE = ("task_arithmetic", "linear", "model_stock", "sce")
@@ -50,11 +50,11 @@ def recipe_for(method: str) -> str | None:
 
 
 def check_yaml(config: MergeConfiguration, file: str | Path = "OLD.yml") -> None:
-    """Check all that a YAML alone can tell of a merge by MetaGPT.
+    """Check everything about a merge by MetaGPT that follows from the YAML alone.
 
     Args:
         config: mergekit's configuration.
-        file: where it stands, for messages.
+        file: its file, for messages.
 
     Raises:
         ValueError: another method; no base, or only the base; the base is missing
@@ -127,7 +127,7 @@ def check_method(config: MergeConfiguration) -> None:
 
 
 def _other_method(method: str, file: str | Path) -> str:
-    """What to say of a YAML of a method that is not ours."""
+    """The error of a YAML of a method that is not ours."""
     if new := recipe_for(method):
         return (
             f"merge_method is {method!r}; this command takes metagpt and metagpt_NAME. "
@@ -141,7 +141,7 @@ def _other_method(method: str, file: str | Path) -> str:
 
 
 def _hint(name: str, names: Collection[str]) -> str:
-    """Suggest the nearest name, or all that have this one as a part, such as dare."""
+    """Suggest the most similar name, or all names with this part, such as `dare`."""
     name = name.lower().replace("-", "_")
     meant = closest(name, names)
     near = [meant] if meant else [n for n in names if f"_{name}_" in f"_{n}_"]
@@ -149,12 +149,12 @@ def _hint(name: str, names: Collection[str]) -> str:
 
 
 def _check_weights(part: Inputs) -> None:
-    """Refuse an illegal weight, and name its model, which mergekit does not."""
+    """Refuse an illegal weight; unlike mergekit, name its model."""
     (weight,) = (p for p in own_parameters() if p.name == "weight")
     for model, levels in zip(part.models, part.settings, strict=True):
         own = levels[: len(levels) - len(part.shared)]
         if model == part.base:
-            continue  # has none
+            continue  # the base has no weight
         for value in (v for level in own for v in values_of(level.get("weight", 1.0))):
             try:
                 weight.validate(value)
@@ -164,7 +164,7 @@ def _check_weights(part: Inputs) -> None:
 
 
 def _samples(part: Inputs) -> Iterator[float]:
-    """Yield every value of `sample` on a slice, the default where filters end."""
+    """Yield every value of `sample` on a slice; the default if filters leave a rest."""
     (sample,) = (p for p in own_parameters() if p.name == "sample")
     for level in part.shared:
         if "sample" not in level:
@@ -173,7 +173,7 @@ def _samples(part: Inputs) -> Iterator[float]:
         yield from map(sample.validate, values_of(setting))
         entries = setting if isinstance(setting, list) else [setting]
         if any(getattr(entry, "filter", None) in (None, "*") for entry in entries):
-            return  # for every tensor
+            return  # this one applies to all remaining tensors
     yield sample.validate(sample.default)
 
 
@@ -184,7 +184,7 @@ def check_names(config: MergeConfiguration, file: Path | None = None) -> None:
 
     Args:
         config: mergekit's configuration.
-        file: where it stands, for messages; the caller adds it if None.
+        file: its file, for messages; None if the caller names it.
 
     Raises:
         ValueError: a parameter looks misspelt, or one for all models is given for one.

@@ -15,7 +15,7 @@ from mergekit_metagpt.merge_config import checks, merge_yaml
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
 
-# Why a method has no recipe of metagpt that resembles it.
+# Why a method cannot be converted.
 _BETWEEN = "it follows a curve between models instead of adding task vectors"
 REFUSED = {
     "slerp": _BETWEEN,
@@ -28,7 +28,7 @@ REFUSED = {
     "ramplus_tl": "it weights single elements by how many models changed them",
     "passthrough": "it copies layers and has no weights",
 }
-# What a recipe loses besides its weights.
+# What is lost in a conversion besides the weights.
 LOST = {
     "sce": "SCE's vote on signs and select_topk have no counterpart. `granularity: "
     "tensor` comes closer to SCE, which weights tensor by tensor",
@@ -54,7 +54,7 @@ class Measured:
 
 
 COMPARISONS = 27
-# By the method to convert from: the recipe against what people would have run instead.
+# By the method to convert from: the recipe compared with the usual alternative.
 MEASURED = {
     "linear": Measured("the plain average", 9, "+0.069"),
     "task_arithmetic": Measured("the plain average", 9, "+0.069"),
@@ -72,7 +72,7 @@ MEASURED = {
 
 @dataclass(frozen=True)
 class Converted:
-    """A recipe as YAML, and in words each change and what to know of the result."""
+    """A recipe as YAML, with every change and notes on the result in words."""
 
     method: str
     text: str
@@ -85,14 +85,14 @@ def convert(text: str, base: str | None = None) -> Converted:
 
     Args:
         text: the YAML.
-        base: the model that all others were fine-tuned from, where the YAML names none.
+        base: the model that all others were fine-tuned from, if the YAML names none.
 
     Returns:
         the recipe and its differences.
 
     Raises:
-        ValueError: the YAML is refused, its method has no recipe that resembles it, or
-            a base is missing.
+        ValueError: the YAML is refused, its method cannot be converted, or a base is
+            missing.
     """
     config = merge_yaml.read(text)
     checks.check_method(config)
@@ -127,14 +127,7 @@ def convert(text: str, base: str | None = None) -> Converted:
 
 
 def experience(method: str) -> str:
-    """Say what the project's experiment measured of a recipe.
-
-    Args:
-        method: the method to convert from, one of `MEASURED`.
-
-    Returns:
-        one sentence.
-    """
+    """Say how a recipe did in our experiment; `method` is one of `MEASURED`."""
     measured = MEASURED[method]
     worse = COMPARISONS - measured.lower
     word, count = (
@@ -149,7 +142,7 @@ def experience(method: str) -> str:
 
 
 def _target(method: str) -> str:
-    """The method of the recipe; refuses a method that has none."""
+    """The method of the recipe; refuses methods that cannot be converted."""
     if method in checks.METHODS:
         raise ValueError(f"merge_method is {method}: the YAML is a recipe already")
     if new := checks.recipe_for(method):
@@ -162,7 +155,7 @@ def _target(method: str) -> str:
 
 
 def _check_weights(config: MergeConfiguration) -> None:
-    """Refuse negative weights, for which a recipe would do the reverse."""
+    """Refuse negative weights, whose effect a recipe would reverse."""
     for part in merge_yaml.slices_of(config):
         for model, levels in zip(part.models, part.settings, strict=True):
             for value in _values(levels, "weight"):
@@ -175,7 +168,7 @@ def _check_weights(config: MergeConfiguration) -> None:
 
 
 def _values(levels: tuple[merge_yaml.Settings, ...], name: str) -> list[float]:
-    """All numbers of a parameter on the first level that sets it."""
+    """All values of a parameter on the first level that sets it."""
     setting: Any = next((level[name] for level in levels if name in level), [])
     try:
         return [float(value) for value in merge_yaml.values_of(setting)]
@@ -184,7 +177,7 @@ def _values(levels: tuple[merge_yaml.Settings, ...], name: str) -> list[float]:
 
 
 def _weights_in_all(config: MergeConfiguration) -> list[str]:
-    """Say how to keep the total of the old weights where it is not 1."""
+    """A note on how to keep the sum of the old weights, if it is not 1."""
     spec = registry.get(config.merge_method).spec
     defaults = {parameter.name: parameter.default for parameter in spec.parameters}
     if not {"lambda", "weight"} <= defaults.keys():
@@ -265,7 +258,7 @@ def _cuts(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _entries(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], bool]]:
-    """Yield what may have `parameters:`, its name, and whether it is a single model."""
+    """Yield everything that may have `parameters:`: name, entry, if a single model."""
     modules = data.get("modules") or {"": data}
     for name, module in modules.items():
         within = f"modules.{name}" if name else ""
@@ -326,13 +319,13 @@ def _strip(
 
 
 def _shown(value: Any) -> str:
-    """A setting in one line, as YAML has it."""
+    """A setting as one line of YAML."""
     line: str = yaml.safe_dump(value, default_flow_style=True, width=10**6)
     return line.removesuffix("...\n").strip()
 
 
 def _set_precision(data: dict[str, Any], changes: list[str], notes: list[str]) -> None:
-    """Let a composed method, which rounds at every step, compute in float32."""
+    """Let a composed method compute in float32, since it rounds at every step."""
     old = data.get("dtype")
     if old is None:
         notes.append(
@@ -368,7 +361,7 @@ def _comments(text: str) -> tuple[str, bool]:
 
 
 def _dumper() -> type[yaml.Dumper]:
-    """mergekit's dumper, without anchors where a YAML repeats itself by them."""
+    """mergekit's dumper, writing repeated parts in full instead of as aliases."""
     from mergekit.config import ConfigYamlDumper
 
     class Plain(ConfigYamlDumper):

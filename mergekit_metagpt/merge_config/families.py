@@ -1,4 +1,4 @@
-"""Who is merged with whom by which settings: from a YAML, or from a list of models."""
+"""Finds which models are merged with each other, from a YAML or a list; opens them."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class Family:
     """A base and the models that are merged with each other.
 
     Attributes:
-        places: where the YAML names them; empty without one.
+        places: places of the YAML that name them; empty without a YAML.
         base: theta_0.
         models: the K fine-tunes.
-        settings: of the closed form, for the whole model.
-        varying: those that the YAML sets by filters or gradients, tensor by tensor;
-            they stand in `settings` and `weights` with their defaults.
-        weights: importance of each model, 1 unless a metagpt YAML says otherwise.
-        by_hand: the `weight` of each model as a YAML of another method has it.
+        settings: settings of the closed form, for the whole model.
+        varying: parameters that the YAML sets by filters or gradients, tensor by
+            tensor; `settings` and `weights` have their defaults.
+        weights: importance of each model, 1 unless a metagpt YAML gives another.
+        by_hand: the `weight` of each model in a YAML of another method.
         keeps_length: whether `lambda` is `keep` anywhere.
         base_listed: whether `models:` names the base too.
-        base_weight: the `weight` that stands under it there.
+        base_weight: the `weight` of the base there.
     """
 
     places: tuple[str, ...]
@@ -61,18 +61,7 @@ class Family:
 
 
 def checked(name: str, value: Any) -> Any:
-    """Return a parameter's value if it is legal.
-
-    Args:
-        name: of a parameter of `metagpt`.
-        value: as given.
-
-    Returns:
-        the value in its type.
-
-    Raises:
-        ValueError: it is not legal.
-    """
+    """Convert the value of a parameter of `metagpt`, or refuse it by a ValueError."""
     (parameter,) = (p for p in own_parameters() if p.name == name)
     return parameter.validate(value)
 
@@ -93,7 +82,7 @@ def _constant(
 
 
 def _settings(part: merge_yaml.Inputs) -> tuple[Settings, tuple[str, ...]]:
-    """The settings of a slice, and those that vary by tensor."""
+    """The settings of a slice, and names of parameters that vary by tensor."""
     values, varying = {}, []
     for parameter in own_parameters():
         if parameter.scope == ParameterScope.SHARED:
@@ -149,13 +138,13 @@ def of_config(
     ours = config.merge_method in checks.METHODS
     if ours:
         checks.check_yaml(config)
-    wishes: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     if granularity is not None:
-        wishes["granularity"] = checked("granularity", granularity)
+        overrides["granularity"] = checked("granularity", granularity)
     if power is not None:
-        wishes["power"] = checked("power", power)
+        overrides["power"] = checked("power", power)
     if exclude is not None:
-        wishes["exclude"] = split_exclude(exclude)
+        overrides["exclude"] = split_exclude(exclude)
     by_name = _named(weights or {}, config)
     families: dict[Any, Family] = {}
     for part in merge_yaml.slices_of(config):
@@ -188,7 +177,7 @@ def of_config(
             places=(),
             base=part.base,
             models=tuple(models),
-            settings=settings.model_copy(update=wishes),
+            settings=settings.model_copy(update=overrides),
             varying=varying,
             weights=tuple(own),
             by_hand=tuple(by_hand),
@@ -213,14 +202,14 @@ def of_config(
 def _named(
     weights: Mapping[str, float], config: MergeConfiguration
 ) -> dict[ModelReference, float]:
-    """Find the models that are named: as the YAML does, or by a folder's name."""
+    """Weights by model, from names in the YAML or of folders."""
     tuned = {
         model: None
         for part in merge_yaml.slices_of(config)
         for model in part.models
         if model != part.base
     }
-    found = {}
+    by_model = {}
     for name, weight in weights.items():
         same = [model for model in tuned if str(model) == merge_yaml.as_local(name)]
         same = same or [model for model in tuned if name in _folders(model)]
@@ -229,25 +218,25 @@ def _named(
             names = ", ".join(map(str, tuned))
             raise ValueError(f"--weight {name} names {count}; expected one of {names}")
         try:
-            found[same[0]] = checked("weight", weight)
+            by_model[same[0]] = checked("weight", weight)
         except ValueError as error:
             said = str(error).removeprefix("weight ")
             raise ValueError(f"weight of {same[0]} {said}") from error
-    return found
+    return by_model
 
 
 def _folders(model: ModelReference) -> set[str]:
-    """Last parts of the paths of a model: of its adapter, or else its own."""
+    """Path and folder name of a model, or of its adapter if it has one."""
     path = (model.lora or model.model).path
     return {path, Path(path).name}
 
 
 def config_of(base: str, models: Sequence[str]) -> MergeConfiguration:
-    """Return the merge of a base and models that are named without a YAML.
+    """Return the merge of a base and models that are given without a YAML.
 
     Args:
         base: theta_0: a folder or hub repository.
-        models: the fine-tunes; adapters of the base may be named without it.
+        models: the fine-tunes; adapters of the base may be given without it.
 
     Returns:
         mergekit's configuration, with every parameter at its default.
@@ -269,11 +258,11 @@ def config_of(base: str, models: Sequence[str]) -> MergeConfiguration:
 
 
 def are_adapters(models: Sequence[str], base: str | None, *, remote: bool) -> bool:
-    """Whether LoRA adapters are named, and no base of theirs.
+    """Whether LoRA adapters are given without their base.
 
     Args:
-        models: what is named.
-        base: the base that is named, or None.
+        models: the given models, or a YAML.
+        base: the given base, or None.
         remote: whether a single name may be a hub repository.
 
     Returns:
@@ -298,25 +287,25 @@ def are_adapters(models: Sequence[str], base: str | None, *, remote: bool) -> bo
 
 
 def open_adapters(
-    adapters: Sequence[str], **wishes: Any
+    adapters: Sequence[str], **overrides: Any
 ) -> tuple[Family, Mapping[ModelReference, Checkpoint]]:
-    """Open LoRA adapters whose base is not at hand, reading headers only.
+    """Open LoRA adapters without their base, reading headers only.
 
     Args:
-        adapters: folders, or hub repositories, which are fetched whole.
-        **wishes: granularity, power and exclude, where they are not None.
+        adapters: folders, or hub repositories, which are downloaded whole.
+        **overrides: `granularity`, `power` and `exclude` of `of_config`.
 
     Returns:
-        their family, and headers by model; the base has none.
+        their family, and headers by model; those of the base are empty.
 
     Raises:
-        ValueError: an adapter is given twice, or factors alone do not tell how far it
-            moved.
+        ValueError: an adapter is given twice, or its task vector is not a product of
+            factors.
         OSError: a file or repository cannot be read.
     """
     from mergekit.common import ModelReference
 
-    (family,) = of_config(config_of("base", adapters), **wishes)
+    (family,) = of_config(config_of("base", adapters), **overrides)
     models = [ModelReference.model_validate({"model": name}) for name in adapters]
     opened = {}
     for model in models:
@@ -338,18 +327,18 @@ def open_models(
 ) -> Mapping[ModelReference, Checkpoint]:
     """Open every base and model of the families, reading headers only.
 
-    An adapter of its family's base is opened as such, so that it is measured from its
-    factors, unless its task vector is not their product or settings vary by tensor.
+    An adapter of its family's base is measured from its factors. It is merged into the
+    base instead if its task vector is not their product, or if settings vary by tensor.
 
     Args:
-        families: who is merged with whom.
-        options: mergekit's; those that say how to load models.
+        families: the families.
+        options: mergekit's options for loading models.
 
     Returns:
         the headers by model.
 
     Raises:
-        ValueError: a model is not there, or cannot be measured.
+        ValueError: a model does not exist, or cannot be measured.
         OSError: a file is missing, truncated or corrupt.
     """
     adapters = {}
@@ -363,9 +352,9 @@ def open_models(
 
 
 def _adapters_of_their_base(families: Sequence[Family]) -> list[ModelReference]:
-    """Models that can be measured from factors in every family that they are in."""
+    """The models that are adapters of the base in all of their families."""
     if any(family.varying for family in families):
-        return []  # coefficients of single tensors rest on what mergekit would read
+        return []  # coefficients of single tensors need the tensors that mergekit reads
     adapters: dict[ModelReference, bool] = {}
     for family in families:
         for model in family.models:
@@ -378,14 +367,14 @@ def _adapters_of_their_base(families: Sequence[Family]) -> list[ModelReference]:
 def glimpse_models(
     families: Sequence[Family], options: MergeOptions
 ) -> Mapping[ModelReference, Glimpse]:
-    """Look at every base and model of the families; download none.
+    """Read configurations and headers of the families' models; download no weights.
 
     Args:
-        families: who is merged with whom.
-        options: mergekit's; those that say how to load local models.
+        families: the families.
+        options: mergekit's options for loading local models.
 
     Returns:
-        what configurations and headers tell, by model.
+        the models that were read, by reference.
 
     Raises:
         ValueError: a model cannot be read in part.

@@ -31,19 +31,19 @@ _MODEL_KEYS = ("model", "base_model", "path", "source", "tokenizer_source")
 
 @dataclass(frozen=True)
 class Inputs:
-    """The models of one slice (or of a whole module): those merged with each other.
+    """The models of one slice, or of a module without slices, merged with each other.
 
     Attributes:
-        place: where the configuration names them, for messages.
+        place: their place in the configuration, for messages.
         base: theta_0, or None.
-        models: all of them, the base too where it is listed.
-        settings: for each model its parameters, from highest to lowest precedence.
-        shared: parameters that hold for all models, likewise.
-        slice_number: which slice of the module, from 0.
-        moves_layers: whether a layer of an input comes out at another index.
-        module: where the configuration names one, else empty.
-        ranges: for each model its layers, from the first to before the last; None
-            where all are merged.
+        models: all models, including the base if it is listed.
+        settings: parameters of each model, from highest to lowest precedence.
+        shared: parameters of all models, likewise.
+        slice_number: number of the slice in the module, from 0.
+        moves_layers: whether a layer of an input gets another index in the output.
+        module: name of the module, or empty if the configuration has no modules.
+        ranges: layers of each model, as first and one past the last; None if all
+            layers are merged.
     """
 
     place: str
@@ -68,7 +68,7 @@ def text_of(file: Path) -> str:
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: it is no text.
+        ValueError: it is not text.
     """
     try:
         return file.read_text(encoding="utf-8")
@@ -90,8 +90,8 @@ def read_file(file: Path) -> tuple[str, MergeConfiguration]:
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: as `read`, with the name of the file; or it names a model relative
-            to another folder than the current one.
+        ValueError: as `read`, with the name of the file; or a model's path seems to be
+            relative to another folder than the current one.
     """
     try:
         text = text_of(file)
@@ -103,7 +103,7 @@ def read_file(file: Path) -> tuple[str, MergeConfiguration]:
 
 
 def _require_here(config: MergeConfiguration, file: Path) -> None:
-    """Refuse local models that are not there, where the YAML lies in another folder."""
+    """Refuse local models that do not exist, if the YAML is in another folder."""
     home = Path(os.path.normpath(file.absolute().parent))
     if home == Path.cwd():
         return
@@ -115,7 +115,7 @@ def _require_here(config: MergeConfiguration, file: Path) -> None:
             if there or part.path.startswith("."):
                 way = f"run this in {home}" if there else "run this where they start"
                 if (home / "metagpt.json").exists():
-                    way = f"{home}/metagpt.json has what was measured then; {way}"
+                    way = f"{home}/metagpt.json has the earlier measurements; {way}"
                 raise ValueError(
                     f"{file}: {part.path} does not exist. Relative paths are taken "
                     f"from the current folder, {Path.cwd()}, and the YAML lies in "
@@ -124,10 +124,10 @@ def _require_here(config: MergeConfiguration, file: Path) -> None:
 
 
 def read(text: str) -> MergeConfiguration:
-    """Parse a merge YAML; local models in it are marked as such (`./out/base`).
+    """Parse a merge YAML; paths of local models get a leading `./`.
 
-    mergekit's model card asks the hub for every path with exactly one slash, so that
-    an offline merge of `out/base` would fail at its very end.
+    Otherwise mergekit's model card would ask the hub for every path with exactly one
+    slash, and an offline merge of `out/base` would fail at its very end.
 
     Args:
         text: the YAML.
@@ -136,7 +136,7 @@ def read(text: str) -> MergeConfiguration:
         mergekit's configuration.
 
     Raises:
-        ValueError: the text is no YAML mapping, or mergekit refuses it.
+        ValueError: the text is not a YAML mapping, or mergekit refuses it.
     """
     from mergekit.config import MergeConfiguration
 
@@ -169,7 +169,7 @@ def read(text: str) -> MergeConfiguration:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would keep the last."""
+    """Refuses a key that is given twice; YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
         keys = [key.value for key, _ in node.value]
@@ -182,7 +182,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _in_words(error: ValidationError) -> str:
-    """Say what is wrong with a configuration, and where: the first error counts."""
+    """Explain the first error in a configuration, and name its place."""
     from mergekit.config import (
         ConditionalParameter,
         InputSliceDefinition,
@@ -191,18 +191,18 @@ def _in_words(error: ValidationError) -> str:
     )
 
     errors = error.errors()
-    unknown = [found for found in errors if found["type"] == "extra_forbidden"]
-    found = (unknown or errors)[0]
-    *above, key = found["loc"]
+    unknown = [each for each in errors if each["type"] == "extra_forbidden"]
+    first = (unknown or errors)[0]
+    *above, key = first["loc"]
     if "parameters" in above:  # whose values are of one of many types
         at = above.index("parameters") + 1
         above, key = above[: at + bool(unknown)], key if unknown else above[at]
     place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in above)
     where = place.removeprefix(".") or "the YAML"
     if not unknown:
-        if found["input"] is None and "parameters" in above:
+        if first["input"] is None and "parameters" in above:
             return f"{key} in {where} is empty; give a value, or remove it"
-        return f"no merge configuration: {key} in {where}: {found['msg']}"
+        return f"no merge configuration: {key} in {where}: {first['msg']}"
     scopes = {
         parameter.name: parameter.scope
         for method in registry.registered_methods()
@@ -216,15 +216,15 @@ def _in_words(error: ValidationError) -> str:
             f"`parameters:` {home}"
         )
     inner = (OutputSliceDefinition, InputSliceDefinition, ConditionalParameter)
-    known = inner if above else (MergeConfiguration,)
-    meant = closest(str(key), {name for part in known for name in part.model_fields})
+    schemas = inner if above else (MergeConfiguration,)
+    meant = closest(str(key), {name for each in schemas for name in each.model_fields})
     hint = f"did you mean {meant}?" if meant else "mergekit would ignore it. Remove it"
     return f"{key} is no key of a merge in {where}; {hint}"
 
 
-def closest(name: str, known: Collection[str]) -> str | None:
-    """The known name that looks most like a misspelt one."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+def closest(name: str, names: Collection[str]) -> str | None:
+    """Return the name that is most similar to a misspelt one, if any is."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     return close[0] if close else None
 
 
@@ -245,7 +245,7 @@ def _local(value: Any, key: str = "") -> Any:
 
 
 def as_local(model: str) -> str:
-    """Return a model's name as `read` does: local folders with a leading `./`."""
+    """Spell a model as `read` does: local folders with a leading `./`."""
     return "+".join(map(_marked, model.split("+")))
 
 
@@ -267,14 +267,7 @@ def values_of(setting: Any) -> Iterator[Any]:
 
 
 def slices_of(config: MergeConfiguration) -> Iterator[Inputs]:
-    """Yield the models of each slice, or of each module that has no slices.
-
-    Args:
-        config: mergekit's configuration.
-
-    Yields:
-        what is merged with each other.
-    """
+    """Yield the models of each slice, and of each module without slices."""
     modules = config.modules or {"": config}
     for module_name, module in modules.items():
         within = f"modules.{module_name}." if module_name else ""
@@ -316,7 +309,7 @@ def slices_of(config: MergeConfiguration) -> Iterator[Inputs]:
 
 
 def models(config: MergeConfiguration) -> list[ModelReference]:
-    """Return every base and model of a configuration once, in its order."""
+    """Return every base and model of a configuration once, in order."""
     named = {
         model: None
         for part in slices_of(config)
@@ -327,4 +320,4 @@ def models(config: MergeConfiguration) -> list[ModelReference]:
 
 
 def _given(*settings: Settings | None) -> tuple[Settings, ...]:
-    return tuple(found for found in settings if found)
+    return tuple(level for level in settings if level)

@@ -26,28 +26,28 @@ if TYPE_CHECKING:
     from mergekit.common import ModelReference
     from mergekit.config import MergeConfiguration
 
-# What each weight is to be looked up by: module, slice, model, name in that model.
+# The place of a weight: module, slice, model, and the tensor's name in that model.
 _Place = tuple[str, int, "ModelReference", str]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A plain YAML, and in words what merging it changes beyond the last bits."""
+    """A plain YAML, and how its merge differs in more than the last bits, in words."""
 
     text: str
     changes: tuple[str, ...]
 
 
-def export(job: Job, found: Sequence[Coefficients] | None = None) -> Exported:
-    """Write a merge by one of our methods with explicit weights, for mergekit alone.
+def export(job: Job, weighted: Sequence[Coefficients] | None = None) -> Exported:
+    """Write a merge by one of our methods with explicit weights, for plain mergekit.
 
-    `metagpt` becomes `task_arithmetic` in float32 (float64 where weights are), which
-    rounds as `metagpt` does but for the last bit; a composed method becomes the one
+    `metagpt` becomes `task_arithmetic` in float32 (in float64 for such weights), which
+    gives the same result but for the last bit. A composed method becomes the method
     behind it, with nothing else changed.
 
     Args:
-        job: the merge, checked.
-        found: its coefficients; measured if None.
+        job: the checked merge.
+        weighted: its coefficients; computed if None.
 
     Returns:
         the YAML and its differences.
@@ -57,17 +57,17 @@ def export(job: Job, found: Sequence[Coefficients] | None = None) -> Exported:
         OSError: as the merge itself.
     """
     config = job.config
-    if found is None:
-        found = coefficients(job.planned)
+    if weighted is None:
+        weighted = coefficients(job.planned)
     weights: dict[_Place, float] = {}
-    for tensor in found:
+    for tensor in weighted:
         at = tensor.planned
         for model, share in tensor.shares.items():
             place = at.module, at.slice_number, model, at.input_names[model]
             weights[place] = share
 
     inner = config.merge_method.removeprefix("metagpt").removeprefix("_")
-    keeps_length = any(t.planned.settings.keeps_length for t in found)
+    keeps_length = any(t.planned.settings.keeps_length for t in weighted)
     names = _kept_parameters(config.merge_method)
     dump = kept(dumped(config), names - {"lambda"} if keeps_length else names)
     first = {"merge_method": inner or "task_arithmetic"}
@@ -84,29 +84,29 @@ def export(job: Job, found: Sequence[Coefficients] | None = None) -> Exported:
             }
             weight = weight_setting(of_source) if of_source else 0.0
             source.setdefault("parameters", {})["weight"] = weight
-    scales = {t.planned.name: t.scale for t in found if t.shares}
+    scales = {t.planned.name: t.scale for t in weighted if t.shares}
     if keeps_length:
         data.setdefault("parameters", {})["lambda"] = weight_setting(scales)
-    changes = [] if inner else _set_precision(data, config, found)
+    changes = [] if inner else _set_precision(data, config, weighted)
 
     from mergekit.config import ConfigYamlDumper
 
     body = yaml.dump(data, Dumper=ConfigYamlDumper, sort_keys=False, width=88)
     _verify(body, weights, scales if keeps_length else {})
-    return Exported(_comment(config, found, changes) + body, tuple(changes))
+    return Exported(_comment(config, weighted, changes) + body, tuple(changes))
 
 
 def weight_setting(values: Mapping[str, float]) -> float | list[dict[str, Any]]:
     """Write one value per tensor as mergekit's setting of a parameter.
 
     mergekit takes the first filter that is a substring of a tensor's name. So longer
-    filters come first, layers end in a dot, and what is written is checked by name.
+    filters come first, layers end in a dot, and every name is checked afterwards.
 
     Args:
-        values: by name of the tensor.
+        values: value of each tensor, by name.
 
     Returns:
-        a number if all are equal; else filters, the last entry being for the rest.
+        a number if all are equal; otherwise filters, and a last entry for the rest.
 
     Example:
         >>> weight_setting({"h.1.w": 0.5, "h.1.b": 0.5, "h.11.w": 0.25, "h.11.b": 0.25})
@@ -122,10 +122,10 @@ def weight_setting(values: Mapping[str, float]) -> float | list[dict[str, Any]]:
         uniform = len(of_layer[key]) == 1 and name.startswith(f"{key}.")
         if value != default:
             filters[f"{key}." if uniform else name] = value
-    ordered = sorted(filters.items(), key=lambda found: (-len(found[0]), found[0]))
+    ordered = sorted(filters.items(), key=lambda item: (-len(item[0]), item[0]))
     if any(_first(ordered, name, default) != v for name, v in values.items()):
-        # Some filter also catches a name that it is not meant for: spell out all.
-        ordered = sorted(values.items(), key=lambda found: (-len(found[0]), found[0]))
+        # A filter matches another name too: give every name a filter.
+        ordered = sorted(values.items(), key=lambda item: (-len(item[0]), item[0]))
     if not ordered:
         return default
     return [
@@ -139,7 +139,7 @@ def _first(filters: Sequence[tuple[str, float]], name: str, default: float) -> f
 
 
 def _kept_parameters(method: str) -> set[str]:
-    """Parameters that mean the same to the plain method as to ours."""
+    """Parameters with the same meaning in the plain method and in ours."""
     from mergekit.merge_methods import registry
 
     if method == "metagpt":
@@ -149,9 +149,9 @@ def _kept_parameters(method: str) -> set[str]:
 
 
 def dumped(value: Any) -> Any:
-    """Return a configuration as plain data, without what has its default.
+    """Return a configuration as plain data, without values that are defaults.
 
-    mergekit's own way fails for paths with spaces.
+    mergekit's own function fails for paths with spaces.
 
     Args:
         value: mergekit's configuration, or a part of it.
@@ -164,11 +164,11 @@ def dumped(value: Any) -> Any:
     if isinstance(value, ModelReference) and value.override_architecture is None:
         return str(value)
     if isinstance(value, BaseModel):
-        found = {name: getattr(value, name) for name in type(value).model_fields}
         return {
-            name: dumped(found[name])
+            name: dumped(content)
             for name, field in type(value).model_fields.items()
-            if found[name] != field.get_default(call_default_factory=True)
+            if (content := getattr(value, name))
+            != field.get_default(call_default_factory=True)
         }
     if isinstance(value, dict):
         return {key: dumped(item) for key, item in value.items()}
@@ -178,15 +178,7 @@ def dumped(value: Any) -> Any:
 
 
 def kept(data: Any, names: Collection[str]) -> Any:
-    """Copy a configuration with only these parameters left, on all its levels.
-
-    Args:
-        data: as plain data.
-        names: of the parameters to keep.
-
-    Returns:
-        the copy.
-    """
+    """Copy a configuration, given as plain data, with these parameters only."""
     if isinstance(data, list):
         return [kept(item, names) for item in data]
     if not isinstance(data, dict):
@@ -200,7 +192,7 @@ def kept(data: Any, names: Collection[str]) -> Any:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a model is named; `module` is None where it holds for all modules."""
+    """A model in a slice; `module` is None if the configuration has no modules."""
 
     module: str | None
     slice_number: int
@@ -211,7 +203,7 @@ class _Source:
 def _sources(
     config: MergeConfiguration, data: dict[str, Any]
 ) -> Iterator[tuple[_Source, dict[str, Any]]]:
-    """Yield every model of a configuration's slices, and its place in the dump."""
+    """Yield every model of a configuration, and its entry in the dumped data."""
     for name, module in (config.modules or {None: config}).items():
         dump = data if name is None else data["modules"][name]
         listed = zip(module.models or (), dump.get("models", ()), strict=True)
@@ -225,12 +217,12 @@ def _sources(
 
 
 def _set_precision(
-    data: dict[str, Any], config: MergeConfiguration, found: Sequence[Coefficients]
+    data: dict[str, Any], config: MergeConfiguration, weighted: Sequence[Coefficients]
 ) -> list[str]:
-    """Let task_arithmetic compute as `metagpt` does; say what cannot be the same."""
+    """Let task_arithmetic compute as `metagpt` does; report remaining differences."""
     stored: Counter[torch.dtype] = Counter()
     of_output: dict[str, torch.dtype] = {}
-    for tensor in found:
+    for tensor in weighted:
         at, sizes = tensor.planned, []
         dtypes = []
         for model, name in at.input_names.items():
@@ -286,7 +278,7 @@ def _coarser(one: str, other: str) -> bool:
 def _verify(
     body: str, weights: Mapping[_Place, float], scales: Mapping[str, float]
 ) -> None:
-    """Let mergekit evaluate the YAML's weights, and compare them tensor by tensor."""
+    """Let mergekit evaluate the weights of the YAML, and compare each of them."""
     from mergekit.config import evaluate_setting
 
     config = merge_yaml.read(body)
@@ -314,7 +306,7 @@ def _verify(
 
 
 def _comment(
-    config: MergeConfiguration, found: Sequence[Coefficients], changes: Sequence[str]
+    config: MergeConfiguration, weighted: Sequence[Coefficients], changes: Sequence[str]
 ) -> str:
     formula = "||theta_t - theta_0||^2 / sum_k ||theta_k - theta_0||^2"
     lines = [
@@ -322,7 +314,7 @@ def _comment(
         "Each weight is a coefficient of MetaGPT (https://arxiv.org/abs/2406.11385),",
         f"lambda_t = {formula}, measured on",
     ]
-    for model in dict.fromkeys(m for t in found for m in t.planned.task.model_order):
+    for model in dict.fromkeys(m for t in weighted for m in t.planned.task.model_order):
         checkpoint = already_open(model)
         if checkpoint is not None:
             digest = digest_of(checkpoint.identity)
@@ -338,9 +330,9 @@ def _comment(
     }
     if given:
         lines.append(f"with parameters of metagpt: {', '.join(sorted(given))}.")
-    errors = [tensor.error for tensor in found if tensor.error is not None]
+    errors = [tensor.error for tensor in weighted if tensor.error is not None]
     if errors:
-        share = found[0].planned.settings.sample
+        share = weighted[0].planned.settings.sample
         lines.append(
             f"Estimated from a sample of {share:g} of each large tensor, with standard "
             f"errors of at most {max(errors):.1g}."

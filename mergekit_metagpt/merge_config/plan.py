@@ -1,4 +1,4 @@
-"""What a configuration will write: its output tensors, and the coefficients of each."""
+"""Plans and runs merges by mergekit; finds the coefficients of each output tensor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mergekit.config import ConfigReader, MergeConfiguration, OutputModuleDefinition
     from mergekit.options import MergeOptions
 
-# Wings that run within a merge.
+# Wings whose code runs within mergekit's merge.
 _OURS = tuple(
     f"mergekit_metagpt.{wing}."
     for wing in ("method", "scanning", "checkpoints", "arithmetic")
@@ -40,13 +40,13 @@ _OURS = tuple(
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor that mergekit's planner wants written.
+    """An output tensor in mergekit's plan.
 
     Attributes:
-        module: of the architecture.
-        slice_number: which output slice of the module gives its inputs.
-        input_names: under which name each model holds it.
-        task: mergekit's, with parameters resolved for this tensor.
+        module: module of the architecture.
+        slice_number: number of the output slice that it belongs to.
+        input_names: its name in each model.
+        task: mergekit's task, with parameters resolved for this tensor.
     """
 
     module: str
@@ -76,11 +76,14 @@ class Planned:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The coefficients of one output tensor, before `lambda` scales them.
+    """The coefficients of one output tensor.
 
-    `shares` holds the models that have the tensor; none if only the base does. `scale`
-    is `lambda`, or what `lambda: keep` comes to. `error` is the largest standard error
-    of any share; None if they are exact.
+    Attributes:
+        planned: the tensor.
+        shares: coefficients before `lambda` scales them, of the models that have the
+            tensor; empty if only the base has it.
+        scale: `lambda`, or the value of `lambda: keep`.
+        error: largest standard error of a share; None if they are exact.
     """
 
     planned: Planned
@@ -89,21 +92,12 @@ class Coefficients:
     error: float | None = None
 
 
-@dataclass(frozen=True)
-class _Weighted:
-    """Coefficients of a tensor that is yet to be named."""
-
-    shares: Mapping[ModelReference, float]
-    scale: float
-    error: float | None = None
-
-
 class _Planner(MergePlanner):
-    """mergekit's planner, which also notes where each tensor's inputs are given."""
+    """mergekit's planner, which also notes module, slice and names of each tensor."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.found: list[Planned] = []
+        self.planned: list[Planned] = []
         self._module = ""
 
     def plan_module(self, module_name: str, definition: OutputModuleDefinition) -> None:
@@ -121,11 +115,11 @@ class _Planner(MergePlanner):
         super().plan_tensor(weight, weights_in, models, cfg_reader)
         slices = cfg_reader.module.slices
         (number,) = (n for n, at in enumerate(slices) if at is cfg_reader.slice_out)
-        # Not strict: mergekit gives the tensors after the layers as many inputs as the
-        # first slice has, and the models of the last, and merges those that have one.
+        # Not strict: for tensors after the layers, mergekit passes the models of the
+        # last slice and as many inputs as the first has, and merges what it can pair.
         names = dict(zip(models, (w.name for w in weights_in), strict=False))
         for _, task in self._tensors[before:]:
-            self.found.append(Planned(self._module, number, names, task))
+            self.planned.append(Planned(self._module, number, names, task))
 
 
 def plan_merge(config: MergeConfiguration, options: MergeOptions) -> list[Planned]:
@@ -133,7 +127,7 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> list[Planne
 
     Args:
         config: mergekit's configuration; not changed.
-        options: mergekit's own.
+        options: mergekit's options.
 
     Returns:
         every output tensor.
@@ -142,7 +136,7 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> list[Planne
         ValueError: the inputs do not fit each other.
     """
     planner, _ = _plan(config, options)
-    return planner.found
+    return planner.planned
 
 
 def tasks(config: MergeConfiguration, options: MergeOptions) -> list[Task[Any]]:
@@ -182,28 +176,19 @@ def _plan(
                 config, architecture, trust_remote_code=options.trust_remote_code
             ),
         )
-        # Only plans: nothing is executed.
         return planner, planner.plan_to_disk(out_path="")
 
 
 def names_in(planned: Sequence[Planned], model: ModelReference) -> set[str]:
-    """Return the names under which a merge reads a model.
-
-    Args:
-        planned: every output tensor.
-        model: an input.
-
-    Returns:
-        names of its tensors, as mergekit asks for them.
-    """
+    """Return the names under which a planned merge reads a model's tensors."""
     return {t.input_names[model] for t in planned if model in t.input_names}
 
 
 def coefficients(planned: Sequence[Planned]) -> list[Coefficients]:
     """Find the coefficients that a merge by MetaGPT will use, without merging.
 
-    Reads tensors only where the coefficients rest on what mergekit hands over: under
-    `granularity: tensor`, and optional ones, to see which models have them.
+    Tensors are read only under `granularity: tensor`, and if they are optional, to see
+    which models have them.
 
     Args:
         planned: every output tensor of a merge by one of our methods.
@@ -215,7 +200,7 @@ def coefficients(planned: Sequence[Planned]) -> list[Coefficients]:
         ValueError: as the merge itself.
         OSError: as the merge itself.
     """
-    weighted: dict[int, _Weighted] = {}
+    of_tensors: dict[int, Coefficients] = {}
     reading: dict[Task[Any], int] = {}
     for at, tensor in enumerate(planned):
         task = tensor.task
@@ -223,20 +208,16 @@ def coefficients(planned: Sequence[Planned]) -> list[Coefficients]:
             reading[_Weighing(planned=task)] = at
         else:
             names = dict.fromkeys(tensor.input_names, torch.empty(0, device="cpu"))
-            weighted[at] = _weighted(task, names)
+            of_tensors[at] = Coefficients(tensor, *_weighted(task, names))
     if reading:
         executor = Executor(list(reading), math_device="cpu", storage_device="cpu")
-        for task, found in executor.run(quiet=True):
-            weighted[reading[task]] = found
-    return [
-        Coefficients(
-            tensor, weighted[at].shares, weighted[at].scale, weighted[at].error
-        )
-        for at, tensor in enumerate(planned)
-    ]
+        for task, weighted in executor.run(quiet=True):
+            at = reading[task]
+            of_tensors[at] = Coefficients(planned[at], *weighted)
+    return [of_tensors[at] for at in range(len(planned))]
 
 
-class _Weighing(Task[_Weighted]):
+class _Weighing(Task[Any]):
     """Gathers the inputs of a tensor as the merge does, and weights them."""
 
     planned: ExecuteMergeMethodTask
@@ -244,13 +225,14 @@ class _Weighing(Task[_Weighted]):
     def arguments(self) -> dict[str, Task[Any]]:
         return {"tensors": self.planned.gather_tensors}
 
-    def execute(self, tensors: Mapping[Any, torch.Tensor]) -> _Weighted:
+    def execute(self, tensors: Mapping[Any, torch.Tensor]) -> Any:
         return _weighted(self.planned, tensors)
 
 
 def _weighted(
     task: ExecuteMergeMethodTask, tensors: Mapping[ModelReference, torch.Tensor]
-) -> _Weighted:
+) -> tuple[Mapping[ModelReference, float], float, float | None]:
+    """Shares, scale and error of a tensor, as in `Coefficients`."""
     present: Sequence[ModelReference] = [m for m in task.model_order if m in tensors]
     method = merge_methods.get(task.method_name)
     method.validate_inputs(present, task.base_model, group_name=task.output_weight.name)
@@ -262,7 +244,7 @@ def _weighted(
         TensorMetadata.from_weight_info(task.output_weight),
     )
     if not group.non_base or not all(t.is_floating_point() for t in tensors.values()):
-        return _Weighted({}, 1.0)
+        return {}, 1.0, None
     models = [entry.id for entry in group.non_base]
     weights = [task.input_parameters[model]["weight"] for model in models]
     settings = Settings.of(task.parameters)
@@ -274,14 +256,14 @@ def _weighted(
         errors = settings.share_errors(measured.sq_norms, measured.covariance, weight)
         error = float(errors.max())
     scale = settings.factor(shares, measured.gram if measured else None).item()
-    return _Weighted(dict(zip(models, shares.tolist(), strict=True)), scale, error)
+    return dict(zip(models, shares.tolist(), strict=True)), scale, error
 
 
 @contextmanager
 def mergekits_errors() -> Iterator[None]:
-    """Turn errors of mergekit and torch, of whatever type, into errors of the merge.
+    """Turn errors of mergekit and torch, whatever their type, into ValueErrors.
 
-    Defects of this package are raised as they are.
+    Errors in this package's own code are raised unchanged.
 
     Yields:
         while they run.
@@ -306,15 +288,7 @@ def mergekits_errors() -> Iterator[None]:
 def already_warned(
     config: MergeConfiguration, *, warned: bool
 ) -> AbstractContextManager[None]:
-    """Let our method log no warning in the merges that are planned meanwhile.
-
-    Args:
-        config: mergekit's configuration.
-        warned: whether all warnings on the coefficients were logged before.
-
-    Returns:
-        a context.
-    """
+    """Return a context in which our method logs no warnings if `warned` is true."""
     if not warned:
         return nullcontext()
     watch = merge_methods.get(config.merge_method).watch
@@ -324,7 +298,7 @@ def already_warned(
 
 @contextmanager
 def _without_its_own_noise() -> Iterator[None]:
-    """Drop a warning of transformers that mergekit's own code causes, and no user."""
+    """Drop a warning of transformers that mergekit's own code causes."""
 
     def keep(record: logging.LogRecord) -> bool:
         return "`torch_dtype` is deprecated" not in record.getMessage()
@@ -352,7 +326,7 @@ def run(
         out: folder for the merged model.
         options: mergekit's own.
         source: the YAML, for the model card.
-        warned: whether all warnings on the coefficients were logged before.
+        warned: whether all warnings on the coefficients were logged already.
     """
     from mergekit.merge import run_merge
 
@@ -365,7 +339,7 @@ def run(
 
 
 class _WithoutTensors(MergePlanner):
-    """mergekit's planner of a merge whose tensors are written already."""
+    """mergekit's planner for a merge whose tensors have been written already."""
 
     def plan_to_disk(self, out_path: str) -> list[Task[Any]]:
         return [self._tokenizer_task] if self._tokenizer_task else []
@@ -374,9 +348,7 @@ class _WithoutTensors(MergePlanner):
 def run_without_tensors(
     config: MergeConfiguration, out: str, options: MergeOptions, *, source: str
 ) -> None:
-    """Let mergekit write what it writes beside the tensors of a merge.
-
-    These are the model's configuration, its tokenizer and its card.
+    """Let mergekit write configuration, tokenizer and card of a merge, but no tensors.
 
     Args:
         config: mergekit's configuration.

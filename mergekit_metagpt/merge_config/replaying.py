@@ -1,4 +1,4 @@
-"""Compares a merged model on disk with its plan, and tensors of it with a replay."""
+"""Compares a merged model on disk with its plan, and its tensors with a new merge."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     from mergekit.options import MergeOptions
 
 LOG = logging.getLogger("mergekit_metagpt")
-# An integer of the same width, as which the bits of elements are compared.
+# Integers of the same width, to compare the bits of elements.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A tensor that is not as the merge would write it.
+    """A tensor that differs from what the merge would write.
 
     Attributes:
-        name: of the tensor.
-        what: in words.
-        largest: difference of an element; None where tensors cannot be subtracted.
+        name: name of the tensor.
+        what: the difference in words.
+        largest: largest difference of an element; None if shape or dtype differ.
     """
 
     name: str
@@ -51,13 +51,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Result:
-    """A merged model's headers.
+    """The headers of a merged model.
 
     Attributes:
-        folder: where it lies.
-        files: how many files of weights it has.
-        bytes: of all these files.
-        headers: by name as stored; None for tensors that are not of floating point.
+        folder: its folder.
+        files: number of its files of weights.
+        bytes: size of these files together.
+        headers: tensors by stored name; None for those that are not floating-point.
     """
 
     folder: Path
@@ -75,7 +75,7 @@ def open_result(folder: Path) -> Result:
     """Open a merged model, reading headers only.
 
     Args:
-        folder: where it lies.
+        folder: its folder.
 
     Returns:
         its headers.
@@ -101,14 +101,14 @@ def open_result(folder: Path) -> Result:
 
 
 def headers_differ(job: Job, result: Result) -> Iterator[Difference]:
-    """Compare what a merged model stores with what the merge plans, from headers.
+    """Compare the headers of a merged model with the plan of the merge.
 
     Args:
         job: the merge.
         result: the merged model.
 
     Yields:
-        planned tensors that are missing or of another shape or precision, and tensors
+        planned tensors that are missing or have another shape or precision, and tensors
         that are not planned.
     """
     expected = set(job.expected)
@@ -141,9 +141,9 @@ def _named(dtype: torch.dtype) -> str:
 def _header(
     tensor: plan.Planned, job: Job
 ) -> tuple[list[int | None], torch.dtype] | None:
-    """Shape and precision in which a tensor is written, as far as headers tell.
+    """Shape and precision in which a tensor is written, or None for integers.
 
-    An axis that a tokenizer sets has the size None. None for a buffer of integers.
+    An axis whose size depends on the tokenizer has the size None.
     """
     from mergekit.common import dtype_from_name
 
@@ -167,13 +167,13 @@ def _header(
 def sample(result: Result, names: Collection[str], most: int, seed: int) -> set[str]:
     """Choose tensors of a merged model: one of every kind, then others at random.
 
-    Tensors are of one kind if their names differ in numbers only.
+    Tensors are of one kind if their names differ only in numbers.
 
     Args:
         result: the merged model.
-        names: of the tensors to choose from.
-        most: bytes of the sample, unless one of every kind has more.
-        seed: the same seed chooses the same tensors.
+        names: names to choose from.
+        most: size of the sample in bytes, unless one of every kind needs more.
+        seed: seed of the choice.
 
     Returns:
         names of the sample.
@@ -181,39 +181,25 @@ def sample(result: Result, names: Collection[str], most: int, seed: int) -> set[
     order = sorted(names)
     random.Random(seed).shuffle(order)
     of_kind = {re.sub(r"\d+", "", name): name for name in order}
-    chosen = set(of_kind.values())
-    left = most - result.size(chosen)
+    sampled = set(of_kind.values())
+    left = most - result.size(sampled)
     for name in order:
-        if name not in chosen and (size := result.size([name])) <= left:
-            chosen.add(name)
+        if name not in sampled and (size := result.size([name])) <= left:
+            sampled.add(name)
             left -= size
-    return chosen
+    return sampled
 
 
 def draws(config: MergeConfiguration) -> bool:
-    """Whether a merge draws random numbers, in the order in which tensors are merged.
-
-    Args:
-        config: mergekit's configuration.
-
-    Returns:
-        whether its method does.
-    """
+    """Whether a merge draws random numbers, in the order of its tensors."""
     return config.merge_method.removeprefix("metagpt_") in RANDOM
 
 
 def has_device(name: str) -> bool:
-    """Whether torch can compute on a device here.
-
-    Args:
-        name: of the device.
-
-    Returns:
-        whether it can.
-    """
+    """Whether torch can compute on this device here."""
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):  # the latter of a torch without CUDA
+    except (RuntimeError, AssertionError):  # the latter from a torch without CUDA
         return False
     return True
 
@@ -226,20 +212,20 @@ def replay(
 ) -> Sequence[Difference]:
     """Let mergekit merge tensors again, and compare them with those of a merged model.
 
-    mergekit's own tasks run in its own order, up to the cast to `out_dtype`. A seed is
-    set as `run_merge` does.
+    mergekit's own tasks run in its own order, up to the cast to `out_dtype`, after
+    the seed is set as in `run_merge`.
 
     Args:
         config: mergekit's configuration.
-        options: mergekit's own.
-        folder: where the merged model lies.
-        names: of the tensors; of a merge that draws random numbers, all of them.
+        options: mergekit's options.
+        folder: folder of the merged model.
+        names: tensors to compare. A merge that draws random numbers is repeated whole.
 
     Returns:
-        the tensors of which a bit differs.
+        the tensors that differ in any bit.
 
     Raises:
-        ValueError: the merge cannot be made any more.
+        ValueError: the merge cannot be repeated.
         OSError: a file cannot be read.
     """
     import transformers
@@ -251,7 +237,7 @@ def replay(
         if not draws(config):
             tasks = saving = [task for task in saving if task.tensor_name in names]
         universe = TaskUniverse(tasks)
-        # In the place of the value of mergekit's TensorWriterTask.
+        # The comparison takes the place of mergekit's writer.
         writers = {universe.add_task(task.writer_task) for task in saving}
         executor = Executor(
             [universe.add_task(task) for task in tasks],
@@ -268,7 +254,7 @@ def replay(
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep the method from announcing the coefficients of a merge as if it were new."""
+    """Keep the method from logging the coefficients again."""
     level = LOG.level
     LOG.setLevel(logging.ERROR)
     try:
@@ -293,7 +279,7 @@ class _Comparison:
                 self.differences.append(difference)
 
     def finalize(self) -> None:
-        """Nothing is left to be written."""
+        """Do nothing: there is no file to complete."""
 
 
 def _difference(

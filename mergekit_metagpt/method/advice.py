@@ -1,4 +1,4 @@
-"""What to beware of in coefficients and task vectors: figures in, sentences out."""
+"""Warnings about coefficients and task vectors: figures in, sentences out."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from mergekit_metagpt.scanning.pools import exclude_for
 if TYPE_CHECKING:
     from mergekit_metagpt.scanning.results import ScanResult
 
+# A coefficient above DOMINANT, or below STARVED times an equal share, is reported.
 DOMINANT = 0.9
 STARVED = 0.1
+# Shares of a squared norm that are reported: in embeddings, in tensors not written.
 MOST = 0.5
 UNWRITTEN = 0.01
-# Models that were trained apart are sqrt(2) apart; a fine-tune moves a few per cent.
+# Relative to the norms, models trained independently are sqrt(2) apart, while a
+# fine-tune moves a few per cent.
 FAR = 0.5
-# An unrelated model is at least as far away as the base's own norm.
+# An unrelated model is at least as far from the base as the base's own norm.
 APART = 1.0
+# Cosines: of models that share training, at most of orthogonal ones, and of slightly
+# similar ones (0.3 is 9% of a squared norm).
 SIBLINGS = 0.5
 ORTHOGONAL = 0.1
-# A cosine of 0.3 is 9% of a squared norm.
 SLIGHT = 0.3
-# Largest norm over the smallest. docs/evaluation.md has comparisons of small models up
-# to 1.5 and from 2.3 on, and of Gemma 3 270M up to 1.9 and from 2.04 on.
+# Ratio of the largest to the smallest norm. docs/evaluation.md compares small models
+# with ratios up to 1.5 and from 2.3, and Gemma 3 270M up to 1.9 and from 2.04.
 APART_NORMS = 2.0
 
 
@@ -42,17 +46,17 @@ def degenerate(
     whole: ScanResult | None = None,
     exclude: Sequence[str] = (),
 ) -> str | None:
-    """Say whether one model takes almost all, or gets almost nothing.
+    """Report a model that takes almost all of a merge, or gets almost nothing.
 
     Args:
         base: the base.
         models: the K models.
         shares: their coefficients, summing to 1.
-        weights: their importance; models without weight are not spoken of.
-        where: the pool of tensors, for the reader.
-        sq_norms: n_t of the pool, or None where none were measured.
-        power: of the norms.
-        whole: what was measured of the K models, where they as a whole are the pool.
+        weights: importance of each model; models with weight 0 are ignored.
+        where: the pool of tensors, in words.
+        sq_norms: n_t of the pool, or None if norms were not measured.
+        power: exponent of the norms.
+        whole: scan of the K models, if the pool is the whole model.
         exclude: parts of the names of tensors that do not count.
 
     Returns:
@@ -72,7 +76,7 @@ def degenerate(
     moved = ""
     if sq_norms is not None and power != 0:
         moved = _moved(sq_norms[one], sq_norms[other], models[other])
-        # What a weight has done is not due to a distance.
+        # If the distance points the other way, the share is due to the weights.
         if (" more " in moved) != ((one == largest) == (power > 0)):
             moved = ""
     causes = ["a LoRA beside full fine-tunes", f"a wrong base (here {base})"]
@@ -97,7 +101,7 @@ def degenerate(
 
 
 def _moved(sq_norm: float, other_sq_norm: float, other: Hashable) -> str:
-    """How many times farther than another model one moved."""
+    """Words for how many times farther one model moved than another."""
     if not sq_norm or not other_sq_norm:
         return ""
     ratio = (sq_norm / other_sq_norm) ** 0.5
@@ -109,25 +113,25 @@ def _moved(sq_norm: float, other_sq_norm: float, other: Hashable) -> str:
 
 
 def _equal(share: float, weight: float, count: int) -> str | None:
-    """The weight by which a model of this share gets that of one among `count`."""
+    """The weight that would give a model with this share an equal one, 1 / count."""
     if not 0 < share < 1:
         return None
-    wanted = weight * (1 - share) / (share * (count - 1))
-    return f"{float(f'{wanted:.2g}'):g}"
+    equal = weight * (1 - share) / (share * (count - 1))
+    return f"{float(f'{equal:.2g}'):g}"
 
 
 def mostly_embeddings(
     result: ScanResult, exclude: Sequence[str], model: int
 ) -> str | None:
-    """Name the embeddings, where they hold most of a squared norm.
+    """Suggest how to exclude embeddings that hold most of a squared norm.
 
     Args:
-        result: what was measured.
+        result: the scan.
         exclude: parts of the names of tensors that do not count.
-        model: row of the model.
+        model: index of the model.
 
     Returns:
-        an `exclude` that leaves them out, or None.
+        an `exclude` for the embeddings, or None if they hold less.
     """
     pooled = result.pool("model", exclude)
     counted = set(pooled.members["model"])
@@ -137,12 +141,12 @@ def mostly_embeddings(
 
 
 def nothing_moved(base: Hashable, where: str) -> str:
-    """Say that all models equal the base."""
+    """Report that all models equal the base."""
     return f"no model differs from the base {base} ({where}): the base is kept"
 
 
 def nothing_counts(exclude: Sequence[str]) -> str:
-    """Say that `exclude` leaves no tensor to measure."""
+    """Report that `exclude` leaves no tensor to measure."""
     return (
         f"exclude ({', '.join(exclude)}) names every tensor: nothing is measured, and "
         "the weights alone count"
@@ -150,7 +154,7 @@ def nothing_counts(exclude: Sequence[str]) -> str:
 
 
 def base_listed(base: Hashable, weight: str | None) -> str:
-    """Say that a base among the models has no coefficient, and no weight."""
+    """Report that a base listed among the models gets no coefficient."""
     lost = "" if weight is None else f", and its weight {weight} does not count"
     return (
         f"{base} is the base and also listed as a model: it has no task vector, so it "
@@ -161,7 +165,7 @@ def base_listed(base: Hashable, weight: str | None) -> str:
 def left_out(
     base: Hashable, models: Sequence[Hashable], power: float, where: str
 ) -> str | None:
-    """Say which models equal the base, whose norm has no negative power."""
+    """Report models that equal the base: the norm 0 has no negative power."""
     if not models:
         return None
     names = ", ".join(str(model) for model in models)
@@ -178,12 +182,12 @@ def whole_model(
     exclude: Sequence[str],
     left: Collection[str] = (),
 ) -> Iterator[str]:
-    """Say what is unusual about the task vectors of whole models.
+    """Report what is unusual about the task vectors of whole models.
 
     Args:
         base: the base.
         models: the K models.
-        result: what was measured of them.
+        result: the scan of these models.
         exclude: parts of the names of tensors that do not count.
         left: names of tensors that the merge does not write.
 
@@ -220,30 +224,30 @@ def whole_model(
 
 
 def distance(result: ScanResult, model: int, counted: Collection[str]) -> float:
-    """Return how far a model's tensors are from the base's, in norms of those.
+    """Return the median distance of a model's tensors from the base's, by their norms.
 
-    The median over tensors: of small models, norms that all have in common may hold
-    most of ||theta_0||; of others, changed embeddings most of ||tau||.
+    A ratio of whole norms could mislead: normalisation weights may hold most of a small
+    model's ||theta_0||, and changed embeddings most of ||tau||.
 
     Args:
-        result: what was measured.
-        model: row of the model.
+        result: the scan.
+        model: index of the model.
         counted: names of the tensors that count.
 
     Returns:
-        median of ||tau|| / ||theta_0||; 0 without tensors.
+        median over tensors of ||tau|| / ||theta_0||; 0 without tensors.
     """
     rows = [row for row, name in enumerate(result.names) if name in counted]
     sq_norms = result.sq_norms[rows, model]
     base_sq_norms = result.base_sq_norms[rows, model]
-    known = base_sq_norms > 0
-    if not bool(known.any()):
+    nonzero = base_sq_norms > 0
+    if not bool(nonzero.any()):
         return 0.0
-    return float((sq_norms[known] / base_sq_norms[known]).median().sqrt())
+    return float((sq_norms[nonzero] / base_sq_norms[nonzero]).median().sqrt())
 
 
 def embeddings(model: Hashable, share: float, exclude: str) -> str | None:
-    """Say that embeddings hold most of a squared norm."""
+    """Report embeddings that hold most of a squared norm."""
     if share <= MOST:
         return None
     return (
@@ -253,7 +257,7 @@ def embeddings(model: Hashable, share: float, exclude: str) -> str | None:
 
 
 def counts_unwritten(model: Hashable, share: float, exclude: str) -> str | None:
-    """Say that tensors count which the merge leaves out."""
+    """Report tensors that count in a coefficient but are not merged."""
     if share <= UNWRITTEN:
         return None
     return (
@@ -263,13 +267,13 @@ def counts_unwritten(model: Hashable, share: float, exclude: str) -> str | None:
 
 
 def lost(base: Hashable, names: Sequence[str], count: int, share: float) -> str | None:
-    """Say that mergekit does not write weights that the merged model needs.
+    """Report weights that the merged model needs and mergekit does not write.
 
     Args:
-        base: the model whose tensors are meant.
-        names: of those that are not written.
-        count: of all tensors that the model stores.
-        share: of the parameters that are not written.
+        base: the model that has the weights.
+        names: names of these weights.
+        count: number of all tensors that the model stores.
+        share: share of the model's parameters in these weights.
 
     Returns:
         the sentence, or None if all are written.
@@ -286,7 +290,7 @@ def lost(base: Hashable, names: Sequence[str], count: int, share: float) -> str 
 
 
 def far(base: Hashable, model: Hashable, relative_norm: float) -> str | None:
-    """Say that a model is so far from the base that it may stem from another one."""
+    """Report a model so far from the base that it may belong to another one."""
     if relative_norm <= FAR:
         return None
     return (
@@ -297,7 +301,7 @@ def far(base: Hashable, model: Hashable, relative_norm: float) -> str | None:
 
 
 def other_bases(bases: Sequence[str]) -> str:
-    """Say that adapters name different bases in their configurations."""
+    """Report adapters whose configurations name different bases."""
     return (
         f"by their adapter_config.json the adapters have different bases "
         f"({', '.join(bases)}): their coefficients mean something only if these are "
@@ -306,7 +310,7 @@ def other_bases(bases: Sequence[str]) -> str:
 
 
 def copied_embeddings(adapter: Hashable) -> str:
-    """Say that an adapter stores weights of its base, which are taken for unchanged."""
+    """Report an adapter that stores weights of its base, assumed to be unchanged."""
     return (
         f"{adapter} stores a copy of its base's embeddings, taken as unchanged. Give "
         "--base BASE to compare them"
@@ -314,11 +318,11 @@ def copied_embeddings(adapter: Hashable) -> str:
 
 
 def siblings(base: Hashable, cosines: Sequence[float]) -> str | None:
-    """Say that all task vectors point the same way.
+    """Report task vectors that all point the same way.
 
     Args:
         base: the base.
-        cosines: between every two task vectors.
+        cosines: cosines between all pairs of task vectors.
 
     Returns:
         the sentence, or None if a pair has a cosine of 0.5 or less.
@@ -333,42 +337,42 @@ def siblings(base: Hashable, cosines: Sequence[float]) -> str | None:
 
 
 def which_weights(disparity: float) -> str | None:
-    """Say what norms tell of the weights, by docs/evaluation.md.
+    """Say which weights were better at this ratio of norms, by docs/evaluation.md.
 
     Args:
-        disparity: largest norm over the smallest, of the models that are merged.
+        disparity: ratio of the largest to the smallest norm of the merged models.
 
     Returns:
         sentences.
     """
-    found = (
+    experience = (
         "Below 2 to 1, MetaGPT and the plain average were close in our experiment on "
         "small models: MetaGPT was better in 7 of 9 comparisons, by 0.003 on average. "
         "On Gemma 3 270M the average was better in 21 of 21."
     )
     if disparity > APART_NORMS:
-        found = (
+        experience = (
             "Above 2 to 1, MetaGPT was worse than the plain average in 16 of 18 "
             "comparisons of our experiment on small models, and power: 1 was better "
             "than MetaGPT in 18 of 18. On Gemma 3 270M, MetaGPT was worse than the "
             "average in 3 of 6, and power: 1 better than MetaGPT in 6 of 6. Try power: "
             "1 and power: 0."
         )
-    return f"Norms are {disparity:.2f} to 1 apart. {found}"
+    return f"Norms are {disparity:.2f} to 1 apart. {experience}"
 
 
 def cosine_reading(
     models: Sequence[Hashable], cosines: Sequence[Sequence[float]] | None
 ) -> str:
-    """Say in plain words what the cosines between task vectors mean.
+    """Explain the cosines between task vectors.
 
     Args:
         models: the K models.
-        cosines: shape `(K, K)`, NaN for a model that equals the base; None where they
+        cosines: shape `(K, K)`, NaN for a model that equals the base; None if they
             were not measured.
 
     Returns:
-        one sentence.
+        one or two sentences.
     """
     if cosines is None:
         return "Cosines were not measured; `mergekit-metagpt inspect` measures them."

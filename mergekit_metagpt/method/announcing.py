@@ -17,7 +17,7 @@ QUIET = "MERGEKIT_METAGPT_QUIET"
 
 
 def log(level: int, message: str, *values: object) -> None:
-    """Log a line above the progress bar that mergekit may be drawing."""
+    """Log a line without breaking mergekit's progress bar."""
     from tqdm import tqdm
 
     with tqdm.external_write_mode():
@@ -27,15 +27,15 @@ def log(level: int, message: str, *values: object) -> None:
 def estimate(
     value: float, error: float | None, exact: Callable[[float], str] = "{:.4g}".format
 ) -> str:
-    """Write a value to the first digit of its standard error, or as if it were exact.
+    """Write a value with its standard error, to the first digit of the error.
 
     Args:
         value: the estimate.
-        error: its standard error; None or 0 if it is exact.
-        exact: how to write an exact value.
+        error: its standard error; None or 0 if the value is exact.
+        exact: writes an exact value.
 
     Returns:
-        both, or the value alone.
+        value and error, or an exact value alone.
 
     Example:
         >>> estimate(0.65612, 0.0041), estimate(0.65612, None)
@@ -48,10 +48,10 @@ def estimate(
 
 
 class Announcer:
-    """Logs each kind of message of one merge once.
+    """Logs each kind of message once per merge.
 
     Args:
-        warned: whether all warnings were given before the merge began; then only the
+        warned: whether all warnings were given before the merge; if so, only the
             coefficients are logged.
     """
 
@@ -67,11 +67,11 @@ class Announcer:
         return new
 
     def warn(self, kind: Hashable, message: str | None) -> None:
-        """Log a warning, the first of its kind.
+        """Log a warning, unless there is none or one of this kind was logged.
 
         Args:
-            kind: what the message is about.
-            message: of `advice`; None says nothing.
+            kind: the kind of warning.
+            message: the warning, or None.
         """
         if message and not self.warned and self.first_of("warning", kind):
             log(logging.WARNING, "%s", message)
@@ -91,20 +91,20 @@ class Announcer:
         varying: bool,
         visible: bool,
     ) -> None:
-        """Log the coefficients: a visible line per set of models, a table at INFO.
+        """Log the coefficients: one line for each set of models, and a table at INFO.
 
         Args:
             base: id of the base.
             models: ids of the K models.
             shares: their coefficients before `lambda` scales them, summing to 1.
-            sq_norms: their squared norms, or None where none were measured.
-            where: the pool of tensors, for the reader.
-            settings: of the closed form.
+            sq_norms: their squared norms, or None if they were not measured.
+            where: the pool of tensors, in words.
+            settings: settings of the closed form.
             scale: the factor on the sum.
             errors: standard errors of the coefficients; None if they are exact.
-            weight: of each model, by the configuration; said where it is not 1.
+            weight: weight of each model in the configuration; shown if it is not 1.
             varying: whether the configuration sets parameters tensor by tensor.
-            visible: whether to show the line at WARNING (merges from files).
+            visible: whether to log the line, at WARNING (in merges from files).
         """
         if visible and self.first_of("coefficients", base, tuple(models)):
             line = ", ".join(

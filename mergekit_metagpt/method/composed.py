@@ -1,4 +1,4 @@
-"""Methods that MetaGPT composes with: mergekit's own object merges, by our weights."""
+"""Composed methods: a method of mergekit merges, with MetaGPT's coefficients."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ COMPOSED = (
     "della",
     "della_linear",
 )
-# Those that drop elements at random, one tensor after the other.
+# These drop elements at random, one tensor after the other.
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 
 
 class ComposedMerge(MetaGPTMerge):
     """A method of mergekit whose `weight` is MetaGPT's lambda_t, summing to 1.
 
-    n_t is that of the unsparsified task vectors (MetaGPT, table 4). All parameters of
-    the inner method but `weight` keep their names and defaults. `lambda: keep` is what
-    restores the length of the plain sum, also where the inner method makes another.
+    n_t is measured on the unsparsified task vectors (MetaGPT, table 4). All parameters
+    of the inner method but `weight` keep their names and defaults. `lambda: keep`
+    restores the length of the plain sum, even if the inner method changes the sum.
     """
 
     def __init__(self, inner: GroupMergeMethod) -> None:

@@ -1,4 +1,4 @@
-"""Finds n_t of one tensor group of a merge from files: stored, or at hand."""
+"""Finds n_t for one tensor group of a merge from files."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Measured:
 
     Attributes:
         sq_norms: n_t, shape `(K,)`, float64, on the CPU.
-        whole: what was measured of whole stored models, where they are the pool.
-        gram: inner products, shape `(K, K)`, float64, where `lambda` needs them.
-        covariance: Cov(n_s, n_t), shape `(K, K)`, where n_t is estimated.
+        whole: the scan of the stored models, if the pool is the whole model.
+        gram: inner products, shape `(K, K)`, float64, if `lambda` needs them.
+        covariance: Cov(n_s, n_t), shape `(K, K)`, if n_t is estimated.
     """
 
     sq_norms: torch.Tensor
@@ -36,15 +36,18 @@ class Measured:
 
 
 def of_group(group: TensorGroup, settings: Settings) -> Measured | None:
-    """n_t of one group of a merge from files: of its checkpoints, or its own.
+    """Measure n_t for one group of a merge from files.
+
+    It is measured on the stored checkpoints, or under `granularity: tensor` on the
+    tensors of the group.
 
     Args:
-        group: the inputs that make one output tensor.
-        settings: of the group.
+        group: the inputs of one output tensor.
+        settings: settings for this tensor.
 
     Returns:
-        n_t of the pool, or None where norms do not matter: power 0, no model
-        beside the base, or a pool of which `exclude` leaves nothing.
+        n_t of the pool, or None if norms do not matter: at power 0, without a model
+        beside the base, or if `exclude` leaves nothing of the pool.
 
     Raises:
         ValueError: a weight is NaN or infinite; the checkpoints are not open, or
@@ -60,7 +63,7 @@ def of_group(group: TensorGroup, settings: Settings) -> Measured | None:
         if not settings.counts(group.metadata.name):
             require_finite(group)
             return None
-        # The planner's calls show it earlier, except in mergekit-pytorch.
+        # PlanWatch has checked this already, except under mergekit-pytorch.
         require_one_sample([settings.sample], [settings.granularity])
         norms = of_tensors(group)
         return Measured(norms, gram=gram_of(group) if settings.keeps_length else None)
@@ -68,13 +71,13 @@ def of_group(group: TensorGroup, settings: Settings) -> Measured | None:
 
 
 def of_tensors(group: TensorGroup) -> torch.Tensor:
-    """n_t of one group from the tensors at hand.
+    """Measure n_t on the tensors of one group.
 
     Args:
-        group: the inputs that make one output tensor.
+        group: the inputs of one output tensor.
 
     Returns:
-        shape `(K,)`, float64, on the CPU; differentiable where an input requires it.
+        shape `(K,)`, float64, on the CPU; differentiable if an input is.
 
     Raises:
         TypeError: an input is not floating point.
@@ -97,17 +100,18 @@ def of_tensors(group: TensorGroup) -> torch.Tensor:
 
 
 def gram_of(group: TensorGroup) -> torch.Tensor:
-    """Inner products of the task vectors of one group, from the tensors at hand.
+    """Compute inner products of the task vectors of one group.
 
     Args:
-        group: the inputs that make one output tensor, known to be finite.
+        group: the inputs of one output tensor, which `of_tensors` has checked.
 
     Returns:
-        shape `(K, K)`, float64, on the CPU; differentiable where an input requires it.
+        shape `(K, K)`, float64, on the CPU; differentiable if an input is.
     """
     tuned = [entry.tensor for entry in group.non_base]
     gram = squared_norms.gram_matrix(base_of(group).tensor, tuned)
-    return torch.where(torch.isfinite(gram), gram, 0.0)  # infinite where unchanged
+    # Only infinities that no model changed give products that are not finite.
+    return torch.where(torch.isfinite(gram), gram, 0.0)
 
 
 def _of_checkpoints(group: TensorGroup, settings: Settings) -> Measured | None:
@@ -158,7 +162,7 @@ def _of_checkpoints(group: TensorGroup, settings: Settings) -> Measured | None:
         row = pooled.rows[key]
         norms[at] = pooled.sq_norms[row, at]
         if pooled.covariances is not None:
-            # Models whose layers have other names were sampled independently.
+            # Layers with different names were sampled independently.
             same = torch.tensor([key == other for other in keys], device="cpu")
             covariance[at] = pooled.covariances.sq_norms[row, at] * same
     return Measured(
@@ -168,15 +172,8 @@ def _of_checkpoints(group: TensorGroup, settings: Settings) -> Measured | None:
     )
 
 
-# Called for every tensor: the names are those of the last few merges.
+# Called for every tensor, so cached for the names of the last few merges.
 @functools.lru_cache(maxsize=16)
 def _check_exclude(exclude: tuple[str, ...], names: tuple[frozenset[str], ...]) -> None:
     if exclude:
         require_named(exclude, frozenset().union(*names))
-
-
-def forget_failures() -> None:
-    """Let a new merge try again what failed in an earlier one."""
-    from mergekit_metagpt.scanning import once
-
-    once.forget_failures()

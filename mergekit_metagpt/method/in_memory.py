@@ -1,4 +1,4 @@
-"""Finds n_t of tensors in memory, pooled over the groups of one call."""
+"""Finds n_t for tensors in memory, pooled over the groups of one call."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from mergekit_metagpt.scanning.results import ScanResult
 def of_call(
     groups: Sequence[TensorGroup], settings: Sequence[Settings]
 ) -> list[Measured | None]:
-    """n_t of every group of one call in memory, pooled over the groups of the call.
+    """Measure n_t for every group of one call, pooled over the groups of the call.
 
     Entries that share storage, in the base and in the model, count once.
 
     Args:
-        groups: the tensors of the model, or one of them.
-        settings: of each group.
+        groups: all tensors of the model, or some.
+        settings: settings for each group.
 
     Returns:
-        n_t of each group's pool, or None where norms do not matter; differentiable
-        where inputs require it.
+        n_t of each group's pool, or None if norms do not matter; differentiable
+        if inputs are.
 
     Raises:
         TypeError: an input is not floating point.
         ValueError: a weight is NaN or infinite.
     """
-    keep = any(chosen.keeps_length for chosen in settings)
+    keep = any(setting.keeps_length for setting in settings)
     result, columns = _measured(groups, gram=keep)
     answers: list[Measured | None] = []
-    for at, (group, chosen) in enumerate(zip(groups, settings, strict=True)):
-        pooled = result.pool(chosen.granularity, chosen.exclude)
+    for at, (group, setting) in enumerate(zip(groups, settings, strict=True)):
+        pooled = result.pool(setting.granularity, setting.exclude)
         norms = pooled.sq_norms.reshape(len(pooled.keys), len(result.models))
         own, keys = [], []
         at_columns = [columns[base_of(group).id, entry.id] for entry in group.non_base]
@@ -47,14 +47,15 @@ def of_call(
             keys.append(key)
             measured = bool(pooled.members.get(key))
             own.append(norms[pooled.rows[key], column] if measured else None)
-        if not chosen.needs_norms or all(value is None for value in own):
+        if not setting.needs_norms or all(value is None for value in own):
             answers.append(None)
             continue
         zero = torch.zeros((), dtype=torch.float64, device="cpu")
+        keeps = setting.keeps_length
         answers.append(
             Measured(
                 torch.stack([zero if n is None else n for n in own]),
-                gram=pooled.products(keys, at_columns) if chosen.keeps_length else None,
+                gram=pooled.products(keys, at_columns) if keeps else None,
             )
         )
     return answers
@@ -87,5 +88,5 @@ def _measured(
 
 
 def _name(group: TensorGroup, at: int) -> str:
-    """The name of a group; one of its own for a group without."""
+    """The name of a group, or a unique one for a group without a name."""
     return f"tensor {at}" if group.metadata.name is None else group.metadata.name

@@ -1,4 +1,4 @@
-"""Checks what mergekit hands to the method."""
+"""Checks the inputs that mergekit hands to the method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mergekit.merge_methods.base import TensorEntry, TensorGroup
 from mergekit_metagpt.checkpoints.stored import layer_key
 from mergekit_metagpt.method import advice
 
-# Elements compared to tell a layer from another one.
+# Elements to compare: enough to tell one layer from another.
 PROBE = 1000
 
 
@@ -30,11 +30,11 @@ def are_references(ids: Sequence[Hashable]) -> bool:
 
 
 def check_headers(ids: Sequence[Hashable], base: Hashable) -> None:
-    """Check by their headers that the open models among the inputs fit the base.
+    """Check from headers that the inputs that are open fit the base.
 
     Args:
-        ids: the inputs of a slice, the base among them.
-        base: which of them is the base.
+        ids: the inputs of a slice, including the base.
+        base: the base.
 
     Raises:
         ValueError: a model is quantised, does not fit the base, or its config.json
@@ -65,10 +65,10 @@ def not_written(
 
     Args:
         base: the base of the merge.
-        names: of all tensors that mergekit writes.
+        names: names of all tensors that mergekit writes.
 
     Returns:
-        their names, and what to say when a merge begins.
+        names of these weights, and warnings for the beginning of the merge.
     """
     from mergekit.io.tasks import LoaderCache
 
@@ -92,13 +92,13 @@ def is_unchanged(group: TensorGroup) -> bool:
 
 
 def require_finite(group: TensorGroup) -> None:
-    """Refuse NaN and infinity, but for infinities that all inputs share.
+    """Refuse NaN and infinity, except for infinities that no model changed.
 
     Args:
-        group: the inputs that make one output tensor.
+        group: the inputs of one output tensor.
 
     Raises:
-        ValueError: a model would spread them in a merge.
+        ValueError: a model has NaN or infinity, and the merge would get it.
     """
     if is_unchanged(group):
         return
@@ -111,10 +111,10 @@ def require_finite(group: TensorGroup) -> None:
 
 
 def require_unchanged(group: TensorGroup) -> None:
-    """Check that the files behind a group are those that mergekit opened.
+    """Check that the files of a group have not changed since mergekit opened them.
 
     Args:
-        group: the inputs of a merge from files.
+        group: the inputs of one output tensor in a merge from files.
 
     Raises:
         OSError: a file has changed, or is gone.
@@ -127,16 +127,16 @@ def require_unchanged(group: TensorGroup) -> None:
 
 
 def require_same_layer(group: TensorGroup) -> None:
-    """Compare a few stored elements with those handed over, under the output's name.
+    """Check that a tensor is from the layer of its output name, by a few elements.
 
-    `slices:` may put a layer of the inputs at another index of the output; the method
-    sees only the output's name, under which the scan has the norms of another layer.
+    `slices:` may move a layer to another index. The method sees only the output's name,
+    under which the scan has the norms of another layer.
 
     Args:
-        group: the inputs of a merge from files that make one output tensor.
+        group: the inputs of one output tensor in a merge from files.
 
     Raises:
-        ValueError: the tensors stem from another layer of their checkpoints.
+        ValueError: the tensors are from another layer of their checkpoints.
     """
     from mergekit_metagpt.checkpoints import opening
 
@@ -153,7 +153,7 @@ def require_same_layer(group: TensorGroup) -> None:
             given = entry.tensor.reshape(-1)[:PROBE].to(device="cpu")
             same = torch.equal(stored, given)
         else:
-            # Stored in another layout (experts), or the layer does not exist there.
+            # The tensor has another layout (experts), or the layer does not exist.
             same = any(layer_key(key) == layer_key(name) for key in checkpoint.renamed)
         if same:
             continue

@@ -1,4 +1,4 @@
-"""Lengths of a merged task vector and its inputs: shares and norms in, numbers out."""
+"""Compares lengths of task vectors with each other and with that of their sum."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mergekit_metagpt.arithmetic import closed_form
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of one pool of tensors.
+    """Lengths of the task vectors in one pool of tensors.
 
     Attributes:
-        inputs: sum_t lambda_t ||tau_t||, the mean length of the task vectors.
+        inputs: sum_t lambda_t ||tau_t||, their mean length.
         merged: ||sum_t lambda_t tau_t||, or None without inner products.
-        keep: what `lambda: keep` comes to, or None without inner products, and where
-            the task vectors cancel each other.
+        keep: the value of `lambda: keep`, or None without inner products or if the
+            task vectors cancel each other.
     """
 
     inputs: float
@@ -28,7 +28,7 @@ class Lengths:
     def of(
         cls, shares: torch.Tensor, sq_norms: torch.Tensor, gram: torch.Tensor | None
     ) -> Lengths:
-        """Measure a pool.
+        """Compute the lengths of a pool.
 
         Args:
             shares: lambda_t, shape `(K,)`, float64.
@@ -50,11 +50,11 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Spread:
-    """How far apart the norms of task vectors are.
+    """How much the norms of task vectors differ.
 
     Attributes:
-        disparity: the largest norm over the smallest.
-        gamma: ACE's, see `closed_form.log_variation`.
+        disparity: ratio of the largest to the smallest norm.
+        gamma: gamma of ACE, see `closed_form.log_variation`.
     """
 
     disparity: float
@@ -62,14 +62,14 @@ class Spread:
 
     @classmethod
     def of(cls, sq_norms: torch.Tensor, weight: torch.Tensor) -> Spread | None:
-        """Compare the models that moved and have a weight.
+        """Compare the models that moved and have a positive weight.
 
         Args:
             sq_norms: n_t, shape `(K,)`, float64.
             weight: w_t, likewise.
 
         Returns:
-            the spread, or None where there is no such model.
+            the spread, or None if there is no such model.
         """
         merged = sq_norms[(weight > 0) & (sq_norms > 0)]
         if not len(merged):

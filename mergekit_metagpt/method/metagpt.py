@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mergekit_metagpt.method.settings import Settings
 
 REFERENCE_URL = "https://arxiv.org/abs/2406.11385"
-# The name under which mergekit's planner validates a slice, before any tensor's.
+# mergekit's planner validates slices under such a name, before any tensor.
 _SLICE = re.compile(r".+\.slices\[\d+\]")
 
 
@@ -71,16 +71,16 @@ class MetaGPTMerge(GroupMergeMethod):
         *,
         group_name: str | None = None,
     ) -> None:
-        """Check the inputs of a slice, of a tensor to be planned, or at hand.
+        """Check the inputs of a slice, or of a tensor that is planned or merged.
 
         Args:
-            input_ids: the inputs, the base among them.
-            base_id: which of them is the base.
+            input_ids: the inputs, including the base.
+            base_id: the base.
             group_name: the slice or tensor, for messages.
 
         Raises:
-            ValueError: no base, the base is not among the inputs, only the base is
-                configured, or by its header a model does not fit the base.
+            ValueError: there is no base, it is not among the inputs, only the base is
+                configured, or a model does not fit the base.
             OSError: a file is missing, truncated or has changed.
         """
         if base_id is None:
@@ -89,7 +89,7 @@ class MetaGPTMerge(GroupMergeMethod):
             if group_name is not None and not _SLICE.fullmatch(group_name):
                 raise ValueError(
                     f"the base {base_id} has no {group_name}, which others have: there "
-                    "is no task vector of it. Leave these tensors out of the models"
+                    "is no task vector of it. Leave this tensor out of the models"
                 )
             place = f" for {group_name}" if group_name else ""
             raise ValueError(
@@ -102,8 +102,10 @@ class MetaGPTMerge(GroupMergeMethod):
         if group_name is not None and not _SLICE.fullmatch(group_name):
             self.watch.saw_tensor(group_name, base_id)
             return
+        from mergekit_metagpt.scanning import once
+
         self.watch.saw_slice(group_name, input_ids, base_id)
-        group_norms.forget_failures()
+        once.forget_failures()
         # Without a name this is mergekit-pytorch, which has nothing open yet, or a
         # merge in memory, where files do not matter.
         if group_name is not None:
@@ -118,7 +120,7 @@ class MetaGPTMerge(GroupMergeMethod):
         input_dtypes: Sequence[torch.dtype | None],
         out_dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        # Imported here: `import mergekit` need not wait for it.
+        # Imported here, so that `import mergekit` does not load it.
         from mergekit_metagpt.method.settings import Settings
 
         settings = [Settings.of(bound) for bound in parameters]
@@ -131,22 +133,16 @@ class MetaGPTMerge(GroupMergeMethod):
             inputs.require_unchanged(group)
             self._warn_of_losses(inputs.base_of(group).id)
         measured = self._sq_norms(groups, settings)
-        lambdas = [
-            self._coefficients(*arguments)
-            for arguments in zip(groups, settings, weights, measured, strict=True)
-        ]
-        scales = [
-            chosen.factor(values, found.gram if found else None)
-            for chosen, values, found in zip(settings, lambdas, measured, strict=True)
-        ]
+        computed = []
+        for group, setting, weight, norms in zip(
+            groups, settings, weights, measured, strict=True
+        ):
+            shares = self._coefficients(group, setting, weight, norms)
+            scale = setting.factor(shares, norms.gram if norms else None)
+            computed.append({"coefficients": shares, "lambda": scale})
         return super()._execute(
             groups,
-            [
-                {**bound, "coefficients": values, "lambda": scale}
-                for bound, values, scale in zip(
-                    parameters, lambdas, scales, strict=True
-                )
-            ],
+            [bound | own for bound, own in zip(parameters, computed, strict=True)],
             options,
             input_dtypes=input_dtypes,
             out_dtype=out_dtype,
@@ -181,7 +177,7 @@ class MetaGPTMerge(GroupMergeMethod):
     def _require_weights(
         self, groups: Sequence[TensorGroup], weights: Sequence[torch.Tensor]
     ) -> None:
-        """Refuse a merge whose every weight is 0 (on one tensor, it is the base's)."""
+        """Refuse a merge in which all weights are 0; for one tensor, that is legal."""
         for group, weight in zip(groups, weights, strict=True):
             if not bool(weight.any()) and self.watch.every_weight_is_zero(
                 inputs.base_of(group).id
@@ -189,7 +185,7 @@ class MetaGPTMerge(GroupMergeMethod):
                 raise ValueError(all_zero())
 
     def _warn_of_losses(self, base: Hashable) -> None:
-        """Warn, when a merge begins, of weights that mergekit will not write."""
+        """Warn once, at the beginning, of weights that mergekit will not write."""
         plan = self.watch.of(base)
         names = plan.take_names() if plan and not plan.announcer.warned else None
         if plan and names:
@@ -200,11 +196,11 @@ class MetaGPTMerge(GroupMergeMethod):
     def _sq_norms(
         self, groups: Sequence[TensorGroup], settings: Sequence[Settings]
     ) -> list[group_norms.Measured | None]:
-        """For each group n_t of its pool, shape `(K,)`; None where no norm counts."""
+        """n_t of each group's pool; None if norms do not matter."""
         measured = []
-        for group, chosen in zip(groups, settings, strict=True):
-            measured.append(group_norms.of_group(group, chosen))
-            if chosen.granularity == "layer" and measured[-1] is not None:
+        for group, setting in zip(groups, settings, strict=True):
+            measured.append(group_norms.of_group(group, setting))
+            if setting.granularity == "layer" and measured[-1] is not None:
                 inputs.require_same_layer(group)
         return measured
 
@@ -215,7 +211,7 @@ class MetaGPTMerge(GroupMergeMethod):
         weight: torch.Tensor,
         measured: group_norms.Measured | None,
     ) -> torch.Tensor:
-        """Shares of the models, summing to 1 (or 0 where the base is to be kept)."""
+        """Shares of the models, summing to 1, or to 0 if the base is kept."""
         models = [entry.id for entry in group.non_base]
         base, where = inputs.base_of(group).id, settings.pool(group.metadata.name)
         announcer = self._announcer(base)
@@ -223,10 +219,9 @@ class MetaGPTMerge(GroupMergeMethod):
         shares = settings.shares(sq_norms, weight)
         errors = None
         if measured and measured.covariance is not None:
-            found = settings.share_errors(
+            errors = settings.share_errors(
                 measured.sq_norms, measured.covariance, weight
-            )
-            errors = found.tolist()
+            ).tolist()
         if not models or not bool((weight > 0).any()):
             return shares
         if not bool((shares > 0).any()):

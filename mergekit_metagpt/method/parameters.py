@@ -1,4 +1,4 @@
-"""The methods' YAML parameters: their schema, legal values and bound form."""
+"""Defines the methods' YAML parameters and refuses their illegal values."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from pydantic import ValidationError
 
 @dataclass(frozen=True)
 class CheckedParameter(ParameterSpec):
-    """A parameter whose error names it and its legal values (pydantic's names neither).
+    """A parameter whose errors name it and its legal values, unlike pydantic's.
 
-    `saw` is told the name and every legal value.
+    `saw` is called with the name and value of each parameter that is read.
     """
 
     legal: str = ""
     saw: Callable[[str, Any], None] = lambda name, value: None
 
     def validate(self, value: Any) -> Any:
-        """Return the value in its type.
+        """Convert a value to the parameter's type, if it is legal.
 
         Args:
-            value: as the YAML has it.
+            value: the value from the YAML.
 
         Returns:
-            the value, converted.
+            the converted value.
 
         Raises:
-            ValueError: it is of another type or not among the legal values.
+            ValueError: it has another type or is illegal.
         """
-        # Imported here: `import mergekit` registers parameters, and reads no values.
+        # Imported here, so that `import mergekit` does not load it.
         from mergekit_metagpt.method.settings import require_legal
 
         try:
@@ -50,7 +50,7 @@ class CheckedParameter(ParameterSpec):
 def own_parameters(
     saw: Callable[[str, Any], None] = lambda name, value: None,
 ) -> tuple[CheckedParameter, ...]:
-    """Return the parameters of `metagpt`; `saw` is told name and value of all read."""
+    """Return the parameters of `metagpt`; see `CheckedParameter` for `saw`."""
     shared = ParameterScope.SHARED
     return (
         CheckedParameter(
@@ -111,7 +111,7 @@ def own_parameters(
 
 
 def no_base(method: str, place: str | None) -> str:
-    """Return what to say of a merge without a base."""
+    """Return the error of a merge without a base."""
     where = f" for {place}" if place else ""
     return (
         f"{method} measures task vectors against a base, and none is given{where}. Add "
@@ -120,7 +120,7 @@ def no_base(method: str, place: str | None) -> str:
 
 
 def only_base(base: object) -> str:
-    """Return what to say of a merge of nothing but its base."""
+    """Return the error of a merge with no model but the base."""
     return (
         f"only the base {base} is given: there is nothing to merge. Add the fine-tuned "
         "models under `models:`"
@@ -128,7 +128,7 @@ def only_base(base: object) -> str:
 
 
 def all_zero() -> str:
-    """Return what to say of a merge in which no model has a weight."""
+    """Return the error of a merge in which every weight is 0."""
     return (
         "weight is 0 for every model: nothing would be merged. Give at least one model "
         "a weight > 0, or leave weight out"
@@ -136,11 +136,11 @@ def all_zero() -> str:
 
 
 def require_named(exclude: Sequence[str], names: Iterable[str]) -> None:
-    """Refuse parts of `exclude` that leave nothing out, such as a misspelt one.
+    """Refuse parts of `exclude` that are in no name, such as misspelt ones.
 
     Args:
         exclude: parts of names.
-        names: output names of all tensors that base and models have.
+        names: output names of all tensors of base and models.
 
     Raises:
         ValueError: a part is in none of the names.
@@ -155,11 +155,11 @@ def require_named(exclude: Sequence[str], names: Iterable[str]) -> None:
 
 
 def require_one_sample(shares: Iterable[float], granularities: Iterable[str]) -> None:
-    """Refuse a `sample` that is not one number, or that nothing is read for.
+    """Refuse a `sample` that differs by tensor, or would have no effect.
 
     Args:
-        shares: its values, of all tensors.
-        granularities: of all tensors.
+        shares: values of `sample` on all tensors.
+        granularities: values of `granularity` on all tensors.
 
     Raises:
         ValueError: the values differ, or norms are pooled by tensor.
@@ -173,18 +173,18 @@ def require_one_sample(shares: Iterable[float], granularities: Iterable[str]) ->
         )
     if values and values[0] < 1 and "tensor" in granularities:
         raise ValueError(
-            f"sample is {values[0]:g}, but granularity 'tensor' measures each tensor "
-            "as it is merged, and reads nothing for it. Leave sample out, or use "
-            "granularity: model or granularity: layer"
+            f"sample is {values[0]:g}, but granularity 'tensor' measures tensors as "
+            "they are merged, so that a sample saves nothing. Leave sample out, or "
+            "use granularity: model or granularity: layer"
         )
 
 
 def weights_of(group: TensorGroup, bound: dict[str, Any]) -> torch.Tensor:
-    """Return the weights that mergekit bound for the models of a group.
+    """Return the weights of a group's models.
 
     Args:
-        group: the inputs that make one output tensor.
-        bound: values by the names of the YAML.
+        group: the inputs of one output tensor.
+        bound: parameters resolved by mergekit, by name.
 
     Returns:
         w_t, shape `(K,)`, float64, in the order of the non-base entries.

@@ -1,4 +1,4 @@
-"""Remembers, from the calls of mergekit's planner, what a single tensor cannot tell."""
+"""Learns from the calls of mergekit's planner what no single tensor shows."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mergekit_metagpt.method.parameters import only_base, require_one_sample
 
 @dataclass
 class Plan:
-    """What is known of one merge from files.
+    """One merge from files, as far as it was planned.
 
     Attributes:
         slices: names of the slices seen so far.
         has_models: whether any slice has a model beside its base.
-        reading_slices: whether tensors are still to come.
-        largest_weight: of all models on all tensors.
-        names: of all output tensors, until somebody takes them.
+        reading_slices: whether no tensor was seen yet.
+        largest_weight: the largest weight of any model on any tensor.
+        names: names of all output tensors, until `take_names`.
         unwritten: names of stored tensors of the base that are not written.
-        values: of the parameters of the tensor to come.
-        of_tensors: the different sets of values that tensors have.
-        announcer: says each kind of message once for this merge.
+        values: parameters of the next tensor.
+        of_tensors: the different sets of parameters that tensors have.
+        announcer: logs each kind of message once for this merge.
     """
 
     slices: set[str | None] = field(default_factory=set)
@@ -39,19 +39,19 @@ class Plan:
     announcer: Announcer = field(default_factory=Announcer)
 
     def take_names(self) -> set[str]:
-        """Return the names of all output tensors, once; none if layers may be moved."""
+        """Return the names of all output tensors once; none if layers may be moved."""
         names, self.names = self.names, None
         moved = any(not str(name).endswith("[0]") for name in self.slices)
         return set() if names is None or moved else names
 
 
 class PlanWatch:
-    """Watches one method's validation calls, which mergekit makes in a known order.
+    """Watches one method's validation calls, which mergekit makes in a fixed order.
 
-    A plan is made on one thread: every slice is validated, then for every tensor its
-    parameters are resolved and its inputs validated. Only then does anything execute,
-    possibly on other threads. So by the first execution it is known whether any model
-    beside the base is configured, and whether any weight is positive.
+    mergekit plans on one thread. It validates every slice, then for every tensor it
+    resolves parameters and validates inputs. Only then does it execute, possibly on
+    other threads. So the first execution already knows whether there is a model beside
+    the base, and whether any weight is positive.
     """
 
     def __init__(self) -> None:
@@ -60,9 +60,9 @@ class PlanWatch:
 
     @contextmanager
     def already_warned(self) -> Iterator[None]:
-        """Log no warning in the merges that this thread plans meanwhile.
+        """Log no warnings in merges that this thread plans in this context.
 
-        For callers that have logged all warnings of a merge before they start it.
+        For callers that have logged all warnings themselves.
 
         Yields:
             while the merge is planned and runs.
@@ -80,7 +80,7 @@ class PlanWatch:
     def saw_slice(
         self, name: str | None, models: Sequence[Hashable], base: Hashable
     ) -> None:
-        """Note a slice. A name seen before, or none, starts a plan: the last failed."""
+        """Note a slice; a repeated or missing name begins a new plan."""
         plan = getattr(self._here, "plan", None)
         if plan is None or not plan.reading_slices or {name, None} & plan.slices:
             warned = getattr(self._here, "warned", False)
@@ -90,7 +90,7 @@ class PlanWatch:
         self._by_base[base] = plan
 
     def saw_value(self, name: str, value: Any) -> None:
-        """Note a parameter's value from the configuration, for the tensor to come."""
+        """Note the value of a parameter for the next tensor."""
         plan = getattr(self._here, "plan", None)
         if plan is None:
             return
@@ -99,20 +99,20 @@ class PlanWatch:
             plan.largest_weight = max(plan.largest_weight, value)
 
     def saw_tensor(self, name: str, base: Hashable) -> None:
-        """Note that a tensor's task is built, its parameters being resolved.
+        """Note that a tensor's task is built, after its parameters were resolved.
 
         Args:
-            name: of the tensor in the output.
-            base: of the tensor's inputs.
+            name: name of the output tensor.
+            base: base of its inputs.
 
         Raises:
-            ValueError: no slice has a model beside its base; `sample` differs from
-                that of other tensors, or this one is not sampled.
+            ValueError: no slice has a model beside its base; or `sample` differs from
+                other tensors', or has no effect.
         """
         plan = getattr(self._here, "plan", None)
         if plan is not None and plan.names is not None:
             plan.names.add(name)
-            if plan.values:  # none where the same tensor is validated again
+            if plan.values:  # empty if the same tensor is validated again
                 plan.of_tensors.add(tuple(plan.values))
                 require_one_sample(
                     (v for of in plan.of_tensors for n, v in of if n == "sample"),
@@ -125,7 +125,7 @@ class PlanWatch:
                 raise ValueError(only_base(base))
 
     def parameters_vary(self, base: Hashable) -> bool:
-        """Whether the plan with this base has parameters that differ by tensor."""
+        """Whether parameters differ by tensor in the plan with this base."""
         plan = self.of(base)
         if plan is None:
             return False

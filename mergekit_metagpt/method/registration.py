@@ -1,4 +1,4 @@
-"""Makes the methods known to mergekit's registry, once."""
+"""Registers the methods with mergekit, once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _LOCK = threading.Lock()
 
 
 def register(registry: Any | None = None) -> None:
-    """Make `metagpt` and the composed methods known; calling it again is harmless.
+    """Register `metagpt` and the composed methods; calling it again is harmless.
 
     Args:
         registry: the module `mergekit.merge_methods.registry`; imported if None.
 
     Raises:
-        ValueError: another method of one of these names is registered.
+        ValueError: another method is registered under one of these names.
         ImportError: mergekit cannot be imported.
     """
     if registry is None:
@@ -30,7 +30,7 @@ def register(registry: Any | None = None) -> None:
             methods = [MetaGPTMerge()]
             methods += [ComposedMerge(registry.get(name)) for name in COMPOSED]
             _METHODS.update((method.spec.name, method) for method in methods)
-        known = registry.registered_methods()
+        registered = registry.registered_methods()
         for method in _METHODS.values():
-            if method not in known:
+            if method not in registered:
                 registry.register(method)

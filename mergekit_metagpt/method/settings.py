@@ -1,4 +1,4 @@
-"""Settings of the closed form and their legal values; K squared norms to K shares."""
+"""Settings of the closed form and their legal values; turns squared norms to shares."""
 
 from __future__ import annotations
 
@@ -64,14 +64,7 @@ class Settings(BaseModel):
 
     @classmethod
     def of(cls, bound: Any) -> Settings:
-        """Read the parameters that mergekit bound, each a single value.
-
-        Args:
-            bound: values by the names of the YAML.
-
-        Returns:
-            the settings.
-        """
+        """Make settings from parameters resolved by mergekit, by their YAML names."""
         return cls(
             granularity=bound["granularity"],
             power=bound["power"],
@@ -86,12 +79,12 @@ class Settings(BaseModel):
         """Return the coefficients before `lambda` scales them.
 
         Args:
-            sq_norms: n_t of the pool, shape `(K,)`, float64, or None where nothing was
-                measured and the weights alone count.
+            sq_norms: n_t of the pool, shape `(K,)`, float64, or None if nothing was
+                measured and only the weights count.
             weight: w_t, shape `(K,)`, float64.
 
         Returns:
-            shape `(K,)`, float64, summing to 1; or 0 where the base is to be kept.
+            shape `(K,)`, float64, summing to 1, or to 0 if the base is kept.
         """
         power = self.power
         if sq_norms is None:
@@ -102,7 +95,7 @@ class Settings(BaseModel):
 
     @property
     def keeps_length(self) -> bool:
-        """Whether `lambda` follows from inner products."""
+        """Whether `lambda` is `keep`, and needs inner products."""
         return self.scale == "keep"
 
     @property
@@ -115,11 +108,11 @@ class Settings(BaseModel):
 
         Args:
             shares: lambda_t, shape `(K,)`, float64.
-            gram: of the pool, shape `(K, K)`, float64, or None where nothing was
-                measured; then there is no length to keep, and the factor is 1.
+            gram: inner products of the pool, shape `(K, K)`, float64. If None, nothing
+                was measured: there is no length to keep, and the factor is 1.
 
         Returns:
-            `lambda`, or what `lambda: keep` comes to, shape `()`, float64.
+            `lambda`, or the value of `lambda: keep`, shape `()`, float64.
 
         Raises:
             ValueError: the task vectors cancel each other.
@@ -133,11 +126,11 @@ class Settings(BaseModel):
     def share_errors(
         self, sq_norms: torch.Tensor, covariance: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        """Return the standard errors of `shares`, of sampled squared norms.
+        """Return the standard errors of shares from estimated squared norms.
 
         Args:
             sq_norms: estimates of n_t, shape `(K,)`, float64.
-            covariance: of the estimates, shape `(K, K)`.
+            covariance: their covariances, shape `(K, K)`.
             weight: w_t, shape `(K,)`, float64.
 
         Returns:

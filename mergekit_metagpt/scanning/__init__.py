@@ -1,4 +1,4 @@
-"""How far models moved: the squared norms of each pair, measured once.
+"""How far models moved: squared norms of each pair of base and model, measured once.
 
 It never merges, and it never touches a GPU or torch's random state.
 """

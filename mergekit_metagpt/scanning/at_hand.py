@@ -1,4 +1,4 @@
-"""Measures tensors in memory: those of a base and its models in, a result out."""
+"""Measures the tensors of a base and its models in memory; opens no file."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def _zero() -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of a base, and those of its models.
+    """One tensor of a base and its models.
 
     Attributes:
-        name: of the tensor; one of its own for a tensor without.
+        name: unique among the rows.
         base: theta_0.
-        models: those of the models that have it, by column of the result.
-        sq_norms: ||tau||^2 of each of these, in their order, float64.
+        models: theta_t of each model that has the tensor, by its column in the result.
+        sq_norms: ||tau_t||^2 of these models, in their order, float64.
         base_sq_norm: ||theta_0||^2, shape `()`, float64.
         gram: <tau_s, tau_t>, in the order of `models`, or None.
-        sort_key: by which rows are ordered.
+        sort_key: key by which rows are ordered.
     """
 
     name: str
@@ -44,7 +44,7 @@ def measure_states(
     *,
     gram: bool = False,
 ) -> ScanResult:
-    """Measure state dicts, as a merge of them in memory does.
+    """Measure state dicts with the bits of a merge in memory.
 
     Args:
         base: theta_0.
@@ -102,7 +102,7 @@ def _check(name: str, k: int, base: torch.Tensor, tensor: torch.Tensor) -> None:
 def _unchanged(
     name: str, base: torch.Tensor, tuned: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Norms of 0 where all models share the base's infinities."""
+    """Squared norms of 0, if all models equal the base, infinities included."""
     if all(torch.equal(tensor, base) for tensor in tuned):
         return torch.zeros(len(tuned), dtype=torch.float64, device="cpu")
     finite = all(bool(torch.isfinite(t).all()) for t in (base, *tuned))
@@ -118,18 +118,18 @@ def result_of(
 ) -> ScanResult:
     """Put measured rows together; entries that share storage count once.
 
-    A shared weight goes by one of its names, whatever the order of the rows: a tied
-    head by its embedding's. Rows of one key are ordered by their norms, so that the
-    order of a call does not show in the last bits.
+    A shared weight counts under one name, whatever the order of the rows; a tied head
+    counts under the name of its embedding. Rows with equal keys are ordered by their
+    norms, so that the sums do not depend on the order of the rows.
 
     Args:
-        rows: of distinct names.
+        rows: rows with different names.
         models: names of the K models.
         base: name of the base.
         gram: whether rows have inner products.
 
     Returns:
-        the result, differentiable where norms are.
+        the result, differentiable if norms are.
     """
     count = len(models)
     order = sorted(
@@ -171,7 +171,7 @@ def result_of(
 
 
 def _place(tensor: torch.Tensor) -> tuple[Hashable, ...]:
-    """Where a tensor's elements lie in memory; distinct for tensors of no elements."""
+    """Identify the memory of a tensor's elements; an empty tensor has its own."""
     if not tensor.numel():
         return (id(tensor),)
     start = tensor.data_ptr(), tensor.device, tensor.dtype

@@ -1,4 +1,4 @@
-"""Measures fine-tunes against their base, each pair once; the public `scan`."""
+"""Measures each pair of base and model once in a process; has the public `scan`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mergekit_metagpt.checkpoints.opening import (
 )
 from mergekit_metagpt.checkpoints.pairs import check_pair
 from mergekit_metagpt.checkpoints.remote import open_adapter
-from mergekit_metagpt.scanning import at_hand, cache, factors, ranks
+from mergekit_metagpt.scanning import at_hand, factors, ranks, scan_cache
 from mergekit_metagpt.scanning.one_pass import scan_checkpoints
 from mergekit_metagpt.scanning.results import ScanResult
 from mergekit_metagpt.scanning.sampling import Sample, sample_checkpoints
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
         | Mapping[str, torch.Tensor]
     )
 
-# Results of one model each by the identities of base and model, and of all models of a
-# request by its identities; of a sampled one by its sample, too. Reading needs no
+# Results of single models by the identities of base and model, and results of requests
+# by the identities of all their models, for estimates with the sample. Reading needs no
 # lock; scanning and writing need `_LOCK`.
 _Identities = tuple[object, ...]
 _PAIRS: dict[_Identities, ScanResult] = {}
@@ -48,8 +48,8 @@ _FAILURES: dict[_Identities, Exception] = {}
 _MOST_PAIRS = 1024
 _MOST_REQUESTS = 64
 _LOCK = threading.Lock()
-# Whether requests for a sample are answered by a sample (False: by a scan); None takes
-# what is known. Of the process: a merge may run on threads of mergekit's.
+# How to answer requests for a sample: True by a sample, False by an exact scan, None by
+# an exact result where there is one. Not thread-local: mergekit may merge on threads.
 _estimated: bool | None = None
 
 
@@ -61,10 +61,10 @@ def measure(
     workers: int | None = None,
     sample: Sample | None = None,
 ) -> ScanResult:
-    """Measure each model against the base, scanning what was not scanned before.
+    """Measure each model against the base, scanning only what was not scanned before.
 
-    One thread scans; others that ask meanwhile wait for it. An error of the scan is
-    raised in all that ask for the same models, until `forget_failures`.
+    One thread scans while others that call this wait. An error of the scan is raised
+    again for every request for the same models, until `forget_failures`.
 
     Adapters are measured from their factors, and never from a sample. The base is read
     for the norms of its own tensors, unless there is a sample or it was not opened.
@@ -72,14 +72,14 @@ def measure(
     Args:
         base: the base.
         models: K fine-tunes of it, or adapters.
-        gram: whether inner products are needed; None takes those that an earlier scan
-            left in the cache, and does without otherwise.
-        workers: threads; the CPUs at hand if None.
-        sample: estimate from a sample, unless an earlier exact scan is remembered. What
-            was estimated once stays so in this process: a merge has one result.
+        gram: whether inner products are needed; with None they are returned if an
+            earlier scan left them in the cache.
+        workers: number of threads; see `Files.of` for the default.
+        sample: estimate from a sample, unless there is an earlier exact scan. Later
+            requests in this process get the same estimates: a merge has one result.
 
     Returns:
-        the result, with the models in their order; named as when it was measured.
+        the result, with the models in the given order, named as when first measured.
 
     Raises:
         ValueError: base and model do not fit, a weight is NaN or infinite, or both
@@ -94,7 +94,7 @@ def measure(
     if (earlier := _remembered(request, sample, gram)) is not None:
         return earlier
     with _LOCK:
-        # Another thread may have scanned for us while we waited.
+        # Another thread may have scanned the same models meanwhile.
         if (earlier := _remembered(request, sample, gram)) is not None:
             return earlier
         attempt = (*request, sample, bool(gram))
@@ -121,7 +121,7 @@ def measure(
 
 
 def _without(base: Checkpoint, models: Sequence[Checkpoint]) -> Checkpoint:
-    """What stands for a base that is not to be read for its adapters."""
+    """A base without tensors, so that adapters are measured without reading it."""
     if full := [model.label for model in models if not model.adapter]:
         raise ValueError(
             f"{full[0]} would be estimated from a sample, and adapters beside it are "
@@ -133,13 +133,14 @@ def _without(base: Checkpoint, models: Sequence[Checkpoint]) -> Checkpoint:
 
 @contextmanager
 def again(*, estimated: bool) -> Iterator[None]:
-    """Answer requests for a sample as an earlier merge was answered.
+    """Repeat a merge with the same kind of norms.
 
     Args:
-        estimated: by a sample, whatever exact results are remembered; else by a scan.
+        estimated: whether its norms were estimates. If so, requests for a sample are
+            answered by a sample, else by an exact scan.
 
     Yields:
-        while the merge is made again.
+        while the merge is repeated.
     """
     global _estimated
     before, _estimated = _estimated, estimated
@@ -170,8 +171,7 @@ def _measured(
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
     only_estimates = sample is not None and _estimated
-    # Of several ranks, rank 0 says what is known, and keeps what is new: the caches of
-    # nodes may differ.
+    # Rank 0 reads and writes the cache for all ranks: those of nodes may differ.
     pairs = ranks.from_leader(
         lambda: [None if only_estimates else _known(base, model) for model in models]
     )
@@ -180,7 +180,7 @@ def _measured(
     if gram is not False and not missing:
         result = ScanResult.joined([pair for pair in pairs if pair is not None])
         products = ranks.from_leader(
-            lambda: cache.read_gram(base, models, result.names)
+            lambda: scan_cache.read_gram(base, models, result.names)
         )
         if products is not None or gram is None:
             return replace(result, gram=products)
@@ -194,10 +194,10 @@ def _measured(
         for row, at in enumerate(scanned):
             pairs[at] = pair = replace(new.select([row]), gram=None)
             if leads:
-                cache.write_pair(base, models[at], pair)
+                scan_cache.write_pair(base, models[at], pair)
         if gram:
             if leads:
-                cache.write_gram(base, models, new)
+                scan_cache.write_gram(base, models, new)
             return new
     return ScanResult.joined([pair for pair in pairs if pair is not None])
 
@@ -216,12 +216,12 @@ def _scanned(
     crossing = factors.Crossing(base, adapters) if gram and full else None
     result = None
     if full or (own is None and base.tensors):
-        # Without an earlier scan the base is measured against itself, which gives what
-        # all adapters share: the tensors that count, and their norms.
-        again = [] if own else [base]
+        # All adapters need the tensors of the base that count, and their norms. Unless
+        # an earlier scan has them, measure the base against itself.
+        itself = [] if own else [base]
         result = scan_checkpoints(
             base,
-            [*tuned, *again],
+            [*tuned, *itself],
             gram=gram and bool(full),
             workers=workers,
             crossing=crossing,
@@ -230,28 +230,30 @@ def _scanned(
             own = replace(result.select([len(tuned)]), gram=None)
             _PAIRS[base.identity, base.identity] = own
             if ranks.leads():
-                cache.write_pair(base, base, own)
+                scan_cache.write_pair(base, base, own)
         result = result.select(range(len(tuned))) if full else None
     exact = factors.scan_adapters(
         base, adapters, own if base.tensors else None, workers=workers
     )
     place = {at: number for number, at in enumerate([*full, *added])}
     order = [place[at] for at in range(len(models))]
-    found = crossing.found if crossing else {}
-    return factors.joined(result, exact, found, order, gram=gram)
+    products = crossing.found if crossing else {}
+    return factors.joined(result, exact, products, order, gram=gram)
 
 
 def _opened_adapter(
     model: ModelReference, base: ModelReference, *, merged: bool
 ) -> Checkpoint | None:
-    """The adapter that a model is, if it is one of this base; see `open_adapter`."""
+    """Open a model that is an adapter of this base; see `open_adapter`."""
     alone = model is not base and is_adapter(Path(model.model.path))
     own = alone or is_adapter_of(model, base)
     return open_adapter(model, merged=merged) if own else None
 
 
 def _known(base: Checkpoint, model: Checkpoint) -> ScanResult | None:
-    return _PAIRS.get((base.identity, model.identity)) or cache.read_pair(base, model)
+    return _PAIRS.get((base.identity, model.identity)) or scan_cache.read_pair(
+        base, model
+    )
 
 
 def _sampled(
@@ -262,20 +264,20 @@ def _sampled(
     workers: int | None,
 ) -> ScanResult:
     request = f"{sample} {gram}"
-    estimated = cache.read_sample(base, models, request)
+    estimated = scan_cache.read_sample(base, models, request)
     if estimated is None:
         estimated = sample_checkpoints(base, models, sample, gram=gram, workers=workers)
-        cache.write_sample(base, models, request, estimated)
+        scan_cache.write_sample(base, models, request, estimated)
     return estimated
 
 
 def forget_failures() -> None:
-    """Let the next merge try again what failed in an earlier one."""
+    """Let the next merge retry what failed in an earlier one."""
     _FAILURES.clear()
 
 
 def _state_of(model: Model) -> Mapping[str, torch.Tensor] | None:
-    """The tensors of a model in memory; None of another one."""
+    """The tensors of a model in memory, or None for a model on disk."""
     if isinstance(model, torch.nn.Module):
         return model.state_dict()
     return model if isinstance(model, Mapping) else None
@@ -295,25 +297,26 @@ def scan(
 
     n_t = ||theta_t - theta_0||^2 over every floating-point tensor that base and model
     t both store, at the coarser of the two stored precisions. A tied weight counts
-    once; of resized vocabularies the common rows count. One pass over the files.
+    once. If vocabularies differ in size, their common rows count. Each file is read
+    once.
 
-    Of tensors in memory, those that share storage count once, shapes must be equal, and
-    the result has the bits of a merge by mergekit's `merge_state_dicts`.
+    In memory, tensors that share storage count once, shapes must be equal, and the
+    result has the bits of a merge by mergekit's `merge_state_dicts`.
 
     Args:
         base: theta_0: a folder, a hub repository, a `ModelReference`, or a module or
             state dict in memory.
-        models: the K fine-tunes, likewise; `base+adapter` or the folder of an adapter
-            for a LoRA, which is measured from its factors.
+        models: the K fine-tunes, likewise. A LoRA adapter (`base+adapter`, or only its
+            folder) is measured from its factors.
         gram: also compute <tau_s, tau_t>, for cosines.
-        workers: threads; by default the number of CPUs at hand.
-        lora_merge_cache: folder for merged adapters, needed for those whose task
-            vector is not the product of factors.
+        workers: number of threads; by default one per CPU of this process.
+        lora_merge_cache: folder for merged adapters, needed only for adapters whose
+            task vector is not a product of factors.
         transformers_cache: folder of downloaded models.
         trust_remote_code: run code that comes with a model, for its architecture.
 
     Returns:
-        the squared norms per tensor group; the same bits for any number of workers.
+        the squared norms by tensor group; the same bits for any number of workers.
 
     Raises:
         TypeError: some models are in memory, and some are not.
@@ -322,7 +325,7 @@ def scan(
         OSError: a file is missing, truncated, or changes during the scan.
     """
     if not models:
-        raise ValueError("no models to measure against the base; give at least one")
+        raise ValueError("there is no model to measure against the base; give one")
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; expected a number >= 1 or None")
     states = [_state_of(model) for model in (base, *models)]

@@ -1,4 +1,4 @@
-"""Reads stored tensors piece by piece into buffers that are used again."""
+"""Reads stored tensors piece by piece, into buffers that are reused."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ import os
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
+from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.files import Readers
 from mergekit_metagpt.checkpoints.layouts import Stored
 from mergekit_metagpt.checkpoints.pairs import SharedTensor
-from mergekit_metagpt.checkpoints.ranges import RemoteFile
-from mergekit_metagpt.checkpoints.stored import ConvertedTensor, StoredTensor
+from mergekit_metagpt.checkpoints.ranges import AT_ONCE, RemoteFile, places_in
+from mergekit_metagpt.checkpoints.stored import (
+    ConvertedTensor,
+    StoredTensor,
+    corrupt,
+)
+from mergekit_metagpt.scanning.threads import default_workers
 
-# Files that one thread keeps open, at most, and the share of those allowed that all
-# threads take together. With more models than that files are opened again for each
-# piece, which costs less than reading it.
+# A thread keeps at most OPEN_FILES files open, and all threads together at most 1/SHARE
+# of the process's limit. With more models, a file is opened again for each piece, which
+# costs less than reading the piece.
 OPEN_FILES = 16
 SHARE = 4
 
@@ -40,9 +46,9 @@ def can_stream(stored: StoredTensor | ConvertedTensor) -> bool:
 class Streams:
     """The safetensors files of one scan, on any number of threads; to be closed.
 
-    A buffer is filled by the kernel from its cache of the file: as fast as mapping the
-    file, whose pages are dear to drop when memory is short, and a file that shrinks is
-    an error instead of the end of the process.
+    The kernel copies each piece from its page cache into a buffer. That is as fast as
+    mapping the file. Mapped pages are expensive to drop when memory is short, and a
+    mapped file that shrinks would kill the process instead of raising an error.
     """
 
     def __init__(
@@ -92,7 +98,7 @@ class Streams:
             filled += got
 
     def _place(self, stored: StoredTensor) -> tuple[int, int]:
-        """First byte of a tensor in its file, and their number."""
+        """A tensor's first byte in its file, and its size in bytes."""
         with self._lock:
             if stored.file not in self._starts:
                 remote = self.remote.get(stored.file)
@@ -104,7 +110,7 @@ class Streams:
         return place
 
     def _handle(self, file: Path) -> int:
-        """A file descriptor of this thread's own."""
+        """A file descriptor that only this thread uses."""
         if not hasattr(self._here, "files"):
             self._here.files = OrderedDict()
             with self._lock:
@@ -122,7 +128,7 @@ class Streams:
 
 
 def _allowed() -> int:
-    """How many files this process may have open."""
+    """The number of files that this process may have open."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -132,7 +138,7 @@ def _allowed() -> int:
 
 
 def _opened(file: Path, others: OrderedDict[Path, int]) -> int:
-    """Open a file; where too many are open, close others for it."""
+    """Open a file, closing others if too many are open."""
     while True:
         try:
             return os.open(file, os.O_RDONLY)
@@ -143,22 +149,13 @@ def _opened(file: Path, others: OrderedDict[Path, int]) -> int:
 
 
 def _starts(file: Path) -> dict[str, tuple[int, int]]:
-    """First byte and size of every tensor, by a header that safetensors has checked."""
+    """First byte and size of every tensor in a safetensors file."""
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        places = {name: entry["data_offsets"] for name, entry in header.items()}
-        return {
-            name: (8 + length + start, end - start)
-            for name, (start, end) in places.items()
-        }
+            return places_in(json.loads(stream.read(length)), 8 + length)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise OSError(
-            f"{file} cannot be read: {error}. It is truncated or corrupt: fetch or "
-            "save it again"
-        ) from error
+        raise corrupt(file, error) from error
 
 
 def _unreadable(stored: StoredTensor, why: str) -> OSError:
@@ -171,8 +168,8 @@ class Source:
 
     Attributes:
         dtype: of its elements.
-        whole: all of them, where they cannot be read in pieces.
-        streamed: else, what reads which tensor.
+        whole: all elements, if they cannot be read in pieces.
+        streamed: otherwise the open files, and the tensor to read from them.
     """
 
     dtype: torch.dtype
@@ -183,12 +180,12 @@ class Source:
         """Return a piece of the flattened overlap.
 
         Args:
-            piece: its elements.
-            room: bytes, at least as many as the piece has; may be written to.
+            piece: which elements.
+            room: a buffer of at least as many bytes as the piece has.
 
         Returns:
             the elements, flat, in `room` or mapped from the file: not to be written
-            to, nor used after `room` was given away.
+            to, nor used once `room` is reused.
 
         Raises:
             OSError: the file is missing, truncated or corrupt.
@@ -209,13 +206,33 @@ class Source:
 
 
 class Files:
-    """The files of one scan: read piece by piece where possible, else mapped."""
+    """The files of one scan: read piece by piece where possible, else mapped.
+
+    Args:
+        threads: number of threads that read.
+        remote: readers of the files on the hub.
+    """
 
     def __init__(
         self, threads: int = 1, remote: Mapping[Path, RemoteFile] | None = None
     ) -> None:
+        self.threads = threads
         self.readers = Readers()
         self.streams = Streams(threads, remote)
+
+    @classmethod
+    def of(cls, checkpoints: Sequence[Checkpoint], workers: int | None = None) -> Files:
+        """Prepare the files of a base and its models for a scan.
+
+        Args:
+            checkpoints: base and models.
+            workers: threads; by default one per CPU, more for files on the hub.
+
+        Returns:
+            the files, to be used as a context.
+        """
+        remote = {path: file for c in checkpoints for path, file in c.remote.items()}
+        return cls(workers or (AT_ONCE if remote else default_workers()), remote)
 
     def __enter__(self) -> Files:
         return self
@@ -229,30 +246,30 @@ class Files:
         self.streams.close()
 
     def in_parts(self, stored: Stored) -> bool:
-        """Whether a tensor can be read in parts: from a file here, or on the hub."""
+        """Whether a tensor can be read in parts, from a local file or from the hub."""
         return can_stream(stored) or stored.file in self.streams.remote
 
     def source(self, pair: SharedTensor, stored: Stored) -> Source:
         """Prepare one side of a shared tensor for reading.
 
         Args:
-            pair: the tensor, and what both sides have of it.
+            pair: the tensor.
             stored: the side, `pair.base` or `pair.model`.
 
         Returns:
-            the source of its pieces.
+            what its pieces are read from.
 
         Raises:
             OSError: the file is missing, truncated or corrupt.
         """
-        # The overlap lies in one row where the first axis alone is cut.
+        # The overlap is contiguous if only the first axis is cut.
         in_order = stored.shape[1:] == pair.shape[1:]
         if isinstance(stored, StoredTensor) and in_order and self.in_parts(stored):
             return Source(stored.dtype, streamed=(self.streams, stored))
         if stored.file in self.streams.remote:
             raise ValueError(
-                f"{stored.name} of {stored.file.parent} is stored in another layout "
-                "than in the other model, and cannot be read in part. Download both, "
-                "or give --sample 0"
+                f"{stored.name} of {stored.file.parent} and the other model's have "
+                "different layouts, so that it cannot be read in part. Download both "
+                "models, or give --sample 0"
             )
         return Source(stored.dtype, whole=pair.cut(self.readers.read(stored)))

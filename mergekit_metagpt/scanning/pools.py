@@ -1,4 +1,4 @@
-"""Tells which pool a tensor belongs to, and which tensors do not count."""
+"""Tells which pool a tensor belongs to, and whether `exclude` leaves it out."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def exclude_for(names: Collection[str], others: Collection[str]) -> str:
     """Write an `exclude` that names some tensors and none of the others.
 
     Args:
-        names: of tensors that are not to count.
-        others: of tensors that are to count.
+        names: tensors that should not count.
+        others: tensors that should count.
 
     Returns:
-        comma-separated parts of names, as short as they can be told apart.
+        comma-separated parts of names: a layer or a module if that is unambiguous.
 
     Example:
         >>> exclude_for(["h.2.a", "h.2.b", "wte.weight"], ["h.1.a", "h.1.b"])

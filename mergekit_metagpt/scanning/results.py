@@ -1,4 +1,4 @@
-"""What a scan measured, frozen: squared norms and Gram matrices, pooled on request."""
+"""The result of a scan: squared norms and inner products, pooled on request."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from mergekit_metagpt.scanning.pools import is_excluded, pool_key
 
 @dataclass(frozen=True)
 class Pooled:
-    """Squared norms (and Gram matrices) of pools of tensors.
+    """Squared norms (and Gram matrices) of G pools of tensors.
 
     Attributes:
-        keys: name of each pool, `G` of them.
+        keys: names of the pools.
         sq_norms: shape `(K,)` under `model`, else `(G, K)`, float64.
         gram: shape `(K, K)` under `model`, else `(G, K, K)`, float64, or None.
-        base_sq_norms: ||theta_0||^2 of what each model shares, shape of `sq_norms`.
-        embeddings: part of `sq_norms` that embeddings and heads hold, same shape.
-        members: names of the tensors of each pool, in name order.
-        granularity: over which tensors is pooled.
-        covariances: of the sums, where they are estimated from a sample.
+        base_sq_norms: ||theta_0||^2 over what each model shares, shape of `sq_norms`.
+        embeddings: the part of `sq_norms` from embeddings and heads, same shape.
+        members: names of the tensors of each pool, sorted.
+        granularity: `model`, `layer` or `tensor`.
+        covariances: of the sums, if they are estimated from a sample.
     """
 
     keys: tuple[str, ...]
@@ -45,27 +45,27 @@ class Pooled:
         return {key: row for row, key in enumerate(self.keys)}
 
     def key_of(self, name: str) -> str:
-        """Return the pool of a tensor that counts under this name."""
+        """Return the pool of a tensor, by the name under which it counts."""
         return pool_key(name, self.granularity)
 
     def products(self, keys: Sequence[str], models: Sequence[int]) -> torch.Tensor:
-        """Return inner products of one pool, which models may know by other names.
+        """Return inner products in one pool, whose name may differ between models.
 
         Args:
-            keys: the pool's name for each of `k` models.
-            models: their rows and columns in `gram`, which must be there.
+            keys: the pool's name in each of `k` models.
+            models: their rows and columns in `gram`, which must not be None.
 
         Returns:
             shape `(k, k)`, float64; 0 where two names differ or nothing counts.
         """
         assert self.gram is not None
         by_pool = self.gram.reshape(-1, *self.gram.shape[-2:])
-        found = self.gram.new_zeros(len(keys), len(keys))
+        products = self.gram.new_zeros(len(keys), len(keys))
         for i, (key, row) in enumerate(zip(keys, models, strict=True)):
             for j, (other, column) in enumerate(zip(keys, models, strict=True)):
                 if key == other and self.members.get(key):
-                    found[i, j] = by_pool[self.rows[key], row, column]
-        return found
+                    products[i, j] = by_pool[self.rows[key], row, column]
+        return products
 
     @property
     def cosines(self) -> torch.Tensor | None:
@@ -105,13 +105,13 @@ class Pooled:
 
 @dataclass(frozen=True)
 class Sampled:
-    """How much of the weights estimates rest on.
+    """The sample from which norms were estimated.
 
     Attributes:
-        share: of each large tensor that was read.
-        seed: of the positions.
-        bytes_read: of base and models.
-        bytes_stored: what an exact scan would read.
+        share: share of each large tensor that was read.
+        seed: of the random positions.
+        bytes_read: bytes read, of base and models.
+        bytes_stored: bytes that an exact scan would read.
         covariances: of the estimates, by tensor.
     """
 
@@ -124,22 +124,22 @@ class Sampled:
 
 @dataclass(frozen=True, eq=False)
 class ScanResult:
-    """What one scan of a base and its fine-tunes measured, per tensor group.
+    """What a scan of a base and its fine-tunes measured, by tensor group.
 
     Attributes:
         base: the base, as given.
         models: the K fine-tunes, as given.
         names: output names of the N counted tensors, sorted.
-        sq_norms: ||tau_t||^2 per tensor, shape `(N, K)`, float64; 0 where a model
+        sq_norms: ||tau_t||^2 by tensor, shape `(N, K)`, float64; 0 where a model
             does not share the tensor.
         base_sq_norms: ||theta_0||^2 of what each model shares, shape `(N, K)`, float64.
-        counted_as: for each model, for every output name that it shares with the base,
-            the name under which it counts: its own, except for a tied head.
-        layers: for each model, for the layers of renamed tensors, the layer under
-            which they count.
-        gram: <tau_s, tau_t> per tensor, shape `(N, K, K)`, float64, or None.
+        counted_as: for each model, the name under which each tensor counts that it
+            shares with the base: the tensor's own name, or a tied head's embedding.
+        layers: for each model, the layer under which a layer of another name counts,
+            where tensors were renamed.
+        gram: <tau_s, tau_t> by tensor, shape `(N, K, K)`, float64, or None.
         vocabulary: names of the base's tensors with an entry for each token.
-        sampled: how they were estimated, where not all weights were read.
+        sampled: the sample, if the norms are estimates.
     """
 
     base: str
@@ -157,13 +157,13 @@ class ScanResult:
     )
 
     def select(self, rows: Sequence[int]) -> ScanResult:
-        """Return what was measured of some of the models.
+        """Return the result for some of the models.
 
         Args:
-            rows: which of the K models, in the order of the result.
+            rows: indices of these models, in any order.
 
         Returns:
-            a result of `len(rows)` models, and of the tensors that any of them shares.
+            a result of `len(rows)` models, over the tensors that any of them shares.
         """
         own = [set(self.counted_as[k].values()) for k in rows]
         kept = [n for n, name in enumerate(self.names) if any(name in o for o in own)]
@@ -191,7 +191,7 @@ class ScanResult:
 
     @staticmethod
     def joined(results: Sequence[ScanResult]) -> ScanResult:
-        """Put results of one base side by side, without their Gram matrices.
+        """Join results with the same base; Gram matrices are dropped.
 
         Args:
             results: at least one.
@@ -223,7 +223,7 @@ class ScanResult:
         )
 
     def layer_of(self, name: str, model: int) -> str:
-        """Return the pool of an output name of one model under `layer`."""
+        """Return the pool of one model's tensor under `granularity: layer`."""
         if name in self.counted_as[model]:
             return layer_key(self.counted_as[model][name])
         return self.layers[model].get(layer_key(name), layer_key(name))
@@ -236,7 +236,7 @@ class ScanResult:
             exclude: substrings; tensors whose name contains one do not count.
 
         Returns:
-            the sums, see `Pooled`; made once and to be left unchanged.
+            the sums, see `Pooled`; kept for the next call, so do not change them.
 
         Raises:
             ValueError: unknown granularity.

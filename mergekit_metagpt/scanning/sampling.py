@@ -1,4 +1,4 @@
-"""Estimates what a scan would measure from a seeded sample of blocks of each tensor."""
+"""Estimates the results of a scan from a seeded sample of blocks of each tensor."""
 
 from __future__ import annotations
 
@@ -16,48 +16,46 @@ from mergekit_metagpt.arithmetic.standard_errors import Covariances
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.layouts import Stored
 from mergekit_metagpt.checkpoints.pairs import align, same_bits
-from mergekit_metagpt.checkpoints.ranges import AT_ONCE
 from mergekit_metagpt.checkpoints.stored import StoredTensor
-from mergekit_metagpt.scanning.one_pass import (
+from mergekit_metagpt.scanning.groups import (
     PIECE,
     Group,
     Sums,
     Table,
     groups_of,
-    remote_files,
     require_equal,
     total,
 )
 from mergekit_metagpt.scanning.pieces import Files, Source
 from mergekit_metagpt.scanning.results import Sampled, ScanResult
-from mergekit_metagpt.scanning.threads import default_workers, run
+from mergekit_metagpt.scanning.threads import run
 
-# Elements of the shortest blocks; longer ones are `PARTS` or more of a tensor. A tensor
-# of fewer than `WHOLE` elements is read whole, of every other at least `LEAST` blocks:
-# one has no variance.
+# A block has at least BLOCK elements. Where it has more, a tensor has at least PARTS
+# blocks.
 BLOCK = 1 << 12
 PARTS = 64
+# Smaller tensors are read whole. Of others at least LEAST blocks are read: a single
+# block has no variance.
 WHOLE = 1 << 16
 LEAST = 2
-# Blocks of base and models beyond which longer ones are read instead: each costs a
-# request, or a seek.
+# Every block costs a request or a seek: above this number, longer blocks are read.
 MOST_READS = 4000
-# Blocks that one task reads, at most; few, as over a network it waits for each.
+# Blocks read by one task, at most; few, since over a network it waits for each.
 TOGETHER = 8
 # Blocks in which a stored head is compared with its embedding.
 COMPARED = 16
-# Halvings in the search for the share that a budget pays for.
+# Steps of the bisection for the share that a budget allows.
 HALVINGS = 40
 
 
 @dataclass(frozen=True)
 class Sample:
-    """How much is to be read: a share of each large tensor, or a budget.
+    """How much to read: a share of each large tensor, or a budget; the other is None.
 
     Attributes:
-        share: above 0, at most 1; None where the budget decides.
-        budget: bytes of base and models together; None where the share decides.
-        seed: of the positions.
+        share: above 0, at most 1.
+        budget: bytes of base and models together.
+        seed: of the random positions.
     """
 
     share: float | None = None
@@ -67,7 +65,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class _Stratum:
-    """A group, and the blocks of it that are read; all of it where `blocks` is None."""
+    """A group and the numbers of the blocks that are read of it.
+
+    All of the group is read if `blocks` is None. A block has `length` elements.
+    """
 
     group: Group
     blocks: Sequence[int] | None
@@ -75,12 +76,12 @@ class _Stratum:
 
     @property
     def tail(self) -> slice:
-        """What full blocks leave over; always read."""
+        """The elements after the last full block, which are always read."""
         numel = self.group.pairs[0].numel
         return slice(numel - numel % self.length, numel)
 
     def parts(self) -> Iterator[slice | Sequence[int]]:
-        """Yield what one task reads: a segment, or some blocks."""
+        """Yield what each task reads: a segment, or the numbers of some blocks."""
         if self.blocks is None:
             yield from self.group.segments
             return
@@ -93,27 +94,27 @@ class _Stratum:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How much is read: a share of each large tensor, in blocks of up to `longest`."""
+    """A share of each large tensor, read in blocks of at most `longest` elements."""
 
     share: float
     longest: int
 
     def length(self, group: Group) -> int:
-        """Elements of a block: a power of two."""
+        """Return the number of elements of a block, a power of two."""
         fitting = max(BLOCK, group.pairs[0].numel // PARTS)
         return min(self.longest, 1 << (fitting.bit_length() - 1))
 
     def count(self, group: Group) -> int | None:
-        """Number of blocks to be read of a group; None for all of it."""
+        """Return the number of blocks to read of a group; None to read all of it."""
         numel = group.pairs[0].numel
         if numel < WHOLE or not all(pair.divisible for pair in group.pairs):
             return None
-        every = numel // self.length(group)
-        count = max(LEAST, math.ceil(self.share * every))
-        return count if count < every else None
+        all_blocks = numel // self.length(group)
+        count = max(LEAST, math.ceil(self.share * all_blocks))
+        return count if count < all_blocks else None
 
     def bytes(self, group: Group) -> int:
-        """Bytes that are read of a group, of base and models."""
+        """Return the bytes to read of a group, from base and models."""
         numel, count, length = group.pairs[0].numel, self.count(group), 1
         if count is not None:
             length = self.length(group)
@@ -121,24 +122,24 @@ class _Plan:
         return numel * group.bytes_per_element
 
     def cost(self, groups: Sequence[Group]) -> int:
-        """Bytes that are read of all groups."""
+        """Return the bytes to read of all groups."""
         return sum(map(self.bytes, groups))
 
     def reads(self, groups: Sequence[Group]) -> int:
-        """Number of blocks that are read of all groups, of base and models."""
+        """Return the number of blocks to read of all groups, from base and models."""
         return sum(
             (self.count(group) or 0) * (1 + len(group.pairs)) for group in groups
         )
 
 
 def _plan(sample: Sample, groups: Sequence[Group]) -> _Plan:
-    """Choose the shortest blocks of which a sample has no more than `MOST_READS`.
+    """Choose the shortest blocks with which a sample takes at most `MOST_READS` reads.
 
-    Of many small tensors no length makes them so few; blocks are not longer then than
-    it takes to come near the fewest.
+    Models with many small tensors need more reads than that at any length. Then twice
+    the smallest number of reads is allowed.
     """
-    least = 2 * _Plan(0.0, BLOCK).reads(groups)
-    chosen, longest = None, BLOCK
+    allowed = max(MOST_READS, 2 * _Plan(0.0, BLOCK).reads(groups))
+    plan, longest = None, BLOCK
     while longest <= PIECE:
         share = sample.share
         if share is None:
@@ -146,21 +147,21 @@ def _plan(sample: Sample, groups: Sequence[Group]) -> _Plan:
             share = _share_for(sample.budget, groups, longest)
             if share is None:
                 break
-        chosen = _Plan(share, longest)
-        if chosen.reads(groups) <= max(MOST_READS, least):
+        plan = _Plan(share, longest)
+        if plan.reads(groups) <= allowed:
             break
         longest *= 2
-    if chosen is None:
+    if plan is None:
         raise ValueError(
             f"a budget of {sample.budget:,} bytes is too small: two blocks of each "
             f"tensor of these models are {_Plan(0.0, BLOCK).cost(groups):,} bytes. "
             "Give at least that"
         )
-    return chosen
+    return plan
 
 
 def _share_for(budget: int, groups: Sequence[Group], longest: int) -> float | None:
-    """The largest share that costs no more than the budget; None if none does."""
+    """The largest share within the budget, or None if there is none."""
     if _Plan(1.0, longest).cost(groups) <= budget:
         return 1.0
     low, high = 0.0, 1.0
@@ -174,7 +175,7 @@ def _share_for(budget: int, groups: Sequence[Group], longest: int) -> float | No
 
 
 def _stratum(group: Group, plan: _Plan, seed: int) -> _Stratum:
-    """Draw blocks of a group: the same whatever the files, workers, other tensors."""
+    """Draw blocks of a group; they depend on plan, seed, name and shape only."""
     length, count, blocks = plan.length(group), plan.count(group), None
     if count is not None:
         shape, numel = group.pairs[0].shape, group.pairs[0].numel
@@ -185,7 +186,7 @@ def _stratum(group: Group, plan: _Plan, seed: int) -> _Stratum:
 
 
 def _read(source: Source, blocks: Sequence[int], length: int = BLOCK) -> torch.Tensor:
-    """Read blocks of a flattened tensor, neighbours at once; shape `(n, length)`."""
+    """Read blocks of a flattened tensor, adjacent ones at once; shape `(n, length)`."""
     values = torch.empty(len(blocks), length, dtype=source.dtype, device="cpu")
     first = 0
     while first < len(blocks):
@@ -204,10 +205,12 @@ def _read(source: Source, blocks: Sequence[int], length: int = BLOCK) -> torch.T
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Sums over each of n blocks.
+    """Sums over each of n blocks; all float64.
 
-    `sq_norms` has shape `(n, K)`, `base` is ||theta_0||^2, shape `(n,)`, and `gram` has
-    shape `(n, K, K)` or is None.
+    Attributes:
+        sq_norms: ||tau_t||^2, shape `(n, K)`.
+        base: ||theta_0||^2, shape `(n,)`.
+        gram: <tau_s, tau_t>, shape `(n, K, K)`, or None.
     """
 
     sq_norms: torch.Tensor
@@ -236,17 +239,17 @@ def _sums_of_blocks(
             if not finite[at]:
                 model = models[group.members[at]]
                 require_equal(base, tuned[at], pair=pair, owners=(first, model))
-        # Infinities that all share: no learning, as in an exact scan.
+        # Base and models have the same infinities, which do not count, as in a scan.
         zeros = (torch.zeros_like(values) for values in (sq_norms, squares, gram))
         sq_norms, squares, gram = zeros
     return _Blocks(sq_norms, squares, gram if group.gram else None)
 
 
 def _estimate(parts: Sequence[_Blocks], count: int) -> tuple[Sums, Covariances]:
-    """Expand sums of sampled blocks to all `count`; and the covariances of estimates.
+    """Estimate the sums over all `count` blocks, and the covariances of the estimates.
 
-    Of a simple random sample of b of B blocks, Cov(x, y) = B^2 (1 - b/B) S_xy / b, with
-    the sample covariance S_xy of the blocks' sums.
+    For a simple random sample of b of B blocks, Cov(x, y) = B^2 (1 - b/B) S_xy / b,
+    where S_xy is the sample covariance of the blocks' sums.
     """
     sq_norms = torch.cat([part.sq_norms for part in parts])
     base = torch.cat([part.base for part in parts])
@@ -271,7 +274,7 @@ def _estimate(parts: Sequence[_Blocks], count: int) -> tuple[Sums, Covariances]:
 
 
 def _note(into: Covariances, row: int, group: Group, own: Covariances) -> None:
-    """Enter a group's covariances; what is of independent samples does not covary."""
+    """Enter a group's covariances; with models of other groups, they are 0."""
     members = torch.tensor(group.members, device="cpu")
     square = members[:, None], members
     for values in (into.sq_norms[row], into.sq_norms[row].T):
@@ -288,7 +291,7 @@ def _note(into: Covariances, row: int, group: Group, own: Covariances) -> None:
 
 
 def _same(files: Files, first: Stored, second: Stored) -> bool:
-    """Whether a head is its embedding, as far as a few blocks tell."""
+    """Whether a head equals its embedding in a few blocks."""
     streamed = isinstance(first, StoredTensor) and isinstance(second, StoredTensor)
     if not (streamed and all(map(files.in_parts, (first, second)))):
         return same_bits(first, second, files.readers)
@@ -303,7 +306,7 @@ def _same(files: Files, first: Stored, second: Stored) -> bool:
     blocks = [count * at // COMPARED for at in range(COMPARED)]
     return all(
         torch.equal(*(_read(side, some) for side in sides))
-        for some in (blocks[:1], blocks[1:])  # heads of their own differ in the first
+        for some in (blocks[:1], blocks[1:])  # an untied head differs in the first
     )
 
 
@@ -317,79 +320,67 @@ def sample_checkpoints(
 ) -> ScanResult:
     """Estimate what `scan_checkpoints` would measure, with standard errors.
 
-    Every tensor of at least `WHOLE` elements is a stratum: a simple random sample of
-    its blocks of `BLOCK` elements or more, at the same positions in base and models.
-    All smaller ones, and those in another layout, are read whole.
+    Every tensor of at least `WHOLE` elements is a stratum, of which a simple random
+    sample of blocks is read, at the same positions in base and models. Smaller tensors,
+    and those in another layout, are read whole.
 
     Args:
         base: the base.
         models: K fine-tunes of it.
         sample: how much to read.
         gram: also estimate inner products.
-        workers: threads; the CPUs at hand if None.
+        workers: number of threads; see `Files.of` for the default.
 
     Returns:
-        the estimates, unbiased; exact, and without `sampled`, where all was read.
+        unbiased estimates; exact values, without `sampled`, if everything was read.
 
     Raises:
         ValueError: base and model do not fit, the budget is too small, or a weight that
             was read is NaN or infinite.
         OSError: a file cannot be read or has changed since it was opened.
     """
-    remote = remote_files(base, *models)
-    workers = workers or (AT_ONCE if remote else default_workers())
-    with Files(workers, remote) as files:
-        return _sample(base, models, sample, files, gram=gram, workers=workers)
-
-
-def _sample(
-    base: Checkpoint,
-    models: Sequence[Checkpoint],
-    sample: Sample,
-    files: Files,
-    *,
-    gram: bool,
-    workers: int,
-) -> ScanResult:
-    for checkpoint in (base, *models):
-        checkpoint.verify_unchanged()
-    same = functools.cache(functools.partial(_same, files))
-    alignments = [align(base, model, files.readers, same) for model in models]
-    groups = groups_of(alignments, gram=gram)
-    # With inner products, a share is read in the same blocks as without.
-    priced = groups if sample.share is None else groups_of(alignments, gram=False)
-    plan = _plan(sample, priced)
-    strata = [_stratum(group, plan, sample.seed) for group in groups]
-    tasks: list[tuple[int, Callable[[], Sums | _Blocks]]] = []
-    for stratum in strata:
-        group = stratum.group
-        for part in stratum.parts():
-            work: Callable[[], Sums | _Blocks]
-            if isinstance(part, slice):
-                elements = part.stop - part.start
-                work = functools.partial(group.sums, files, part)
-            else:
-                elements, owners = len(part) * stratum.length, (base, models)
-                work = functools.partial(_sums_of_blocks, stratum, files, owners, part)
-            tasks.append((elements * group.bytes_per_element, work))
-    results = iter(run(tasks, workers))
-    table = Table.empty(groups, len(models), gram=gram)
-    covariances = Covariances.zeros(len(table.names), len(models), gram=gram)
-    for stratum in strata:
-        group = stratum.group
-        parts = [next(results) for _ in stratum.parts()]
-        whole = [part for part in parts if isinstance(part, Sums)]
-        blocks = [part for part in parts if isinstance(part, _Blocks)]
-        if whole:
-            sums = total(whole, group, base, models, files)
-        if blocks:
-            count = group.pairs[0].numel // stratum.length
-            estimate, covariance = _estimate(blocks, count)
-            sums = estimate + sums if whole else estimate
-            _note(covariances, table.rows[group.name], group, covariance)
-        table.add(group, sums)
-    for checkpoint in (base, *models):
-        checkpoint.verify_unchanged()
+    with Files.of((base, *models), workers) as files:
+        for checkpoint in (base, *models):
+            checkpoint.verify_unchanged()
+        same = functools.cache(functools.partial(_same, files))
+        alignments = [align(base, model, files.readers, same) for model in models]
+        groups = groups_of(alignments, gram=gram)
+        # A share means the same blocks whether inner products are needed or not.
+        priced = groups if sample.share is None else groups_of(alignments, gram=False)
+        plan = _plan(sample, priced)
+        strata = [_stratum(group, plan, sample.seed) for group in groups]
+        tasks: list[tuple[int, Callable[[], Sums | _Blocks]]] = []
+        for stratum in strata:
+            group = stratum.group
+            for part in stratum.parts():
+                work: Callable[[], Sums | _Blocks]
+                if isinstance(part, slice):
+                    elements = part.stop - part.start
+                    work = functools.partial(group.sums, files, part)
+                else:
+                    elements, owners = len(part) * stratum.length, (base, models)
+                    work = functools.partial(
+                        _sums_of_blocks, stratum, files, owners, part
+                    )
+                tasks.append((elements * group.bytes_per_element, work))
+        results = iter(run(tasks, files.threads))
+        table = Table.empty(groups, len(models), gram=gram)
+        covariances = Covariances.zeros(len(table.names), len(models), gram=gram)
+        for stratum in strata:
+            group = stratum.group
+            parts = [next(results) for _ in stratum.parts()]
+            whole = [part for part in parts if isinstance(part, Sums)]
+            blocks = [part for part in parts if isinstance(part, _Blocks)]
+            if whole:
+                sums = total(whole, group, base, models, files)
+            if blocks:
+                count = group.pairs[0].numel // stratum.length
+                estimate, covariance = _estimate(blocks, count)
+                sums = estimate + sums if whole else estimate
+                _note(covariances, table.rows[group.name], group, covariance)
+            table.add(group, sums)
+        for checkpoint in (base, *models):
+            checkpoint.verify_unchanged()
     result = table.result(base, models, alignments)
     if all(stratum.blocks is None for stratum in strata):
         return result

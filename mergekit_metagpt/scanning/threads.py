@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def default_workers() -> int:
-    """Number of CPUs that this process may use; ranks of a node share them."""
+    """Return the number of CPUs for this process; the ranks of a node share them."""
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
     else:
@@ -26,16 +26,16 @@ def default_workers() -> int:
 
 
 def run(tasks: Sequence[tuple[int, Callable[[], T]]], workers: int) -> list[T]:
-    """Run tasks on threads that each do torch's work alone; show progress in bytes.
+    """Run tasks on threads, each of which runs torch on one thread; show progress.
 
-    The bar goes to stderr, only if that is a terminal; of several ranks, rank 0's.
+    The bar appears if stderr is a terminal, and on rank 0 only.
 
     Args:
-        tasks: pairs of the bytes that a task reads and the task.
-        workers: threads.
+        tasks: for each task the bytes that it reads, and a function to call.
+        workers: number of threads.
 
     Returns:
-        the tasks' results, in their order.
+        the results, in the order of the tasks.
     """
     import tqdm
 

@@ -15,7 +15,7 @@ import torch
 
 from mergekit_metagpt import scan
 from mergekit_metagpt.arithmetic import in_parts, scaled_sums
-from mergekit_metagpt.scanning.one_pass import SEGMENT
+from mergekit_metagpt.scanning.groups import SEGMENT
 from tests.oracle import naive_coefficients
 
 NAME = "w"
