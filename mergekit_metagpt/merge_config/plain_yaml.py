@@ -316,11 +316,14 @@ def _verify(
 def _comment(
     config: MergeConfiguration, found: Sequence[Coefficients], changes: Sequence[str]
 ) -> str:
-    formula = "||theta_t - theta_0||^2 / sum_k ||theta_k - theta_0||^2"
+    weighted = any({*tensor.planned.weights.values()} - {1} for tensor in found)
+    powers = {tensor.planned.settings.power for tensor in found}
+    power = f"{powers.pop():g}" if len(powers) == 1 else "p"
+    term = f"{'w_t ' * weighted}||theta_t - theta_0||^{power}"
     lines = [
         f"{config.merge_method} as plain mergekit, by mergekit-metagpt {__version__}.",
         "Each weight is a coefficient of MetaGPT (https://arxiv.org/abs/2406.11385),",
-        f"lambda_t = {formula}, measured on",
+        f"lambda_t = {term} / sum_k {term.replace('_t', '_k')}, measured on",
     ]
     for model in dict.fromkeys(m for t in found for m in t.planned.task.model_order):
         checkpoint = already_open(model)
