@@ -340,3 +340,14 @@ def test_verify_of_what_is_no_folder(
         assert run_command("verify", path) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line == f"Error: {path} is no folder; expected that of a merged model"
+
+
+def test_merge_into_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "merge.yml"
+    file.write_text("merge_method: metagpt\nmodels: [{model: ./m}]\n")
+    assert run_command("merge", file, file) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"Error: {file} is a file; expected a folder")

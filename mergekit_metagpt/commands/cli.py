@@ -492,7 +492,7 @@ def _merge_command() -> click.Command:
 
     @click.command("merge", cls=PrettyPrintHelp)
     @click.argument("config", type=click.Path())
-    @click.argument("out", type=click.Path(file_okay=False))
+    @click.argument("out", type=click.Path())
     @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
     @click.option(
         "--resume",
