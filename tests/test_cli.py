@@ -17,6 +17,7 @@ from mergekit_metagpt.arithmetic import compiled
 from mergekit_metagpt.commands.cli import main
 from mergekit_metagpt.commands.errors import in_one_line
 from tests import documents
+from tests.families import run_command
 from tests.processes import ask_python, assert_succeeded, run_process, script
 
 ROOT = Path(__file__).parents[1]
@@ -315,3 +316,38 @@ def test_every_documented_option_of_merge_exists(
     for line in lines:
         for option in re.findall(r"(?<!\S)--[a-z-]+", line):
             assert option in text, (option, line)
+
+
+def test_a_misspelt_folder_above_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergekit_metagpt.checkpoints.nearby import nearest
+
+    monkeypatch.chdir(tmp_path)
+    Path("models/logs").mkdir(parents=True)
+    assert nearest(Path("./modles/logs"), folders=True) == "./models/logs"
+    assert nearest(Path("./modles/lgos"), folders=True) == "./models/logs"
+    assert nearest(Path("./models/far/logs"), folders=True) is None
+    assert nearest(tmp_path / "modles/logs") == str(tmp_path / "models/logs")
+
+
+def test_verify_of_what_is_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for path in (tmp_path / "missing", file):
+        assert run_command("verify", path) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"Error: {path} is no folder; expected that of a merged model"
+
+
+def test_merge_into_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "merge.yml"
+    file.write_text("merge_method: metagpt\nmodels: [{model: ./m}]\n")
+    assert run_command("merge", file, file) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"Error: {file} is a file; expected a folder")

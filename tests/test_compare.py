@@ -397,13 +397,21 @@ def test_the_best_is_written_kept_and_drawn(
         assert_same_bits(tensor, ours[name])
     names = {path.name for path in kept.iterdir()}
     assert {"metagpt.json", "README.md", "tokenizer.json"} <= names
-    assert found["verdict"] in (kept / "README.md").read_text()
+    card = (kept / "README.md").read_text()
+    assert found["verdict"] in card
+    for row in (*found["models"], *found["candidates"]):
+        cells = [f"{loss['per_token']:.4f}" for loss in row["losses"]]
+        assert re.search(f"{row['name']}.* [|] {' [|] '.join(cells)} [|]\n", card)
+    assert f"**{found['best']}** (this merge) | " in card
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert run(*ALL, "--keep", str(kept)) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "Wrote" in x]
     assert f"{best} (the YAML of '{found['best']}'), {kept} (the merge" in line
     assert f"{figure} (the figure), " in line
     assert line.endswith(f"mergekit-yaml {best} ./merged")
+    tied = [row["name"] for row in found["candidates"][1:] if not row["beyond_noise"]]
+    said = f" '{found['best']}' is best, but not beyond noise of '{(*tied, '')[0]}'. "
+    assert (said in line) == bool(tied)
     assert run(*ALL, "--write", str(best), "--plot", str(figure)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{best} and {figure} exist; choose other names, or --force" in line
@@ -686,11 +694,36 @@ def test_the_last_line(values: dict[str, float], verdict: str) -> None:
     about = {"versions": {}, "context": 8, "dtype": "float32", "device": "cpu"}
     rows = {
         name: [ChunkLosses(losses=[value] * 9, tokens=[1] * 9, bytes=[1] * 9)]
-        for name, value in {"t": 1.0, **values}.items()
+        for name, value in {"base": 9.0, "t": 1.0, **values}.items()
     }
     candidates = {n: ranking.Merge([n], "") for n in values if n != "base"}
     found = comparison.compare([text], rows, candidates, about)
     assert found.verdict.endswith(verdict)
+
+
+@pytest.mark.parametrize(("value", "worse"), [(1.5, True), (0.9, False)])
+def test_texts_on_which_the_base_beats_the_best_merge_are_named(
+    value: float, worse: bool
+) -> None:
+    texts = [
+        comparison.Text(name=name, file=name, model=of, chunks=9, tokens=9, bytes=9)
+        for name, of in {"maths": "t", "talk": None}.items()
+    ]
+    about = {"versions": {}, "context": 8, "dtype": "float32", "device": "cpu"}
+    rows = {
+        name: [
+            ChunkLosses(losses=[loss] * 9, tokens=[1] * 9, bytes=[1] * 9)
+            for loss in losses
+        ]
+        for name, losses in {
+            "base": [2.0, 1.0],
+            "t": [1.0, 3.0],
+            "a": [1.5, value],
+        }.items()
+    }
+    found = comparison.compare(texts, rows, {"a": ranking.Merge(["a"], "")}, about)
+    said = "But a is worse than the base on talk (by 0.5000±0.0000)."
+    assert (said in found.verdict) == worse and "maths" not in found.verdict
 
 
 @pytest.mark.parametrize(

@@ -413,6 +413,8 @@ def test_all_parameters(deep: Trio, export: Export, tmp_path: Path) -> None:
         found = weights(plain.config["models"], name)
         assert found == pytest.approx(deep.lambdas(name, **chosen), rel=1e-9), name
     assert plain.config["parameters"] == {"lambda": 0.6}
+    norms = [f"w_{k} ||theta_{k} - theta_0||^1.5" for k in "tk"]
+    assert f"lambda_t = {norms[0]} / sum_k {norms[1]}, measured" in plain.comment
     assert "with parameters of metagpt: exclude, granularity, power, weight." in (
         plain.comment
     )

@@ -298,7 +298,7 @@ def changed(models: list[dict[str, Any]], **changes: Any) -> schema.Report:
 def test_weights_by_hand_are_shown(drawn: list[Figure], tmp_path: Path) -> None:
     found = changed([{"weight": 2.0}, {}])
     words = words_of(found, drawn, tmp_path)
-    assert "weight set by hand" in words and "times its weight" in words
+    assert "\nweight\n" in words and "times its weight" in words
     found = changed([{"weight_by_hand": "0.2-0.7"}, {}])
     words = words_of(found, drawn, tmp_path, method="ties")
     long = changed([{"weight_by_hand": "-".join(["0.125"] * 20)}, {}])

@@ -742,8 +742,8 @@ Task vectors (granularity layer, power 2); relative: ||tau|| / ||theta_0||
 1  ./a    0.0000 to 1.0000        8    0.0385
 2  ./b    0.0000 to 1.0000       16    0.0770
 
-Merged task vector: length 17.89, 1.00 of the mean of its inputs (lambda: keep \
-would multiply it by 1). Norms 2.00 to 1 apart, ACE's gamma 0.0204.
+The merged task vector has a length of 17.89, 1.00 of the models' average. \
+`lambda: keep` would multiply it by 1 to make up for that.
 
 Cosines between task vectors
 

@@ -228,8 +228,8 @@ def test_a_merge_scans_once_says_it_and_is_verified(
     assert report["pools"][0]["keep"] == pytest.approx(number)
     card = (out / "README.md").read_text()
     assert f"scaled by `lambda: keep` ({number:.4g})" in card
-    assert " times as long as those of the models" in card
-    console = ("mergekit-metagpt compare", "ACE", "lambda: keep would")
+    assert " times as far as these models did on average, before `lambda`." in card
+    console = ("mergekit-metagpt compare", "ACE", "keep` would")
     assert not any(words in card for words in console)
     assert (out / "metagpt.png").exists()
     assert run_command("verify", out, "--full") == 0
@@ -249,7 +249,7 @@ def test_what_cancels_has_no_length_to_keep(
     assert run_command("merge", file, tmp_path / "out", "--no-copy-tokenizer") == 2
     assert "cancel each other" in capsys.readouterr().err.splitlines()[-1]
     assert run_command("inspect", file) == 0
-    assert "lambda: keep is undefined" in capsys.readouterr().out
+    assert "`lambda: keep` cannot make up" in capsys.readouterr().out
 
 
 def test_where_nothing_moved_there_is_nothing_to_scale() -> None:
@@ -301,7 +301,7 @@ def test_inspect_tells_lengths_and_disparity(
             family["pools"][0]["keep"]
         )
     shown = capsys.readouterr().out
-    assert f"length {lengths['merged']:.4g}" in shown
+    assert f" a length of {lengths['merged']:.4g}, " in shown
     assert re.search(r"mergekit-metagpt compare \S+ --text MODEL=FILE\n\Z", shown)
 
 
@@ -361,6 +361,10 @@ def test_advice_says_what_the_experiment_measured() -> None:
     assert f"was worse than the average in {worse} of {len(apart)}," in said_apart
     milder = sum(less < 0 for _, less in apart)
     assert f"better than MetaGPT in {milder} of {len(apart)}. Try" in said_apart
+    assert "Try" not in advice.which_weights(2.5, power=1.0)
+    assert advice.which_weights(2.5, (1.0, 1.0, 0.0)) == said_apart
+    said = advice.which_weights(2.5, (30.0, 1.0))
+    assert "2.50 to 1" in said and " of 18" not in said and "says nothing" in said
 
 
 def real_outcomes() -> Iterator[tuple[float, float, float]]:

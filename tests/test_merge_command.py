@@ -210,6 +210,10 @@ def test_a_composed_method_and_a_random_seed(
         assert_same_bits(tensor, ours[name])
     plain = yaml.safe_load(Path("out/mergekit_config.plain.yml").read_text())
     assert plain["merge_method"] == "dare_ties"
+    card = Path("out/README.md").read_text()
+    assert "`dare_ties` takes the coefficients as its weights" in card
+    # That is what the sum would have done, without dropping.
+    assert "The merged model moved" not in card
     assert json.loads(Path("out/metagpt.json").read_text())["method"] == (
         "metagpt_dare_ties"
     )

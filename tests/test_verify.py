@@ -190,6 +190,10 @@ def test_relative_paths_hold_where_the_merge_was_run(
     monkeypatch.chdir(copy / "out")
     details = verify(copy / "out", status=3)["of"]["inputs"]["details"]
     assert "./base does not exist" in details and "run verify there" in details
+    # Where some of the models are, a missing one has another reason.
+    (copy / "out" / "base").mkdir()
+    details = verify(copy / "out", status=3)["of"]["inputs"]["details"]
+    assert "base holds no weights" in details and "run verify there" not in details
 
 
 # --- random numbers -------------------------------------------------------------------

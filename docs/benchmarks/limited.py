@@ -1,6 +1,6 @@
 """Times merges with a page cache that is smaller than the files; prints Markdown.
 
-    python docs/benchmarks/limited.py STORE [--models 3] [--limit-gb 4.5] [--disk-mb-s 500]
+    python docs/benchmarks/limited.py STORE [--models 3] [--disk-mb-s 500]
 
 Runs in a new control group (this needs root) with a limit on memory that includes the
 page cache, so that every pass over the store reads the disk; `--disk-mb-s` also limits

@@ -9,7 +9,8 @@ from pathlib import Path
 def nearest(path: Path, *, folders: bool = False) -> str | None:
     """Return the file or folder beside a missing path with the most similar name.
 
-    Case is ignored, and backslashes count as slashes.
+    Case is ignored, and backslashes count as slashes. A folder above it may be
+    misspelt, too.
 
     Args:
         path: the missing path.
@@ -21,6 +22,12 @@ def nearest(path: Path, *, folders: bool = False) -> str | None:
     """
     path = Path(str(path).replace("\\", "/"))
     above = path.expanduser().parent
+    if not above.is_dir():
+        meant = nearest(path.parent, folders=True)
+        if meant is None:
+            return None
+        path = Path(meant, path.name)
+        above = path.expanduser().parent
     names: dict[str, str] = {}
     for entry in sorted(above.iterdir()) if above.is_dir() else []:
         if entry.is_dir() or not folders:

@@ -180,7 +180,6 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     from mergekit_metagpt.report import inspecting
 
     read = merge_yaml.read_file(Path(config))[1]
-    checks.check_yaml(read, config)
     job = jobs.check(read, options, Path(config))
     report = inspecting.inspect(families.of_config(read), job.opened, gram=None)
     if not options.allow_crimes:
@@ -227,9 +226,7 @@ def convert(config: str, out: str, base: str | None, force: bool) -> None:
 
 
 @main.command()
-@click.argument(
-    "out", metavar="OUT", type=click.Path(exists=True, file_okay=False, path_type=Path)
-)
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--full", is_flag=True, help="Replay all tensors, not a sample.")
 @click.option("--seed", type=int, default=0, help="Of the sample; 0 by default.")
 @click.option(
@@ -259,6 +256,9 @@ def verify(
 
     from mergekit_metagpt.commands import verifying
     from mergekit_metagpt.report import tables
+
+    if not out.is_dir():
+        raise ValueError(f"{out} is no folder; expected that of a merged model")
 
     options = options.model_copy(update={"random_seed": random_seed})
     found = verifying.verify(out, options, full=full, seed=seed)
@@ -492,7 +492,7 @@ def _merge_command() -> click.Command:
 
     @click.command("merge", cls=PrettyPrintHelp)
     @click.argument("config", type=click.Path())
-    @click.argument("out", type=click.Path(file_okay=False))
+    @click.argument("out", type=click.Path())
     @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
     @click.option(
         "--resume",

@@ -20,7 +20,7 @@ from mergekit_metagpt.commands.losses import Tokenized
 from mergekit_metagpt.merge_config import candidates as merges
 from mergekit_metagpt.merge_config import checks, families, jobs, merge_yaml, plan
 from mergekit_metagpt.merge_config.candidates import Candidate
-from mergekit_metagpt.report import comparison, inspecting, ranking, scoring
+from mergekit_metagpt.report import card, comparison, inspecting, ranking, scoring
 from mergekit_metagpt.scanning import cache, pools, ranks
 
 if TYPE_CHECKING:
@@ -238,6 +238,9 @@ def compare(
         write.write_text(source, encoding="utf-8")
     if keep is not None:
         _keep(best, source, keep, options, force=force)
+        if options.write_model_card:
+            with (keep / "README.md").open("a", encoding="utf-8") as stream:
+                stream.write(f"\n{card.measured(found)}")
     return found
 
 

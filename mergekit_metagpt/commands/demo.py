@@ -355,7 +355,8 @@ def by_hand(folder: Path) -> list[str]:
     texts = " ".join(f"--text {name}={name}.txt" for name in SPECIALTIES)
     commands = (
         "mergekit-yaml metagpt.yml ./merged-by-hand",
-        f"mergekit-metagpt compare metagpt.yml {texts}",
+        # The length of the demo's own windows, so that losses are the same.
+        f"mergekit-metagpt compare metagpt.yml {texts} --context {WINDOW}",
     )
     return [f"(cd {shlex.quote(str(folder))} && {command})" for command in commands]
 

@@ -110,7 +110,7 @@ def prepare(
 
     Args:
         text: the YAML.
-        config: the same as mergekit's configuration, checked by `checks.check_yaml`.
+        config: the same as mergekit's configuration.
         options: mergekit's own.
         file: that of the YAML, for messages.
 
@@ -179,7 +179,6 @@ def merge(
         OSError: a file cannot be read or written.
     """
     text, config = merge_yaml.read_file(config_file)
-    checks.check_yaml(config, config_file)
     out = out.resolve()
     check_place(out, config_file, config, force=force)
     options.apply_global_options()

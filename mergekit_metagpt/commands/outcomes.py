@@ -25,9 +25,7 @@ def origin(config: Path, found: Comparison) -> str:
     Returns:
         lines of comments.
     """
-    ranked: Sequence[Ranked] = found.candidates
-    if not ranked and found.scoring is not None:
-        ranked = found.scoring.candidates
+    ranked = _ranked(found)
     of = f", as the best of {len(ranked)} merges" if len(ranked) > 1 else ""
     lines = [f"Written by mergekit-metagpt compare {config}{of}."]
     lines.append(f"{ranked[0].name}: {ranked[0].meaning}.")
@@ -46,6 +44,13 @@ def origin(config: Path, found: Comparison) -> str:
         lines.append(f"Scored on tasks of lm-eval: {tasks}.")
     lines.append(found.verdict)
     return "".join(f"# {line}\n" for line in printable("\n".join(lines)).split("\n"))
+
+
+def _ranked(found: Comparison) -> Sequence[Ranked]:
+    """Candidates from the best on, by what the best one was chosen by."""
+    if not found.candidates and found.scoring is not None:
+        return found.scoring.candidates
+    return found.candidates
 
 
 def closing(
@@ -76,6 +81,9 @@ def closing(
     )
     said = [f"{place} ({what})" for place, what in named if place is not None]
     line = f"Wrote {', '.join(said)}. " if said else ""
+    tied = [row.name for row in _ranked(found)[1:] if not row.beyond_noise]
+    if tied and (write is not None or keep is not None):
+        line += f"'{found.best}' is best, but not beyond noise of '{tied[0]}'. "
     if write is not None:
         line += f"Merge it: mergekit-yaml {shlex.quote(write)} ./merged"
     elif keep is None:

@@ -133,7 +133,6 @@ def _check(
     text: str, config: MergeConfiguration, file: Path, options: MergeOptions
 ) -> _Checked:
     if config.merge_method in checks.METHODS:
-        checks.check_yaml(config, file)
         prepared = merging.prepare(text, config, options, file)
         job = prepared.job
         return _Checked(text, config, job.opened, job.planned, prepared)

@@ -180,9 +180,11 @@ def _reopen(config: MergeConfiguration, options: MergeOptions) -> jobs.Job:
     try:
         return jobs.reopen(config, options)
     except (ValueError, OSError) as error:
-        models = [str(model) for model in merge_yaml.models(config)]
+        paths = [model.model.path for model in merge_yaml.models(config)]
+        local = [path for path in paths if path.startswith(".")]
         hint = ""
-        if not all(Path(model).is_absolute() for model in models):
+        # Where some are there, this is the right folder.
+        if local and not any(Path(path).exists() for path in local):
             hint = (
                 f". Local models in {YAML} are named relative to the folder where they "
                 "were merged: run verify there, or write their places into that file"

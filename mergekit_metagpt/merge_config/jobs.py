@@ -73,7 +73,7 @@ def check(
         ValueError: the configuration or a model is refused.
         OSError: a file cannot be read.
     """
-    check_yaml(config)
+    check_yaml(config, file or "OLD.yml")
     check_names(config, file)
     opened = open_checkpoints(merge_yaml.models(config), options)
     for checkpoint in opened.values():

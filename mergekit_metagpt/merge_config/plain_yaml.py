@@ -306,15 +306,18 @@ def _verify(
 
 
 def _comment(
-    config: MergeConfiguration, weighted: Sequence[Coefficients], changes: Sequence[str]
+    config: MergeConfiguration, tensors: Sequence[Coefficients], changes: Sequence[str]
 ) -> str:
-    formula = "||theta_t - theta_0||^2 / sum_k ||theta_k - theta_0||^2"
+    weighted = any({*tensor.planned.weights.values()} - {1} for tensor in tensors)
+    powers = {tensor.planned.settings.power for tensor in tensors}
+    power = f"{powers.pop():g}" if len(powers) == 1 else "p"
+    term = f"{'w_t ' * weighted}||theta_t - theta_0||^{power}"
     lines = [
         f"{config.merge_method} as plain mergekit, by mergekit-metagpt {__version__}.",
         "Each weight is a coefficient of MetaGPT (https://arxiv.org/abs/2406.11385),",
-        f"lambda_t = {formula}, measured on",
+        f"lambda_t = {term} / sum_k {term.replace('_t', '_k')}, measured on",
     ]
-    for model in dict.fromkeys(m for t in weighted for m in t.planned.task.model_order):
+    for model in dict.fromkeys(m for t in tensors for m in t.planned.task.model_order):
         checkpoint = already_open(model)
         if checkpoint is not None:
             digest = digest_of(checkpoint.identity)
@@ -330,9 +333,9 @@ def _comment(
     }
     if given:
         lines.append(f"with parameters of metagpt: {', '.join(sorted(given))}.")
-    errors = [tensor.error for tensor in weighted if tensor.error is not None]
+    errors = [tensor.error for tensor in tensors if tensor.error is not None]
     if errors:
-        share = weighted[0].planned.settings.sample
+        share = tensors[0].planned.settings.sample
         lines.append(
             f"Estimated from a sample of {share:g} of each large tensor, with standard "
             f"errors of at most {max(errors):.1g}."

@@ -83,13 +83,15 @@ def degenerate(
     heavy, light = (one, other) if one == largest else (other, one)
     if weights[heavy] > weights[light]:
         causes.insert(0, "a weight left over in the YAML")
+    # Of two, a user wants more of the one that gets little, such as a LoRA.
+    meant = light if len(rows) == 2 and weights[heavy] <= weights[light] else one
     out = []
-    if (weight := _equal(shares[one], weights[one], len(rows))) is not None:
-        out.append(f"weight: {weight} for it (an equal share)")
+    if (weight := _equal(shares[meant], weights[meant], len(rows))) is not None:
+        out.append(f"weight: {weight} for {models[meant]} (an equal share)")
     if power > 1 and sq_norms is not None:
-        milder = float(coefficients(sq_norms, weights, 1.0)[one])
-        if STARVED / len(rows) <= milder <= DOMINANT:
-            out.append(f"power: 1 ({milder:.2%} for it)")
+        milder = coefficients(sq_norms, weights, 1.0).tolist()
+        if STARVED / len(rows) <= milder[one] <= DOMINANT:
+            out.append(f"power: 1 ({milder[meant]:.2%} for it)")
     if whole is not None and (names := mostly_embeddings(whole, exclude, largest)):
         causes.append("a resized or reordered vocabulary")
         out.append(f"exclude: {names}")
@@ -336,15 +338,25 @@ def siblings(base: Hashable, cosines: Sequence[float]) -> str | None:
     )
 
 
-def which_weights(disparity: float) -> str | None:
+def which_weights(
+    disparity: float, weights: Collection[float] = (), power: float = 2.0
+) -> str:
     """Say which weights were better at this ratio of norms, by docs/evaluation.md.
 
     Args:
         disparity: ratio of the largest to the smallest norm of the merged models.
+        weights: the models' weights.
+        power: of the norms.
 
     Returns:
         sentences.
     """
+    if len({*weights} - {0}) > 1:
+        return (
+            f"Norms are {disparity:.2f} to 1 apart, before the weights that are set "
+            "here. Our experiment had no such weights, so it says nothing of this "
+            "merge."
+        )
     experience = (
         "Below 2 to 1, MetaGPT and the plain average were close in our experiment on "
         "small models: MetaGPT was better in 7 of 9 comparisons, by 0.003 on average. "
@@ -355,9 +367,10 @@ def which_weights(disparity: float) -> str | None:
             "Above 2 to 1, MetaGPT was worse than the plain average in 16 of 18 "
             "comparisons of our experiment on small models, and power: 1 was better "
             "than MetaGPT in 18 of 18. On Gemma 3 270M, MetaGPT was worse than the "
-            "average in 3 of 6, and power: 1 better than MetaGPT in 6 of 6. Try power: "
-            "1 and power: 0."
+            "average in 3 of 6, and power: 1 better than MetaGPT in 6 of 6."
         )
+        if power == 2:
+            experience += " Try power: 1 and power: 0."
     return f"Norms are {disparity:.2f} to 1 apart. {experience}"
 
 

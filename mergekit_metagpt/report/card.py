@@ -1,12 +1,16 @@
-"""Writes a model card's section on the coefficients: a report in, Markdown out."""
+"""Writes sections of a model card: a report or a comparison in, Markdown out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from mergekit_metagpt.merge_config.checks import RANDOM_METHODS
 from mergekit_metagpt.method.announcing import estimate
 from mergekit_metagpt.report import schema, tables
+from mergekit_metagpt.report.comparison import Comparison, loss_in
+from mergekit_metagpt.report.parts import printable
+from mergekit_metagpt.report.ranking import with_error
+from mergekit_metagpt.report.scoring import score_of
 
 PAPER = "https://arxiv.org/abs/2406.11385"
 
@@ -28,14 +32,21 @@ def section(
     lines = [
         "## MetaGPT coefficients",
         "",
-        f"By [MetaGPT]({PAPER}), from the checkpoints alone: each model is weighted by",
-        "how far it moved from the base theta_0,",
+        f"By [MetaGPT]({PAPER}), from the checkpoints alone: the coefficient lambda_t",
+        "of each model theta_t follows from how far it moved from the base theta_0:",
         "",
         _formula(report),
         "",
     ]
+    composed = report.method.removeprefix("metagpt").removeprefix("_")
+    if composed:
+        lines += [
+            f"`{composed}` takes the coefficients as its weights; distances are",
+            "measured before it changes anything.",
+            "",
+        ]
     for family in report.families:
-        lines += _family(family)
+        lines += _family(family, composed=bool(composed))
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     lines += [
         f"![share of each model in the merge, and how far its layers moved]({figure})",
@@ -67,7 +78,7 @@ def _formula(report: schema.Report) -> str:
     return rf"$$\lambda_t = \frac{{{one}}}{{\sum_k {other}}}$$"
 
 
-def _family(family: schema.Family) -> list[str]:
+def _family(family: schema.Family, *, composed: bool) -> list[str]:
     settings = family.settings
     chosen = [f"Granularity `{settings.granularity}`", f"power {settings.power:g}"]
     if settings.exclude:
@@ -77,7 +88,7 @@ def _family(family: schema.Family) -> list[str]:
     if settings.scale != 1:
         scale = tables.scale_of(settings)
         is_ = f" ({tables.keep_of(family)})" if settings.keeps_length else ""
-        chosen.append(f"the merged task vector scaled by `lambda: {scale}`{is_}")
+        chosen.append(f"the sum of all changes scaled by `lambda: {scale}`{is_}")
     if settings.sample < 1:
         chosen.append(_sample(family))
     lines = [
@@ -98,13 +109,15 @@ def _family(family: schema.Family) -> list[str]:
         )
     norms = (
         "`norm` is how far a model moved from the base, and `relative norm` the same "
-        "divided by the norm of the base. A larger coefficient does not mean a better "
-        "model."
+        "divided by the norm of the base. `content` is the revision on the hub, or a "
+        "checksum (SHA-256) of samples of the files. A larger coefficient does not "
+        "mean a better model."
     )
-    return [*lines, "", " ".join((norms, *_lengths(family))), ""]
+    said = _lengths(family, composed=composed)
+    return [*lines, "", " ".join((norms, *said)), ""]
 
 
-def _lengths(family: schema.Family) -> Iterator[str]:
+def _lengths(family: schema.Family, *, composed: bool) -> Iterator[str]:
     """Say how far the models, and their sum, are from the base."""
     lengths = family.lengths
     if lengths is None:
@@ -113,11 +126,11 @@ def _lengths(family: schema.Family) -> Iterator[str]:
         f"The model that moved farthest moved {lengths.disparity:.2f} times as far as "
         "the one that moved least."
     )
-    if lengths.merged is not None:
+    if lengths.merged is not None and not composed:
+        before = "" if family.settings.scale == 1 else ", before `lambda`"
         yield (
-            "Before any scaling, the merged task vector is "
-            f"{lengths.merged / lengths.inputs:.2f} times as long as those of the "
-            "models are on average."
+            f"The merged model moved {lengths.merged / lengths.inputs:.2f} times as "
+            f"far as these models did on average{before}."
         )
 
 
@@ -136,4 +149,54 @@ def _version(stored: schema.Stored) -> str:
     source = stored.source
     if source.revision:
         return f"revision `{source.revision}`"
-    return f"sampled SHA-256 `{source.digest[:16]}`"
+    return f"checksum `{source.digest[:16]}`"
+
+
+def measured(found: Comparison) -> str:
+    """Write what was measured of a merge and of those that it was compared with.
+
+    Args:
+        found: the comparison; the merge is the best one.
+
+    Returns:
+        Markdown that begins with a heading.
+    """
+    lines = ["## Compared with other merges", ""]
+    if found.texts:
+        losses = {
+            row.name: [
+                with_error(row.ald, row.ald_error),
+                *(f"{loss_in(loss, found.unit):.4f}" for loss in row.losses),
+            ]
+            for row in (*found.models, *found.candidates)
+        }
+        lines += [
+            f"Mean loss on each text, nats per {found.unit}; lower is better. ALD,",
+            "average loss difference: the loss minus that of the model for a text, on",
+            "average, with its standard error.",
+            "",
+            *_table(["ALD", *(text.name for text in found.texts)], losses, found.best),
+        ]
+    if (scoring := found.scoring) is not None:
+        tasks = scoring.tasks
+        scores = {
+            row.name: [score_of(row, task.metric, k) for k, task in enumerate(tasks)]
+            for row in (*scoring.models, *scoring.candidates)
+        }
+        lines += [
+            f"Scores on tasks of lm-eval {scoring.lm_eval}, with standard errors.",
+            "",
+            *_table([f"{t.name}, {t.metric}" for t in tasks], scores, found.best),
+        ]
+    return "\n".join(lines)
+
+
+def _table(
+    headings: Sequence[str], rows: Mapping[str, Sequence[str]], best: str
+) -> Iterator[str]:
+    yield f"| model | {' | '.join(map(printable, headings))} |"
+    yield "|---" * (len(headings) + 1) + "|"
+    for name, cells in rows.items():
+        shown = f"**{name}** (this merge)" if name == best else name
+        yield f"| {printable(shown)} | {' | '.join(cells)} |"
+    yield ""

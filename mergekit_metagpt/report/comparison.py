@@ -164,6 +164,8 @@ def compare(
     verdicts = [_verdict(ranked, unit)]
     if alone:
         verdicts.append(_better_alone(alone))
+    if models[0].name not in alone:
+        verdicts += _forgotten(measured, texts, best, unit)
     return Comparison.model_validate(
         {
             **about,
@@ -209,6 +211,23 @@ def _better_alone(names: Sequence[str]) -> str:
         f"{'has' if len(names) == 1 else 'have'} a lower ALD: do not merge for these "
         "texts."
     )
+
+
+def _forgotten(
+    measured: Mapping[str, Sequence[ChunkLosses]],
+    texts: Sequence[Text],
+    best: str,
+    unit: str,
+) -> Iterator[str]:
+    """Name the texts on which the base beats the best merge, beyond noise."""
+    base = next(iter(measured.values()))
+    worse = []
+    for text, one, other in zip(texts, measured[best], base, strict=True):
+        gap = difference([(one, other)], unit)
+        if gap.value > 2 * gap.error:
+            worse.append(f"{text.name} (by {with_error(gap.value, gap.error)})")
+    if worse:
+        yield f"But {best} is worse than the base on {', '.join(worse)}."
 
 
 def _harmed(

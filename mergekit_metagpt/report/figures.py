@@ -107,7 +107,7 @@ def _draw_shares(
         columns.append((weights, "weight in the YAML"))
     elif any(model.weight != 1 for model in models):
         weights = [f"{model.weight:g}" for model in models]
-        columns.append((weights, "weight set by hand"))
+        columns.append((weights, "weight"))
     right = WIDTH - MARGIN
     if any(heading for _, heading in columns):
         y += LINE

@@ -257,7 +257,9 @@ def _family(
         ),
         reading=advice.cosine_reading(family.models, cosines),
         lengths=lengths,
-        advice=None if lengths is None else advice.which_weights(lengths.disparity),
+        advice=None
+        if lengths is None
+        else advice.which_weights(lengths.disparity, family.weights, settings.power),
         note=advice.base_listed(family.base, family.base_weight)
         if family.base_listed
         else None,

@@ -186,7 +186,7 @@ def lay_out(found: Scoring) -> Iterator[str | Table]:
     yield from tables_of_parts(
         found.models,
         found.candidates,
-        lambda row, task: _shown(row, found.tasks[task].metric, task),
+        lambda row, task: score_of(row, found.tasks[task].metric, task),
         len(found.tasks),
         MOST_TASKS,
     )
@@ -196,6 +196,7 @@ def lay_out(found: Scoring) -> Iterator[str | Table]:
     yield found.verdict
 
 
-def _shown(row: Scored, metric: str, task: int) -> str:
+def score_of(row: Scored, metric: str, task: int) -> str:
+    """Return a model's score on a task, with its standard error."""
     score = row.scores[task][metric]
     return with_error(score.value, score.error)

@@ -149,27 +149,25 @@ def keep_of(family: schema.Family) -> str:
 
 
 def lengths_of(family: schema.Family) -> str | None:
-    """Say how long the merged task vector is, as far as that was measured.
+    """Say how long the merged task vector is, where that was measured.
 
     Args:
         family: of a report.
 
     Returns:
-        one line, or None where one model is merged, or none moved.
+        one line, or None.
     """
     lengths = family.lengths
-    if lengths is None:
+    if lengths is None or lengths.merged is None:
         return None
-    gamma = "" if lengths.gamma is None else f", ACE's gamma {lengths.gamma:.3g}"
-    norms = f"Norms {lengths.disparity:.2f} to 1 apart{gamma}."
-    if lengths.merged is None:
-        return norms
-    keep = keep_of(family)
-    way = "is undefined" if keep == UNDEFINED else f"would multiply it by {keep}"
+    keep, kept = keep_of(family), family.settings.keeps_length
+    way = f"{'multiplies' if kept else 'would multiply'} it by {keep} to make up for"
+    if keep == UNDEFINED:
+        way = "cannot make up for"
     return (
-        f"Merged task vector: length {lengths.merged:.4g}, "
-        f"{lengths.merged / lengths.inputs:.2f} of the mean of its inputs "
-        f"(lambda: keep {way}). {norms}"
+        f"The merged task vector has a length of {lengths.merged:.4g}, "
+        f"{lengths.merged / lengths.inputs:.2f} of the models' average. "
+        f"`lambda: keep` {way} that."
     )
 
 
