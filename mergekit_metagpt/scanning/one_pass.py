@@ -260,7 +260,8 @@ def scan_checkpoints(
         the result.
 
     Raises:
-        ValueError: base and model do not fit, or a weight is NaN or infinite.
+        ValueError: base and model do not fit, a weight is NaN or infinite, or another
+            rank sees other models.
         OSError: a file cannot be read or has changed since it was opened.
     """
     remote = remote_files(base, *models)
@@ -285,6 +286,9 @@ def _scan(
 ) -> ScanResult:
     for checkpoint in (base, *models):
         checkpoint.verify_unchanged()
+    if sharers := ranks.group():
+        # Sums over other files would be wrong, and would be kept in rank 0's cache.
+        sharers.require_same([at.digest for at in (base, *models)], "models")
     alignments = [align(base, model, files.readers) for model in models]
     if crossing:
         crossing.begin(align(base, base, files.readers).counted_as)
