@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mergekit_metagpt.scanning import ranks
-from tests.families import State, read_model
+from tests.conftest import make_family
+from tests.families import State, merge_config, read_model
 from tests.long import rank_jobs
 from tests.long.forked import FULL, KILL
 from tests.long.rank_jobs import SEED, Place, assert_same_tensors, free_port
@@ -114,6 +116,48 @@ def test_inspect_and_a_cache_of_rank_0_alone(place: Place, tmp_path: Path) -> No
 
 
 # ---- failures
+
+
+def test_ranks_that_see_other_models_are_refused_before_they_scan(
+    place: Place, tmp_path: Path
+) -> None:
+    """Else one rank's sums would be of other weights, and stay in rank 0's cache."""
+    config = place.config()
+    elsewhere = make_family(tmp_path / "family", count=2, sizes=(3e-2, 4e-3))
+    text = yaml.safe_dump(merge_config(elsewhere.base, elsewhere.models))
+    cache = tmp_path / "cache"
+    other = tmp_path / "merge.yml"
+    other.write_text(text)
+    all_ended = place.ranks(
+        2,
+        ("inspect", str(config)),
+        {1: {"arguments": ("inspect", str(other))}},
+        MERGEKIT_METAGPT_CACHE=str(cache),
+    )
+    for ended in all_ended:
+        assert ended.status == 2
+        (line,) = errors(ended)
+        assert "rank 1 of 2" in line and "sees other models than rank 0" in line
+    assert not any(path.is_file() for path in cache.rglob("*"))
+
+
+def test_other_ranks_end_as_rank_0_does(place: Place) -> None:
+    """It completes the model alone: until then nobody has finished."""
+    place.config()
+    fail = """
+import mergekit_metagpt.commands.merging as merging
+def put(*args, **kwargs):
+    raise OSError(28, "No space left on device", "out")
+merging.put = put
+"""
+    with place.work():
+        for ended in place.ranks(2, place.merge(), {0: {"code": fail}}):
+            assert ended.status == 2
+            (line,) = errors(ended)
+            assert "rank 0 of 2" in line and "No space left on device" in line
+        assert not place.out.exists()
+        all_ended = place.ranks(2, place.merge("--resume"))
+        assert [ended.status for ended in all_ended] == [0, 0], all_ended
 
 
 @pytest.mark.parametrize("before_last", [0, 1, 2])

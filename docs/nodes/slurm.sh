@@ -11,7 +11,8 @@
 #SBATCH --requeue
 set -eu
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=29511 OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # jobs on one node must not meet
+export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
 # shellcheck disable=SC2016  # each task has its own numbers
 srun --kill-on-bad-exit=1 bash -c '
   export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS

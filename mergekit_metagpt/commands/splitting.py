@@ -75,7 +75,7 @@ def merge(
     options.apply_global_options()
     checked = _check(text, config, config_file, options)
     digest = dividing.digest(config, options, checked.opened)
-    _require_same(group, digest)
+    group.require_same(digest, "models, options, threads or versions of packages")
     with _announced(checked):
         parts = dividing.parts_of(config, options, checked.planned, checked.opened)
     owners = ranks.owners([part.read + part.written for part in parts], group.size)
@@ -110,6 +110,7 @@ def merge(
         raise
     if group.leads:
         _finish(checked, options, written, folder, out, about)
+    group.share(None)  # the others end as rank 0 does, and can be started again with it
 
 
 def _place(out: Path) -> Path:
@@ -140,17 +141,6 @@ def _check(
         opened = jobs.check_any(config, options)
         planned = plan.plan_merge(config, options)
     return _Checked(text, config, opened, planned, None)
-
-
-def _require_same(group: ranks.Group, digest: str) -> None:
-    """Refuse ranks that would merge something else than rank 0 does."""
-    others = [at for at, own in enumerate(group.gather(digest)) if own != digest]
-    if others:
-        raise ValueError(
-            f"rank {others[0]} and rank {group.rank} of {group.size} see different "
-            "models, options, threads or versions of packages. Give all ranks the same "
-            "command, environment and file system"
-        )
 
 
 def _set_up(folder: Path, out: Path, token: str, checked: _Checked) -> str:

@@ -36,12 +36,16 @@ def scan_checkpoints(
         the result.
 
     Raises:
-        ValueError: base and model do not fit, or a weight is NaN or infinite.
+        ValueError: base and model do not fit, a weight is NaN or infinite, or another
+            rank sees other models.
         OSError: a file cannot be read or has changed since it was opened.
     """
     with Files.of((base, *models), workers) as files:
         for checkpoint in (base, *models):
             checkpoint.verify_unchanged()
+        if sharers := ranks.group():
+            # Sums over other files would be wrong, and would be kept in rank 0's cache.
+            sharers.require_same([at.digest for at in (base, *models)], "models")
         alignments = [align(base, model, files.readers) for model in models]
         if crossing:
             crossing.begin(align(base, base, files.readers).counted_as)

@@ -333,6 +333,24 @@ class Group:
             texts = self._store.multi_get(keys)
         return [_loaded(text) for text in texts]
 
+    def require_same(self, value: object, what: str) -> None:
+        """Refuse ranks of which one has something else than rank 0.
+
+        Args:
+            value: of this rank.
+            what: names it, for the message.
+
+        Raises:
+            ValueError: a value differs; another rank has failed.
+        """
+        first, *others = self.gather(value)
+        for rank, other in enumerate(others, start=1):
+            if other != first:
+                raise ValueError(
+                    f"{self._named(rank)} sees other {what} than rank 0. Give all "
+                    "ranks the same command, environment and file system"
+                )
+
     def _put(self, key: str, value: object) -> None:
         packed = zlib.compress(pickle.dumps(value), 1)
         self._store.set(key, packed)  # type: ignore[arg-type]  # takes bytes, too

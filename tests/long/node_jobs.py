@@ -73,10 +73,13 @@ def run_all(found: Place) -> None:
     here = {"/shared/config.yml": str(config), "/shared/merged": str(found.out)}
 
     def slurm() -> None:
-        changes = {"29511": str(free_port()), **no_tokenizer}
-        script = _changed((JOBS / "slurm.sh").read_text(), changes)
+        script = _changed((JOBS / "slurm.sh").read_text(), no_tokenizer)
         (tools / "slurm.sh").write_text(script)
-        tasks = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+        tasks = {
+            "SLURM_JOB_ID": "4711",
+            "SLURM_NTASKS": "2",
+            "SLURM_NTASKS_PER_NODE": "2",
+        }
         tasks |= {"SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_NODELIST": "n[1-2]"}
         command = ["bash", str(tools / "slurm.sh"), str(config), str(found.out)]
         _run([command], tools, **tasks)

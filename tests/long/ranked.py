@@ -79,9 +79,7 @@ def kill_at_random(found: Place, count: int, number: int, seed: int) -> Counter[
             if not done:
                 assert all_ended[victim].status != 0, all_ended
                 for rank, ended in enumerate(all_ended):
-                    # Others have left where rank 0 completes the model.
-                    left = victim == 0 and ended.status == 0
-                    if rank != victim and not left:
+                    if rank != victim:
                         assert ended.status == 2, all_ended
                         assert ended.said.count("Error: ") == 1, all_ended
                         assert f"rank {victim} " in ended.said, all_ended
