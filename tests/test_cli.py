@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import re
@@ -16,6 +17,7 @@ import mergekit_metagpt
 from mergekit_metagpt.arithmetic import compiled
 from mergekit_metagpt.commands.cli import main
 from mergekit_metagpt.commands.errors import in_one_line
+from mergekit_metagpt.commands.options import quick_imports
 from tests import documents
 from tests.families import run_command
 from tests.processes import ask_python, assert_succeeded, run_process, script
@@ -351,3 +353,10 @@ def test_merge_into_a_file(
     assert run_command("merge", file, file) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"Error: {file} is a file; expected a folder")
+
+
+def test_garbage_is_collected_again_after_imports() -> None:
+    with pytest.raises(ImportError), quick_imports():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()

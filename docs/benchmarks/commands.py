@@ -53,7 +53,7 @@ def rounds(
     given: argparse.Namespace, place: Path
 ) -> dict[str, list[tuple[float, float]]]:
     """Run all commands in every round."""
-    base, tuned = store.make(given.store)
+    base, tuned = store.make(given.store.resolve())
     config, out, cache = place / "merge.yml", place / "out", place / "cache"
     models = "\n".join(f"  - model: {model}" for model in tuned)
     config.write_text(CONFIG.format(base=base, models=models))
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("store", type=Path, help="folder for checkpoints")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=given.store.parent) as place:
+    with tempfile.TemporaryDirectory(dir=given.store.resolve().parent) as place:
         times = rounds(given, Path(place))
     print(machine.describe(), "\n")
     print(

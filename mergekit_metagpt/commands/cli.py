@@ -19,6 +19,7 @@ from mergekit_metagpt.commands.options import (
     loading_options,
     numbers,
     pairs,
+    quick_imports,
     sample_of,
     scales,
     weights_of,
@@ -486,9 +487,10 @@ def merge(context: click.Context, arguments: tuple[str, ...]) -> None:
 
 
 def _merge_command() -> click.Command:
-    from mergekit.options import PrettyPrintHelp, add_merge_options
+    with quick_imports():
+        from mergekit.options import PrettyPrintHelp, add_merge_options
 
-    from mergekit_metagpt.commands import merging, splitting, together
+        from mergekit_metagpt.commands import merging, splitting, together
 
     @click.command("merge", cls=PrettyPrintHelp)
     @click.argument("config", type=click.Path())

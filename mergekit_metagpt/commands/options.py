@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,21 @@ if TYPE_CHECKING:
 
 # What `inspect --remote` reads if nothing else is asked for.
 REMOTE_BUDGET = "200MB"
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Import without collecting garbage, then or later.
+
+    What mergekit imports stays to the end. Looking through all of it, again and again
+    and once more at exit, takes over a second.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,7 +48,8 @@ def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         import logging
 
-        from mergekit.options import MergeOptions
+        with quick_imports():
+            from mergekit.options import MergeOptions
 
         logging.basicConfig(level=logging.WARNING)
         options = MergeOptions(
