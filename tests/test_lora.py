@@ -347,6 +347,22 @@ def test_the_printed_call_gives_the_sum(
         torch.testing.assert_close(combined[weight], before + tau, rtol=1e-6, atol=1e-6)
 
 
+def test_folders_named_as_parts_of_modules(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = [{"r": 4, "target_modules": ["q_proj"]}] * 3
+    family = write_tuned(tmp_path, architectures()["llama"], *settings)
+    adapters = [
+        adapter.rename(tmp_path / name)
+        for adapter, name in zip(
+            family.adapters, ("0", "weight", "q_proj"), strict=True
+        )
+    ]
+    lines, _ = printed(capsys, *adapters, tmp_path / "report.json")
+    combined_by(lines, family.base)  # compares what is saved with the sum
+
+
 def test_linear_is_not_the_sum(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,7 +406,7 @@ def test_lambda_scales_the_weights(
     ]
     assert report["refused"] is None
     assert report["families"][0]["base"]["not_written"]["count"] == 0
-    assert 'adapters=["adapter0", "adapter1"]' in lines
+    assert 'adapters=["adapter0_1", "adapter1_2"]' in lines
 
 
 NOT_COMBINED: dict[str, tuple[str, list[dict[str, Any]], Sequence[str], str]] = {
@@ -408,6 +424,12 @@ NOT_COMBINED: dict[str, tuple[str, list[dict[str, Any]], Sequence[str], str]] = 
         ],
         (),
         "another layers_to_transform than",
+    ),
+    "tied embeddings": (
+        "llama",
+        [{"target_modules": ["q_proj"], "ensure_weight_tying": True}],
+        (),
+        "has ensure_weight_tying",
     ),
     "a pattern and a list": (
         "llama",

@@ -104,14 +104,9 @@ def _load(adapter: schema.Adapter, name: str, *, first: bool) -> str:
 
 def _names(adapters: Sequence[schema.Adapter]) -> list[str]:
     """Names for the adapters, after their folders, that PEFT and Python can take."""
-    names: list[str] = []
-    for number, adapter in enumerate(adapters, 1):
-        name = re.sub(r"\W", "_", Path(adapter.path).name)
-        # PEFT looks for names within those of its own modules.
-        if not name or name in "lora_embedding" or name in (*names, COMBINED):
-            name = f"{name}_{number}"
-        names.append(name)
-    return names
+    # Numbered, since PEFT searches the paths of modules for them: not "0" or "weight".
+    stems = [re.sub(r"\W", "_", Path(adapter.path).name) for adapter in adapters]
+    return [f"{stem}_{number}" for number, stem in enumerate(stems, 1)]
 
 
 def _rank(adapter: schema.Adapter) -> int:
@@ -129,6 +124,11 @@ def _check(family: schema.Family, adapters: Sequence[schema.Adapter]) -> None:
             raise ValueError(
                 f"--peft: {name} adapts experts or target_parameters, which "
                 "PEFT's add_weighted_adapter does not take. Merge with mergekit-yaml"
+            )
+        if adapter.config.get("ensure_weight_tying"):
+            raise ValueError(
+                f"--peft: {name} has ensure_weight_tying, which PEFT does not carry "
+                "over to a combined adapter. Merge with mergekit-yaml"
             )
         for key in SHARED:
             if (adapter.config.get(key) or None) != (first.get(key) or None):

@@ -91,6 +91,7 @@ ADAPTER_KEYS = (
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
+    "ensure_weight_tying",
 )
 
 
