@@ -164,6 +164,21 @@ def test_results_name_their_setting() -> None:
         assert len(set(kinds)) == len(kinds), f"{mixture} has a domain twice"
 
 
+def test_the_repeated_seed_agrees_with_the_first() -> None:
+    from real_results import real, repeated
+
+    mixtures = {mixture for mixture, _ in repeated().merges}
+    assert mixtures == {"code and worked", "worked short", "all five"}
+    for mixture in mixtures:
+        again, first = (
+            results.difference(mixture, "metagpt", "average")[0]
+            for results in (repeated(), real())
+        )
+        assert abs(again - first) < 0.001
+    losses = {m: real().ald(m, "average") for m in real().mixtures}
+    assert min(losses, key=losses.__getitem__) == "code and worked"
+
+
 def test_precision_is_finer_than_the_effects() -> None:
     """Differences of losses under bfloat16 against float32, and a step of training."""
     from real_results import real

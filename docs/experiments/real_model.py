@@ -5,6 +5,7 @@ python docs/experiments/real_model.py train OUT      trains the specialists
 python docs/experiments/real_model.py evaluate OUT   merges and measures
 python docs/experiments/real_model.py write OUT      writes real_model.json
 python docs/experiments/real_model.py all OUT        all of them, in this order
+python docs/experiments/real_model.py repeat OUT     adds the first seed, trained again
 
 Everything runs on one thread. Each step keeps what is finished in OUT, so a run that
 was stopped continues from there. Several processes may work on one OUT at a time.
@@ -168,7 +169,7 @@ def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "step", choices=("prepare", "train", "evaluate", "write", "all")
+        "step", choices=("prepare", "train", "evaluate", "write", "all", "repeat")
     )
     parser.add_argument("out", type=Path, help="folder for models and measurements")
     parser.add_argument("--to", type=Path, default=RESULTS, help="where `write` writes")
@@ -187,11 +188,15 @@ def main() -> None:
             if options.step in ("evaluate", "all"):
                 _evaluate(folders)
         if options.step in ("write", "all"):
-            found = {
+            results = {
                 "setting": _setting(seeds[0]),
                 "seeds": [_gather(folders) for folders in seeds],
             }
-            options.to.write_text(written(found))
+            options.to.write_text(written(results))
+        if options.step == "repeat":
+            results = json.loads(options.to.read_text())
+            results["repeated"] = [_gather(seeds[0])]
+            options.to.write_text(written(results))
 
 
 if __name__ == "__main__":
