@@ -133,20 +133,8 @@ def _config(label: str, folder: Path) -> dict[str, Any]:
     return config
 
 
-def reason_against(label: str, folder: Path) -> str | None:
-    """Say why factors alone do not tell the task vector of an adapter.
-
-    Args:
-        label: the adapter as its user wrote it.
-        folder: where it lies.
-
-    Returns:
-        what it has beside factors, or None where there is nothing.
-
-    Raises:
-        ValueError: there is no adapter, or its configuration cannot be read.
-    """
-    config = _config(label, folder)
+def _reason_against(config: Mapping[str, Any]) -> str | None:
+    """What an adapter has beside factors, or None where there is nothing."""
     kind = config.get("peft_type")
     if kind != "LORA":
         return f"is an adapter of another type ({kind})"
@@ -176,9 +164,9 @@ def read_adapter(label: str, folder: Path) -> Checkpoint:
             not fit its configuration.
         OSError: a file is missing, truncated or corrupt.
     """
-    if why := reason_against(label, folder):
-        raise ValueError(_refusal(label, why))
     config = _config(label, folder)
+    if why := _reason_against(config):
+        raise ValueError(_refusal(label, why))
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise ValueError(f"{label} holds no weights; expected {' or '.join(WEIGHTS)}")
@@ -201,8 +189,8 @@ def read_adapter(label: str, folder: Path) -> Checkpoint:
 
 def _refusal(label: str, why: str) -> str:
     return (
-        f"{label} {why}: its factors alone do not tell how far it moved. Give "
-        "--lora-merge-cache FOLDER (and write BASE+ADAPTER) to measure a merged copy"
+        f"{label} {why}: its factors alone do not tell how far it moved. Name its base "
+        "and give --lora-merge-cache FOLDER to measure a merged copy"
     )
 
 
@@ -266,13 +254,18 @@ def _parameters(
 ) -> Sequence[str | None]:
     """Names of the parameters that the wrappers of a module adapt, the outermost first.
 
-    PEFT wraps them in the order in which the module has them, and stores no names.
+    PEFT wraps them in the order in which the module has them, and stores no names. A
+    target without a dot may be a parameter of any module that is not a target itself.
     """
-    wanted = sorted(
-        target.rpartition(".")[2]
-        for target in config.get("target_parameters") or ()
-        if f".{module}.{target.rpartition('.')[2]}".endswith(f".{target}")
-    )
+    targets = config.get("target_modules") or ()
+    if isinstance(targets, str):
+        is_module = re.fullmatch(targets, module) is not None
+    else:
+        is_module = any(f".{module}".endswith(f".{target}") for target in targets)
+    names = [] if is_module else config.get("target_parameters") or []
+    own = [n for n in names if f".{module}".endswith(f".{n.rpartition('.')[0]}")]
+    own = own or [name for name in names if "." not in name]
+    wanted = sorted(name.rpartition(".")[2] for name in own)
     if len(levels) == 1 and len(wanted) <= 1:
         return wanted or [None]
     if len(levels) == 2 and wanted == ["down_proj", "gate_up_proj"]:

@@ -46,16 +46,14 @@ class Glimpse:
     quantised: str | None = None
 
 
-def open_adapter(model: ModelReference, *, merged: bool = False) -> Checkpoint | None:
+def open_adapter(model: ModelReference) -> Checkpoint:
     """Open a LoRA adapter; from the hub it is downloaded whole, as it is small.
 
     Args:
         model: `base+adapter`, or an adapter alone; folders or `repository@revision`.
-        merged: whether the caller can use a copy merged by mergekit instead.
 
     Returns:
-        a checkpoint of factors. If the task vector is not a product of factors, None
-        if `merged`, else an error.
+        a checkpoint of factors.
 
     Raises:
         ValueError: there is no adapter, or its task vector is not such a product.
@@ -68,14 +66,12 @@ def open_adapter(model: ModelReference, *, merged: bool = False) -> Checkpoint |
     folder = explained(str(place), fetch)
     if not folder.is_dir():
         raise ValueError(f"{place} does not exist; expected an adapter's folder")
-    if merged and adapters.reason_against(label, folder):
-        return None
     return adapters.read_adapter(label, folder)
 
 
 def _glimpse_adapter(model: ModelReference) -> Glimpse:
     opened = open_adapter(model)
-    assert opened is not None and opened.adapter is not None
+    assert opened.adapter is not None
     return Glimpse(opened, hub_revision(opened.adapter.folder))
 
 

@@ -307,10 +307,7 @@ def open_adapters(
 
     (family,) = of_config(config_of("base", adapters), **overrides)
     models = [ModelReference.model_validate({"model": name}) for name in adapters]
-    opened = {}
-    for model in models:
-        if (adapter := open_adapter(model)) is not None:
-            opened[model] = adapter
+    opened = {model: open_adapter(model) for model in models}
     named = (
         model.adapter.config.get("base_model_name_or_path")
         for model in opened.values()
@@ -328,7 +325,7 @@ def open_models(
     """Open every base and model of the families, reading headers only.
 
     An adapter of its family's base is measured from its factors. It is merged into the
-    base instead if its task vector is not their product, or if settings vary by tensor.
+    base instead if `options` name a folder for that, or if settings vary by tensor.
 
     Args:
         families: the families.
@@ -341,11 +338,8 @@ def open_models(
         ValueError: a model does not exist, or cannot be measured.
         OSError: a file is missing, truncated or corrupt.
     """
-    adapters = {}
-    for model in _adapters_of_their_base(families):
-        opened = open_adapter(model, merged=bool(options.lora_merge_cache))
-        if opened is not None:
-            adapters[model] = opened
+    own = () if options.lora_merge_cache else _adapters_of_their_base(families)
+    adapters = {model: open_adapter(model) for model in own}
     models = [m for family in families for m in (family.base, *family.models)]
     others = [model for model in models if model not in adapters]
     return {**open_checkpoints(others, options), **adapters}

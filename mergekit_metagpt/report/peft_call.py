@@ -41,8 +41,9 @@ def script(found: schema.Report) -> str:
     for model in family.models:
         if model.adapter is None:
             raise ValueError(
-                f"--peft: {model.name} was not measured as an adapter, and PEFT "
-                "combines only these. Leave it out, or merge with mergekit-yaml"
+                f"--peft: {model.name} was not measured from LoRA factors, and PEFT "
+                "combines only these. Leave it (or --lora-merge-cache) out, or merge "
+                "with mergekit-yaml"
             )
         if model.coefficient is None:
             raise ValueError(

@@ -241,13 +241,10 @@ def _scanned(
     return factors.joined(result, exact, products, order, gram=gram)
 
 
-def _opened_adapter(
-    model: ModelReference, base: ModelReference, *, merged: bool
-) -> Checkpoint | None:
-    """Open a model that is an adapter of this base; see `open_adapter`."""
+def _is_adapter(model: ModelReference, base: ModelReference) -> bool:
+    """Whether a model is an adapter of this base, with or without its name."""
     alone = model is not base and is_adapter(Path(model.model.path))
-    own = alone or is_adapter_of(model, base)
-    return open_adapter(model, merged=merged) if own else None
+    return alone or is_adapter_of(model, base)
 
 
 def _known(base: Checkpoint, model: Checkpoint) -> ScanResult | None:
@@ -310,8 +307,8 @@ def scan(
             folder) is measured from its factors.
         gram: also compute <tau_s, tau_t>, for cosines.
         workers: number of threads; by default one per CPU of this process.
-        lora_merge_cache: folder for merged adapters, needed only for adapters whose
-            task vector is not a product of factors.
+        lora_merge_cache: folder for merged adapters. With it, `base+adapter` is
+            measured as a merge does it: from the merged copy, which is made if needed.
         transformers_cache: folder of downloaded models.
         trust_remote_code: run code that comes with a model, for its architecture.
 
@@ -344,8 +341,9 @@ def scan(
         for model in (base, *models)
     ]
     opened, *tuned = (
-        _opened_adapter(model, references[0], merged=lora_merge_cache is not None)
-        or open_checkpoint(
+        open_adapter(model)
+        if lora_merge_cache is None and _is_adapter(model, references[0])
+        else open_checkpoint(
             model,
             lora_merge_cache=lora_merge_cache,
             transformers_cache=transformers_cache,
