@@ -255,11 +255,11 @@ def verify(
     """
     check_reports(json=json_file, force=force)
 
-    from mergekit_metagpt.commands import verifying
-    from mergekit_metagpt.report import tables
-
     if not out.is_dir():
         raise ValueError(f"{out} is no folder; expected that of a merged model")
+
+    from mergekit_metagpt.commands import verifying
+    from mergekit_metagpt.report import tables
 
     options = options.model_copy(update={"random_seed": random_seed})
     found = verifying.verify(out, options, full=full, seed=seed)
