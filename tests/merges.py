@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,10 @@ def pretend_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
     All start together, so that each has a thread of its own. The device under which a
     worker runs is `meta`: a tensor that we make without naming its device has no data.
+
+    A worker ends when mergekit has taken its results: mergekit's thread for these stops
+    as soon as all workers have ended, and drops what it has not taken by then. With any
+    method, a merge in some 200 then fails: "No value for required tensor".
     """
     together = threading.Barrier(count, timeout=30)
     cpu = torch.device("cpu")
@@ -119,6 +124,8 @@ def pretend_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
                 self.task_completion_queue.put(
                     (handle._index, result if wanted else None)
                 )
+        while not self.task_completion_queue.empty():
+            time.sleep(0.001)
 
     names = ("get_torch_accelerator_type", "get_torch_accelerator_count")
     for name, value in zip(names, ("cuda", count), strict=True):
