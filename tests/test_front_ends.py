@@ -310,7 +310,9 @@ def test_tensors(row: Row, trio: Family) -> None:
 
 
 @covers("several merges in threads of one process")
-def test_threads(row: Row, tmp_path: Path, trio: Family) -> None:
+def test_threads(
+    row: Row, tmp_path: Path, trio: Family, caplog: pytest.LogCaptureFixture
+) -> None:
     """Four at a time, some of the same models, each as if it were alone."""
     other = make_family(tmp_path / "other", count=2)
     configs = [
@@ -334,6 +336,7 @@ def test_threads(row: Row, tmp_path: Path, trio: Family) -> None:
             together = list(executor.map(merge, range(2 * len(configs))))
         for number, merged in enumerate(together):
             assert_same_states(merged, alone[number % len(configs)])
+        assert not said(caplog, "would not write")
 
 
 def page_code(heading: str) -> str:

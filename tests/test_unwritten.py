@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mergekit_metagpt.method.plan_watch import PlanWatch
+from mergekit_metagpt.scanning import once
 from tests.broken import snapshot
 from tests.families import (
     State,
@@ -121,6 +124,33 @@ def test_tensors_that_no_model_reads_are_left_out(
     assert not said(caplog, "would not write")
     left = report_of(file, folder=tmp_path)["families"][0]["base"]["not_written"]
     assert (left["count"], set(left["examples"])) == (3, UNREAD.keys())
+
+
+def test_looking_from_two_threads_leaves_transformers_as_it_was(tmp_path: Path) -> None:
+    from transformers import PreTrainedModel
+
+    from mergekit_metagpt.checkpoints.unwritten import lost
+
+    state = llama_state()
+    checkpoint = once.open_checkpoint(write_model(tmp_path, state))
+    name = "model.layers.0.mlp.up_proj.weight"
+    before = PreTrainedModel.tie_weights, torch.get_default_dtype()
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda _: lost(checkpoint, state.keys() - {name}), range(20))
+    assert [list(tensors) for tensors in found] == [[name]] * 20
+    assert (PreTrainedModel.tie_weights, torch.get_default_dtype()) == before
+
+
+def test_a_plan_is_not_mixed_up_with_one_that_another_thread_begins() -> None:
+    watch = PlanWatch()
+    plan = ("model.layers[0]", ["base", "tuned"], "base")
+    watch.saw_slice(*plan)
+    for name in ("first", "second"):
+        watch.saw_tensor(name, "base")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(watch.saw_slice, *plan).result()
+    mine = watch.of("base")
+    assert mine and mine.take_names() == {"first", "second"}
 
 
 def test_what_was_planned_must_be_written(

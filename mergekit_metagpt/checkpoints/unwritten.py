@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ from mergekit_metagpt.checkpoints.stored import StoredTensor, layer_key
 
 # Buffers that transformers ignores in every model.
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
+
+# While transformers loads a model, it replaces a method of all models and torch's
+# default dtype. Two loads at once may leave them replaced.
+_LOADING = threading.Lock()
 
 
 def left_out(
@@ -110,7 +115,7 @@ def _load(
         for name, stored in tensors.items()
     }
     try:
-        with _silence():
+        with _LOADING, _silence():
             config = transformers.AutoConfig.from_pretrained(
                 str(checkpoint.folder), trust_remote_code=trust_remote_code
             )

@@ -18,6 +18,7 @@ class Plan:
 
     Attributes:
         slices: names of the slices seen so far.
+        bases: their bases.
         has_models: whether any slice has a model beside its base.
         reading_slices: whether no tensor was seen yet.
         largest_weight: the largest weight of any model on any tensor.
@@ -29,6 +30,7 @@ class Plan:
     """
 
     slices: set[str | None] = field(default_factory=set)
+    bases: set[Hashable] = field(default_factory=set)
     has_models: bool = False
     reading_slices: bool = True
     largest_weight: float = 0.0
@@ -74,8 +76,9 @@ class PlanWatch:
             self._here.warned = False
 
     def of(self, base: Hashable) -> Plan | None:
-        """Return the latest plan with this base."""
-        return self._by_base.get(base)
+        """Return the latest plan with this base, of this thread if there is one."""
+        own = getattr(self._here, "plan", None)
+        return own if own and base in own.bases else self._by_base.get(base)
 
     def saw_slice(
         self, name: str | None, models: Sequence[Hashable], base: Hashable
@@ -86,6 +89,7 @@ class PlanWatch:
             warned = getattr(self._here, "warned", False)
             plan = self._here.plan = Plan(announcer=Announcer(warned=warned))
         plan.slices.add(name)
+        plan.bases.add(base)
         plan.has_models |= any(model != base for model in models)
         self._by_base[base] = plan
 
