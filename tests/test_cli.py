@@ -338,10 +338,10 @@ def test_verify_of_what_is_no_folder(
 ) -> None:
     file = tmp_path / "file"
     file.touch()
-    for path in (tmp_path / "missing", file):
+    for path, what in ((tmp_path / "missing", "does not exist"), (file, "is a file")):
         assert run_command("verify", path) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line == f"Error: {path} is no folder; expected that of a merged model"
+        assert line == f"Error: {path} {what}; expected the folder of a merged model"
 
 
 def test_merge_into_a_file(

@@ -779,7 +779,7 @@ Warning: embeddings hold 100% of ||tau||^2 of ./b: if its vocabulary was resized
 reordered, keep them out with exclude: embed_tokens,lm_head
 Norms are 2.00 to 1 apart. Below 2 to 1, MetaGPT and the plain average were close in \
 our experiment on small models: MetaGPT was better in 7 of 9 comparisons, by 0.003 on \
-average. On Gemma 3 270M the average was better in 21 of 21.
+average. At such ratios on Gemma 3 270M, the average was better in 21 of 21.
 Compare on your own text: mergekit-metagpt compare ab.yml --text MODEL=FILE
 """
 
@@ -792,6 +792,20 @@ def test_the_way_on_can_be_gone_without_a_yaml(
     assert "recipes your-own-models > merge.yml), then mergekit-metagpt c" in line
     assert "compare merge.yml --text MODEL=FILE" in line
     assert run_command("recipes", "your-own-models") == 0
+
+
+def test_the_length_is_that_before_a_composed_method_drops_elements(
+    inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = {}
+    for method in ("metagpt", "metagpt_ties"):
+        config = merge_config("base", ["a", "b"], merge_method=method)
+        (inside / "merge.yml").write_text(yaml.safe_dump(config))
+        assert run_command("inspect", "merge.yml") == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        (lines[method],) = re.findall("The merged task vector.*? has a length", printed)
+    assert lines["metagpt"] == "The merged task vector has a length"
+    assert ", before `ties` drops elements," in lines["metagpt_ties"]
 
 
 @pytest.fixture

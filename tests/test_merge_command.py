@@ -95,7 +95,8 @@ def test_what_lies_beside_the_model(
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     again = "mergekit-metagpt inspect out/mergekit_config.yml"
     last = said.err.splitlines()[-1]
-    assert last.startswith(f"Wrote out ({size:,.1f} MB). ") and last.endswith(again)
+    assert last.startswith(f"Wrote out ({size:,.1f} MB). ") and f"`{again}`" in last
+    assert "`mergekit-metagpt verify out`" in last
     assert run_command(*again.split()[1:], "--json", "again.json") == 0
     first = json.loads((out / "metagpt.json").read_text())["families"][0]["models"]
     second = json.loads(Path("again.json").read_text())["families"][0]["models"]

@@ -6,6 +6,22 @@ import difflib
 from pathlib import Path
 
 
+def missing(path: str | Path, expected: str, *, folders: bool = False) -> str:
+    """Say that a path does not exist, and what was probably meant.
+
+    Args:
+        path: as its user wrote it.
+        expected: what should be there.
+        folders: whether that is a folder.
+
+    Returns:
+        a message without a full stop.
+    """
+    meant = nearest(Path(path), folders=folders)
+    hint = f". Did you mean {meant}?" if meant else ""
+    return f"{path} does not exist; expected {expected}{hint}"
+
+
 def nearest(path: Path, *, folders: bool = False) -> str | None:
     """Return the file or folder beside a missing path with the most similar name.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from mergekit_metagpt.checkpoints.hub import explained, require_repository
 from mergekit_metagpt.checkpoints.lora import merged_copy, require_current
-from mergekit_metagpt.checkpoints.nearby import nearest
+from mergekit_metagpt.checkpoints.nearby import missing
 from mergekit_metagpt.checkpoints.stored import corrupt
 
 if TYPE_CHECKING:
@@ -130,9 +130,7 @@ def open_checkpoint(
             "pytorch_model.bin, or their .index.json"
         )
     if not path.exists() and (path.is_absolute() or label.startswith((".", "~"))):
-        meant = nearest(path, folders=True)
-        hint = f". Did you mean {meant}?" if meant else ""
-        raise ValueError(f"{label} does not exist; expected a model's folder{hint}")
+        raise ValueError(missing(label, "a model's folder", folders=True))
     if model.lora and not lora_merge_cache:
         raise ValueError(f"{label} has a LoRA adapter; give --lora-merge-cache FOLDER")
     if model.lora:

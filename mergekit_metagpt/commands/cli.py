@@ -256,7 +256,8 @@ def verify(
     check_reports(json=json_file, force=force)
 
     if not out.is_dir():
-        raise ValueError(f"{out} is no folder; expected that of a merged model")
+        what = "is a file" if out.exists() else "does not exist"
+        raise ValueError(f"{out} {what}; expected the folder of a merged model")
 
     from mergekit_metagpt.commands import verifying
     from mergekit_metagpt.report import tables
@@ -533,8 +534,9 @@ def _merge_command() -> click.Command:
         click.echo(
             printable(
                 f"Wrote {out} ({size / 1e6:,.1f} MB). Its coefficients are in "
-                "metagpt.json there. To see them again, from this folder: "
-                f"mergekit-metagpt inspect {copy}"
+                "metagpt.json there. From this folder, `mergekit-metagpt inspect "
+                f"{copy}` shows them again, and `mergekit-metagpt verify "
+                f"{shlex.quote(out)}` proves that {out} is this merge"
             ),
             err=True,
         )

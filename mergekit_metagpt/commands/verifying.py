@@ -223,7 +223,7 @@ def _inputs(record: schema.Report, current: schema.Report) -> schema.Check:
         return schema.Check(
             name="inputs",
             verdict="different",
-            details=f"{REPORT} records {len(then)} models, {YAML} names {len(now)}",
+            details=f"{REPORT} records {len(then)} inputs, {YAML} names {len(now)}",
         )
     others = [
         replaying.Difference(
@@ -235,7 +235,7 @@ def _inputs(record: schema.Report, current: schema.Report) -> schema.Check:
         if old.source.digest != new.source.digest
     ]
     return _compared(
-        "inputs", others, len(now), f"{len(now)} models have the recorded digests"
+        "inputs", others, len(now), f"{len(now)} inputs have the recorded digests"
     )
 
 

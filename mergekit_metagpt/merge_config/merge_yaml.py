@@ -17,7 +17,7 @@ from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import ParameterScope
 from pydantic import ValidationError
 
-from mergekit_metagpt.checkpoints.nearby import nearest
+from mergekit_metagpt.checkpoints.nearby import missing
 from mergekit_metagpt.method.parameters import own_parameters
 
 if TYPE_CHECKING:
@@ -73,10 +73,7 @@ def text_of(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        hint = f". Did you mean {meant}?" if (meant := nearest(file)) else ""
-        raise FileNotFoundError(
-            f"{file} does not exist; expected a merge YAML{hint}"
-        ) from error
+        raise FileNotFoundError(missing(file, "a merge YAML")) from error
 
 
 def read_file(file: Path) -> tuple[str, MergeConfiguration]:

@@ -360,14 +360,15 @@ def which_weights(
     experience = (
         "Below 2 to 1, MetaGPT and the plain average were close in our experiment on "
         "small models: MetaGPT was better in 7 of 9 comparisons, by 0.003 on average. "
-        "On Gemma 3 270M the average was better in 21 of 21."
+        "At such ratios on Gemma 3 270M, the average was better in 21 of 21."
     )
     if disparity > APART_NORMS:
         experience = (
             "Above 2 to 1, MetaGPT was worse than the plain average in 16 of 18 "
             "comparisons of our experiment on small models, and power: 1 was better "
-            "than MetaGPT in 18 of 18. On Gemma 3 270M, MetaGPT was worse than the "
-            "average in 3 of 6, and power: 1 better than MetaGPT in 6 of 6."
+            "than MetaGPT in 18 of 18. At such ratios on Gemma 3 270M, MetaGPT was "
+            "worse than the average in 3 of 6, and power: 1 was better than MetaGPT "
+            "in 6 of 6."
         )
         if power == 2:
             experience += " Try power: 1 and power: 0."

@@ -45,7 +45,7 @@ def lay_out(found: schema.Report, then: str = "") -> Iterator[str | Table]:
             yield ""
         if len(found.families) > 1:
             yield f"Merged with each other: {', '.join(family.places)}"
-        yield from _family(family)
+        yield from _family(family, found.method)
     if then and any(family.advice for family in found.families):
         yield then
 
@@ -86,7 +86,7 @@ def _headers(headers: Sequence[schema.Header]) -> Iterator[str | Table]:
             yield f"{header.base}: {_tensors(header.only_in_base)} {header.name} lacks"
 
 
-def _family(family: schema.Family) -> Iterator[str | Table]:
+def _family(family: schema.Family, method: str) -> Iterator[str | Table]:
     base, models = family.base, family.models
     if base.parameters:
         others = [model for model in models if model.precisions != base.precisions]
@@ -107,7 +107,7 @@ def _family(family: schema.Family) -> Iterator[str | Table]:
     how = _settings(family.settings)
     yield f"\nTask vectors ({how}); relative: ||tau|| / ||theta_0||\n"
     yield _task_vectors(family)
-    if lengths := lengths_of(family):
+    if lengths := _lengths(family, method):
         yield f"\n{lengths}"
     wide = len(models) > MOST_COLUMNS
     if len(models) > 1:
@@ -148,15 +148,8 @@ def keep_of(family: schema.Family) -> str:
     return " to ".join(ends) or UNDEFINED
 
 
-def lengths_of(family: schema.Family) -> str | None:
-    """Say how long the merged task vector is, where that was measured.
-
-    Args:
-        family: of a report.
-
-    Returns:
-        one line, or None.
-    """
+def _lengths(family: schema.Family, method: str) -> str | None:
+    """Say how long the merged task vector is, where that was measured."""
     lengths = family.lengths
     if lengths is None or lengths.merged is None:
         return None
@@ -164,8 +157,10 @@ def lengths_of(family: schema.Family) -> str | None:
     way = f"{'multiplies' if kept else 'would multiply'} it by {keep} to make up for"
     if keep == UNDEFINED:
         way = "cannot make up for"
+    composed = method.removeprefix("metagpt_")
+    before = f", before `{composed}` drops elements," if composed != method else ""
     return (
-        f"The merged task vector has a length of {lengths.merged:.4g}, "
+        f"The merged task vector{before} has a length of {lengths.merged:.4g}, "
         f"{lengths.merged / lengths.inputs:.2f} of the models' average. "
         f"`lambda: keep` {way} that."
     )
