@@ -91,15 +91,18 @@ def merge_files(
     return read_model(out)
 
 
-def pretend_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def pretend_devices(
+    monkeypatch: pytest.MonkeyPatch, count: int, *, patient: bool = True
+) -> None:
     """Make mergekit see so many devices, each of which computes on the CPU.
 
     All start together, so that each has a thread of its own. The device under which a
     worker runs is `meta`: a tensor that we make without naming its device has no data.
 
-    A worker ends when mergekit has taken its results: mergekit's thread for these stops
-    as soon as all workers have ended, and drops what it has not taken by then. With any
-    method, a merge in some 200 then fails: "No value for required tensor".
+    If `patient`, a worker ends when mergekit has taken its results: mergekit's thread
+    for these stops as soon as all workers have ended, and drops what it has not taken
+    by then. With any method, a merge in some 200 then fails: "No value for required
+    tensor".
     """
     together = threading.Barrier(count, timeout=30)
     cpu = torch.device("cpu")
@@ -124,7 +127,7 @@ def pretend_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
                 self.task_completion_queue.put(
                     (handle._index, result if wanted else None)
                 )
-        while not self.task_completion_queue.empty():
+        while patient and not self.task_completion_queue.empty():
             time.sleep(0.001)
 
     names = ("get_torch_accelerator_type", "get_torch_accelerator_count")

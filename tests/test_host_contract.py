@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 import yaml
+from mergekit.graph import TaskHandle
 
 import mergekit_metagpt
 from mergekit_metagpt.method.metagpt import MetaGPTMerge
@@ -26,7 +27,8 @@ from tests.families import (
     run_mergekit,
     write_model,
 )
-from tests.oracle import assert_same_bits
+from tests.merges import pretend_devices
+from tests.oracle import assert_same_bits, assert_same_states
 
 PACKAGE = Path(mergekit_metagpt.__file__).parent
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
@@ -773,6 +775,54 @@ def test_run_merge_writes_a_model_and_its_card(family: Family, tmp_path: Path) -
     )
     assert (out / "mergekit_config.yml").read_text() == "# as given"
     assert (out / "config.json").is_file()
+
+
+@uses("mergekit.multigpu_executor.MultiGPUExecutor")
+@uses("mergekit.merge.MultiGPUExecutor")
+def test_the_engine_of_several_devices_waits_for_all_results(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mergekit's own drops what its thread for results, held up here, has not taken.
+
+    It then merges without the inputs that were taken, which count as missing.
+    """
+    from mergekit import multigpu_executor
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+    from mergekit_metagpt.merge_config import plan
+
+    go_on, busy, taken = threading.Event(), [1, 2], list[int]()
+
+    class LateHandle(TaskHandle):
+        def __init__(self, *args: Any) -> None:
+            if threading.current_thread().name.endswith("(update_progress)"):
+                taken.append(1)
+                if len(taken) > 2:
+                    go_on.wait(30)
+            super().__init__(*args)
+
+    def worker(self: Any, **options: Any) -> None:
+        work(self, **options)
+        busy.pop()
+        if not busy:
+            threading.Timer(0.2, go_on.set).start()
+
+    pretend_devices(monkeypatch, len(busy), patient=False)
+    work = multigpu_executor.MultiGPUExecutor._device_worker
+    monkeypatch.setattr(multigpu_executor.MultiGPUExecutor, "_device_worker", worker)
+    monkeypatch.setattr(multigpu_executor, "TaskHandle", LateHandle)
+    data = merge_config(family.base, family.models)
+    plan.run(
+        MergeConfiguration.model_validate(data),
+        str(tmp_path / "out"),
+        MergeOptions(multi_gpu=True, copy_tokenizer=False, quiet=True),
+        source="",
+        warned=False,
+    )
+    assert go_on.is_set(), "mergekit's thread for results has another name"
+    expected = run_mergekit(data, tmp_path / "expected")
+    assert_same_states(read_model(tmp_path / "out"), expected)
 
 
 @uses("mergekit.merge.MergePlanner")

@@ -38,7 +38,7 @@ MIXTURES = {
 }
 FEW = ("average", "metagpt", "power 1", "power -1")
 # Mixtures that the methods on singular vectors are tried on: they take minutes each.
-DECOMPOSED = ("two equal", "three equal")
+DECOMPOSED = ("two equal", "three equal", "worked short")
 PRIOR_RATE = 2.0
 
 

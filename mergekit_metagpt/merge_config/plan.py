@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,6 +21,7 @@ from mergekit.merge_methods.base import (
     TensorMetadata,
 )
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.plan import MergePlanner
 
 from mergekit_metagpt.method import group_norms
@@ -311,6 +313,31 @@ def _without_its_own_noise() -> Iterator[None]:
         log.removeFilter(keep)
 
 
+class _DoneEvent(threading.Event):
+    """Is set only once a queue is empty, too."""
+
+    def __init__(self, queue: Any) -> None:
+        super().__init__()
+        self._queue = queue
+
+    def is_set(self) -> bool:
+        return super().is_set() and self._queue.empty()
+
+
+class _KeepingAllResults(MultiGPUExecutor):
+    """mergekit's executor for several devices, without its loss of results.
+
+    Its thread that collects results stops when all devices are done, even if some of
+    their results still wait in its queue. Their tensors are then merged again, but
+    without inputs that were used up: most such merges fail ("No value for required
+    tensor"), some leave models out.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.done_event = _DoneEvent(self.task_completion_queue)
+
+
 def run(
     config: MergeConfiguration,
     out: str,
@@ -334,6 +361,7 @@ def run(
         already_warned(config, warned=warned),
         mergekits_errors(),
         _without_its_own_noise(),
+        patch("mergekit.merge.MultiGPUExecutor", _KeepingAllResults),
     ):
         run_merge(config, out, options, config_source=source)
 
