@@ -373,3 +373,25 @@ def test_layers_that_are_not_there(
     message = refused("merge", "c.yml", "out", *QUIET, capsys=capsys)
     assert f"is {layers}; expected two numbers from 0 to 3" in message
     assert report_of("c.yml")["refused"] in message
+
+
+# ---- inputs that mergekit loses between the threads of --multi-gpu
+
+
+@pytest.mark.parametrize("method", ["metagpt", "metagpt_ties"])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight"])
+def test_a_tensor_that_a_model_has_is_not_merged_without_it(
+    method: str, name: str, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergekit.io.tasks import LoadTensor
+
+    execute = LoadTensor.execute
+
+    def lossy(self: Any) -> torch.Tensor | None:
+        lost = self.tensor == name and str(self.model) == "./b"
+        return None if lost else execute(self)
+
+    monkeypatch.setattr(LoadTensor, "execute", lossy)
+    config = merge_config("./base", ["./a", "./b"], merge_method=method)
+    with pytest.raises(RuntimeError, match=rf"lost {name} of \./b"):
+        run_mergekit(config, work / "out")

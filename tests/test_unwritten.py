@@ -146,7 +146,7 @@ def test_a_plan_is_not_mixed_up_with_one_that_another_thread_begins() -> None:
     plan = ("model.layers[0]", ["base", "tuned"], "base")
     watch.saw_slice(*plan)
     for name in ("first", "second"):
-        watch.saw_tensor(name, "base")
+        watch.saw_tensor(name, plan[1], "base")
     with ThreadPoolExecutor(1) as pool:
         pool.submit(watch.saw_slice, *plan).result()
     mine = watch.of("base")

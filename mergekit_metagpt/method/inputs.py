@@ -58,6 +58,34 @@ def check_headers(ids: Sequence[Hashable], base: Hashable) -> None:
         pairs.check_pair(reference, model)
 
 
+def require_absent(missing: Sequence[Hashable], name: str) -> None:
+    """Refuse to merge a tensor without models that have it.
+
+    mergekit leaves out models that lack an optional tensor. Under `--multi-gpu` it may
+    lose inputs between its threads, too, and would merge without them.
+
+    Args:
+        missing: models without this tensor, according to mergekit.
+        name: name of the tensor.
+
+    Raises:
+        RuntimeError: a model has it.
+    """
+    if not missing:
+        return
+    from mergekit_metagpt.checkpoints.opening import already_open
+
+    for model in missing:
+        checkpoint = already_open(model)
+        stored = checkpoint.tensors.get(name) if checkpoint else None
+        if stored is not None and stored.name == name:
+            raise RuntimeError(
+                f"mergekit has lost {name} of {model}, which its file has: under "
+                "--multi-gpu, mergekit's threads may drop inputs. Merge again, or by "
+                "`mergekit-metagpt merge`, which waits for them"
+            )
+
+
 def not_written(
     base: Hashable, names: Collection[str]
 ) -> tuple[Collection[str], list[str]]:

@@ -100,7 +100,8 @@ class MetaGPTMerge(GroupMergeMethod):
         if not self.from_files or not inputs.are_references(input_ids):
             return
         if group_name is not None and not _SLICE.fullmatch(group_name):
-            self.watch.saw_tensor(group_name, base_id)
+            missing = self.watch.saw_tensor(group_name, input_ids, base_id)
+            inputs.require_absent(missing, group_name)
             return
         from mergekit_metagpt.scanning import once
 

@@ -23,6 +23,7 @@ class Plan:
         reading_slices: whether no tensor was seen yet.
         largest_weight: the largest weight of any model on any tensor.
         names: names of all output tensors, until `take_names`.
+        inputs: the models of each output tensor.
         unwritten: names of stored tensors of the base that are not written.
         values: parameters of the next tensor.
         of_tensors: the different sets of parameters that tensors have.
@@ -35,6 +36,7 @@ class Plan:
     reading_slices: bool = True
     largest_weight: float = 0.0
     names: set[str] | None = field(default_factory=set)
+    inputs: dict[str, tuple[Hashable, ...]] = field(default_factory=dict)
     unwritten: Collection[str] = ()
     values: list[tuple[str, Any]] = field(default_factory=list)
     of_tensors: set[tuple[tuple[str, Any], ...]] = field(default_factory=set)
@@ -43,8 +45,12 @@ class Plan:
     def take_names(self) -> set[str]:
         """Return the names of all output tensors once; none if layers may be moved."""
         names, self.names = self.names, None
-        moved = any(not str(name).endswith("[0]") for name in self.slices)
-        return set() if names is None or moved else names
+        return set() if names is None or self.moves_layers else names
+
+    @property
+    def moves_layers(self) -> bool:
+        """Whether an output tensor may have another name than those it is made of."""
+        return any(not str(name).endswith("[0]") for name in self.slices)
 
 
 class PlanWatch:
@@ -102,12 +108,18 @@ class PlanWatch:
         if name == "weight":
             plan.largest_weight = max(plan.largest_weight, value)
 
-    def saw_tensor(self, name: str, base: Hashable) -> None:
+    def saw_tensor(
+        self, name: str, ids: Sequence[Hashable], base: Hashable
+    ) -> list[Hashable]:
         """Note that a tensor's task is built, after its parameters were resolved.
 
         Args:
             name: name of the output tensor.
+            ids: its inputs.
             base: base of its inputs.
+
+        Returns:
+            inputs that it had when its task was built and has no more.
 
         Raises:
             ValueError: no slice has a model beside its base; or `sample` differs from
@@ -127,6 +139,10 @@ class PlanWatch:
             plan.reading_slices = False
             if not plan.has_models:
                 raise ValueError(only_base(base))
+        if plan is None or plan.moves_layers:
+            return []
+        planned = plan.inputs.setdefault(name, tuple(ids))
+        return [model for model in planned if model not in ids]
 
     def parameters_vary(self, base: Hashable) -> bool:
         """Whether parameters differ by tensor in the plan with this base."""
