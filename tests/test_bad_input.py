@@ -831,7 +831,7 @@ def test_configuration_that_is_no_file(
     said = capsys.readouterr()
     wanted = {
         "missing": f"{job.config_file} does not exist; expected a merge YAML",
-        "folder": f"{job.config_file}: Is a directory",
+        "folder": f"{job.config_file} is a folder; expected a merge YAML",
     }
     assert_refused(status, said.out, said.err, wanted[kind])
     assert not job.happened

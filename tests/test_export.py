@@ -836,7 +836,7 @@ def test_bad_input_is_one_line_and_nothing_is_created(
     ("arguments", "part"),
     [
         (["missing.yml", "plain.yml"], "missing.yml"),
-        (["m", "plain.yml"], "m: Is a directory"),
+        (["m", "plain.yml"], "m is a folder; expected a merge YAML"),
         (["merge.yml", "m"], "m cannot be written"),
         (["merge.yml", "there/plain.yml"], "there/plain.yml cannot be written"),
     ],

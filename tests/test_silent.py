@@ -351,6 +351,25 @@ def test_a_merged_folder_tells_its_coefficients(work: Path) -> None:
     assert report_of("./out") == report_of("./out/mergekit_config.yml")
 
 
+def test_in_a_merged_folder_the_earlier_measurements_are_named(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_merge(work / "c.yml", "./base", ["./a", "./b"])
+    assert run_command("merge", "c.yml", "out", *QUIET) == 0
+    monkeypatch.chdir(work / "out")
+    message = refused("inspect", "mergekit_config.yml", capsys=capsys)
+    assert "metagpt.json has the earlier measurements" in message
+
+
+def test_a_merged_folder_in_the_place_of_its_yaml(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_mergekit(merge_config("./base", ["./a", "./b"]), work / "out")
+    message = refused("export", "out", "plain.yml", capsys=capsys)
+    assert "out is a folder" in message
+    assert message.endswith("Did you mean out/mergekit_config.yml?")
+
+
 def test_inspect_tells_of_a_chat_template_that_merge_would_refuse(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -74,6 +74,12 @@ def text_of(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise FileNotFoundError(missing(file, "a merge YAML")) from error
+    except IsADirectoryError as error:
+        inside = file / "mergekit_config.yml"
+        hint = f". Did you mean {inside}?" if inside.exists() else ""
+        raise IsADirectoryError(
+            f"{file} is a folder; expected a merge YAML{hint}"
+        ) from error
 
 
 def read_file(file: Path) -> tuple[str, MergeConfiguration]:
@@ -102,7 +108,8 @@ def read_file(file: Path) -> tuple[str, MergeConfiguration]:
 def _require_here(config: MergeConfiguration, file: Path) -> None:
     """Refuse local models that do not exist, if the YAML is in another folder."""
     home = Path(os.path.normpath(file.absolute().parent))
-    if home == Path.cwd():
+    merged = (home / "metagpt.json").exists()
+    if home == Path.cwd() and not merged:
         return
     for model in models(config):
         for part in (model.model, model.lora):
@@ -111,7 +118,7 @@ def _require_here(config: MergeConfiguration, file: Path) -> None:
             there = (home / part.path).exists()
             if there or part.path.startswith("."):
                 way = f"run this in {home}" if there else "run this where they start"
-                if (home / "metagpt.json").exists():
+                if merged:
                     way = f"{home}/metagpt.json has the earlier measurements; {way}"
                 raise ValueError(
                     f"{file}: {part.path} does not exist. Relative paths are taken "
