@@ -1,8 +1,4 @@
-"""A page to draw on; knows nothing of merges.
-
-Places and sizes are in inches from the upper left corner, sizes of fonts and widths of
-lines in points.
-"""
+"""A page to draw on, in inches from its upper left corner; knows nothing of merges."""
 
 from __future__ import annotations
 
@@ -14,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 FORMATS = (".png", ".svg", ".pdf")
-# A model card shows a page about 700 pixels wide: a point is 1.4 pixels there.
+# Inches, but for fonts and widths of lines, which are in points. A model card shows a
+# page about 700 pixels wide: a point is 1.4 pixels there.
 WIDTH, MARGIN, DPI = 7.0, 0.12, 200
 RIGHT = WIDTH - MARGIN
 MINUS = "\N{MINUS SIGN}"
