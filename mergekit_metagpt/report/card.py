@@ -9,8 +9,6 @@ from mergekit_metagpt.method.announcing import estimate
 from mergekit_metagpt.report import schema, tables
 from mergekit_metagpt.report.comparison import Comparison, loss_in
 from mergekit_metagpt.report.parts import printable
-from mergekit_metagpt.report.ranking import with_error
-from mergekit_metagpt.report.scoring import score_of
 
 PAPER = "https://arxiv.org/abs/2406.11385"
 
@@ -165,7 +163,7 @@ def measured(found: Comparison) -> str:
     if found.texts:
         losses = {
             row.name: [
-                with_error(row.ald, row.ald_error),
+                str(row.by),
                 *(f"{loss_in(loss, found.unit):.4f}" for loss in row.losses),
             ]
             for row in (*found.models, *found.candidates)
@@ -180,7 +178,10 @@ def measured(found: Comparison) -> str:
     if (scoring := found.scoring) is not None:
         tasks = scoring.tasks
         scores = {
-            row.name: [score_of(row, task.metric, k) for k, task in enumerate(tasks)]
+            row.name: [
+                str(scored[task.metric])
+                for task, scored in zip(tasks, row.scores, strict=True)
+            ]
             for row in (*scoring.models, *scoring.candidates)
         }
         lines += [

@@ -23,7 +23,7 @@ from mergekit_metagpt.report.drawing import (
     Rows,
     labels,
 )
-from mergekit_metagpt.report.ranking import NOISE, with_error
+from mergekit_metagpt.report.ranking import NOISE
 
 TEXTS_BESIDE, LONGEST_NAME, LONGEST_TITLE = 5, 26, 20
 
@@ -85,21 +85,15 @@ def _draw_differences(y: float, rows: Rows, found: Comparison) -> float:
     y = page.paragraph(y, words) + LINE
     best = found.candidates[0]
     everyone = [*found.candidates, *found.models]
-    gaps = [
-        ""
-        if row.above_best is None or row.above_best_error is None
-        else "best"
-        if row is best
-        else f"+{with_error(row.above_best, row.above_best_error)}"
-        for row in everyone
-    ]
+    gaps = ["best", *(f"+{row.gap}" for row in found.candidates[1:])]
+    gaps += [""] * len(found.models)
     right = RIGHT
     for cells, heading in (
         (gaps, "above the best"),
         ([f"{row.ald:.4f}" for row in everyone], "ALD"),
     ):
         right = rows.column(y, right, cells, heading)
-    bars = [2 * (row.above_best_error or 0.0) for row in found.candidates]
+    bars = [2 * row.gap.error for row in found.candidates]
     ends = [
         row.ald + side * bar
         for row, bar in zip(found.candidates, bars, strict=True)
