@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -113,23 +113,18 @@ def compare(
         said = {"best": ranked_by.best, "verdict": ranked_by.verdict}
         return Comparison.model_validate({**about, **empty, **said})
     # If models cut a chunk into different tokens, a token is no common unit.
-    same = all(
-        [losses.tokens for losses in row] == [losses.tokens for losses in other]
-        for row in measured.values()
-        for other in measured.values()
-    )
-    unit = "token" if same else "byte"
-    counted = [k for k, text in enumerate(texts) if text.model is not None]
+    tokens = {tuple(tuple(each.tokens) for each in row) for row in measured.values()}
+    unit = "token" if len(tokens) == 1 else "byte"
+    specialists = {k: text.model for k, text in enumerate(texts) if text.model}
 
     def above(name: str, others: Mapping[int, str]) -> Estimate:
         pairs = [(measured[name][k], measured[other][k]) for k, other in others.items()]
         return difference(pairs, unit)
 
-    specialists = {k: str(texts[k].model) for k in counted}
     alds = {name: above(name, specialists) for name in measured}
 
     def gap(name: str, other: str) -> Estimate:
-        return above(name, dict.fromkeys(counted, other))
+        return above(name, dict.fromkeys(specialists, other))
 
     def row(name: str, fields: Mapping[str, Any]) -> Row:
         return Row(
@@ -141,20 +136,6 @@ def compare(
         )
 
     ranked, models = ranking.rank(alds, merges, gap, row, "above_best")
-    best = ranked[0].name
-    # If one text counts, its specialist has an ALD of 0 by definition.
-    own = set(specialists.values()) if len(counted) == 1 else set()
-    gaps = {row.name: gap(row.name, best) for row in models if row.name not in own}
-    alone = [name for name, ahead in gaps.items() if ahead.value < -2 * ahead.error]
-    verdicts = [_verdict(ranked, unit)]
-    if alone:
-        verdicts.append(
-            f"But without any merge, {ranking.listed(alone)} alone "
-            f"{'has' if len(alone) == 1 else 'have'} a lower ALD: do not merge for "
-            "these texts."
-        )
-    if models[0].name not in alone:
-        verdicts += _forgotten(measured, texts, best, unit)
     return Comparison.model_validate(
         {
             **about,
@@ -162,8 +143,8 @@ def compare(
             "texts": texts,
             "models": models,
             "candidates": ranked,
-            "best": best,
-            "verdict": " ".join((*verdicts, *_harmed(measured, specialists, unit))),
+            "best": ranked[0].name,
+            "verdict": " ".join(_verdict(texts, ranked, models, above, unit)),
         }
     )
 
@@ -183,44 +164,53 @@ def _loss(losses: ChunkLosses) -> Loss:
     )
 
 
-def _verdict(ranked: Sequence[Row], unit: str) -> str:
-    """Say which candidate is best, by how much, and whether that is beyond noise."""
-    best, *others = ranked
-    if not others:
-        return f"Only one merge was compared: {best.name}, ALD {best.ald:.4f}."
-    gap = f"lower by {others[0].gap} nats per {unit}"
-    return ranking.in_words(f"Best on these texts: {best.name}, {gap} than ", others)
-
-
-def _forgotten(
-    measured: Mapping[str, Sequence[ChunkLosses]],
+def _verdict(
     texts: Sequence[Text],
-    best: str,
+    ranked: Sequence[Row],
+    models: Sequence[Row],
+    above: Callable[[str, Mapping[int, str]], Estimate],
     unit: str,
 ) -> Iterator[str]:
-    """Name the texts on which the base beats the best merge, beyond noise."""
-    base = next(iter(measured.values()))
-    worse = []
-    for text, one, other in zip(texts, measured[best], base, strict=True):
-        gap = difference([(one, other)], unit)
-        if gap.value > 2 * gap.error:
-            worse.append(f"{text.name} (by {gap})")
-    if worse:
-        yield f"But {best} is worse than the base on {', '.join(worse)}."
+    """Say which candidate is best, and what speaks against merging, beyond noise."""
+    (best, *others), base = ranked, models[0].name
+    specialists = {k: text.model for k, text in enumerate(texts) if text.model}
 
+    def above_base(name: str, text: int) -> Estimate | None:
+        """How much worse than the base a model is, if it is."""
+        gap = above(name, {text: base})
+        return gap if gap.value > 2 * gap.error else None
 
-def _harmed(
-    measured: Mapping[str, Sequence[ChunkLosses]],
-    specialists: Mapping[int, str],
-    unit: str,
-) -> Iterator[str]:
-    """Name the specialists that the base beats on their own texts, beyond noise."""
-    base = next(iter(measured.values()))
+    if others:
+        gap = f"lower by {others[0].gap} nats per {unit}"
+        words = f"Best on these texts: {best.name}, {gap} than "
+        yield ranking.in_words(words, others)
+    else:
+        yield f"Only one merge was compared: {best.name}, ALD {best.ald:.4f}."
+    # If one text counts, its specialist has an ALD of 0 by definition.
+    own = set(specialists.values()) if len(specialists) == 1 else set()
+    gaps = {
+        row.name: above(row.name, dict.fromkeys(specialists, best.name))
+        for row in models
+        if row.name not in own
+    }
+    alone = [name for name, ahead in gaps.items() if ahead.value < -2 * ahead.error]
+    if alone:
+        yield (
+            f"But without any merge, {ranking.listed(alone)} alone "
+            f"{'has' if len(alone) == 1 else 'have'} a lower ALD: do not merge for "
+            "these texts."
+        )
+    forgotten = [
+        f"{text.name} (by {worse})"
+        for k, text in enumerate(texts)
+        if (worse := above_base(best.name, k))
+    ]
+    if forgotten and base not in alone:
+        yield f"But {best.name} is worse than the base on {', '.join(forgotten)}."
     for k, name in specialists.items():
-        gap = difference([(measured[name][k], base[k])], unit)
-        if gap.value > 2 * gap.error:
+        if worse := above_base(name, k):
             yield (
-                f"{name} is worse than the base on its own text, by {gap}: its "
+                f"{name} is worse than the base on its own text, by {worse}: its "
                 "training did harm there, or the text is not of its kind."
             )
 

@@ -246,7 +246,7 @@ def _family(
 
 
 def _adapter(reference: ModelReference, model: Checkpoint) -> schema.Adapter | None:
-    """What PEFT needs to know of an adapter."""
+    """What PEFT needs to know about an adapter."""
     if model.adapter is None:
         return None
     place, config = reference.lora or reference.model, model.adapter.config
@@ -326,8 +326,8 @@ def _warnings(
     warnings: list[str | None] = [base_warning]
     if family.varying:
         warnings.append(
-            f"the YAML sets {', '.join(family.varying)} tensor by tensor: this shows "
-            "each model's smallest and largest coefficient, and the figures of pools "
+            f"the YAML sets {', '.join(family.varying)} tensor by tensor. Here are "
+            "the smallest and the largest coefficient of each model, and the pools as "
             "for the defaults. `export` writes each tensor's coefficients"
         )
     moved = [k for k, model in enumerate(models) if model.sq_norm > 0]

@@ -145,7 +145,7 @@ def rank(
 
 
 def in_words(by: str, others: Sequence[Ranked]) -> str:
-    """End a sentence on the best candidate: does it differ from the others?"""
+    """Say in a sentence that begins with `by` whether the best differs from others."""
     near = [row.name for row in others if not row.beyond_noise]
     second = others[0]
     by = f"{by}{second.name}: "
