@@ -240,7 +240,8 @@ def _family(
         ),
         warnings=(
             *_adapter_warnings(base, [opened[model] for model in family.models]),
-            *_warnings(family, result, models, pools, left, base.warning),
+            *([base.warning] if base.warning else ()),
+            *filter(None, _warnings(family, result, models, pools, left)),
         ),
     )
 
@@ -319,32 +320,29 @@ def _warnings(
     models: Sequence[schema.Model],
     pools: Sequence[weighing.Pool],
     left: Collection[str],
-    base_warning: str | None,
-) -> list[str]:
+) -> Iterator[str | None]:
     base, settings = family.base, family.settings
     whole = result.pool("model", settings.exclude)
-    warnings: list[str | None] = [base_warning]
     if family.varying:
-        warnings.append(
+        yield (
             f"the YAML sets {', '.join(family.varying)} tensor by tensor. Here are "
             "the smallest and the largest coefficient of each model, and the pools as "
             "for the defaults. `export` writes each tensor's coefficients"
         )
     moved = [k for k, model in enumerate(models) if model.sq_norm > 0]
     if not moved:
-        warnings.append(
+        yield (
             advice.nothing_moved(base, weighing.WHOLE)
             if whole.members["model"]
             else advice.nothing_counts(settings.exclude)
         )
-        return [warning for warning in warnings if warning]
+        return
     if settings.power < 0:
         unmoved = [m for k, m in enumerate(family.models) if k not in moved]
-        warnings.append(advice.left_out(base, unmoved, settings.power, weighing.WHOLE))
-    warnings.append(weighing.degenerate(family, pools, result))
-    warnings += advice.whole_model(base, family.models, result, settings.exclude, left)
+        yield advice.left_out(base, unmoved, settings.power, weighing.WHOLE)
+    yield weighing.degenerate(family, pools, result)
+    yield from advice.whole_model(base, family.models, result, settings.exclude, left)
     angles = whole.cosines
     if angles is not None:
         between = [float(angles[i, j]) for i in moved for j in moved if j < i]
-        warnings.append(advice.siblings(base, between))
-    return [warning for warning in warnings if warning]
+        yield advice.siblings(base, between)
