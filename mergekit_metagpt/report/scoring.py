@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -123,7 +123,7 @@ def compare(
         models=tuple(models),
         candidates=tuple(ranked),
         best=ranked[0].name,
-        verdict=_verdict(ranked, models),
+        verdict=_verdict(ranked, models, above),
     )
 
 
@@ -145,7 +145,11 @@ def _estimates(scores: TaskScores) -> dict[str, Estimate]:
     return found
 
 
-def _verdict(ranked: Sequence[Scored], models: Sequence[Scored]) -> str:
+def _verdict(
+    ranked: Sequence[Scored],
+    models: Sequence[Scored],
+    above: Callable[[str, str], Estimate],
+) -> str:
     best, *others = ranked
     if others:
         by = f"{best.name}, mean score better by {others[0].gap} than "
@@ -153,10 +157,12 @@ def _verdict(ranked: Sequence[Scored], models: Sequence[Scored]) -> str:
     else:
         mean = best.mean.value
         text = f"Only one merge was scored: {best.name}, mean score {mean:.4f}."
-    alone = [row.name for row in models if row.mean.value > best.mean.value]
-    if alone:
-        names = ranking.listed(alone)
-        text += f" But without any merge, {names} alone scored better."
+    gaps = {row.name: above(row.name, best.name) for row in models}
+    better = [name for name, gap in gaps.items() if gap.value < 0]
+    beyond = [name for name in better if gaps[name].value < -2 * gaps[name].error]
+    if better:
+        text += f" But without any merge, {ranking.listed(beyond or better)} alone "
+        text += "scored better" + ("." if beyond else ", but not beyond noise.")
     return text
 
 
