@@ -267,14 +267,17 @@ def test_models_without_a_task_vector(tmp_path: Path) -> None:
     assert png_size(tmp_path / "figure.png")[0] >= 1200
 
 
-def test_adapters_without_their_base(drawn: list[Figure], tmp_path: Path) -> None:
-    plain = family(2, layers=2)
+@pytest.mark.parametrize(("count", "title"), [(1, "1 adapter"), (2, "2 adapters")])
+def test_adapters_without_their_base(
+    count: int, title: str, drawn: list[Figure], tmp_path: Path
+) -> None:
+    plain = family(count, layers=2)
     base = plain.base.model_copy(update={"name": "BASE", "parameters": 0})
-    unknown = {"relative_norms": (None, None)}
+    unknown = {"relative_norms": (None,) * count}
     layers = tuple(layer.model_copy(update=unknown) for layer in plain.layers)
     found = plain.model_copy(update={"base": base, "layers": layers})
     words = words_of(report(found), drawn, tmp_path)
-    assert "Merge of 2 adapters of one base" in words and "BASE" not in words
+    assert f"Merge of {title} of one base" in words and "BASE" not in words
     assert "How far each layer moved" not in words
 
 
@@ -412,6 +415,12 @@ def test_settings_are_explained(drawn: list[Figure], tmp_path: Path) -> None:
         settings = schema.Settings(power=power, exclude=("embed",), varying=())
         words = words_of(changed([{}, {}], settings=settings), drawn, tmp_path)
         assert expected in words and "Not counted in the distance: embed" in words
+    for keep, shown in ((1.25, "keep, 1.25"), (None, "keep, undefined")):
+        settings = schema.Settings(scale="keep", varying=())
+        pools = (pool("model", (0.5, 0.5)).model_copy(update={"keep": keep}),)
+        found = changed([{}, {}], settings=settings, pools=pools)
+        words = words_of(found, drawn, tmp_path)
+        assert f"scaled to the models' mean length (lambda: {shown})" in words
 
 
 def test_names_with_dollar_signs(drawn: list[Figure], tmp_path: Path) -> None:

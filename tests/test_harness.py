@@ -228,10 +228,20 @@ def test_means_over_tasks_and_paired_errors() -> None:
     assert two.below_best_error == pytest.approx(0.125)  # the losses cancel
     assert not two.beyond_noise
     assert "mean score better by 0.1250±0.1250 than two: no difference" in found.verdict
-    alone = scoring.compare(
+
+
+@pytest.mark.parametrize(
+    ("merge", "end"),
+    [
+        ([0, 1, 1], "base alone scored better, but not beyond noise."),
+        ([0, 0, 0], "base alone scored better."),
+    ],
+)
+def test_what_is_better_without_a_merge_is_said(merge: list[float], end: str) -> None:
+    found = scoring.compare(
         ["a"],
-        {"base": [scores("acc", [1, 1])], "one": [scores("acc", [0, 1])]},
+        {"base": [scores("acc", [1, 1, 1])], "one": [scores("acc", merge)]},
         {"one": ranking.Merge(["one"], "")},
         "0",
     )
-    assert alone.verdict.endswith("base alone scored better.")
+    assert found.verdict.endswith(f"But without any merge, {end}")

@@ -155,7 +155,10 @@ def test_headers_tell_what_a_merge_would_leave_out(
     assert base["not_written"]["count"] == 0
     assert model["not_written"]["examples"] == ["model.layers.2.mtp.weight"]
     assert inspect(*models) == 0
-    assert "mtp.weight; 0.0 MB) that mergekit leaves out" in capsys.readouterr().out
+    assert (
+        ": 1 tensor (model.layers.2.mtp.weight; 0.0 MB) that mergekit leaves out"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("redirect", [True, False])

@@ -9,8 +9,6 @@ from mergekit_metagpt.method.announcing import estimate
 from mergekit_metagpt.report import schema, tables
 from mergekit_metagpt.report.comparison import Comparison, loss_in
 from mergekit_metagpt.report.parts import printable
-from mergekit_metagpt.report.ranking import with_error
-from mergekit_metagpt.report.scoring import score_of
 
 PAPER = "https://arxiv.org/abs/2406.11385"
 
@@ -60,7 +58,7 @@ def section(
 
 
 def _seed(report: schema.Report) -> str:
-    """What a merge that draws random numbers needs besides its YAML."""
+    """Say which seed a merge that draws random numbers needs besides its YAML."""
     if report.method not in RANDOM_METHODS or report.options is None:
         return ""
     seed = report.options.random_seed
@@ -70,8 +68,7 @@ def _seed(report: schema.Report) -> str:
 def _formula(report: schema.Report) -> str:
     settings = report.families[0].settings
     norm = r"\lVert\theta_t - \theta_0\rVert"
-    power = f"{settings.power:g}"
-    term = rf"{norm}^{{{power}}}"
+    term = rf"{norm}^{{{settings.power:g}}}"
     weighted = any(m.weight != 1 for family in report.families for m in family.models)
     one = rf"w_t\,{term}" if weighted else term
     other = one.replace("_t", "_k")
@@ -87,8 +84,8 @@ def _family(family: schema.Family, *, composed: bool) -> list[str]:
         chosen.append(f"{', '.join(settings.varying)} set tensor by tensor")
     if settings.scale != 1:
         scale = tables.scale_of(settings)
-        is_ = f" ({tables.keep_of(family)})" if settings.keeps_length else ""
-        chosen.append(f"the sum of all changes scaled by `lambda: {scale}`{is_}")
+        keep = f" ({tables.keep_of(family)})" if settings.keeps_length else ""
+        chosen.append(f"the sum of all changes scaled by `lambda: {scale}`{keep}")
     if settings.sample < 1:
         chosen.append(_sample(family))
     lines = [
@@ -118,7 +115,7 @@ def _family(family: schema.Family, *, composed: bool) -> list[str]:
 
 
 def _lengths(family: schema.Family, *, composed: bool) -> Iterator[str]:
-    """Say how far the models, and their sum, are from the base."""
+    """Say how far the models and their sum moved from the base."""
     lengths = family.lengths
     if lengths is None:
         return
@@ -153,10 +150,10 @@ def _version(stored: schema.Stored) -> str:
 
 
 def measured(found: Comparison) -> str:
-    """Write what was measured of a merge and of those that it was compared with.
+    """Write what `compare` measured of the best merge and of the others.
 
     Args:
-        found: the comparison; the merge is the best one.
+        found: the comparison.
 
     Returns:
         Markdown that begins with a heading.
@@ -165,7 +162,7 @@ def measured(found: Comparison) -> str:
     if found.texts:
         losses = {
             row.name: [
-                with_error(row.ald, row.ald_error),
+                str(row.by),
                 *(f"{loss_in(loss, found.unit):.4f}" for loss in row.losses),
             ]
             for row in (*found.models, *found.candidates)
@@ -180,7 +177,10 @@ def measured(found: Comparison) -> str:
     if (scoring := found.scoring) is not None:
         tasks = scoring.tasks
         scores = {
-            row.name: [score_of(row, task.metric, k) for k, task in enumerate(tasks)]
+            row.name: [
+                str(scored[task.metric])
+                for task, scored in zip(tasks, row.scores, strict=True)
+            ]
             for row in (*scoring.models, *scoring.candidates)
         }
         lines += [

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from mergekit_metagpt.report.ranking import (
-    Estimate,
-    Merge,
-    Ranked,
-    Record,
-    difference,
-    in_words,
-    rank,
-    table_of_ranks,
-    tables_of_parts,
-    with_error,
-)
+from mergekit_metagpt.report import ranking
+from mergekit_metagpt.report.ranking import Estimate, Merge, difference
+from mergekit_metagpt.report.schema import Record
 from mergekit_metagpt.report.scoring import Scoring
 from mergekit_metagpt.scanning.cache import ChunkLosses
 
-# Texts beside each other in a table of 80 columns.
+# Texts in a table of 80 columns, at most.
 MOST_TEXTS = 6
 
 
 class Text(Record):
-    """A text; `model` is its specialist, or null if it does not count in the ALD."""
+    """A text; `model` is its specialist, or null for a text not counted in the ALD."""
 
     name: str
     file: str
@@ -46,7 +37,7 @@ class Loss(Record):
     per_byte_error: float
 
 
-class Row(Ranked):
+class Row(ranking.Ranked):
     """A model and its losses, text by text.
 
     Attributes:
@@ -70,7 +61,7 @@ class Row(Ranked):
 
     @property
     def gap(self) -> Estimate:
-        """How much lower that of the best candidate is."""
+        """How much lower the best candidate's is."""
         error = self.above_best_error or 0.0
         return Estimate(value=self.above_best or 0.0, error=error)
 
@@ -108,8 +99,8 @@ def compare(
 
     Args:
         texts: in the order of the losses; at least one has a model, or there are none.
-        measured: losses by model or candidate, text by text; the base's come first.
-        merges: the candidates, each by its first name.
+        measured: losses by model or candidate, text by text; the base comes first.
+        merges: the candidates, by their first names.
         about: the other fields of `Comparison`: versions, settings and scores.
 
     Returns:
@@ -121,51 +112,30 @@ def compare(
         empty = {"unit": "token", "texts": (), "models": (), "candidates": ()}
         said = {"best": ranked_by.best, "verdict": ranked_by.verdict}
         return Comparison.model_validate({**about, **empty, **said})
-    # Where models cut the same chunk into other tokens, a token is no common unit.
-    same = all(
-        [losses.tokens for losses in row] == [losses.tokens for losses in other]
-        for row in measured.values()
-        for other in measured.values()
-    )
-    unit = "token" if same else "byte"
-    counted = [k for k, text in enumerate(texts) if text.model is not None]
+    # If models cut a chunk into different tokens, a token is no common unit.
+    tokens = {tuple(tuple(each.tokens) for each in row) for row in measured.values()}
+    unit = "token" if len(tokens) == 1 else "byte"
+    specialists = {k: text.model for k, text in enumerate(texts) if text.model}
 
     def above(name: str, others: Mapping[int, str]) -> Estimate:
         pairs = [(measured[name][k], measured[other][k]) for k, other in others.items()]
         return difference(pairs, unit)
 
-    specialists = {k: str(texts[k].model) for k in counted}
     alds = {name: above(name, specialists) for name in measured}
 
-    def row(name: str, gap: Estimate | None, known: Mapping[str, Any]) -> Row:
+    def gap(name: str, other: str) -> Estimate:
+        return above(name, dict.fromkeys(specialists, other))
+
+    def row(name: str, fields: Mapping[str, Any]) -> Row:
         return Row(
             name=name,
-            **known,
             losses=tuple(map(_loss, measured[name])),
             ald=alds[name].value,
             ald_error=alds[name].error,
-            above_best=None if gap is None else gap.value,
-            above_best_error=None if gap is None else gap.error,
+            **fields,
         )
 
-    ranked, models = rank(
-        alds, merges, lambda one, other: above(one, dict.fromkeys(counted, other)), row
-    )
-    best = ranked[0].name
-    # On the text of one specialist alone, it has an ALD of 0 by definition.
-    own = set(specialists.values()) if len(counted) == 1 else set()
-    alone = [
-        row.name
-        for row in models
-        if row.name not in own
-        and (gap := above(row.name, dict.fromkeys(counted, best))).value
-        < -2 * gap.error
-    ]
-    verdicts = [_verdict(ranked, unit)]
-    if alone:
-        verdicts.append(_better_alone(alone))
-    if models[0].name not in alone:
-        verdicts += _forgotten(measured, texts, best, unit)
+    ranked, models = ranking.rank(alds, merges, gap, row, "above_best")
     return Comparison.model_validate(
         {
             **about,
@@ -173,8 +143,8 @@ def compare(
             "texts": texts,
             "models": models,
             "candidates": ranked,
-            "best": best,
-            "verdict": " ".join((*verdicts, *_harmed(measured, specialists, unit))),
+            "best": ranked[0].name,
+            "verdict": " ".join(_verdict(texts, ranked, models, above, unit)),
         }
     )
 
@@ -194,56 +164,54 @@ def _loss(losses: ChunkLosses) -> Loss:
     )
 
 
-def _verdict(ranked: Sequence[Row], unit: str) -> str:
-    """Say which candidate is best, by how much, and whether that is beyond noise."""
-    best, *others = ranked
-    if not others:
-        return f"Only one merge was compared: {best.name}, ALD {best.ald:.4f}."
-    gap = with_error(others[0].gap.value, others[0].gap.error)
-    by = f"Best on these texts: {best.name}, lower by {gap} nats per {unit} than "
-    return in_words(by, others)
-
-
-def _better_alone(names: Sequence[str]) -> str:
-    """Say so where models alone do better than every merge, beyond noise."""
-    return (
-        f"But without any merge, {' and '.join(names)} alone "
-        f"{'has' if len(names) == 1 else 'have'} a lower ALD: do not merge for these "
-        "texts."
-    )
-
-
-def _forgotten(
-    measured: Mapping[str, Sequence[ChunkLosses]],
+def _verdict(
     texts: Sequence[Text],
-    best: str,
+    ranked: Sequence[Row],
+    models: Sequence[Row],
+    above: Callable[[str, Mapping[int, str]], Estimate],
     unit: str,
 ) -> Iterator[str]:
-    """Name the texts on which the base beats the best merge, beyond noise."""
-    base = next(iter(measured.values()))
-    worse = []
-    for text, one, other in zip(texts, measured[best], base, strict=True):
-        gap = difference([(one, other)], unit)
-        if gap.value > 2 * gap.error:
-            worse.append(f"{text.name} (by {with_error(gap.value, gap.error)})")
-    if worse:
-        yield f"But {best} is worse than the base on {', '.join(worse)}."
+    """Say which candidate is best, and what speaks against merging, beyond noise."""
+    (best, *others), base = ranked, models[0].name
+    specialists = {k: text.model for k, text in enumerate(texts) if text.model}
 
+    def above_base(name: str, text: int) -> Estimate | None:
+        """How much worse than the base a model is, if it is."""
+        gap = above(name, {text: base})
+        return gap if gap.value > 2 * gap.error else None
 
-def _harmed(
-    measured: Mapping[str, Sequence[ChunkLosses]],
-    specialists: Mapping[int, str],
-    unit: str,
-) -> Iterator[str]:
-    """Name the specialists that the base beats on their own texts, beyond noise."""
-    base = next(iter(measured.values()))
+    if others:
+        gap = f"lower by {others[0].gap} nats per {unit}"
+        words = f"Best on these texts: {best.name}, {gap} than "
+        yield ranking.in_words(words, others)
+    else:
+        yield f"Only one merge was compared: {best.name}, ALD {best.ald:.4f}."
+    # If one text counts, its specialist has an ALD of 0 by definition.
+    own = set(specialists.values()) if len(specialists) == 1 else set()
+    gaps = {
+        row.name: above(row.name, dict.fromkeys(specialists, best.name))
+        for row in models
+        if row.name not in own
+    }
+    alone = [name for name, ahead in gaps.items() if ahead.value < -2 * ahead.error]
+    if alone:
+        yield (
+            f"But without any merge, {ranking.listed(alone)} alone "
+            f"{'has' if len(alone) == 1 else 'have'} a lower ALD: do not merge for "
+            "these texts."
+        )
+    forgotten = [
+        f"{text.name} (by {worse})"
+        for k, text in enumerate(texts)
+        if (worse := above_base(best.name, k))
+    ]
+    if forgotten and base not in alone:
+        yield f"But {best.name} is worse than the base on {', '.join(forgotten)}."
     for k, name in specialists.items():
-        gap = difference([(measured[name][k], base[k])], unit)
-        if gap.value > 2 * gap.error:
+        if worse := above_base(name, k):
             yield (
-                f"{name} is worse than the base on its own text, by "
-                f"{with_error(gap.value, gap.error)}: its training did harm there, or "
-                "the text is not of its kind."
+                f"{name} is worse than the base on its own text, by {worse}: its "
+                "training did harm there, or the text is not of its kind."
             )
 
 
@@ -258,10 +226,10 @@ def lay_out(found: Comparison) -> Iterator[str | Table]:
     """
     yield f"Average loss difference (ALD) and standard errors, nats per {found.unit}"
     if found.unit == "byte":
-        yield "Tokens are not the same in all models: only losses per byte compare."
-    yield table_of_ranks(found.candidates, found.models, "ALD", "above best")
+        yield "The models have different tokens: only losses per byte can be compared."
+    yield ranking.table_of_ranks(found.candidates, found.models, "ALD", "above best")
     yield f"Loss on each text, nats per {found.unit}"
-    yield from tables_of_parts(
+    yield from ranking.tables_of_parts(
         found.models,
         found.candidates,
         lambda row, text: f"{loss_in(row.losses[text], found.unit):.4f}",

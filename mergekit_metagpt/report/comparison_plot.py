@@ -17,14 +17,13 @@ from mergekit_metagpt.report.drawing import (
     LINE,
     MARGIN,
     MINUS,
-    SIZE,
+    RIGHT,
     SMALL,
-    WIDTH,
     Page,
     Rows,
     labels,
 )
-from mergekit_metagpt.report.ranking import NOISE, with_error
+from mergekit_metagpt.report.ranking import NOISE
 
 TEXTS_BESIDE, LONGEST_NAME, LONGEST_TITLE = 5, 26, 20
 
@@ -32,18 +31,17 @@ TEXTS_BESIDE, LONGEST_NAME, LONGEST_TITLE = 5, 26, 20
 def comparison_figure(found: Comparison, file: Path) -> None:
     """Draw the average loss difference of every candidate, and its loss on each text.
 
-    Error bars are two standard errors of the difference from the best candidate, which
-    are paired; a hollow mark is no difference beyond noise. Base and specialists stand
-    below the candidates.
+    Error bars are two paired standard errors of the difference from the best candidate;
+    a hollow mark means no difference beyond noise. Base and specialists stand below the
+    candidates.
 
     Args:
         found: the comparison.
-        file: the picture to write; its ending, one of `drawing.FORMATS`, chooses the
-            format.
+        file: the picture to write, with an ending of `drawing.FORMATS`.
     """
     page = Page()
     title = "Which weights are best on these texts?"
-    y = page.paragraph(MARGIN, title, size=11, color=INK, bold=True)
+    y = page.heading(MARGIN, title, 11)
     y = page.paragraph(y, found.verdict, color=INK) + GAP
     everyone = [row.name for row in (*found.candidates, *found.models)]
     names = labels(everyone, LONGEST_NAME)
@@ -51,9 +49,9 @@ def comparison_figure(found: Comparison, file: Path) -> None:
     if names[base] != "base":
         names[base] += " (base)"
     rows = Rows.of(page, names, least=0.19)
-    y = _draw_differences(page, y, rows, found) + GAP
+    y = _draw_differences(y, rows, found) + GAP
     title = f"Loss on each text, nats per {found.unit} (left is better)"
-    y = page.paragraph(y, title, size=SIZE, color=INK, bold=True)
+    y = page.heading(y, title)
     words = (
         "Line: the specialist for the text. Dotted: the base. Arrow: beyond the end."
     )
@@ -67,17 +65,18 @@ def comparison_figure(found: Comparison, file: Path) -> None:
         )
     ]
     widest = max(page.width(title, SMALL, bold=True) for title in titles)
-    room = WIDTH - MARGIN - rows.left + GAP
+    room = RIGHT - rows.left + GAP
     beside = max(1, min(TEXTS_BESIDE, int(room / max(widest + GAP, 0.8))))
     for first in range(0, len(titles), beside):
         numbers = range(len(titles))[first : first + beside]
-        y = _draw_losses(page, y, rows, found, titles, numbers) + GAP
+        y = _draw_losses(y, rows, found, titles, numbers) + GAP
     page.save(file, _draw_meanings(page, y, found) + GAP)
 
 
-def _draw_differences(page: Page, y: float, rows: Rows, found: Comparison) -> float:
+def _draw_differences(y: float, rows: Rows, found: Comparison) -> float:
+    page = rows.page
     title = f"Average loss difference (ALD), nats per {found.unit} (left is better)"
-    y = page.paragraph(y, title, size=SIZE, color=INK, bold=True)
+    y = page.heading(y, title)
     words = (
         "How much higher a merge's loss is than that of the specialist for each text, "
         "on average. Bars: two standard errors of the ALD above the best; hollow: "
@@ -86,30 +85,23 @@ def _draw_differences(page: Page, y: float, rows: Rows, found: Comparison) -> fl
     y = page.paragraph(y, words) + LINE
     best = found.candidates[0]
     everyone = [*found.candidates, *found.models]
-    gaps = [
-        ""
-        if row.above_best is None or row.above_best_error is None
-        else "best"
-        if row is best
-        else f"+{with_error(row.above_best, row.above_best_error)}"
-        for row in everyone
-    ]
-    right = WIDTH - MARGIN
+    gaps = ["best", *(f"+{row.gap}" for row in found.candidates[1:])]
+    gaps += [""] * len(found.models)
+    right = RIGHT
     for cells, heading in (
         (gaps, "above the best"),
         ([f"{row.ald:.4f}" for row in everyone], "ALD"),
     ):
-        rows.column(page, y, right, cells, heading)
-        right -= rows.room(page, cells, heading)
-    bars = [2 * (row.above_best_error or 0.0) for row in found.candidates]
+        right = rows.column(y, right, cells, heading)
+    bars = [2 * row.gap.error for row in found.candidates]
     ends = [
         row.ald + side * bar
         for row, bar in zip(found.candidates, bars, strict=True)
         for side in (-1, 1)
     ]
     axis = _Axis.over(ends, rows.left, right)
-    rows.write(page, y)
-    _draw_marks(page, y, rows, axis, found, [row.ald for row in everyone], bars)
+    rows.write(y)
+    _draw_marks(y, rows, axis, found, [row.ald for row in everyone], bars)
     at = axis.at(best.ald)
     page.line([at, at], [y, rows.bottom(y)], color=BLUE, style=":")
     return axis.draw(page, rows.bottom(y))
@@ -118,7 +110,7 @@ def _draw_differences(page: Page, y: float, rows: Rows, found: Comparison) -> fl
 def _draw_meanings(page: Page, y: float, found: Comparison) -> float:
     """Say below the panels what each candidate is."""
     if any(row.meaning for row in found.candidates):
-        y = page.paragraph(y, "The merges", size=SIZE, color=INK, bold=True)
+        y = page.heading(y, "The merges")
     for row in found.candidates:
         if row.meaning:
             names = " = ".join(row.names)
@@ -128,7 +120,7 @@ def _draw_meanings(page: Page, y: float, found: Comparison) -> float:
 
 @dataclass(frozen=True)
 class _Axis:
-    """Values from left to right, between two round numbers; `step` has one digit."""
+    """An axis between two round numbers, in steps of one digit."""
 
     low: float
     high: float
@@ -171,7 +163,6 @@ class _Axis:
 
 
 def _draw_marks(
-    page: Page,
     y: float,
     rows: Rows,
     axis: _Axis,
@@ -179,8 +170,8 @@ def _draw_marks(
     values: Sequence[float],
     bars: Sequence[float] = (),
 ) -> None:
-    """Mark a value in each row; what is beyond the end gets an arrow."""
-    candidates = len(found.candidates)
+    """Mark a value in each row; a value beyond the axis gets an arrow at its end."""
+    page, candidates = rows.page, len(found.candidates)
     for row, (value, at) in enumerate(zip(values, rows.middles(y), strict=True)):
         page.line([axis.left, axis.right], [at, at], color="#ececec")
         if bars and row < candidates and bars[row]:
@@ -202,17 +193,16 @@ def _draw_marks(
 
 
 def _draw_losses(
-    page: Page,
     y: float,
     rows: Rows,
     found: Comparison,
     titles: Sequence[str],
     numbers: range,
 ) -> float:
-    everyone = [*found.candidates, *found.models]
-    wide = (WIDTH - MARGIN - rows.left + GAP) / len(numbers)
+    page, everyone = rows.page, [*found.candidates, *found.models]
+    wide = (RIGHT - rows.left + GAP) / len(numbers)
     y += LINE
-    rows.write(page, y)
+    rows.write(y)
     for place, k in enumerate(numbers):
         text = found.texts[k]
         losses = [loss_in(row.losses[k], found.unit) for row in everyone]
@@ -226,7 +216,7 @@ def _draw_losses(
         left = rows.left + wide * place
         axis = _Axis.over(ends, left, left + wide - GAP)
         page.text(left, y - LINE / 2, titles[k], bold=True, size=SMALL)
-        _draw_marks(page, y, rows, axis, found, losses)
+        _draw_marks(y, rows, axis, found, losses)
         bottom = rows.bottom(y)
         for style, value in lines.items():
             page.line([axis.at(value)] * 2, [y, bottom], style=style)

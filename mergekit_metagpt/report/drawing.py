@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 FORMATS = (".png", ".svg", ".pdf")
-# A model card shows a page some 700 pixels wide: a point of a font is 1.4 pixels there.
+# Inches, but for fonts and widths of lines, which are in points. A model card shows a
+# page about 700 pixels wide: a point is 1.4 pixels there.
 WIDTH, MARGIN, DPI = 7.0, 0.12, 200
+RIGHT = WIDTH - MARGIN
 MINUS = "\N{MINUS SIGN}"
 SIZE, SMALL = 9.0, 8.0
 INK, GREY, FAINT = "#1a1a1a", "#5f5f5f", "#c4c4c4"
@@ -23,12 +25,12 @@ GAP, LINE = 0.12, 0.2
 class Page:
     """A white page as wide as a model card; its height is known when it is saved.
 
-    Texts are measured, and placed by the caller: the layout engine and the ticks of
-    matplotlib are most of what a figure costs.
+    The caller measures texts and places them: matplotlib's layout engine and ticks
+    would take most of the time of a figure.
     """
 
     def __init__(self) -> None:
-        # pyplot would keep every figure, and set up windows.
+        # pyplot would keep every figure in memory, and set up windows.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -51,16 +53,16 @@ class Page:
         color: str = INK,
         bold: bool = False,
     ) -> None:
-        """Write a line whose capitals are centred on a height.
+        """Write a line of text.
 
         Args:
-            x: of the end that `align` names.
-            y: of the middle.
+            x: its left end, right end or center, as `align` says.
+            y: the middle of its capitals.
             words: plain text.
-            size: of the font, in points.
-            align: left, right or center.
+            size: of the font.
+            align: `left`, `right` or `center`.
             color: of the text.
-            bold: whether it is.
+            bold: whether the font is bold.
         """
         self._axes.text(
             x,
@@ -75,16 +77,7 @@ class Page:
         )
 
     def width(self, words: str, size: float = SIZE, *, bold: bool = False) -> float:
-        """Measure a line.
-
-        Args:
-            words: plain text.
-            size: of the font, in points.
-            bold: whether it is.
-
-        Returns:
-            its width in inches.
-        """
+        """Return the width of a line of text."""
         from matplotlib.font_manager import FontProperties
 
         key = words, size, bold
@@ -103,23 +96,23 @@ class Page:
         color: str = GREY,
         bold: bool = False,
     ) -> float:
-        """Write lines from margin to margin.
+        """Write text from margin to margin.
 
         Args:
-            y: upper end.
-            words: plain text.
-            size: of the font, in points.
+            y: its upper end.
+            words: plain text; lines break between words.
+            size: of the font.
             color: of the text.
-            bold: whether it is.
+            bold: whether the font is bold.
 
         Returns:
-            the lower end.
+            its lower end.
         """
         step, space = 1.4 * size / 72, self.width(" ", size, bold=bold)
         lines, end = [""], WIDTH
         for word in words.split():
             wide = self.width(word, size, bold=bold)
-            if end + space + wide > WIDTH - 2 * MARGIN and lines[-1]:
+            if end + space + wide > RIGHT - MARGIN and lines[-1]:
                 lines.append("")
             if lines[-1]:
                 lines[-1] += f" {word}"
@@ -130,6 +123,10 @@ class Page:
             self.text(MARGIN, y + step / 2, line, size=size, color=color, bold=bold)
             y += step
         return y
+
+    def heading(self, y: float, words: str, size: float = SIZE) -> float:
+        """Write a heading from margin to margin, and return its lower end."""
+        return self.paragraph(y, words, size=size, color=INK, bold=True)
 
     def box(
         self,
@@ -142,16 +139,16 @@ class Page:
         *,
         hatched: bool = False,
     ) -> None:
-        """Draw a rectangle from its upper left corner.
+        """Draw a rectangle.
 
         Args:
-            x: left.
-            y: top.
-            width: to the right.
-            height: downwards.
+            x: its left side.
+            y: its top.
+            width: of the rectangle.
+            height: of the rectangle.
             color: of the inside.
             edge: color of the border.
-            hatched: whether oblique lines of the same color fill it.
+            hatched: whether to fill it with oblique lines of the border's color.
         """
         from matplotlib.patches import Rectangle
 
@@ -169,15 +166,7 @@ class Page:
         width: float = 0.8,
         style: str = "-",
     ) -> None:
-        """Draw a line through points.
-
-        Args:
-            xs: of the points.
-            ys: of the points.
-            color: of the line.
-            width: in points.
-            style: of matplotlib.
-        """
+        """Draw a line through points, in a line style of matplotlib."""
         from matplotlib.lines import Line2D
 
         self._axes.add_artist(
@@ -185,15 +174,7 @@ class Page:
         )
 
     def mark(self, x: float, y: float, shape: str, color: str, inside: str) -> None:
-        """Draw a mark.
-
-        Args:
-            x: of its middle.
-            y: of its middle.
-            shape: of matplotlib.
-            color: of its border.
-            inside: color of its inside.
-        """
+        """Draw a marker of matplotlib, with a border and an inside of two colors."""
         from matplotlib.lines import Line2D
 
         self._axes.add_artist(
@@ -213,11 +194,11 @@ class Page:
         """Shade a grid of cells.
 
         Args:
-            xs: edges of the columns.
-            ys: edges of the rows.
-            shades: from 0 to 1 by row and column; NaN leaves a cell as it is.
+            xs: edges of the C columns, `C + 1`.
+            ys: edges of the R rows, `R + 1`.
+            shades: from 0 to 1, R rows of C; NaN leaves a cell as it is.
             colors: a color map of matplotlib.
-            lightest: where in the map shade 0 is.
+            lightest: place of shade 0 in the color map, from 0 to 1.
             lined: whether white lines separate the cells.
         """
         from matplotlib import colormaps
@@ -234,12 +215,7 @@ class Page:
         )
 
     def save(self, file: Path, height: float) -> None:
-        """Write the page.
-
-        Args:
-            file: the picture; its ending, one of `FORMATS`, chooses the format.
-            height: of the page.
-        """
+        """Write the page, of a given height, in the format of the file's ending."""
         self.figure.set_size_inches(WIDTH, height)
         self._axes.set_xlim(0, WIDTH)
         self._axes.set_ylim(height, 0)
@@ -248,112 +224,82 @@ class Page:
 
 @dataclass(frozen=True)
 class Rows:
-    """A row for each model: its label, and where what is shown of it begins.
+    """A row of a page for each model: its label, and on its right what is shown of it.
 
     Attributes:
+        page: on which to draw.
         labels: one for each row.
-        left: right end of the labels, and a gap.
+        left: where the room to the right of the labels begins.
         height: of a row.
-        size: of the font, in points.
+        size: of the font.
     """
 
+    page: Page
     labels: Sequence[str]
     left: float
     height: float
     size: float
 
     @classmethod
-    def of(cls, page: Page, names: Sequence[str], least: float = 0.13) -> Rows:
-        """Measure labels; many rows are low.
-
-        Args:
-            page: to be drawn on.
-            names: one for each row.
-            least: height of a row.
-
-        Returns:
-            the rows.
-        """
-        height = max(least, min(0.24, 2.4 / len(names)))
+    def of(cls, page: Page, labels: Sequence[str], least: float = 0.13) -> Rows:
+        """Make rows, lower ones the more there are, and at least `least` high."""
+        height = max(least, min(0.24, 2.4 / len(labels)))
         size = min(SIZE, 0.7 * 72 * height)
-        widest = max(page.width(name, size) for name in names)
-        return cls(names, MARGIN + widest + GAP, height, size)
+        widest = max(page.width(label, size) for label in labels)
+        return cls(page, labels, MARGIN + widest + GAP, height, size)
 
     def bottom(self, y: float) -> float:
-        """Return where rows end that begin at `y`.
-
-        Args:
-            y: top of the first row.
-
-        Returns:
-            the bottom of the last.
-        """
+        """Return where rows end that begin at `y`."""
         return y + self.height * len(self.labels)
 
     def middles(self, y: float) -> Iterator[float]:
-        """Iterate over the middles of rows that begin at `y`.
-
-        Args:
-            y: top of the first row.
-
-        Returns:
-            a height for each row.
-        """
+        """Iterate over the middles of rows that begin at `y`."""
         return (y + self.height * (row + 0.5) for row in range(len(self.labels)))
 
-    def write(self, page: Page, y: float) -> None:
-        """Write the labels.
-
-        Args:
-            page: to be drawn on.
-            y: top of the first row.
-        """
+    def write(self, y: float) -> None:
+        """Write the labels of rows that begin at `y`."""
         for label, at in zip(self.labels, self.middles(y), strict=True):
-            page.text(MARGIN, at, label, size=self.size)
+            self.page.text(MARGIN, at, label, size=self.size)
 
-    def room(self, page: Page, cells: Sequence[str], heading: str) -> float:
-        """Return how wide a column is, with a gap.
-
-        Args:
-            page: to be drawn on.
-            cells: one for each row.
-            heading: over them.
-
-        Returns:
-            the width.
-        """
-        widths = [page.width(cell, self.size) for cell in cells]
-        return max(*widths, page.width(heading, SMALL)) + GAP
+    def room(self, cells: Sequence[str], heading: str) -> float:
+        """Return how wide a column of a cell for each row is, with a gap."""
+        widths = [self.page.width(cell, self.size) for cell in cells]
+        return max(*widths, self.page.width(heading, SMALL)) + GAP
 
     def column(
-        self, page: Page, y: float, right: float, cells: Sequence[str], heading: str
-    ) -> None:
-        """Write a column of cells, flush right.
+        self, y: float, right: float, cells: Sequence[str], heading: str
+    ) -> float:
+        """Write a column, flush right, and return where the room left of it ends.
 
         Args:
-            page: to be drawn on.
-            y: top of the first row.
-            right: end of the cells.
+            y: top of the first row; the heading stands above it.
+            right: right end of the cells.
             cells: one for each row.
-            heading: over them.
+            heading: of the column.
+
+        Returns:
+            its left end, and a gap.
         """
         for cell, at in zip(cells, self.middles(y), strict=True):
-            page.text(right, at, cell, size=self.size, align="right")
-        page.text(right, y - LINE / 2, heading, size=SMALL, align="right", color=GREY)
+            self.page.text(right, at, cell, size=self.size, align="right")
+        self.page.text(
+            right, y - LINE / 2, heading, size=SMALL, align="right", color=GREY
+        )
+        return right - self.room(cells, heading)
 
 
 def labels(names: Sequence[str], limit: int = LONGEST_LABEL) -> list[str]:
     """Shorten names so that no two models get the same label.
 
-    Folders above the last are left out where the others tell the models apart, and the
-    middle of what is still too long.
+    Of a path, only as many of the last folders are kept as tell the models apart. What
+    is still too long loses its middle.
 
     Args:
         names: paths or hub names, perhaps with an adapter after a plus sign.
-        limit: characters of a label.
+        limit: characters of a label, at most.
 
     Returns:
-        a label for each name; numbers tell apart what cannot be otherwise.
+        a label for each name, numbered if shortening makes two labels the same.
 
     Example:
         >>> labels(["/data/models/math", "./code", "owner/chat"])
@@ -390,12 +336,12 @@ def labels(names: Sequence[str], limit: int = LONGEST_LABEL) -> list[str]:
 def percents(
     values: Sequence[float | None], errors: Sequence[float | None], digits: int
 ) -> list[str]:
-    """Write shares as percentages of as many digits.
+    """Write shares as percentages, all with the same number of decimals.
 
     Args:
-        values: shares; None is a dash.
+        values: shares; None becomes a dash.
         errors: their standard errors; None or 0 where they are exact.
-        digits: after the point; more where the smallest error has more.
+        digits: decimals; up to 3, if the smallest error needs more.
 
     Returns:
         a text for each value.
@@ -408,8 +354,7 @@ def percents(
     for value, error in zip(values, errors, strict=True):
         if value is None:
             cells.append("-")
-            continue
-        if error:
+        elif error:
             cells.append(f"{100 * value:.{digits}f} ± {100 * error:.{digits}f}%")
         elif 0 < 100 * value < least / 2:
             cells.append(f"< {least:.{digits}f}%")
@@ -419,21 +364,12 @@ def percents(
 
 
 def fitting(page: Page, names: Sequence[str], room: float = 3.2) -> list[str]:
-    """Shorten names to labels that leave enough of a page.
-
-    Args:
-        page: to be drawn on.
-        names: as in `labels`.
-        room: for the labels, in inches.
-
-    Returns:
-        a label for each name.
-    """
+    """Shorten names to labels, as `labels` does, that are no wider than `room`."""
     for limit in range(LONGEST_LABEL, 12, -4):
-        found = labels(names, limit)
-        if max(page.width(label) for label in found) <= room:
+        short = labels(names, limit)
+        if max(map(page.width, short)) <= room:
             break
-    return found
+    return short
 
 
 def _tail(name: str, parts: int) -> str:

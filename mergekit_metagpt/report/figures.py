@@ -1,4 +1,4 @@
-"""Draws a report, for readers who know nothing of it; computes nothing."""
+"""Draws a report for readers who have not heard of MetaGPT; computes nothing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from mergekit_metagpt.report.drawing import (
     LINE,
     MARGIN,
     MINUS,
-    SIZE,
-    WIDTH,
+    RIGHT,
     Page,
     Rows,
     fitting,
@@ -28,7 +27,7 @@ from mergekit_metagpt.report.drawing import (
 if TYPE_CHECKING:
     from mergekit_metagpt.report import schema
 
-# A number in each cell of cosines has room up to so many models.
+# Models up to which each cell of cosines has room for its number.
 MOST_NUMBERS = 16
 FIGURE_SPACE = "\N{FIGURE SPACE}"
 LONGEST_WEIGHT = 14
@@ -38,14 +37,13 @@ TRACK = "#e9edf4"
 def report_figure(found: schema.Report, file: Path) -> None:
     """Draw each model's share of the merge, and how far each of its layers moved.
 
-    Rows are models, in all panels alike. Under granularity `layer` a panel shows the
-    shares layer by layer. Cosines get a panel if some are beyond `SLIGHT`, else a
-    line. Estimates have one standard error.
+    Every panel has a row for each model. Granularity `layer` adds a panel with the
+    shares of each layer, and three or more models one with their cosines, if one is
+    beyond `SLIGHT`; otherwise a sentence gives them. Error bars are one standard error.
 
     Args:
         found: the report of `inspect`.
-        file: the picture to write; its ending, one of `drawing.FORMATS`, chooses the
-            format.
+        file: the picture to write, with an ending of `drawing.FORMATS`.
     """
     page, y = Page(), MARGIN
     for family in found.families:
@@ -65,31 +63,29 @@ def _draw_family(page: Page, y: float, family: schema.Family, method: str) -> fl
         ]
     rows = Rows.of(page, names)
     base = fitting(page, [family.base.name], 4.5)[0]
-    count = "1 model" if len(names) == 1 else f"{len(names)} models"
-    title = f"Merge of {count} fine-tuned from {base}"
+    count, plural = len(names), "" if len(names) == 1 else "s"
+    title = f"Merge of {count} model{plural} fine-tuned from {base}"
     if not family.base.parameters:  # only the adapters were opened
-        title = f"Merge of {len(names)} adapters of one base"
-    y = page.paragraph(y, title, size=11, color=INK, bold=True) + GAP / 2
-    y = _draw_shares(page, y, rows, family, method) + GAP
+        title = f"Merge of {count} adapter{plural} of one base"
+    y = page.heading(y, title, 11) + GAP / 2
+    y = _draw_shares(y, rows, family, method) + GAP
     if family.settings.granularity == "layer":
         y = layer_panel.draw(
-            page, y, rows, family, [pool.coefficients for pool in family.pools]
+            y, rows, family, [pool.coefficients for pool in family.pools]
         )
-    y = layer_panel.draw(page, y, rows, family, None)
+    y = layer_panel.draw(y, rows, family, None)
     if drawn and family.cosines:
-        y = _draw_cosines(page, y, rows, family.cosines) + GAP
+        y = _draw_cosines(y, rows, family.cosines) + GAP
     for note in _notes(family, drawn=drawn):
         y = page.paragraph(y, note)
     return y
 
 
-def _draw_shares(
-    page: Page, y: float, rows: Rows, family: schema.Family, method: str
-) -> float:
-    models, settings = family.models, family.settings
+def _draw_shares(y: float, rows: Rows, family: schema.Family, method: str) -> float:
+    page, models = rows.page, family.models
     ours = method.startswith("metagpt")
     title = "Share of the merge" if ours else "Share of the merge by MetaGPT's weights"
-    y = page.paragraph(y, title, size=SIZE, color=INK, bold=True)
+    y = page.heading(y, title)
     y = page.paragraph(y, f"{_rule(family)} Larger does not mean better.")
     y += LINE / 4
     low = [model.coefficient_range[0] for model in models]
@@ -108,13 +104,12 @@ def _draw_shares(
     elif any(model.weight != 1 for model in models):
         weights = [f"{model.weight:g}" for model in models]
         columns.append((weights, "weight"))
-    right = WIDTH - MARGIN
+    right = RIGHT
     if any(heading for _, heading in columns):
         y += LINE
     for cells, heading in reversed(columns):
-        rows.column(page, y, right, cells, heading)
-        right -= rows.room(page, cells, heading)
-    rows.write(page, y)
+        right = rows.column(y, right, cells, heading)
+    rows.write(y)
     unit = right - rows.left  # all of the merge
     thick = 0.62 * rows.height
     for a, b, error, at in zip(low, high, errors, rows.middles(y), strict=True):
@@ -127,7 +122,7 @@ def _draw_shares(
             page.line([rows.left + unit * e for e in ends], [at, at], color=INK)
     bottom = rows.bottom(y)
     page.line([rows.left, rows.left], [y, bottom])
-    equal = 1 / len(models) if len(models) > 1 and settings.power else None
+    equal = 1 / len(models) if len(models) > 1 and family.settings.power else None
     if equal is not None:
         x = rows.left + unit * equal
         page.line([x, x], [y, bottom], color=INK, style=":")
@@ -137,7 +132,7 @@ def _draw_shares(
 def _draw_axis(
     page: Page, y: float, left: float, right: float, equal: float | None
 ) -> float:
-    """Number the ends of the bars' axis, and the line of equal shares."""
+    """Label the ends of the bars' axis, and the line of equal shares."""
     at, size = y + 0.1, 7.5
     page.text(left, at, "0%", size=size, color=GREY)
     page.text(right, at, "100%", size=size, align="right", color=GREY)
@@ -153,26 +148,25 @@ def _draw_axis(
 
 
 def _gradient(weight: str) -> str:
-    """As much of a long gradient as a column has room for."""
+    """Cut a long gradient to the width of a column."""
     return weight if len(weight) <= LONGEST_WEIGHT else f"{weight[:9]}..."
 
 
 def _rule(family: schema.Family) -> str:
     """Say in words by which rule the shares were set."""
-    settings = family.settings
-    of_what = "" if settings.granularity == "model" else f", {settings.granularity} by "
-    by = f"{of_what}{settings.granularity}" if of_what else ""
+    granularity, power = family.settings.granularity, family.settings.power
+    by = "" if granularity == "model" else f", {granularity} by {granularity}"
     weighted = any(model.weight != 1 for model in family.models)
     times = ", times its weight" if weighted else ""
-    if settings.power == 0:
+    if power == 0:
         return f"The same for all models{times}{by}."
-    powers = {2.0: "squared distance", 1.0: "distance"}
-    distance = powers.get(
-        settings.power, f"distance to the power of {settings.power:g}"
+    distance = (
+        "squared distance from the base" if power == 2 else "distance from the base"
     )
+    exponent = "" if power in (1, 2) else f" to the power of {power:g}"
     return (
-        f"Each model's {distance} from the base{times}, divided by the sum of all{by}"
-        f" (MetaGPT)."
+        f"Each model's {distance}{exponent}{times}, divided by the sum of all{by} "
+        "(MetaGPT)."
     )
 
 
@@ -200,15 +194,16 @@ def _has_angles(family: schema.Family) -> bool:
 
 
 def _draw_cosines(
-    page: Page, y: float, rows: Rows, cosines: Sequence[Sequence[float | None]]
+    y: float, rows: Rows, cosines: Sequence[Sequence[float | None]]
 ) -> float:
+    page = rows.page
     title = "Do the models change the base in the same direction?"
-    y = page.paragraph(y, title, size=SIZE, color=INK, bold=True)
+    y = page.heading(y, title)
     words = f"Cosine: 1 the same direction, 0 unrelated, {MINUS}1 the opposite."
     y = page.paragraph(y, words) + LINE / 4
-    rows.write(page, y)
+    rows.write(y)
     count = len(cosines)
-    cell = min(0.4, (WIDTH - MARGIN - rows.left) / count)
+    cell = min(0.4, (RIGHT - rows.left) / count)
     shades = [
         [
             math.nan if value is None or column >= row else (1 + value) / 2
@@ -261,10 +256,11 @@ def _notes(family: schema.Family, *, drawn: bool) -> Iterator[str]:
             + f" on a scale of {MINUS}1 to 1."
         )
     if settings.scale != 1:
-        scale = tables.scale_of(settings)
+        scale = f"multiplied by {tables.scale_of(settings)} (lambda)"
         if settings.keeps_length:
-            scale = f"{tables.keep_of(family)}, which keeps the models' mean length"
-        yield f"The merged change is then multiplied by {scale} (lambda)."
+            keep = tables.keep_of(family)
+            scale = f"scaled to the models' mean length (lambda: keep, {keep})"
+        yield f"The merged change is then {scale}."
     if settings.exclude:
         yield f"Not counted in the distance: {', '.join(settings.exclude)}."
     if settings.varying:

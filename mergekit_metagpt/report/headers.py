@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def headers_of(
     families: Sequence[Family], seen: Mapping[ModelReference, Glimpse]
 ) -> tuple[schema.Header, ...]:
-    """Describe bases and models, each once for each base.
+    """Describe bases and models; a model of several bases once for each.
 
     Args:
         families: who is merged with whom.
@@ -29,18 +29,12 @@ def headers_of(
     Returns:
         a base, its models, and so on.
     """
-    found = {(header.name, header.base): header for header in _headers(families, seen)}
-    return tuple(found.values())
-
-
-def _headers(
-    families: Sequence[Family], seen: Mapping[ModelReference, Glimpse]
-) -> Iterator[schema.Header]:
+    headers = []
     for family in families:
         base = seen[family.base]
-        yield _header(base, None)
-        for model in family.models:
-            yield _header(seen[model], base)
+        headers.append(_header(base, None))
+        headers += [_header(seen[model], base) for model in family.models]
+    return tuple({(each.name, each.base): each for each in headers}.values())
 
 
 def _header(model: Glimpse, base: Glimpse | None) -> schema.Header:
@@ -61,7 +55,7 @@ def _header(model: Glimpse, base: Glimpse | None) -> schema.Header:
         quantised=model.quantised,
         vocabulary=max(sizes, default=None),
         tied=not all(tied) if tied else None,
-        misfit=model.quantised if base is None else _misfit(base, model),
+        misfit=_misfit(base, model),
         not_written=not_written(own, own.defined or None, {}),
         not_in_base=None if base is None else _unshared(own, base.checkpoint),
         only_in_base=None if base is None else _unshared(base.checkpoint, own),
@@ -76,12 +70,11 @@ def _unshared(one: Checkpoint, other: Checkpoint) -> schema.Tensors:
         for name in one.tensors
         if any(own in other.tensors for own in other.tied_names.get(name, ()))
     )
-    shared = [*counterparts(one, other), *tied]
-    return unshared(one, other, dict(zip(shared, shared, strict=True)))
+    return unshared(one, other, {*counterparts(one, other), *tied})
 
 
-def _misfit(base: Glimpse, model: Glimpse) -> str | None:
-    if model.quantised:
+def _misfit(base: Glimpse | None, model: Glimpse) -> str | None:
+    if model.quantised or base is None:
         return model.quantised
     try:
         check_distinct(base.checkpoint, [model.checkpoint])
@@ -98,7 +91,7 @@ def require_fit(headers: Sequence[schema.Header]) -> None:
         headers: of all bases and models.
 
     Raises:
-        ValueError: one of them does not; names it and the reason.
+        ValueError: one of them does not.
     """
     for header in headers:
         if header.misfit:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -16,19 +15,16 @@ from mergekit_metagpt.checkpoints.unwritten import left_out
 from mergekit_metagpt.merge_config.families import Family
 from mergekit_metagpt.merge_config.plan import Coefficients, Planned, names_in
 from mergekit_metagpt.method import advice
-from mergekit_metagpt.method.lengths import Lengths, Spread
 from mergekit_metagpt.method.parameters import require_named
-from mergekit_metagpt.report import schema
+from mergekit_metagpt.report import schema, weighing
 from mergekit_metagpt.report.inventory import describe, unshared
-from mergekit_metagpt.report.parts import PARTS, natural, part_of
+from mergekit_metagpt.report.parts import PARTS, part_of
 from mergekit_metagpt.scanning.once import measure
-from mergekit_metagpt.scanning.results import Pooled, ScanResult
+from mergekit_metagpt.scanning.results import ScanResult
 from mergekit_metagpt.scanning.sampling import Sample
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
-
-WHOLE = "the whole model"
 
 
 def inspect(
@@ -47,11 +43,11 @@ def inspect(
         families: who is merged with whom.
         opened: every base and model of the families.
         method: merge_method of the YAML.
-        planned: every tensor that mergekit would write, where it can plan the merge.
+        planned: every tensor that mergekit would write; None if it cannot plan.
         refused: why the merge cannot be made as it is, or None.
-        gram: whether inner products are needed; None takes them from the cache, and
-            reports no cosines where it has none, unless `lambda: keep` needs them.
-        sample: how much to read; as the settings of the families say if None.
+        gram: whether to measure inner products; None takes them from the cache, and
+            measures them only where `lambda: keep` needs them.
+        sample: how much to read; None is the smallest `sample` of all settings.
 
     Returns:
         the report.
@@ -62,10 +58,9 @@ def inspect(
     """
     if any(family.keeps_length for family in families):
         gram = True
-    of_base: dict[ModelReference, list[ModelReference]] = {}
     if sample is None:
-        # One number for the whole merge.
         sample = Sample(share=min((f.settings.sample for f in families), default=1.0))
+    of_base: dict[ModelReference, list[ModelReference]] = {}
     for family in families:
         models = of_base.setdefault(family.base, [])
         models += [model for model in family.models if model not in models]
@@ -76,10 +71,7 @@ def inspect(
         require_named(family.settings.exclude, names)
     scans = {
         base: measure(
-            opened[base],
-            [opened[model] for model in models],
-            gram=gram,
-            sample=sample,
+            opened[base], [opened[m] for m in models], gram=gram, sample=sample
         )
         for base, models in of_base.items()
     }
@@ -102,23 +94,19 @@ def inspect(
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of this package and of what computes beside it.
-
-    Returns:
-        versions by package.
-    """
+    """Return the versions of this package, mergekit, torch and transformers."""
     packages = ("mergekit-metagpt", "mergekit", "torch", "transformers")
     return {package: version(package) for package in packages}
 
 
 def require_near(report: schema.Report) -> None:
-    """Refuse models that are as far from their base as models trained apart.
+    """Refuse models that are as far from their base as unrelated models are.
 
     Args:
         report: of the families.
 
     Raises:
-        ValueError: a model is no fine-tune of its base by what was measured.
+        ValueError: the distance of a model is at least `advice.APART`.
     """
     for family in report.families:
         for model in family.models:
@@ -135,10 +123,10 @@ def with_ranges(
     families: Sequence[Family],
     coefficients: Sequence[Coefficients],
 ) -> schema.Report:
-    """Replace coefficients for defaults where the YAML sets parameters by tensor.
+    """Report the range of coefficients where the YAML sets parameters by tensor.
 
     Args:
-        report: of the families.
+        report: of the families, with the coefficients for default parameters.
         families: who is merged with whom.
         coefficients: of every output tensor.
 
@@ -164,16 +152,6 @@ def with_ranges(
     return report.model_copy(update={"families": tuple(reported)})
 
 
-@dataclass(frozen=True)
-class _Pool:
-    """A pool as reported, and the weights of the models; 0 for those not in it."""
-
-    reported: schema.Pool
-    weights: tuple[float, ...]
-    counts: bool
-    lengths: Lengths
-
-
 def _family(
     family: Family,
     opened: Mapping[ModelReference, Checkpoint],
@@ -182,13 +160,13 @@ def _family(
 ) -> schema.Family:
     base, settings = opened[family.base], family.settings
     whole = result.pool("model", settings.exclude)
-    pools = _pools(family, result, settings.granularity)
-    angles = whole.cosines
-    cosines = None if angles is None else angles.tolist()
+    counted = whole.members["model"]
+    pools = weighing.pools_of(family, result, settings.granularity)
+    cosines = None if whole.cosines is None else whole.cosines.tolist()
+    cosine_errors = whole.cosine_errors
     weights = torch.tensor(family.weights, dtype=torch.float64, device="cpu")
     alone = settings.shares(None, weights).tolist()  # where `exclude` leaves no pool
     one_pool = settings.granularity == "model" and not family.varying
-    cosine_errors = whole.cosine_errors
     coefficient_errors = pools[0].reported.coefficients_se if one_pool else None
     written = {
         model: None
@@ -203,41 +181,39 @@ def _family(
         model = opened[reference]
         coefficients = [pool.reported.coefficients[k] for pool in pools] or [alone[k]]
         sq_norm = float(whole.sq_norms[k])
-        sq_norms = dict(zip(result.names, result.sq_norms[:, k].tolist(), strict=True))
+        sq_norms = _by_name(result, result.sq_norms[:, k])
         models.append(
             schema.Model(
                 **describe(model, written[reference], sq_norms).model_dump(),
                 sq_norm=sq_norm,
                 norm=math.sqrt(sq_norm),
-                distance=advice.distance(result, k, whole.members["model"])
-                if read
-                else None,
-                relative_norm=_ratio(sq_norm, float(whole.base_sq_norms[k])),
+                distance=advice.distance(result, k, counted) if read else None,
+                relative_norm=weighing.relative(sq_norm, float(whole.base_sq_norms[k])),
                 coefficient=coefficients[0] if one_pool else None,
                 coefficient_range=(min(coefficients), max(coefficients)),
                 weight=family.weights[k],
                 weight_by_hand=family.by_hand[k],
-                parts=_parts(sq_norms, whole.members["model"]),
+                parts=_parts(sq_norms, counted),
                 not_in_base=unshared(model, base, result.counted_as[k]),
                 only_in_base=unshared(base, model, result.counted_as[k]),
                 norm_se=_at(whole.norm_errors, k),
                 sq_norm_se=_at(whole.sq_norm_errors, k),
                 relative_norm_se=_at(whole.relative_norm_errors, k),
                 coefficient_se=coefficient_errors[k] if coefficient_errors else None,
-                parts_se=_part_errors(result, k, whole.members["model"]),
+                parts_se=_part_errors(result, k, counted),
                 adapter=_adapter(reference, model),
             )
         )
-    lengths = None if family.varying else _lengths(family, pools, whole)
+    lengths = None if family.varying else weighing.lengths_of(family, pools, whole)
     of_base = written[family.base]
     left = () if of_base is None else left_out(base, of_base)
-    own = [result.names.index(name) for name in whole.members["model"]]
+    own = [result.names.index(name) for name in counted]
     base_sq_norm = result.base_sq_norms[own].amax(dim=1).tolist() if own else []
     return schema.Family(
         places=family.places,
         settings=schema.Settings(**settings.model_dump(), varying=family.varying),
         base=schema.Base(
-            **describe(base, written[family.base], {}).model_dump(),
+            **describe(base, of_base, {}).model_dump(),
             norm=math.sqrt(sum(base_sq_norm)) if read else None,
         ),
         models=tuple(models),
@@ -249,12 +225,7 @@ def _family(
         else tuple(map(tuple, cosine_errors.tolist())),
         sample=None
         if result.sampled is None
-        else schema.Sample(
-            share=result.sampled.share,
-            seed=result.sampled.seed,
-            bytes_read=result.sampled.bytes_read,
-            bytes_stored=result.sampled.bytes_stored,
-        ),
+        else schema.Sample.model_validate(result.sampled, from_attributes=True),
         reading=advice.cosine_reading(family.models, cosines),
         lengths=lengths,
         advice=None
@@ -264,32 +235,19 @@ def _family(
         if family.base_listed
         else None,
         pools=tuple(pool.reported for pool in pools),
-        layers=tuple(pool.reported for pool in _pools(family, result, "layer")),
+        layers=tuple(
+            pool.reported for pool in weighing.pools_of(family, result, "layer")
+        ),
         warnings=(
             *_adapter_warnings(base, [opened[model] for model in family.models]),
-            *_warnings(family, result, models, pools, left, base.warning),
+            *([base.warning] if base.warning else ()),
+            *filter(None, _warnings(family, result, models, pools, left)),
         ),
     )
 
 
-def _lengths(
-    family: Family, pools: Sequence[_Pool], whole: Pooled
-) -> schema.Lengths | None:
-    """How long the merged task vector is, and how far apart its inputs are."""
-    spread = Spread.of(whole.sq_norms, torch.tensor(family.weights, device="cpu"))
-    if spread is None or len(family.models) < 2:
-        return None
-    merged = [at.lengths.merged for at in pools if at.lengths.merged is not None]
-    return schema.Lengths(
-        inputs=math.hypot(*(pool.lengths.inputs for pool in pools)),
-        merged=math.hypot(*merged) if whole.gram is not None else None,
-        disparity=spread.disparity,
-        gamma=spread.gamma,
-    )
-
-
 def _adapter(reference: ModelReference, model: Checkpoint) -> schema.Adapter | None:
-    """What PEFT needs to know of an adapter."""
+    """What PEFT needs to know about an adapter."""
     if model.adapter is None:
         return None
     place, config = reference.lora or reference.model, model.adapter.config
@@ -304,7 +262,7 @@ def _adapter(reference: ModelReference, model: Checkpoint) -> schema.Adapter | N
 
 
 def _adapter_warnings(base: Checkpoint, models: Sequence[Checkpoint]) -> Iterator[str]:
-    """Say what is assumed of adapters whose base is not at hand."""
+    """Warn of what is assumed about adapters whose base was not opened."""
     if base.tensors:
         return
     adapters = {model.label: model.adapter for model in models if model.adapter}
@@ -319,84 +277,12 @@ def _adapter_warnings(base: Checkpoint, models: Sequence[Checkpoint]) -> Iterato
             yield advice.copied_embeddings(label)
 
 
-@dataclass(frozen=True)
-class _PoolErrors:
-    """Of G pools: Cov(n_s, n_t), shape `(G, K, K)`, and `(G, K)` standard errors."""
-
-    covariances: torch.Tensor
-    sq_norms: list[list[float]]
-    relative_norms: list[list[float]]
-
-    @classmethod
-    def of(cls, pooled: Pooled, shape: tuple[int, int]) -> _PoolErrors | None:
-        own, of_ratios = pooled.sq_norm_errors, pooled.relative_norm_errors
-        if pooled.covariances is None or own is None or of_ratios is None:
-            return None
-        return cls(
-            pooled.covariances.sq_norms.reshape(*shape, shape[1]),
-            own.reshape(shape).tolist(),
-            of_ratios.reshape(shape).tolist(),
-        )
-
-
-def _pools(family: Family, result: ScanResult, granularity: str) -> list[_Pool]:
-    settings, count = family.settings, len(family.models)
-    pooled = result.pool(granularity, settings.exclude)
-    shape = len(pooled.keys), count
-    sq_norms, base_sq_norms = (
-        values.reshape(shape).tolist()
-        for values in (pooled.sq_norms, pooled.base_sq_norms)
-    )
-    grams = None if pooled.gram is None else pooled.gram.reshape(-1, count, count)
-    sampled = _PoolErrors.of(pooled, shape)
-    counted = [set(names.values()) for names in result.counted_as]
-    pools = []
-    for key in sorted(pooled.keys, key=_from_input_to_output):
-        members, row = pooled.members[key], pooled.rows[key]
-        present = [not own.isdisjoint(members) for own in counted]
-        merged = present if members else [True] * count
-        weight = torch.tensor(family.weights, dtype=torch.float64, device="cpu")
-        weight *= torch.tensor(merged, device="cpu")
-        measured = torch.tensor(sq_norms[row], dtype=torch.float64, device="cpu")
-        norms_count = bool(members) and settings.power != 0
-        lambdas = settings.shares(measured if norms_count else None, weight)
-        shares = lambdas.tolist()
-        lengths = Lengths.of(lambdas, measured, None if grams is None else grams[row])
-        errors: dict[str, tuple[float, ...]] = {}
-        if sampled is not None:
-            found = [0.0] * count
-            if norms_count:
-                covariance = sampled.covariances[row]
-                found = settings.share_errors(measured, covariance, weight).tolist()
-            errors["coefficients_se"] = tuple(found)
-            errors["sq_norms_se"] = tuple(sampled.sq_norms[row])
-            errors["relative_norms_se"] = tuple(sampled.relative_norms[row])
-        reported = schema.Pool(
-            key=key,
-            sq_norms=tuple(sq_norms[row]),
-            relative_norms=tuple(map(_ratio, sq_norms[row], base_sq_norms[row])),
-            coefficients=tuple(shares),
-            keep=lengths.keep,
-            **errors,
-        )
-        weights = (w * here for w, here in zip(family.weights, present, strict=True))
-        pools.append(_Pool(reported, tuple(weights), norms_count, lengths))
-    return pools
-
-
-def _from_input_to_output(key: str) -> tuple[object, ...]:
-    """Sort key of pools: embeddings, layers in their order, final norm, head."""
-    alone = ("embeddings", "", "norms", "head")
-    part = "" if any(at.isdecimal() for at in key.split(".")) else part_of(key)
-    return alone.index(part if part in alone else ""), natural(key)
-
-
-def _ratio(sq_norm: float, base_sq_norm: float) -> float | None:
-    return math.sqrt(sq_norm / base_sq_norm) if base_sq_norm else None
-
-
 def _at(errors: torch.Tensor | None, model: int) -> float | None:
     return None if errors is None else float(errors[model])
+
+
+def _by_name(result: ScanResult, values: torch.Tensor) -> dict[str, float]:
+    return dict(zip(result.names, values.tolist(), strict=True))
 
 
 def _parts(sq_norms: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
@@ -413,14 +299,9 @@ def _part_errors(
     """Standard errors of `_parts`: of p = n_part / n by the delta method."""
     if result.sampled is None:
         return None
-    variances = dict(
-        zip(
-            result.names,
-            result.sampled.covariances.sq_norms[:, model, model].tolist(),
-            strict=True,
-        )
-    )
-    sq_norms = dict(zip(result.names, result.sq_norms[:, model].tolist(), strict=True))
+    covariances = result.sampled.covariances.sq_norms
+    variances = _by_name(result, covariances[:, model, model])
+    sq_norms = _by_name(result, result.sq_norms[:, model])
     total = sum(sq_norms[name] for name in names)
     inside, varying = dict.fromkeys(PARTS, 0.0), sum(variances[n] for n in names)
     for name in names:
@@ -437,63 +318,31 @@ def _warnings(
     family: Family,
     result: ScanResult,
     models: Sequence[schema.Model],
-    pools: Sequence[_Pool],
+    pools: Sequence[weighing.Pool],
     left: Collection[str],
-    base_warning: str | None,
-) -> list[str]:
+) -> Iterator[str | None]:
     base, settings = family.base, family.settings
     whole = result.pool("model", settings.exclude)
-    warnings: list[str | None] = [base_warning]
     if family.varying:
-        warnings.append(
-            f"the YAML sets {', '.join(family.varying)} tensor by tensor: of the "
-            "coefficients this shows the smallest and the largest, of pools the "
-            "figures for defaults. `export` writes each tensor's coefficients"
+        yield (
+            f"the YAML sets {', '.join(family.varying)} tensor by tensor. Here are "
+            "the smallest and the largest coefficient of each model, and the pools as "
+            "for the defaults. `export` writes each tensor's coefficients"
         )
     moved = [k for k, model in enumerate(models) if model.sq_norm > 0]
     if not moved:
-        warnings.append(
-            advice.nothing_moved(base, WHOLE)
+        yield (
+            advice.nothing_moved(base, weighing.WHOLE)
             if whole.members["model"]
             else advice.nothing_counts(settings.exclude)
         )
-        return [warning for warning in warnings if warning]
+        return
     if settings.power < 0:
         unmoved = [m for k, m in enumerate(family.models) if k not in moved]
-        warnings.append(advice.left_out(base, unmoved, settings.power, WHOLE))
-    warnings.append(_degenerate(family, pools, result))
-    warnings += advice.whole_model(base, family.models, result, settings.exclude, left)
+        yield advice.left_out(base, unmoved, settings.power, weighing.WHOLE)
+    yield weighing.degenerate(family, pools, result)
+    yield from advice.whole_model(base, family.models, result, settings.exclude, left)
     angles = whole.cosines
     if angles is not None:
         between = [float(angles[i, j]) for i in moved for j in moved if j < i]
-        warnings.append(advice.siblings(base, between))
-    return [warning for warning in warnings if warning]
-
-
-def _degenerate(
-    family: Family, pools: Sequence[_Pool], result: ScanResult
-) -> str | None:
-    """Warn of the first pool of which one model takes almost all or next to nothing."""
-    settings = family.settings
-
-    def warning(pool: _Pool, where: str) -> str | None:
-        return advice.degenerate(
-            family.base,
-            family.models,
-            pool.reported.coefficients,
-            pool.weights,
-            where,
-            sq_norms=pool.reported.sq_norms if pool.counts else None,
-            power=settings.power,
-            whole=result if settings.granularity == "model" else None,
-            exclude=settings.exclude,
-        )
-
-    degenerate = [pool for pool in pools if warning(pool, "")]
-    if not degenerate:
-        return None
-    key = degenerate[0].reported.key
-    where = WHOLE if key == "model" else key
-    if len(degenerate) > 1:
-        where += f", and {len(degenerate) - 1} more of {len(pools)} pools"
-    return warning(degenerate[0], where)
+        yield advice.siblings(base, between)

@@ -21,8 +21,8 @@ def describe(
 
     Args:
         model: the checkpoint.
-        written: names under which mergekit reads it in this merge, if it plans one.
-        sq_norms: of its task vector by tensor; empty for the base itself.
+        written: names under which mergekit reads it, or None if it plans no merge.
+        sq_norms: of its task vector by tensor; empty for the base.
 
     Returns:
         the description.
@@ -30,26 +30,19 @@ def describe(
     Raises:
         OSError: a file cannot be read.
     """
-    tensors = model.tensors.values()
+    every = _some(model.tensors)
     return schema.Stored(
         name=model.label,
         source=_source(model),
-        parameters=sum(tensor.numel for tensor in tensors),
-        bytes=sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors),
+        parameters=every.parameters,
+        bytes=every.bytes,
         precisions=precisions(model),
         not_written=not_written(model, written, sq_norms),
     )
 
 
 def precisions(model: Checkpoint) -> dict[str, int]:
-    """Count the elements of each stored dtype.
-
-    Args:
-        model: the checkpoint.
-
-    Returns:
-        the counts by the dtype's name, the largest first.
-    """
+    """Count the elements of each stored dtype, by its name, the largest first."""
     counts: dict[str, int] = {}
     for tensor in model.tensors.values():
         name = str(tensor.dtype).removeprefix("torch.")
@@ -94,11 +87,11 @@ def not_written(
 
     Args:
         model: the checkpoint.
-        written: names under which mergekit reads it, or None if nothing is planned.
+        written: names under which mergekit reads it, or None if it plans no merge.
         sq_norms: of its task vector by tensor, if it was measured.
 
     Returns:
-        the description; None if nothing is planned.
+        the description; None if mergekit plans no merge.
     """
     if written is None:
         return None
@@ -109,22 +102,22 @@ def not_written(
 
 
 def unshared(
-    checkpoint: Checkpoint, other: Checkpoint, counted_as: Mapping[str, str]
+    checkpoint: Checkpoint, other: Checkpoint, shared: Collection[str]
 ) -> schema.Tensors:
     """Describe the tensors of one checkpoint that another one lacks.
 
     Args:
         checkpoint: one of base and model.
         other: the other.
-        counted_as: output names that the two share.
+        shared: output names that the two share.
 
     Returns:
-        tensors that neither it nor a tie nor another layout of it matches; none beside
-        an adapter, which stores factors.
+        tensors that the other lacks under any name and in any layout; none where one
+        is an adapter, which stores factors.
     """
     if checkpoint.adapter or other.adapter:
         return _some({})
-    used = {tensor.name for n, tensor in checkpoint.tensors.items() if n in counted_as}
+    used = {tensor.name for n, tensor in checkpoint.tensors.items() if n in shared}
     for mine, _ in counterparts(checkpoint, other).values():
         used.update(source.name for source in sources(mine))
     return _some({n: t for n, t in checkpoint.tensors.items() if t.name not in used})

@@ -12,12 +12,10 @@ from mergekit_metagpt.report.drawing import (
     FAINT,
     GAP,
     GREY,
-    INK,
     LINE,
     MARGIN,
-    SIZE,
+    RIGHT,
     SMALL,
-    WIDTH,
     Page,
     Rows,
     labels,
@@ -27,13 +25,12 @@ from mergekit_metagpt.report.drawing import (
 if TYPE_CHECKING:
     from mergekit_metagpt.report import schema
 
-# Width of a cell that stands for one tensor beside layers.
+# Width of the cell of a tensor that is in no layer.
 ALONE = 0.14
-LIGHTEST = 0.22  # the smallest change is blue enough to tell from none
+LIGHTEST = 0.22  # blue enough to tell the smallest change from none
 
 
 def draw(
-    page: Page,
     y: float,
     rows: Rows,
     family: schema.Family,
@@ -42,16 +39,15 @@ def draw(
     """Shade a cell for each model and layer, with a scale above and names below.
 
     Args:
-        page: to be drawn on.
         y: top of the panel.
         rows: a row for each model.
         family: of a report.
-        shares: by pool and model; None shows how far each layer moved.
+        shares: by pool and model; None draws how far each layer moved.
 
     Returns:
-        the bottom; `y` where there is nothing to show.
+        the bottom of the panel; `y` if there is nothing to show.
     """
-    pools = family.layers if shares is None else family.pools
+    page, pools = rows.page, family.layers if shares is None else family.pools
     if shares is None:
         title = "How far each layer moved, relative to the base"
         values: Sequence[Sequence[float | None]] = [p.relative_norms for p in pools]
@@ -61,7 +57,7 @@ def draw(
         nothing, of_what = "none", ""
     if all(value is None for row in values for value in row):
         return y
-    y = page.paragraph(y, title, size=SIZE, color=INK, bold=True)
+    y = page.heading(y, title)
     positive = [value for row in values for value in row if value]
     low, high = (min(positive), max(positive)) if positive else (0.0, 1.0)
     # A final norm that hardly moved is no reason to leave the linear scale.
@@ -75,20 +71,21 @@ def draw(
             return value / high
         return max(0.0, math.log(value / low) / math.log(high / low))
 
-    end = _draw_scale(page, y, low, high, values, nothing, of_what, wide=wide)
+    most = f"{_percent(high)}{of_what}{' (log scale)' if wide else ''}"
+    end = _draw_scale(page, y, _percent(low), most, values, nothing)
     y += 1.25 * LINE
     whole = [model.relative_norm for model in family.models]
     known = [value for value in whole if value]
     digits = 1 - math.floor(math.log10(100 * min(known))) if known else 1
     errors = [model.relative_norm_se for model in family.models]
     cells = percents(whole, errors, min(max(digits, 1), 3))
-    right = WIDTH - MARGIN
+    right = RIGHT
     if end > right - page.width("whole model", SMALL):
         y += 0.75 * LINE
     if shares is None:
-        rows.column(page, y, right, cells, "whole model")
-    right -= rows.room(page, cells, "whole model")
-    rows.write(page, y)
+        rows.column(y, right, cells, "whole model")
+    right -= rows.room(cells, "whole model")
+    rows.write(y)
     xs = _edges([pool.key for pool in pools], rows.left, right)
     bottom = rows.bottom(y)
     ys = [y + rows.height * row for row in range(len(rows.labels) + 1)]
@@ -107,7 +104,7 @@ def draw(
 def _draw_unshaded(
     page: Page, x: float, y: float, width: float, height: float, value: float | None
 ) -> None:
-    """Hatch a cell of what did not move, and fill one that cannot be compared."""
+    """Hatch a cell whose value is 0, and fill one whose value is unknown."""
     if value is None:
         page.box(x, y, width, height, FAINT, "white")
     else:
@@ -117,13 +114,10 @@ def _draw_unshaded(
 def _draw_scale(
     page: Page,
     y: float,
-    low: float,
-    high: float,
+    least: str,
+    most: str,
     values: Sequence[Sequence[float | None]],
     nothing: str,
-    of_what: str,
-    *,
-    wide: bool,
 ) -> float:
     """Explain the shades in a line, and return its right end."""
     at, tall = y + LINE / 2, 0.1
@@ -140,7 +134,7 @@ def _draw_scale(
         _draw_unshaded(page, x, at - tall / 2, 0.2, tall, value)
         x += 0.26
 
-    word(_percent(low))
+    word(least)
     steps, long = 24, 1.1
     page.cells(
         [x + long * step / steps for step in range(steps + 1)],
@@ -149,7 +143,7 @@ def _draw_scale(
         lightest=LIGHTEST,
     )
     x += long + 0.06
-    word(f"{_percent(high)}{of_what}{' (log scale)' if wide else ''}")
+    word(most)
     if any(value == 0 for row in values for value in row):
         patch(0.0)
         word(nothing)
@@ -164,13 +158,13 @@ def _percent(value: float) -> str:
 
 
 def _prefix(key: str) -> str:
-    """What a layer's key has before its number; nothing for a tensor of its own."""
+    """The key of a layer without its number; empty for a tensor in no layer."""
     prefix, _, number = key.rpartition(".")
     return prefix if number.isdecimal() else ""
 
 
 def _edges(keys: Sequence[str], left: float, right: float) -> list[float]:
-    """Edges of the cells: tensors of their own are wide enough to be seen."""
+    """Edges of the cells; those of tensors in no layer stay wide enough to be seen."""
     room, alone = right - left, sum(not _prefix(key) for key in keys)
     unit = (room - alone * ALONE) / max(1, len(keys) - alone)
     wide = ALONE
@@ -196,22 +190,20 @@ def _draw_keys(page: Page, y: float, xs: Sequence[float], keys: Sequence[str]) -
         names.append((edges[0], edges[-1], prefixes.get(prefix) or _alone(run)))
         if not prefix:
             continue
-        step = next(
-            n
-            for n in (1, 2, 4, 5, 8, 10, 16, 20, 50, 100, 1000)
-            if n * (edges[1] - edges[0]) >= 0.26 or n == 1000
-        )
+        cell = edges[1] - edges[0]
+        steps = (n for n in (1, 2, 4, 5, 8, 10, 16, 20, 50, 100) if n * cell >= 0.26)
+        step = next(steps, 1000)
         for left, key in zip(edges, run, strict=False):
             number = key.rpartition(".")[2]
-            middle, half = left + (edges[1] - edges[0]) / 2, page.width(number, size)
-            if int(number) % step == 0 and middle - half / 2 > last:
+            middle, half = left + cell / 2, page.width(number, size) / 2
+            if int(number) % step == 0 and middle - half > last:
                 page.text(middle, y + 0.1, number, size=size, align="center")
-                last = middle + half / 2 + 0.04
-    # One line where the names have room beside each other, else as many as it takes.
+                last = middle + half + 0.04
+    # Names stand on one line if they fit beside each other, else on several.
     ends: list[float] = []
     for left, right, name in names:
         wide = page.width(name, SMALL)
-        x = min(max((left + right - wide) / 2, MARGIN), WIDTH - MARGIN - wide)
+        x = min(max((left + right - wide) / 2, MARGIN), RIGHT - wide)
         line = next((n for n, end in enumerate(ends) if end < x), len(ends))
         ends[line : line + 1] = [x + wide + 0.1]
         page.text(x, y + 0.3 + 0.16 * line, name, size=SMALL, color=GREY)

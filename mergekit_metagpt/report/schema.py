@@ -9,8 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_metagpt.method import settings
 
-SE = "standard error of {}; null where exact"
-
 
 def as_json(found: BaseModel) -> str:
     """Write a report as JSON in ASCII, which every locale reads alike.
@@ -24,11 +22,19 @@ def as_json(found: BaseModel) -> str:
     return json.dumps(json.loads(found.model_dump_json()), indent=2) + "\n"
 
 
-class _Schema(BaseModel):
+def _error_of(field: str) -> Any:
+    return Field(
+        default=None, description=f"standard error of {field}; null where exact"
+    )
+
+
+class Record(BaseModel):
+    """What `--json` writes: plain data that never changes."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Tensors(_Schema):
+class Tensors(Record):
     """Some tensors of a checkpoint."""
 
     count: int
@@ -40,7 +46,7 @@ class Tensors(_Schema):
     )
 
 
-class File(_Schema):
+class File(Record):
     """A file of a checkpoint."""
 
     name: str
@@ -49,7 +55,7 @@ class File(_Schema):
     whole: bool = Field(description="whether the digest is of the whole content")
 
 
-class Source(_Schema):
+class Source(Record):
     """Which version of a model was read."""
 
     revision: str | None = Field(description="commit of a hub snapshot")
@@ -57,7 +63,7 @@ class Source(_Schema):
     files: tuple[File, ...]
 
 
-class Stored(_Schema):
+class Stored(Record):
     """A checkpoint as it lies on disk."""
 
     name: str
@@ -95,7 +101,7 @@ ADAPTER_KEYS = (
 )
 
 
-class Adapter(_Schema):
+class Adapter(Record):
     """A LoRA adapter, measured from its factors."""
 
     path: str = Field(description="folder or hub repository")
@@ -103,7 +109,7 @@ class Adapter(_Schema):
     base: str | None = Field(description="the base that its configuration names")
     factors: int = Field(description="weights that it adapts")
     experts: bool = Field(description="whether experts are among them")
-    config: dict[str, Any] = Field(description="what PEFT combines it by")
+    config: dict[str, Any] = Field(description="settings that PEFT reads")
 
 
 class Model(Stored):
@@ -133,23 +139,17 @@ class Model(Stored):
     parts: dict[str, float] = Field(description="share of each part in n_t")
     not_in_base: Tensors
     only_in_base: Tensors
-    norm_se: float | None = Field(default=None, description=SE.format("`norm`"))
-    sq_norm_se: float | None = Field(default=None, description=SE.format("`sq_norm`"))
-    relative_norm_se: float | None = Field(
-        default=None, description=SE.format("`relative_norm`")
-    )
-    coefficient_se: float | None = Field(
-        default=None, description=SE.format("`coefficient`")
-    )
-    parts_se: dict[str, float] | None = Field(
-        default=None, description=SE.format("`parts`")
-    )
+    norm_se: float | None = _error_of("`norm`")
+    sq_norm_se: float | None = _error_of("`sq_norm`")
+    relative_norm_se: float | None = _error_of("`relative_norm`")
+    coefficient_se: float | None = _error_of("`coefficient`")
+    parts_se: dict[str, float] | None = _error_of("`parts`")
     adapter: Adapter | None = Field(
         default=None, description="where it was measured from LoRA factors"
     )
 
 
-class Pool(_Schema):
+class Pool(Record):
     """Tensors whose squared norms are summed before the ratio is taken."""
 
     key: str
@@ -163,15 +163,9 @@ class Pool(_Schema):
         description="what `lambda: keep` comes to on this pool; null where inner "
         "products were not measured, or the task vectors cancel each other",
     )
-    sq_norms_se: tuple[float, ...] | None = Field(
-        default=None, description=SE.format("`sq_norms`")
-    )
-    relative_norms_se: tuple[float, ...] | None = Field(
-        default=None, description=SE.format("`relative_norms`")
-    )
-    coefficients_se: tuple[float, ...] | None = Field(
-        default=None, description=SE.format("`coefficients`")
-    )
+    sq_norms_se: tuple[float, ...] | None = _error_of("`sq_norms`")
+    relative_norms_se: tuple[float, ...] | None = _error_of("`relative_norms`")
+    coefficients_se: tuple[float, ...] | None = _error_of("`coefficients`")
 
 
 class Settings(settings.Settings):
@@ -183,7 +177,7 @@ class Settings(settings.Settings):
     )
 
 
-class Sample(_Schema):
+class Sample(Record):
     """How much of the weights the estimates rest on."""
 
     share: float = Field(description="of each large tensor that was read")
@@ -192,7 +186,7 @@ class Sample(_Schema):
     bytes_stored: int = Field(description="what an exact scan reads")
 
 
-class Lengths(_Schema):
+class Lengths(Record):
     """Of the task vectors that are merged, over all tensors that count."""
 
     inputs: float = Field(description="sum_t lambda_t ||tau_t||, their mean length")
@@ -206,7 +200,7 @@ class Lengths(_Schema):
     )
 
 
-class Family(_Schema):
+class Family(Record):
     """A base, the models merged with each other, and what was measured."""
 
     places: tuple[str, ...] = Field(description="where the YAML names them")
@@ -217,9 +211,7 @@ class Family(_Schema):
         description="between task vectors, null where one is zero; null as a whole "
         "where inner products were not measured, as by `merge`"
     )
-    cosines_se: tuple[tuple[float, ...], ...] | None = Field(
-        default=None, description=SE.format("`cosines`")
-    )
+    cosines_se: tuple[tuple[float, ...], ...] | None = _error_of("`cosines`")
     sample: Sample | None = Field(
         default=None, description="how much was read; null where the scan was exact"
     )
@@ -229,7 +221,7 @@ class Family(_Schema):
         description="null where nothing moved, or parameters are set tensor by tensor",
     )
     advice: str | None = Field(
-        default=None, description="what the norms tell of the weights, in words"
+        default=None, description="what the norms say about the weights"
     )
     note: str | None = Field(
         default=None, description="that the base is listed among the models, if it is"
@@ -239,13 +231,13 @@ class Family(_Schema):
     warnings: tuple[str, ...]
 
 
-class Header(_Schema):
+class Header(Record):
     """What the configuration and headers of a model tell, without its weights."""
 
     name: str
     base: str | None = Field(description="its base; null for the base itself")
     commit: str | None = Field(description="of the repository; null for a folder")
-    download: int = Field(description="bytes of weights that are not here")
+    download: int = Field(description="bytes of weights that are not on disk")
     parameters: int = Field(description="elements of all floating-point tensors")
     precisions: dict[str, int] = Field(description="elements by stored dtype")
     quantised: str | None = Field(description="what is quantised in it, or null")
@@ -262,8 +254,8 @@ class Header(_Schema):
     only_in_base: Tensors | None
 
 
-class Options(_Schema):
-    """mergekit's options by which the bits of a merge may differ."""
+class Options(Record):
+    """mergekit's options that may change the bits of a merge."""
 
     device: str = Field(description="on which tensors were merged")
     multi_gpu: bool
@@ -274,7 +266,7 @@ class Options(_Schema):
     allow_crimes: bool
 
 
-class Report(_Schema):
+class Report(Record):
     """What `mergekit-metagpt inspect` found."""
 
     schema_version: Literal[3] = 3
@@ -293,14 +285,14 @@ class Report(_Schema):
 
     @property
     def estimated(self) -> bool:
-        """Whether the merge rests on estimates: a weight was not read for it."""
+        """Whether some figures are estimates from a sample of the weights."""
         return any(family.sample is not None for family in self.families)
 
 
 Verdict = Literal["verified", "different", "not recorded", "not checked"]
 
 
-class Check(_Schema):
+class Check(Record):
     """What one check of `verify` found."""
 
     name: str
@@ -314,7 +306,7 @@ class Check(_Schema):
     )
 
 
-class Verification(_Schema):
+class Verification(Record):
     """What `mergekit-metagpt verify` found."""
 
     schema_version: Literal[1] = 1

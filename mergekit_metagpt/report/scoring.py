@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from mergekit_metagpt.report.ranking import (
-    Estimate,
-    Merge,
-    Ranked,
-    Record,
-    difference,
-    in_words,
-    rank,
-    table_of_ranks,
-    tables_of_parts,
-    with_error,
-)
+from mergekit_metagpt.report import ranking
+from mergekit_metagpt.report.ranking import Estimate, Merge, difference
+from mergekit_metagpt.report.schema import Record
 from mergekit_metagpt.scanning.cache import ChunkLosses, TaskScores
 
-# Tasks beside each other in a table of 80 columns.
+# Tasks in a table of 80 columns, at most.
 MOST_TASKS = 3
 
 
@@ -34,13 +25,13 @@ class Task(Record):
     documents: int
 
 
-class Scored(Ranked):
+class Scored(ranking.Ranked):
     """A model and its scores, task by task.
 
     Attributes:
         scores: by metric, in the order of the tasks.
-        mean: over the tasks, each by its first metric; what is better when lower
-            counts with the other sign.
+        mean: over the tasks, each by its first metric, with the other sign if lower
+            is better.
         below_best: mean of the best candidate minus this one's.
         below_best_error: its standard error, paired over documents.
     """
@@ -57,7 +48,7 @@ class Scored(Ranked):
 
     @property
     def gap(self) -> Estimate:
-        """How much better that of the best candidate is."""
+        """How much better the best candidate's is."""
         error = self.below_best_error or 0.0
         return Estimate(value=self.below_best or 0.0, error=error)
 
@@ -81,13 +72,13 @@ def compare(
 ) -> Scoring:
     """Rank candidates by the mean of their scores, each task by its first metric.
 
-    Standard errors are those of means over documents. Those of differences are paired:
-    over the differences of documents.
+    Standard errors are over documents; those of differences are paired, over the
+    differences of documents.
 
     Args:
         tasks: names, in the order of the scores.
         measured: scores by model or candidate, task by task.
-        merges: the candidates, each by its first name.
+        merges: the candidates, by their first names.
         lm_eval: version of the harness.
 
     Returns:
@@ -116,25 +107,23 @@ def compare(
 
     means = {name: above(name, None) for name in measured}
 
-    def row(name: str, gap: Estimate | None, known: Mapping[str, Any]) -> Scored:
+    def row(name: str, fields: Mapping[str, Any]) -> Scored:
         mean = means[name]
         return Scored(
             name=name,
-            **known,
             scores=tuple(map(_estimates, measured[name])),
             mean=Estimate(value=-mean.value + 0.0, error=mean.error),
-            below_best=None if gap is None else gap.value,
-            below_best_error=None if gap is None else gap.error,
+            **fields,
         )
 
-    ranked, models = rank(means, merges, above, row)
+    ranked, models = ranking.rank(means, merges, above, row, "below_best")
     return Scoring(
         lm_eval=lm_eval,
         tasks=tuple(described),
         models=tuple(models),
         candidates=tuple(ranked),
         best=ranked[0].name,
-        verdict=_verdict(ranked, models),
+        verdict=_verdict(ranked, models, above),
     )
 
 
@@ -156,18 +145,24 @@ def _estimates(scores: TaskScores) -> dict[str, Estimate]:
     return found
 
 
-def _verdict(ranked: Sequence[Scored], models: Sequence[Scored]) -> str:
+def _verdict(
+    ranked: Sequence[Scored],
+    models: Sequence[Scored],
+    above: Callable[[str, str], Estimate],
+) -> str:
     best, *others = ranked
     if others:
-        gap = with_error(others[0].gap.value, others[0].gap.error)
-        by = f"Best on these tasks: {best.name}, mean score better by {gap} than "
-        text = in_words(by, others)
+        by = f"{best.name}, mean score better by {others[0].gap} than "
+        text = ranking.in_words(f"Best on these tasks: {by}", others)
     else:
         mean = best.mean.value
         text = f"Only one merge was scored: {best.name}, mean score {mean:.4f}."
-    alone = [row.name for row in models if row.mean.value > best.mean.value]
-    if alone:
-        text += f" But without any merge, {' and '.join(alone)} alone scored better."
+    gaps = {row.name: above(row.name, best.name) for row in models}
+    better = [name for name, gap in gaps.items() if gap.value < 0]
+    beyond = [name for name in better if gaps[name].value < -2 * gaps[name].error]
+    if better:
+        text += f" But without any merge, {ranking.listed(beyond or better)} alone "
+        text += "scored better" + ("." if beyond else ", but not beyond noise.")
     return text
 
 
@@ -181,12 +176,12 @@ def lay_out(found: Scoring) -> Iterator[str | Table]:
         tables, and lines of text.
     """
     yield f"Mean score and standard error, by lm-eval {found.lm_eval}"
-    yield table_of_ranks(found.candidates, found.models, "score", "below best")
+    yield ranking.table_of_ranks(found.candidates, found.models, "score", "below best")
     yield "Score on each task"
-    yield from tables_of_parts(
+    yield from ranking.tables_of_parts(
         found.models,
         found.candidates,
-        lambda row, task: score_of(row, found.tasks[task].metric, task),
+        lambda row, task: str(row.scores[task][found.tasks[task].metric]),
         len(found.tasks),
         MOST_TASKS,
     )
@@ -194,9 +189,3 @@ def lay_out(found: Scoring) -> Iterator[str | Table]:
         way = "" if task.higher_is_better else ", lower is better"
         yield f"{number}: {task.name}, {task.metric}{way}, {task.documents:,} documents"
     yield found.verdict
-
-
-def score_of(row: Scored, metric: str, task: int) -> str:
-    """Return a model's score on a task, with its standard error."""
-    score = row.scores[task][metric]
-    return with_error(score.value, score.error)

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from mergekit_metagpt.report import schema
     from mergekit_metagpt.scanning.cache import Remembered
 
-# Columns for models, at most: of more, cells have no room in a terminal.
+# Columns of models that fit a terminal, at most.
 MOST_COLUMNS = 16
-# `lambda: keep` where nothing moved.
+# What `lambda: keep` comes to where the merged task vector is zero.
 UNDEFINED = "undefined"
 
 
@@ -31,7 +31,7 @@ def lay_out(found: schema.Report, then: str = "") -> Iterator[str | Table]:
 
     Args:
         found: the report.
-        then: how to find out which weights are best, where models are weighted.
+        then: what to do next, if there is advice on weights.
 
     Yields:
         tables, and paragraphs.
@@ -51,7 +51,7 @@ def lay_out(found: schema.Report, then: str = "") -> Iterator[str | Table]:
 
 
 def _headers(headers: Sequence[schema.Header]) -> Iterator[str | Table]:
-    """What configurations and headers tell: a table, then reasons and differences."""
+    """Tabulate headers; say below what does not fit, and which tensors differ."""
     total = {header.name: header.download for header in headers}
     yield f"Headers ({sum(total.values()) / 1e9:,.2f} GB to download in all)\n"
     names = ("model", "commit", "stored", "quantised", "head", "fits")
@@ -78,12 +78,9 @@ def _headers(headers: Sequence[schema.Header]) -> Iterator[str | Table]:
     for header in headers:
         if header.misfit:
             yield f"{header.name} does not fit: {header.misfit}"
-        if header.not_written and header.not_written.count:
-            yield f"{header.name}: {_tensors(header.not_written)} mergekit leaves out"
-        if header.not_in_base and header.not_in_base.count:
-            yield f"{header.name}: {_tensors(header.not_in_base)} the base lacks"
-        if header.only_in_base and header.only_in_base.count:
-            yield f"{header.base}: {_tensors(header.only_in_base)} {header.name} lacks"
+        yield from _some(header.name, header.not_written, "mergekit leaves out")
+        yield from _some(header.name, header.not_in_base, "the base lacks")
+        yield from _some(header.base, header.only_in_base, f"{header.name} lacks")
 
 
 def _family(family: schema.Family, method: str) -> Iterator[str | Table]:
@@ -95,7 +92,7 @@ def _family(family: schema.Family, method: str) -> Iterator[str | Table]:
         yield f"Base {base.name}: {_stored(base)}{as_all}, ||theta_0|| {norm}"
     else:
         others = list(models)
-        yield f"Base {base.name}: not opened, adapters are measured from their factors"
+        yield f"Base {base.name}: not opened; adapters are measured from their factors"
     for model in others:
         yield f"{model.name}: {_stored(model)}"
     if sample := family.sample:
@@ -153,8 +150,9 @@ def _lengths(family: schema.Family, method: str) -> str | None:
     lengths = family.lengths
     if lengths is None or lengths.merged is None:
         return None
-    keep, kept = keep_of(family), family.settings.keeps_length
-    way = f"{'multiplies' if kept else 'would multiply'} it by {keep} to make up for"
+    keep = keep_of(family)
+    way = "multiplies" if family.settings.keeps_length else "would multiply"
+    way += f" it by {keep} to make up for"
     if keep == UNDEFINED:
         way = "cannot make up for"
     composed = method.removeprefix("metagpt_")
@@ -180,7 +178,7 @@ def _coefficient(model: schema.Model) -> str:
 
 
 def _four(value: float) -> str:
-    """Four decimals, or two digits of what would be next to nothing in them."""
+    """Write four decimals, or two digits of a value that has few in four decimals."""
     return f"{value:.4f}" if value == 0 or abs(value) >= 5e-4 else f"{value:.1e}"
 
 
@@ -194,14 +192,9 @@ def _settings(settings: schema.Settings) -> str:
 
 
 def _table(headings: Sequence[str], *, names: Sequence[str] = ()) -> Table:
-    """Make an empty table; cells are folded, not cut, where a terminal is narrow.
+    """Make an empty table, in which columns of `names` are aligned to the left.
 
-    Args:
-        headings: of the columns.
-        names: those whose cells are text, aligned to the left.
-
-    Returns:
-        the table.
+    Where a terminal is narrow, cells are folded, not cut.
     """
     table = Table(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
@@ -222,7 +215,7 @@ def _numbers(family: schema.Family) -> list[str]:
 
 
 def _task_vectors(family: schema.Family) -> Table:
-    """What a reader asks for stands first: a narrow terminal folds names only."""
+    """Tabulate coefficients, weights and norms, in this order."""
     models = family.models
     weighted = any(model.weight != 1 for model in models)
     by_hand = any(model.weight_by_hand for model in models)
@@ -300,26 +293,28 @@ def _pools(family: schema.Family) -> Table:
 
 
 def _left_out(family: schema.Family) -> Iterator[str]:
-    """Lines on tensors that a merge leaves out without a word."""
+    """Name the tensors that a merge leaves out silently."""
     base = family.base
     for stored in (base, *family.models):
-        if stored.not_written is not None and stored.not_written.count:
-            yield f"{stored.name}: {_tensors(stored.not_written)} mergekit leaves out"
+        yield from _some(stored.name, stored.not_written, "mergekit leaves out")
     for model in family.models:
-        if model.not_in_base.count:
-            yield f"{model.name}: {_tensors(model.not_in_base)} the base lacks"
-        if model.only_in_base.count:
-            yield f"{base.name}: {_tensors(model.only_in_base)} {model.name} lacks"
+        yield from _some(model.name, model.not_in_base, "the base lacks")
+        yield from _some(base.name, model.only_in_base, f"{model.name} lacks")
 
 
-def _tensors(some: schema.Tensors) -> str:
-    examples = ", ".join(some.examples)
-    more = ", ..." if some.count > len(some.examples) else ""
-    share = f", {some.share:.2%} of ||tau||^2" if some.share else ""
-    return (
-        f"{some.count} tensors ({examples}{more}; {some.bytes / 1e6:,.1f} MB{share}) "
-        "that"
-    )
+def _some(
+    name: str | None, tensors: schema.Tensors | None, which: str
+) -> Iterator[str]:
+    """Name the first of some tensors of a model, if there are any."""
+    if tensors and tensors.count:
+        examples = ", ".join(tensors.examples)
+        more = ", ..." if tensors.count > len(tensors.examples) else ""
+        share = f", {tensors.share:.2%} of ||tau||^2" if tensors.share else ""
+        plural = "s" if tensors.count > 1 else ""
+        yield (
+            f"{name}: {tensors.count} tensor{plural} ({examples}{more}; "
+            f"{tensors.bytes / 1e6:,.1f} MB{share}) that {which}"
+        )
 
 
 COLUMNS = (
@@ -335,14 +330,7 @@ COLUMNS = (
 
 
 def as_csv(found: schema.Report) -> str:
-    """Write one row per model and pool, at the granularity of the report.
-
-    Args:
-        found: the report.
-
-    Returns:
-        CSV with a header line, `COLUMNS`.
-    """
+    """Return CSV of one row per model and pool, with the header line `COLUMNS`."""
     stream = io.StringIO()
     rows = csv.writer(stream, lineterminator="\n")
     rows.writerow(COLUMNS)
@@ -365,14 +353,7 @@ def as_csv(found: schema.Report) -> str:
 
 
 def remembered(entries: Sequence[Remembered]) -> Table:
-    """Tabulate what the cache holds.
-
-    Args:
-        entries: of the cache.
-
-    Returns:
-        a table of a row for each.
-    """
+    """Tabulate what the cache holds, an entry in each row."""
     names = ("written", "holds", "base", "models")
     table = _table([*names, "kB"], names=names)
     kinds = {
@@ -397,13 +378,6 @@ def remembered(entries: Sequence[Remembered]) -> Table:
 
 
 def verified(found: schema.Verification) -> Iterator[str]:
-    """Say what each check of a merged model found.
-
-    Args:
-        found: the checks.
-
-    Yields:
-        a line for each.
-    """
+    """Say in a line what each check of a merged model found."""
     for check in found.checks:
         yield f"{check.name:<15}{check.verdict:<15}{printable(check.details)}"
