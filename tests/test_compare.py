@@ -423,6 +423,16 @@ def test_the_best_is_written_kept_and_drawn(
     assert line.startswith(f"For the YAML of '{found['best']}', add --write BEST.yml")
 
 
+def test_the_yaml_may_lie_in_the_folder_of_the_best(places: Path) -> None:
+    kept = places / "kept"
+    kept.mkdir()
+    arguments = [*texts_of("code"), "--keep", str(kept)]
+    arguments += ["--write", str(kept / "best.yml")]
+    assert run(*arguments) == 0
+    assert run(*arguments, "--force") == 0
+    assert {"best.yml", "config.json"} <= {path.name for path in kept.iterdir()}
+
+
 def test_a_merge_by_another_method_can_win(places: Path) -> None:
     document = yaml.safe_load(Path("merge.yml").read_text())
     (code,) = (m for m in document["models"] if m["model"].endswith("code"))
