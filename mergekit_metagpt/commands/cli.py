@@ -288,19 +288,20 @@ def demo(folder: Path) -> None:
     """
     from rich.console import Console
 
-    from mergekit_metagpt.commands import demo as family
+    from mergekit_metagpt.commands import demo_report
+    from mergekit_metagpt.commands.demo import run
 
     chatter = Console(stderr=True)
-    result = family.run(folder, say=lambda line: chatter.print(line, highlight=False))
+    result = run(folder, say=lambda line: chatter.print(line, highlight=False))
     figure = folder / "demo.png"
-    family.draw(result, figure)
+    demo_report.draw(result, figure)
     best = min(result.ald, key=result.ald.__getitem__)
     note = (
-        f"Lowest ALD here: {best}. Which it is depends on text, seed and training "
-        f"lengths: no evidence for a method. Figure: {figure}"
+        f"Lowest ALD here: {best}. It depends on text, seed and training lengths, and "
+        f"is no evidence for a method. Figure: {figure}"
     )
-    show([family.task_vectors(result), family.losses(result), note])
-    merge, compare = family.by_hand(folder)
+    show([demo_report.task_vectors(result), demo_report.losses(result), note])
+    merge, compare = demo_report.by_hand(folder)
     click.echo(f"Merge again by hand, with mergekit's own command:\n{merge}")
     click.echo(f"Compare these and other weights on the held-out texts:\n{compare}")
 
