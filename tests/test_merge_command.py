@@ -271,7 +271,7 @@ STEPS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     ),
     "the merge": lambda patch: patch.setattr("mergekit.merge.run_merge", fail),
     "the last step": lambda patch: patch.setattr(
-        "mergekit_metagpt.commands.merging.put", fail
+        "mergekit_metagpt.commands.placing.put", fail
     ),
 }
 CASES = list(itertools.product(STEPS, [False, True]))

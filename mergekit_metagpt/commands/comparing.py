@@ -10,7 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_metagpt.commands import harness, losses, merging, outcomes, together
+from mergekit_metagpt.commands import (
+    harness,
+    losses,
+    merging,
+    outcomes,
+    placing,
+    together,
+)
 from mergekit_metagpt.commands.evaluating import PACKAGES, Subject, evaluate
 from mergekit_metagpt.merge_config import candidates as merges
 from mergekit_metagpt.merge_config import checks, families, jobs, merge_yaml
@@ -90,7 +97,7 @@ def compare(
         )
     text, config = merge_yaml.read_file(request.config)
     if keep is not None:
-        merging.check_place(keep.resolve(), request.config, config, force=force)
+        placing.require_free(keep.resolve(), request.config, config, force=force)
     merged = families.of_config(config)
     models = list(dict.fromkeys(m for f in merged for m in (f.base, *f.models)))
     base, *specialists = models

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_metagpt.commands import harness, losses, merging
+from mergekit_metagpt.commands import harness, losses, placing
 from mergekit_metagpt.commands.harness import Task
 from mergekit_metagpt.commands.losses import Tokenized
 from mergekit_metagpt.merge_config import plan
@@ -172,7 +172,7 @@ def _on_disk(subject: Subject, options: MergeOptions) -> Iterator[Path]:
         return
     options = options.model_copy(update={"quiet": True, "write_model_card": False})
     options.apply_global_options()
-    with merging.workplace(Path(tempfile.gettempdir()) / "metagpt-compare") as home:
+    with placing.workplace(Path(tempfile.gettempdir()) / "metagpt-compare") as home:
         level = LOG.level
         LOG.setLevel(logging.ERROR)  # warnings were logged once, for the YAML itself
         try:

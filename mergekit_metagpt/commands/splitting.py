@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mergekit_metagpt.commands import merging, shards
+from mergekit_metagpt.commands import merging, placing, shards
 from mergekit_metagpt.merge_config import checks, dividing, jobs, merge_yaml, plan
 from mergekit_metagpt.scanning import once, ranks
 
@@ -70,7 +70,7 @@ def merge(
     folder = group.share(_place(out))
     if group.leads:
         inside = folder.name if folder.parent == out else None
-        merging.check_place(out, config_file, config, force=force, unfinished=inside)
+        placing.require_free(out, config_file, config, force=force, unfinished=inside)
         _check_unfinished(folder, resume=resume)
     options.apply_global_options()
     checked = _check(text, config, config_file, options)
@@ -106,7 +106,7 @@ def merge(
     except BaseException:
         if group.leads and not any(folder.glob("shard-*.json")):
             with suppress(OSError):  # others may still be writing there
-                merging.remove(folder, out)
+                placing.remove(folder, out)
         raise
     if group.leads:
         _finish(checked, options, written, folder, out, about)
@@ -118,7 +118,7 @@ def _place(out: Path) -> Path:
     name = f".{out.name}.parts"
     if (out / name).is_dir():
         return out / name
-    return merging.home(out) / name
+    return placing.home(out) / name
 
 
 def _check_unfinished(folder: Path, *, resume: bool) -> None:
@@ -134,7 +134,7 @@ def _check(
     text: str, config: MergeConfiguration, file: Path, options: MergeOptions
 ) -> _Checked:
     if config.merge_method in checks.METHODS:
-        prepared = merging.prepare(text, config, options, file)
+        prepared = merging.prepare(config, options, file)
         job = prepared.job
         return _Checked(text, config, job.opened, job.planned, prepared)
     with ranks.leader_first():
@@ -145,8 +145,7 @@ def _check(
 
 def _set_up(folder: Path, out: Path, token: str, checked: _Checked) -> str:
     """Make the folder in which all ranks work; return the section of the card."""
-    if (folder / merging.ASIDE).exists() and not out.exists():
-        (folder / merging.ASIDE).rename(out)
+    placing.restore(folder, out)
     shards.take_apart(folder, folder / "made" / out.name)
     for name in ("made", "beside"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -188,5 +187,5 @@ def _finish(
     shards.assemble(written, folder, made, safe=options.safe_serialization)
     if checked.prepared:
         checked.prepared.complete(made, folder / "beside", about, options)
-    merging.put(made, out, aside=folder / merging.ASIDE)
-    merging.remove(folder, out)
+    placing.put(made, out, aside=folder / placing.ASIDE)
+    placing.remove(folder, out)
