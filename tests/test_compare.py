@@ -470,6 +470,9 @@ def test_jsonl_of_text_and_messages(tmp_path: Path) -> None:
     able = byte_tokenizer(chat_template=TEMPLATE)
     texts = losses.documents(file, [byte_tokenizer(), able])
     assert texts == ["plain\n", "[user]Hé[assistant]Ho"]
+    # Legal in JSON, and ends of lines for str.splitlines.
+    (tmp_path / "web.jsonl").write_text('{"text": "a\u2028b\x85c"}\r\n', "utf-8")
+    assert losses.documents(tmp_path / "web.jsonl", []) == ["a\u2028b\x85c"]
     # No chunk reaches from one document into the next; single tokens are left out.
     chunks = losses.cut(texts, able, context=5, tokens=99)
     assert chunks == ["plain", "[user", "]Hé[", "assis", "tant]", "Ho"]
