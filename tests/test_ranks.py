@@ -247,7 +247,7 @@ def test_a_file_system_that_is_not_shared(place: Place) -> None:
     blind = """
 import mergekit_metagpt.commands.shards as shards
 shards.SEEN_S = 0.5
-shards._holds = lambda folder, token: False
+shards.holds = lambda folder, token: False
 """
     with place.work():
         all_ended = place.ranks(2, place.merge(), {1: {"code": blind}})
