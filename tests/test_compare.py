@@ -262,7 +262,7 @@ def test_equal_merges_are_made_once_and_never_differ(
     same, other = places / "same.yml", places / "other.yml"
     same.write_text(yaml.safe_dump({**document, "parameters": {"power": 1}}))
     other.write_text(yaml.safe_dump({**document, "parameters": {"weight": 3.0}}))
-    arguments = [*texts_of("code"), "--power", "2,-1", "--lambda", "1,0.5,keep"]
+    arguments = [*texts_of("code"), "--power", "2,-1", "--lambda", "1,0.5, keep"]
     arguments += ["--candidate", f"mine={same}", "--candidate", f"thrice={other}"]
     found = compared(places, *arguments)
     names = {row["name"]: row["names"] for row in found["candidates"]}

@@ -117,16 +117,6 @@ def _train(
     tokenizer.save_pretrained(path)
 
 
-def _require_usable(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not an empty folder; name a new one")
-    if set("+@") & set(str(folder.resolve())):
-        raise ValueError(
-            f"{folder.resolve()} contains '+' or '@', which mergekit takes for the "
-            "start of an adapter or a revision; name a folder without them"
-        )
-
-
 def make_family(
     folder: Path,
     *,
@@ -151,7 +141,13 @@ def make_family(
     Raises:
         ValueError: `folder` is not empty, or mergekit cannot read its name.
     """
-    _require_usable(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not an empty folder; name a new one")
+    if set("+@") & set(str(folder.resolve())):
+        raise ValueError(
+            f"{folder.resolve()} contains '+' or '@', which mergekit takes for the "
+            "start of an adapter or a revision; name a folder without them"
+        )
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 

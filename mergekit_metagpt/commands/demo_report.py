@@ -12,14 +12,7 @@ from mergekit_metagpt.report.drawing import BLUE
 
 
 def task_vectors(result: DemoResult) -> Table:
-    """Tabulate squared norm, coefficient and cosines of each specialist.
-
-    Args:
-        result: what the demo found.
-
-    Returns:
-        a table of K rows.
-    """
+    """Tabulate squared norm, coefficient and cosines of each specialist."""
     names = list(result.family.specialists)
     table = Table(title="Task vectors, and the coefficients that follow from them")
     table.add_column("specialist")
@@ -37,14 +30,7 @@ def task_vectors(result: DemoResult) -> Table:
 
 
 def losses(result: DemoResult) -> Table:
-    """Tabulate held-out losses of all models, and each merge's loss difference.
-
-    Args:
-        result: what the demo found.
-
-    Returns:
-        a table with a row for the base, each specialist and each merge.
-    """
+    """Tabulate held-out losses of all models, and each merge's loss difference."""
     domains = list(next(iter(result.losses.values())))
     table = Table(
         title="Held-out loss, nats per byte (lower is better)",
@@ -65,12 +51,7 @@ def losses(result: DemoResult) -> Table:
 
 
 def draw(result: DemoResult, file: Path) -> None:
-    """Draw the coefficients, and the loss of base and merges above the specialists'.
-
-    Args:
-        result: what the demo found.
-        file: the picture to write; its ending chooses the format.
-    """
+    """Draw the coefficients, and how far base and merges are above the specialists."""
     from matplotlib.figure import Figure
 
     names = list(result.family.specialists)
@@ -104,14 +85,7 @@ def draw(result: DemoResult, file: Path) -> None:
 
 
 def by_hand(folder: Path) -> list[str]:
-    """Return shell commands that merge again and compare more weights.
-
-    Args:
-        folder: folder of the demo.
-
-    Returns:
-        a merge by mergekit's own command, and a comparison.
-    """
+    """Return shell commands for a merge by mergekit itself, and for a comparison."""
     texts = " ".join(f"--text {name}={name}.txt" for name in SPECIALTIES)
     commands = (
         "mergekit-yaml metagpt.yml ./merged-by-hand",

@@ -19,12 +19,8 @@ from mergekit_metagpt.commands.harness import Task
 from mergekit_metagpt.commands.losses import Tokenized
 from mergekit_metagpt.merge_config import plan
 from mergekit_metagpt.merge_config.candidates import Candidate
-from mergekit_metagpt.scanning.cache import (
-    ChunkLosses,
-    TaskScores,
-    read_measured,
-    write_measured,
-)
+from mergekit_metagpt.scanning import cache
+from mergekit_metagpt.scanning.cache import ChunkLosses, TaskScores
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
@@ -114,9 +110,9 @@ def evaluate(
         on_tasks = [subject.about_task(task) for task in tasks]
         abouts[name] = [json.dumps([*on, *settings]) for on in (*on_texts, *on_tasks)]
         measured[name] = [
-            read_measured(ChunkLosses, subject.opened, about)
+            cache.read_measured(ChunkLosses, subject.opened, about)
             if at < len(texts)
-            else read_measured(TaskScores, subject.opened, about)
+            else cache.read_measured(TaskScores, subject.opened, about)
             for at, about in enumerate(abouts[name])
         ]
     missing = {
@@ -155,7 +151,7 @@ def evaluate(
                         bar.update(counts[at])
                     for checkpoint in subject.opened:
                         checkpoint.verify_unchanged()
-                    write_measured(subject.opened, abouts[name][at], found)
+                    cache.write_measured(subject.opened, abouts[name][at], found)
                     measured[name][at] = found
                 del model  # before the next one is loaded
     return (

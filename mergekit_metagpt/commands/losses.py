@@ -61,16 +61,7 @@ def quiet_transformers() -> Iterator[None]:
 def tokenizer_of(
     model: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """Load the tokenizer of a model.
-
-    Args:
-        model: folder or hub repository.
-        revision: of the repository.
-        trust_remote_code: run code that comes with the model.
-
-    Returns:
-        transformers' tokenizer, or None if none can be loaded.
-    """
+    """Load the tokenizer of a folder or repository; None if none can be loaded."""
     from transformers import AutoTokenizer
 
     try:

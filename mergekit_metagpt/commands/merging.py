@@ -54,14 +54,7 @@ class Prepared:
     warned: bool
 
     def write_beside(self, folder: Path) -> str:
-        """Write the report, its figure and the plain YAML.
-
-        Args:
-            folder: new folder for them.
-
-        Returns:
-            a section of the model card that refers to them.
-        """
+        """Write report, figure and plain YAML; return a section of the model card."""
         folder.mkdir()
         (folder / REPORT).write_text(schema.as_json(self.report), encoding="ascii")
         (folder / PLAIN).write_text(self.exported.text, encoding="utf-8")
@@ -70,15 +63,7 @@ class Prepared:
         return card.section(self.report, figure=FIGURE, plain=PLAIN, changes=changes)
 
     def move_beside(self, beside: Path, made: Path) -> None:
-        """Move what `write_beside` wrote into the model, unless an input has changed.
-
-        Args:
-            beside: the folder of `write_beside`, which is emptied.
-            made: the merged model.
-
-        Raises:
-            OSError: an input has changed, or a file cannot be moved.
-        """
+        """Move what `write_beside` wrote to the model, if no input has changed."""
         for checkpoint in self.job.opened.values():
             checkpoint.verify_unchanged()
         for path in beside.iterdir():
@@ -87,18 +72,7 @@ class Prepared:
     def complete(
         self, made: Path, beside: Path, about: str, options: MergeOptions
     ) -> None:
-        """Add our files to a merged model, and check that it has all its tensors.
-
-        Args:
-            made: the merged model.
-            beside: the folder of `write_beside`, which is emptied.
-            about: our section of the model card.
-            options: mergekit's own.
-
-        Raises:
-            ValueError: mergekit did not write a tensor.
-            OSError: an input has changed, or a file cannot be written.
-        """
+        """Add our files to a merged model; ValueError if it lacks a tensor."""
         self.move_beside(beside, made)
         if names := unwritten(made, self.job):
             raise ValueError(
@@ -111,20 +85,7 @@ class Prepared:
 
 
 def prepare(config: MergeConfiguration, options: MergeOptions, file: Path) -> Prepared:
-    """Check a whole merge by one of our methods, and measure its models.
-
-    Args:
-        config: mergekit's configuration.
-        options: mergekit's own.
-        file: file of the configuration, for messages.
-
-    Returns:
-        the merge.
-
-    Raises:
-        ValueError: the configuration or a model is refused.
-        OSError: a file cannot be read.
-    """
+    """Check a whole merge by one of our methods, and measure its models."""
     with ranks.leader_first():
         job = jobs.check(config, options, file)
     tokenizer_checks.check_copied_tokenizer(config, options)
@@ -236,18 +197,7 @@ def _recorded(options: MergeOptions) -> schema.Options:
 def merge_other(
     config: MergeConfiguration, source: str, out: Path, options: MergeOptions
 ) -> None:
-    """Merge by any method of mergekit; `out` appears only once it is complete.
-
-    Args:
-        config: mergekit's configuration, checked.
-        source: the YAML.
-        out: folder for the merged model, which `placing.require_free` has checked.
-        options: mergekit's own.
-
-    Raises:
-        ValueError: mergekit refuses the merge.
-        OSError: a file cannot be read or written.
-    """
+    """Merge by any method of mergekit into a folder that `require_free` checked."""
     out = out.resolve()
     options.apply_global_options()
     with placing.workplace(out) as parent:

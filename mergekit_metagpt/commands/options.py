@@ -105,16 +105,7 @@ def check_new(out: str, *, force: bool) -> None:
 def check_reports(
     *, force: bool, plot: str | None = None, **targets: str | None
 ) -> None:
-    """Refuse files to which reports cannot be written, before any work is done.
-
-    Args:
-        force: whether files may exist.
-        plot: file of a figure.
-        **targets: files of other reports, by option; - is stdout, which takes one.
-
-    Raises:
-        ValueError: a file exists, cannot be written, or is named by two options.
-    """
+    """Refuse report files that exist, cannot be written, or are named twice."""
     owners: dict[str, str] = {}
     taken: list[str] = []
     for option, file in {**targets, "plot": plot}.items():

@@ -24,20 +24,9 @@ def require_free(
     config: MergeConfiguration,
     *,
     force: bool,
-    unfinished: str | None = None,
+    ignoring: str | None = None,
 ) -> None:
-    """Refuse an output folder that is taken, or that holds what is to be merged.
-
-    Args:
-        out: the folder, resolved.
-        config_file: the merge YAML.
-        config: mergekit's configuration of it.
-        force: whether the folder may exist.
-        unfinished: name of a folder in it that does not count.
-
-    Raises:
-        ValueError: it is taken, or holds an input.
-    """
+    """Refuse an output folder that is taken, or that holds what is to be merged."""
     if out.is_file():
         raise ValueError(f"{out} is a file; expected a folder for the merged model")
     paths = [
@@ -52,23 +41,15 @@ def require_free(
                 f"{out} holds {path}, which this merge reads; choose another folder"
             )
     names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if not force and names - {unfinished}:
+    if not force and names - {ignoring}:
         raise ValueError(f"{out} exists and is not empty; choose another, or --force")
 
 
 @contextmanager
 def workplace(out: Path) -> Iterator[Path]:
-    """Make a hidden folder to work in, and remove it afterwards, even after Ctrl-C.
-
-    It is named before it is made and removed twice, so that a single interrupt never
-    leaves it behind.
-
-    Args:
-        out: where the result will go; the folder is made beside it.
-
-    Yields:
-        the folder.
-    """
+    """Make a hidden folder to work in beside `out`, and remove it afterwards."""
+    # It is named before it is made and removed twice, so that a single Ctrl-C never
+    # leaves it behind.
     folder = home(out) / f".{out.name}.{secrets.token_urlsafe(6)}"
     try:
         try:
@@ -101,16 +82,7 @@ def home(out: Path) -> Path:
 
 
 def put(made: Path, out: Path, aside: Path) -> None:
-    """Move a finished model to `out`; on failure, leave everything as it was.
-
-    Args:
-        made: the model, in a workplace.
-        out: its place.
-        aside: place for an old model, in the workplace.
-
-    Raises:
-        OSError: it cannot be moved.
-    """
+    """Move a finished model to `out`; on failure, leave everything as it was."""
     if made.is_relative_to(out):
         # Keep the folder: a mount point, or somebody's working directory. Move
         # config.json last, which makes it a model; on failure take it back first.

@@ -49,16 +49,7 @@ class Manifest(BaseModel):
 
 
 def await_token(folder: Path, token: str, group: ranks.Group) -> None:
-    """Wait until this rank sees the folder that rank 0 has made.
-
-    Args:
-        folder: folder in which all ranks work.
-        token: what rank 0 has written there.
-        group: group of this rank.
-
-    Raises:
-        ValueError: the folder does not appear, or another rank has failed.
-    """
+    """Wait for the folder that rank 0 has made; ValueError if it never appears."""
     until = time.monotonic() + min(SEEN_S, ranks.timeout())
     while not holds(folder, token):
         group.check()
@@ -79,14 +70,7 @@ def holds(folder: Path, token: str) -> bool:
 
 
 def finished(folder: Path) -> dict[str, Manifest]:
-    """Find the complete files of an earlier run.
-
-    Args:
-        folder: folder in which all ranks work.
-
-    Returns:
-        their manifests by key.
-    """
+    """Find the complete files of an earlier run: their manifests by key."""
     found = {}
     for path in folder.glob("shard-*.json"):
         try:
@@ -229,17 +213,7 @@ def _sync(path: Path) -> None:
 def assemble(
     manifests: Sequence[Manifest], folder: Path, made: Path, *, safe: bool
 ) -> None:
-    """Move complete files into the model under the usual names, and index them.
-
-    Args:
-        manifests: manifests of all files, in order.
-        folder: folder of the files.
-        made: folder of the model.
-        safe: whether the files are safetensors.
-
-    Raises:
-        OSError: a file is missing or cannot be moved.
-    """
+    """Move complete files into the model under the usual names, and index them."""
     held = [manifest for manifest in manifests if manifest.file]
     prefix, ending = ("model", "safetensors") if safe else ("pytorch_model", "bin")
     total = len(held)
@@ -280,12 +254,7 @@ def _await_file(path: Path, size: int) -> None:
 
 
 def take_apart(folder: Path, made: Path) -> None:
-    """Move back the files of a run that ended after it had begun to `assemble`.
-
-    Args:
-        folder: folder from which they were moved.
-        made: folder of the model.
-    """
+    """Move back the files of a run that ended after it had begun to `assemble`."""
     try:
         names = json.loads((folder / NAMES).read_text())
     except (OSError, ValueError):

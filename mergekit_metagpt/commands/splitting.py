@@ -44,24 +44,7 @@ def merge(
     force: bool = False,
     resume: bool = False,
 ) -> None:
-    """Merge with all ranks, each of which writes its share of the tensors.
-
-    Rank 0 completes the model, whose tensors have the bits that one process would give
-    them. If a rank fails, the finished files stay in a hidden folder beside `out`.
-
-    Args:
-        config_file: the merge YAML, by one of our methods or of mergekit's.
-        out: folder for the merged model, on a file system that all ranks share.
-        options: mergekit's own.
-        group: group of this rank.
-        force: replace `out` if it exists.
-        resume: use the finished files of an earlier run.
-
-    Raises:
-        ValueError: the configuration or a model is refused; `out` is not empty; the
-            merge cannot be split; another rank has failed.
-        OSError: a file cannot be read or written.
-    """
+    """Merge as `merging.merge`, by all ranks; each writes its share of the tensors."""
     text, config = merge_yaml.read_file(config_file)
     checks.check_method(config)
     dividing.check_shared(config, options)
@@ -69,7 +52,7 @@ def merge(
     folder = group.share(_place(out))
     if group.leads:
         inside = folder.name if folder.parent == out else None
-        placing.require_free(out, config_file, config, force=force, unfinished=inside)
+        placing.require_free(out, config_file, config, force=force, ignoring=inside)
         _check_unfinished(folder, resume=resume)
     options.apply_global_options()
     checked = _check(text, config, config_file, options)
