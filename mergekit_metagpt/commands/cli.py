@@ -127,6 +127,8 @@ def inspect(
     from mergekit_metagpt.report import figures, headers, peft_call, tables
 
     headers_only = remote and is_zero(share)
+    if headers_only and plot is not None:
+        raise ValueError("--plot draws norms; expected a --sample above 0")
     sample = None if headers_only else sample_of(share, budget, remote=remote)
     wishes = {**settings, "weights": weights_of(weights)}
     with together.as_rank() as group:
