@@ -232,6 +232,13 @@ def test_paths_with_backslashes_stay_readable(
     assert in_one_line(error) == f"{name}: Permission denied"
 
 
+def test_only_mergekit_is_to_be_installed_where_mergekit_is_missing() -> None:
+    other = ImportError("This modeling file requires flash_attn")
+    assert in_one_line(other) == str(other)
+    ours = ModuleNotFoundError("No module named 'mergekit.io'", name="mergekit.io")
+    assert "Install mergekit" in in_one_line(ours)
+
+
 # --- fresh processes ------------------------------------------------------------------
 
 IMPORTED = f"""

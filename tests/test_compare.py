@@ -262,7 +262,7 @@ def test_equal_merges_are_made_once_and_never_differ(
     same, other = places / "same.yml", places / "other.yml"
     same.write_text(yaml.safe_dump({**document, "parameters": {"power": 1}}))
     other.write_text(yaml.safe_dump({**document, "parameters": {"weight": 3.0}}))
-    arguments = [*texts_of("code"), "--power", "2,-1", "--lambda", "1,0.5,keep"]
+    arguments = [*texts_of("code"), "--power", "2,-1", "--lambda", "1,0.5, keep"]
     arguments += ["--candidate", f"mine={same}", "--candidate", f"thrice={other}"]
     found = compared(places, *arguments)
     names = {row["name"]: row["names"] for row in found["candidates"]}
@@ -423,6 +423,16 @@ def test_the_best_is_written_kept_and_drawn(
     assert line.startswith(f"For the YAML of '{found['best']}', add --write BEST.yml")
 
 
+def test_the_yaml_may_lie_in_the_folder_of_the_best(places: Path) -> None:
+    kept = places / "kept"
+    kept.mkdir()
+    arguments = [*texts_of("code"), "--keep", str(kept)]
+    arguments += ["--write", str(kept / "best.yml")]
+    assert run(*arguments) == 0
+    assert run(*arguments, "--force") == 0
+    assert {"best.yml", "config.json"} <= {path.name for path in kept.iterdir()}
+
+
 def test_a_merge_by_another_method_can_win(places: Path) -> None:
     document = yaml.safe_load(Path("merge.yml").read_text())
     (code,) = (m for m in document["models"] if m["model"].endswith("code"))
@@ -460,6 +470,9 @@ def test_jsonl_of_text_and_messages(tmp_path: Path) -> None:
     able = byte_tokenizer(chat_template=TEMPLATE)
     texts = losses.documents(file, [byte_tokenizer(), able])
     assert texts == ["plain\n", "[user]Hé[assistant]Ho"]
+    # Legal in JSON, and ends of lines for str.splitlines.
+    (tmp_path / "web.jsonl").write_text('{"text": "a\u2028b\x85c"}\r\n', "utf-8")
+    assert losses.documents(tmp_path / "web.jsonl", []) == ["a\u2028b\x85c"]
     # No chunk reaches from one document into the next; single tokens are left out.
     chunks = losses.cut(texts, able, context=5, tokens=99)
     assert chunks == ["plain", "[user", "]Hé[", "assis", "tant]", "Ho"]

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import mergekit_metagpt
 from mergekit_metagpt.arithmetic import scaled_sums, squared_norms
 from mergekit_metagpt.checkpoints.files import Readers, read_header
-from mergekit_metagpt.commands import merging
+from mergekit_metagpt.commands import merging, placing
 from mergekit_metagpt.commands.cli import main
 from mergekit_metagpt.scanning import one_pass
 from tests.broken import snapshot
@@ -418,21 +418,24 @@ def test_out_of_memory_is_said_in_one_line(
 
 
 class Interrupts:
-    """Presses Ctrl-C before one line of a module, the first time."""
+    """Presses Ctrl-C before one line of two modules, the first time."""
 
-    def __init__(self, module: Any, line: int = 0) -> None:
-        self.file, self.line, self.pressed = module.__file__, line, False
-        self.seen: list[int] = []
+    FILES = (merging.__file__, placing.__file__)
+
+    def __init__(self, line: tuple[str, int] | None = None) -> None:
+        self.line, self.pressed = line, False
+        self.seen: list[tuple[str, int]] = []
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
-        """Trace the frames of the module alone."""
-        return self.step if frame.f_code.co_filename == self.file else None
+        """Trace the frames of these modules alone."""
+        return self.step if frame.f_code.co_filename in self.FILES else None
 
     def step(self, frame: FrameType, event: str, arg: Any) -> Any:
         """Note a line, and interrupt it if it is the chosen one."""
         if event == "line":
-            self.seen.append(frame.f_lineno)
-            if frame.f_lineno == self.line and not self.pressed:
+            line = frame.f_code.co_filename, frame.f_lineno
+            self.seen.append(line)
+            if line == self.line and not self.pressed:
                 self.pressed = True
                 sys.settrace(self)  # raising ends all tracing
                 raise KeyboardInterrupt
@@ -467,7 +470,7 @@ def test_control_c_before_any_line_of_the_merge(
     out = job.with_name("out")
     options = prepare(out, place)
     found = snapshot(job.parent)
-    undisturbed = Interrupts(merging)
+    undisturbed = Interrupts()
     assert undisturbed.merge(job, *options) == 0
     whole = snapshot(job.parent)
     lines = sorted(set(undisturbed.seen))
@@ -475,7 +478,7 @@ def test_control_c_before_any_line_of_the_merge(
     seen = []
     for line in lines:
         prepare(out, place)
-        assert Interrupts(merging, line).merge(job, *options) == 1, line
+        assert Interrupts(line).merge(job, *options) == 1, line
         left = snapshot(job.parent)
         assert left in (found, whole), (line, left.keys())
         seen.append(left == whole)

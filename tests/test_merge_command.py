@@ -271,7 +271,7 @@ STEPS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     ),
     "the merge": lambda patch: patch.setattr("mergekit.merge.run_merge", fail),
     "the last step": lambda patch: patch.setattr(
-        "mergekit_metagpt.commands.merging.put", fail
+        "mergekit_metagpt.commands.placing.put", fail
     ),
 }
 CASES = list(itertools.product(STEPS, [False, True]))
@@ -316,6 +316,23 @@ def test_what_fails_when_all_weights_are_written_loses_none(
         assert read_model(kept).keys() == states["base"].keys()
         assert {path.name for path in kept.iterdir()} > BESIDE
         assert not (work / "out").exists()
+
+
+def test_a_folder_that_another_run_has_taken_over_is_left_to_it(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mergekit_metagpt.commands import shards
+
+    merged, token = shards._merge, work / ".out.parts" / "token"
+
+    def taken_over(*args: Any, **kwargs: Any) -> None:
+        merged(*args, **kwargs)
+        token.write_text("theirs")
+
+    monkeypatch.setattr(shards, "_merge", taken_over)
+    assert run_command("merge", "merge.yml", "out", *QUIET, "--resume") == 2
+    assert "another merge works in" in capsys.readouterr().err
+    assert token.read_text() == "theirs"
 
 
 def test_a_base_without_tokenizer_is_refused_before_the_merge(

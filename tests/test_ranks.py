@@ -145,10 +145,10 @@ def test_other_ranks_end_as_rank_0_does(place: Place) -> None:
     """It completes the model alone: until then nobody has finished."""
     place.config()
     fail = """
-import mergekit_metagpt.commands.merging as merging
+import mergekit_metagpt.commands.placing as placing
 def put(*args, **kwargs):
     raise OSError(28, "No space left on device", "out")
-merging.put = put
+placing.put = put
 """
     with place.work():
         for ended in place.ranks(2, place.merge(), {0: {"code": fail}}):
@@ -247,7 +247,7 @@ def test_a_file_system_that_is_not_shared(place: Place) -> None:
     blind = """
 import mergekit_metagpt.commands.shards as shards
 shards.SEEN_S = 0.5
-shards._holds = lambda folder, token: False
+shards.holds = lambda folder, token: False
 """
     with place.work():
         all_ended = place.ranks(2, place.merge(), {1: {"code": blind}})

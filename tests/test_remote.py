@@ -561,6 +561,14 @@ def test_quantised_weights_and_configurations_are_named(
         assert word in said
 
 
+def test_headers_alone_are_no_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = ("--plot", tmp_path / "f.png")
+    said = refused(capsys, "--base", "org/base", "org/math", "--sample", "0", *figure)
+    assert said == "--plot draws norms; expected a --sample above 0"
+
+
 def test_a_tied_head_and_a_larger_vocabulary_are_shown(
     hub: Hub,
     tmp_path: Path,

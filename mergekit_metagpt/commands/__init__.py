@@ -1,6 +1,6 @@
 """What a user types: the commands behind `mergekit-metagpt`.
 
-It never computes anything of its own.
+It never computes norms or coefficients itself.
 """
 
 __all__ = [

@@ -46,7 +46,7 @@ _LOOPS = "yes" if find_spec("_mergekit_metagpt") else "no"
 def main() -> None:
     """MetaGPT merging for mergekit: no weights to guess, no data, no search."""
     if "RANK" in os.environ:
-        # torch, when it is imported: no stacks of C++ beside our one line.
+        # Before torch is imported: it would print C++ stacks beside our one line.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
@@ -56,10 +56,12 @@ def main() -> None:
 @click.option(
     "--granularity",
     type=click.Choice(["model", "layer", "tensor"]),
-    help="Pool squared norms over these; by default as CONFIG says, else the model.",
+    help="What squared norms are pooled over; as in CONFIG by default, else model.",
 )
 @click.option("--power", type=float, help="Exponent of the norms; 2 is MetaGPT.")
-@click.option("--exclude", help="Comma-separated parts of names that do not count.")
+@click.option(
+    "--exclude", help="Comma-separated parts of names of tensors that do not count."
+)
 @click.option(
     "--weight",
     "weights",
@@ -79,7 +81,7 @@ def main() -> None:
 @click.option(
     "--budget",
     metavar="BYTES",
-    help="Estimate from as much as this buys, such as 500MB, of all models together.",
+    help="Estimate from this much of all models together, such as 500MB.",
 )
 @click.option(
     "--remote",
@@ -91,7 +93,7 @@ def main() -> None:
 @click.option(
     "--peft",
     metavar="FILE",
-    help="Write the Python script by which PEFT adds adapters; - for stdout.",
+    help="Write a Python script that combines adapters with PEFT; - for stdout.",
 )
 @one_line_errors
 @loading_options
@@ -99,9 +101,6 @@ def inspect(
     options: MergeOptions,
     models: tuple[str, ...],
     base: str | None,
-    granularity: str | None,
-    power: float | None,
-    exclude: str | None,
     weights: tuple[str, ...],
     json_file: str | None,
     csv_file: str | None,
@@ -111,6 +110,7 @@ def inspect(
     remote: bool,
     force: bool,
     peft: str | None,
+    **settings: Any,
 ) -> None:
     """Measure the models of CONFIG, or MODEL... against --base, without merging.
 
@@ -127,13 +127,10 @@ def inspect(
     from mergekit_metagpt.report import figures, headers, peft_call, tables
 
     headers_only = remote and is_zero(share)
+    if headers_only and plot is not None:
+        raise ValueError("--plot draws norms; expected a --sample above 0")
     sample = None if headers_only else sample_of(share, budget, remote=remote)
-    wishes = {
-        "granularity": granularity,
-        "power": power,
-        "exclude": exclude,
-        "weights": weights_of(weights),
-    }
+    wishes = {**settings, "weights": weights_of(weights)}
     with together.as_rank() as group:
         adapters = families.are_adapters(models, base, remote=remote)
         if adapters:
@@ -204,7 +201,7 @@ def convert(config: str, out: str, base: str | None, force: bool) -> None:
     """Turn OLD.yml, a merge by another method, into a metagpt recipe.
 
     Takes task_arithmetic, linear, model_stock, sce, ties, dare_*, della* and
-    breadcrumbs*. Drops the weights, says each change on stderr, and opens no model.
+    breadcrumbs*. Drops the weights, lists all changes on stderr, and opens no model.
     NEW.yml may be - for stdout.
     """
     check_new(out, force=force)
@@ -229,9 +226,9 @@ def convert(config: str, out: str, base: str | None, force: bool) -> None:
 @main.command()
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--full", is_flag=True, help="Replay all tensors, not a sample.")
-@click.option("--seed", type=int, default=0, help="Of the sample; 0 by default.")
+@click.option("--seed", type=int, default=0, help="Seed of the sample; 0 by default.")
 @click.option(
-    "--random-seed", type=int, help="Of the merge, if mergekit-yaml was given one."
+    "--random-seed", type=int, help="Seed of the merge, if mergekit-yaml was given one."
 )
 @click.option("--json", "json_file", metavar="FILE", help="Write all; - for stdout.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
@@ -251,7 +248,7 @@ def verify(
     Compares OUT with mergekit's plan of OUT/mergekit_config.yml, its inputs with the
     digests and coefficients in OUT/metagpt.json, and some 200 MB of its weights, bit by
     bit, with tensors that mergekit merges again from the inputs. Ends with status 0 if
-    all agree, 1 if something differs, and 3 if something could not be checked.
+    all agree, 1 if anything differs, and 3 if anything could not be checked.
     """
     check_reports(json=json_file, force=force)
 
@@ -293,19 +290,20 @@ def demo(folder: Path) -> None:
     """
     from rich.console import Console
 
-    from mergekit_metagpt.commands import demo as family
+    from mergekit_metagpt.commands import demo_report
+    from mergekit_metagpt.commands.demo import run
 
     chatter = Console(stderr=True)
-    result = family.run(folder, say=lambda line: chatter.print(line, highlight=False))
+    result = run(folder, say=lambda line: chatter.print(line, highlight=False))
     figure = folder / "demo.png"
-    family.draw(result, figure)
+    demo_report.draw(result, figure)
     best = min(result.ald, key=result.ald.__getitem__)
     note = (
-        f"Lowest ALD here: {best}. Which it is depends on text, seed and training "
-        f"lengths: no evidence for a method. Figure: {figure}"
+        f"Lowest ALD here: {best}. It depends on text, seed and training lengths, and "
+        f"is no evidence for a method. Figure: {figure}"
     )
-    show([family.task_vectors(result), family.losses(result), note])
-    merge, compare = family.by_hand(folder)
+    show([demo_report.task_vectors(result), demo_report.losses(result), note])
+    merge, compare = demo_report.by_hand(folder)
     click.echo(f"Merge again by hand, with mergekit's own command:\n{merge}")
     click.echo(f"Compare these and other weights on the held-out texts:\n{compare}")
 
@@ -317,33 +315,33 @@ def demo(folder: Path) -> None:
     "texts",
     multiple=True,
     metavar="MODEL=FILE",
-    help="Text that a model of CONFIG is for: plain, or .jsonl with `text` or "
-    "`messages`. Under another name it is measured, and does not count.",
+    help="Text of the kind that a model of CONFIG is for: plain, or .jsonl with "
+    "`text` or `messages`. Under any other name it is measured but does not count.",
 )
 @click.option(
     "--task",
     "tasks",
     multiple=True,
     metavar="TASK",
-    help="Score on this task of lm-eval, or on that in a YAML file of a task.",
+    help="Score on this task of lm-eval, or on one in a YAML file.",
 )
 @click.option(
     "--candidate",
     "candidates",
     multiple=True,
     metavar="NAME=FILE.yml",
-    help="Compare with this merge too; any method of mergekit.",
+    help="Compare this merge too, by any method of mergekit.",
 )
-@click.option("--power", metavar="P,P", help="Compare metagpt with these powers too.")
+@click.option("--power", metavar="P,P", help="Compare these powers of metagpt too.")
 @click.option(
-    "--lambda", "scale", metavar="L,L", help="And with these lambda, or keep."
+    "--lambda", "scale", metavar="L,L", help="And these values of lambda, or keep."
 )
 @click.option(
     "--tokens",
     type=click.IntRange(1),
     default=20_000,
     show_default=True,
-    help="Of each text, at most.",
+    help="Tokens of each text, at most.",
 )
 @click.option(
     "--context",
@@ -357,13 +355,13 @@ def demo(folder: Path) -> None:
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="To evaluate in; by default float32 on a CPU, bfloat16 on a GPU.",
+    help="Evaluate in this; by default float32 on a CPU, bfloat16 on a GPU.",
 )
 @click.option("--json", "json_file", metavar="FILE", help="Write all; - for stdout.")
 @click.option("--plot", metavar="FILE", help="Draw a figure: .png, .svg or .pdf.")
 @click.option("--write", metavar="BEST.yml", help="Write the YAML of the best merge.")
 @click.option("--keep", metavar="DIR", help="Merge the best one again, into DIR.")
-@click.option("--force", is_flag=True, help="Replace what exists of files and DIR.")
+@click.option("--force", is_flag=True, help="Replace files and DIR if they exist.")
 @one_line_errors
 @loading_options
 def compare(
@@ -383,9 +381,9 @@ def compare(
     """Merge by several weights and measure each merge on your own text or tasks.
 
     Compares CONFIG with metagpt, power 1, the plain average, task arithmetic 0.3 and
-    metagpt without embeddings: the loss on each text, and how much more a merge loses
-    than the specialists do. Merges are removed again. A second run goes on where the
-    first one ended.
+    metagpt without embeddings: the loss on each text, and by how much it exceeds that
+    of the specialists. Merges are removed again. A second run goes on where the first
+    one ended.
     """
     check_reports(json=json_file, plot=plot, write=write, force=force)
 
@@ -430,9 +428,8 @@ def compare(
 def cache(clear: bool) -> None:
     """Show, or with --clear remove, what is remembered of earlier scans.
 
-    Entries hold squared norms, inner products, losses and scores, no weights and no
-    text.
-    MERGEKIT_METAGPT_CACHE names another folder for them, or 0 for none.
+    Entries hold squared norms, inner products, losses and scores, but no weights and no
+    text. MERGEKIT_METAGPT_CACHE names another folder for them; 0 turns the cache off.
     """
     from mergekit_metagpt.report import tables
     from mergekit_metagpt.scanning import cache
@@ -457,7 +454,7 @@ def cache(clear: bool) -> None:
 def recipes(name: str | None) -> None:
     """List the recipes that ship, or print NAME.
 
-    A recipe is a merge YAML that says at its top what it merges, what to download, and
+    A recipe is a merge YAML whose first lines say what it merges, what to download, and
     how to run it. `recipes NAME > my.yml` copies one.
     """
     from mergekit_metagpt.commands import shipped_recipes
@@ -471,7 +468,7 @@ def recipes(name: str | None) -> None:
         click.echo(shipped_recipes.find(name).text, nl=False)
 
 
-# mergekit's options take seconds to import: only this command's parser needs them.
+# Its parser is made when it runs: mergekit's options take seconds to import.
 @main.command(
     add_help_option=False,
     context_settings={"ignore_unknown_options": True},
@@ -500,10 +497,9 @@ def _merge_command() -> click.Command:
     @click.option(
         "--resume",
         is_flag=True,
-        help="Work as a rank, and go on from the finished files of an earlier run.",
+        help="Merge as a rank, and go on from finished files of an earlier run.",
     )
     @add_merge_options  # type: ignore[untyped-decorator]
-    @one_line_errors
     def command(
         config: str, out: str, force: bool, resume: bool, merge_options: MergeOptions
     ) -> None:

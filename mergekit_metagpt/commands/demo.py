@@ -1,116 +1,19 @@
-"""Trains a tiny base and specialists on text of its own, merges and evaluates them."""
+"""Trains a tiny base and specialists on generated text, merges and evaluates them."""
 
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from mergekit_metagpt.commands.demo_text import text
 from mergekit_metagpt.commands.losses import quiet_transformers
-from mergekit_metagpt.report.drawing import BLUE
 
 if TYPE_CHECKING:
     import torch
-
-
-def task_vectors(result: DemoResult) -> Table:
-    """Tabulate squared norm, coefficient and cosines of each specialist.
-
-    Args:
-        result: of the demo.
-
-    Returns:
-        a table of K rows.
-    """
-    names = list(result.family.specialists)
-    table = Table(title="Task vectors, and the coefficients that follow from them")
-    table.add_column("specialist")
-    for heading in ("||tau||^2", "coefficient", *(f"cos {name}" for name in names)):
-        table.add_column(heading, justify="right")
-    for row, name in enumerate(names):
-        cosines = [f"{value:+.3f}" for value in result.cosines[row].tolist()]
-        table.add_row(
-            name,
-            f"{float(result.sq_norms[row]):.4g}",
-            f"{float(result.lambdas[row]):.4f}",
-            *cosines,
-        )
-    return table
-
-
-def losses(result: DemoResult) -> Table:
-    """Tabulate held-out losses of all models, and each merge's loss difference.
-
-    Args:
-        result: of the demo.
-
-    Returns:
-        a table with a row for the base, each specialist and each merge.
-    """
-    domains = list(next(iter(result.losses.values())))
-    table = Table(
-        title="Held-out loss, nats per byte (lower is better)",
-        caption="ALD: mean over the specialists' domains of the merge's loss minus "
-        "the specialist's. task_arithmetic: weight 0.3 each",
-    )
-    table.add_column("model")
-    for heading in (*domains, "ALD"):
-        table.add_column(heading, justify="right")
-    sections = (["base"], list(result.family.specialists), list(result.merges))
-    for names in sections:
-        for name in names:
-            losses = [f"{result.losses[name][domain]:.3f}" for domain in domains]
-            difference = f"{result.ald[name]:.3f}" if name in result.merges else ""
-            table.add_row(name, *losses, difference)
-        table.add_section()
-    return table
-
-
-def draw(result: DemoResult, file: Path) -> None:
-    """Draw the coefficients, and every merge's loss against base and specialist.
-
-    Args:
-        result: of the demo.
-        file: the picture to write; its ending chooses the format.
-    """
-    from matplotlib.figure import Figure
-
-    names = list(result.family.specialists)
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 2))
-
-    bars = left.barh(names, result.lambdas.tolist(), color=BLUE)
-    left.bar_label(bars, fmt="%.3f", padding=3)
-    left.set_xlim(0, 1)
-    left.invert_yaxis()
-    left.set_title("MetaGPT's coefficients")
-    left.set_xlabel("coefficient")
-
-    shown = ["base", *result.merges]
-    width = 0.8 / len(shown)
-    greys = ["#222222", BLUE, "#dd8452", "#9aa6b2", "#cccccc"]
-    for number, model in enumerate(shown):
-        at = [
-            row + (number - (len(shown) - 1) / 2) * width for row in range(len(names))
-        ]
-        excess = [result.losses[model][n] - result.losses[n][n] for n in names]
-        label = f"{model} (ALD {result.ald[model]:.3f})" if number else model
-        color = greys[number % len(greys)]
-        right.bar(at, excess, width, label=label, color=color, edgecolor="black")
-    right.set_xticks(range(len(names)), names)
-    right.set_ylabel("loss above the specialist's (nats per byte)")
-    right.set_title("What merging costs in each domain")
-    right.legend(frameon=False, fontsize="small")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=150)
 
 
 SPECIALTIES = ("arithmetic", "logs", "code")
@@ -167,8 +70,8 @@ def _quiet_on_one_thread() -> Iterator[None]:
     import torch
 
     threads = torch.get_num_threads()
-    # Threads gain little on models this small and, where other processes use the
-    # cores, wait for each other for minutes. One also gives the same bits everywhere.
+    # More threads gain little on models this small, and lose minutes if other processes
+    # use the cores. One thread also gives the same bits everywhere.
     torch.set_num_threads(1)
     try:
         with quiet_transformers():
@@ -214,18 +117,6 @@ def _train(
     tokenizer.save_pretrained(path)
 
 
-def _why_unusable(folder: Path) -> str | None:
-    """Say in one line why a family cannot be made in this folder, or None."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        return f"{folder} is not an empty folder; name a new one"
-    if set("+@") & set(str(folder.resolve())):
-        return (
-            f"{folder.resolve()} contains '+' or '@', which mergekit takes for the "
-            "start of an adapter or a revision; name a folder without them"
-        )
-    return None
-
-
 def make_family(
     folder: Path,
     *,
@@ -236,7 +127,7 @@ def make_family(
     """Train a byte-level Llama base and a fine-tune of it for each specialty.
 
     The base learns general text and a little of each specialty; the specialists start
-    from its stored weights. Checkpoints are stored in bfloat16, with a tokenizer each.
+    from its stored weights. Each checkpoint is stored in bfloat16, with a tokenizer.
 
     Args:
         folder: new or empty folder; gets `base` and one folder per specialty.
@@ -250,8 +141,13 @@ def make_family(
     Raises:
         ValueError: `folder` is not empty, or mergekit cannot read its name.
     """
-    if problem := _why_unusable(folder):
-        raise ValueError(problem)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not an empty folder; name a new one")
+    if set("+@") & set(str(folder.resolve())):
+        raise ValueError(
+            f"{folder.resolve()} contains '+' or '@', which mergekit takes for the "
+            "start of an adapter or a revision; name a folder without them"
+        )
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -272,7 +168,7 @@ def make_family(
     mixture = text("general", TRAINING_BYTES - len(SPECIALTIES) * share)
     mixture += "".join(text(name, share) for name in SPECIALTIES)
     with _quiet_on_one_thread(), torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: it would seed accelerators too, which are not restored.
+        # torch.manual_seed would seed accelerators too, and nobody would restore them.
         torch.default_generator.manual_seed(0)
         say(f"training base, {steps[0]} steps")
         model = LlamaForCausalLM(config)
@@ -284,6 +180,10 @@ def make_family(
             path = family.specialists[name]
             _train(model, tokenizer, corpus, count, SPECIALIST_RATE, path)
     return family
+
+
+def _held_out(domain: str) -> str:
+    return text(domain, HELD_OUT_BYTES, held_out=True)[:HELD_OUT_BYTES]
 
 
 def held_out_losses(model_path: Path) -> dict[str, float]:
@@ -303,9 +203,9 @@ def held_out_losses(model_path: Path) -> dict[str, float]:
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         model = AutoModelForCausalLM.from_pretrained(model_path).float()
         for domain in ("general", *SPECIALTIES):
-            corpus = text(domain, HELD_OUT_BYTES, held_out=True)[:HELD_OUT_BYTES]
-            windows = torch.tensor(tokenizer(corpus)["input_ids"]).view(-1, WINDOW)
-            # Chunks of equal length, so the mean of their means is the mean.
+            ids = tokenizer(_held_out(domain))["input_ids"]
+            windows = torch.tensor(ids).view(-1, WINDOW)
+            # Chunks of equal length: the mean of their means is the mean.
             means = [
                 model(input_ids=part, labels=part, use_cache=False).loss.item()
                 for part in windows.chunk(3)
@@ -315,12 +215,12 @@ def held_out_losses(model_path: Path) -> dict[str, float]:
 
 
 def _write_recipes(folder: Path, family: Family) -> dict[str, Path]:
-    """Write one mergekit YAML per merge; absolute paths work from any folder."""
+    """Write a mergekit YAML per merge, with paths that work from any folder."""
     import yaml
 
     base: dict[str, Any] = {"base_model": str(family.base)}
     models = [{"model": str(path)} for path in family.specialists.values()]
-    # metagpt rounds once in any case; mergekit's own methods round at every step.
+    # metagpt rounds only once; mergekit's own methods round at every step.
     once, often = {"dtype": "bfloat16"}, {"dtype": "float32", "out_dtype": "bfloat16"}
     weight = {"parameters": {"weight": 0.3}}
     configs = {
@@ -339,26 +239,7 @@ def _write_recipes(folder: Path, family: Family) -> dict[str, Path]:
 def _write_texts(folder: Path) -> None:
     """Write the text on which each specialist is evaluated, for `compare`."""
     for name in SPECIALTIES:
-        corpus = text(name, HELD_OUT_BYTES, held_out=True)[:HELD_OUT_BYTES]
-        (folder / f"{name}.txt").write_text(corpus, encoding="ascii")
-
-
-def by_hand(folder: Path) -> list[str]:
-    """Return command lines for what the demo did, and for more.
-
-    Args:
-        folder: that of `run`.
-
-    Returns:
-        lines for a shell: a merge by mergekit's own command, and a comparison.
-    """
-    texts = " ".join(f"--text {name}={name}.txt" for name in SPECIALTIES)
-    commands = (
-        "mergekit-yaml metagpt.yml ./merged-by-hand",
-        # The length of the demo's own windows, so that losses are the same.
-        f"mergekit-metagpt compare metagpt.yml {texts} --context {WINDOW}",
-    )
-    return [f"(cd {shlex.quote(str(folder))} && {command})" for command in commands]
+        (folder / f"{name}.txt").write_text(_held_out(name), encoding="ascii")
 
 
 def run(
@@ -371,8 +252,8 @@ def run(
     """Make a family, merge it with MetaGPT and two baselines, evaluate all models.
 
     Writes `metagpt.yml`, `average.yml` and `task_arithmetic.yml` (weight 0.3) beside
-    the family, and merges each through mergekit into `merged-<name>`. Leaves a
-    held-out text for each specialist too.
+    the family, and merges each through mergekit into `merged-<name>`. Writes a
+    held-out text for each specialist, too.
 
     Args:
         folder: new or empty folder.
@@ -386,8 +267,6 @@ def run(
     Raises:
         ValueError: `folder` is not empty, or mergekit cannot read its name.
     """
-    if problem := _why_unusable(folder):
-        raise ValueError(problem)
     import yaml
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
@@ -412,7 +291,6 @@ def run(
             )
     _write_texts(folder)
     pooled = scan(family.base, list(family.specialists.values()), gram=True).pool()
-    assert pooled.gram is not None
     say("evaluating on held-out text")
     models = {"base": family.base, **family.specialists, **merges}
     cosines = pooled.cosines

@@ -66,24 +66,24 @@ def _sample(domain: str, rng: random.Random) -> str:
 
 
 def text(domain: str, size: int, *, held_out: bool = False) -> str:
-    """Write at least `size` bytes of ASCII text of a domain, always the same ones.
+    """Generate at least `size` bytes of ASCII text of a domain, the same every time.
 
-    A checksum puts one sentence, line or snippet in eight on the held-out side: none
-    is ever both trained on and evaluated.
+    A checksum holds out one sentence, line or snippet in eight, so that none is both
+    trained on and evaluated.
 
     Args:
         domain: `general`, `arithmetic`, `logs` or `code`.
-        size: bytes wanted; the text ends with the sample that reaches them.
-        held_out: whether to write text for evaluation instead of training.
+        size: bytes; the text ends with the sample that reaches them.
+        held_out: generate text for evaluation, not for training.
 
     Returns:
         the text.
     """
     rng = random.Random(f"{domain} {'held out' if held_out else 'training'}")
-    chosen, length = [], 0
+    samples, length = [], 0
     while length < size:
         sample = _sample(domain, rng)
         if (zlib.crc32(sample.encode()) % 8 == 0) == held_out:
-            chosen.append(sample)
+            samples.append(sample)
             length += len(sample)
-    return "".join(chosen)
+    return "".join(samples)

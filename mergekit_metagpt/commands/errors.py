@@ -16,7 +16,7 @@ from mergekit_metagpt.report.parts import printable
 
 P = ParamSpec("P")
 T = TypeVar("T")
-# Length of a message; some quote a file's content.
+# Longest message: some quote the content of a file.
 MOST_CHARACTERS = 2000
 
 
@@ -36,7 +36,7 @@ class Differs(Refusal):
 
 
 class Unverified(Refusal):
-    """Whether it is could not be checked."""
+    """A model could not be checked."""
 
     exit_code = 3
 
@@ -50,7 +50,7 @@ def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
             try:
                 return command(*args, **kwargs)
             except (BrokenPipeError, click.Abort, click.exceptions.Exit):
-                raise  # click ends quietly
+                raise  # click handles these
             except Exception as error:
                 if not isinstance(error, expected_errors()):
                     raise
@@ -60,7 +60,7 @@ def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
 
 
 def expected_errors() -> tuple[type[Exception], ...]:
-    """Errors that stand for bad input; others are defects and show a traceback."""
+    """Errors that mean bad input; all others are defects and show a traceback."""
     from safetensors import SafetensorError  # raised by mergekit's writer
     from torch import OutOfMemoryError
 
@@ -69,15 +69,15 @@ def expected_errors() -> tuple[type[Exception], ...]:
 
 
 def in_one_line(error: Exception) -> str:
-    """Return an error's message in one line of readable length."""
+    """Return an error's message as one line, shortened if it is long."""
     said = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename:
-        # Python would add its number, and double the backslashes of a path.
+        # str() would add a number, and double the backslashes of a path.
         said = f"{error.filename}: {error.strerror}"
     line = " ".join(said.split())
     if isinstance(error, MemoryError):
         line = f"not enough memory. {line}".strip()
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) and (error.name or "").startswith("mergekit"):
         line = f"{line}. Install mergekit 0.1.5 or a later 0.1"
     if len(line) > MOST_CHARACTERS:
         half = MOST_CHARACTERS // 2
@@ -87,14 +87,14 @@ def in_one_line(error: Exception) -> str:
 
 @contextmanager
 def interrupts_kept() -> Iterator[None]:
-    """Raise KeyboardInterrupt for any error after Ctrl-C was pressed.
+    """Raise KeyboardInterrupt in place of any error after Ctrl-C was pressed.
 
     Python raises it wherever the main thread is, even inside a library's C code, which
     may turn it into another error. torch, for example, then reports a shape that it
     could not determine, as if the file were damaged.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C was pressed, and an error came of it.
+        KeyboardInterrupt: Ctrl-C was pressed, and an error followed.
     """
     pressed = False
 

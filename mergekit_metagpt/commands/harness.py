@@ -1,4 +1,4 @@
-"""Scores language models on tasks of the EleutherAI harness, lm-eval."""
+"""Scores language models on tasks of lm-eval, EleutherAI's harness."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from mergekit_metagpt.scanning.cache import TaskScores
 
-# As the harness's own command.
+# As in lm-eval's own command.
 FEWSHOT_SEED = 1234
 BATCH = 8
 
@@ -27,9 +27,9 @@ class Task:
     """A task, with its documents loaded.
 
     Attributes:
-        name: of the task.
-        loaded: the harness's own object.
-        limit: how many of its documents count, at most.
+        name: its name.
+        loaded: lm-eval's own object.
+        limit: most documents to score; None for all.
         higher_is_better: by metric.
     """
 
@@ -40,13 +40,13 @@ class Task:
 
     @property
     def count(self) -> int:
-        """How many documents are scored."""
+        """The number of documents that are scored."""
         count = len(self.loaded.eval_docs)
         return count if self.limit is None else min(count, self.limit)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what its scores depend on beside the model, in hexadecimal."""
+        """SHA-256 of all that scores depend on beside the model, in hexadecimal."""
         documents = list(islice(self.loaded.eval_docs, self.count))
         about = [version("lm-eval"), self.loaded.dump_config(), documents]
         return hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()
@@ -56,11 +56,11 @@ def load(names: Sequence[str], limit: int | None = None) -> list[Task]:
     """Load tasks and their documents.
 
     Args:
-        names: of tasks or groups of the harness, or YAML files of tasks.
-        limit: documents of each task, at most.
+        names: tasks or groups of lm-eval, or YAML files of tasks.
+        limit: most documents of each task; None for all.
 
     Returns:
-        the tasks, groups taken apart.
+        the tasks, with groups split into theirs.
 
     Raises:
         ValueError: lm-eval is not installed, or cannot load a task.
@@ -76,13 +76,13 @@ def load(names: Sequence[str], limit: int | None = None) -> list[Task]:
                 "--task needs lm-eval, which is not installed here. Install this "
                 'package with its extra eval: python -m pip install ".[eval]"'
             ) from error
-        # The index of the harness's own tasks takes seconds.
+        # To index lm-eval's own tasks takes seconds.
         own = not all(Path(name).is_file() for name in names)
         manager = TaskManager(include_defaults=own)
         for name in names:
             try:
                 loaded = manager.load([name])["tasks"]
-            except Exception as error:  # whatever the harness and datasets raise
+            except Exception as error:  # lm-eval and datasets may raise anything
                 said = " ".join(str(error).split())
                 raise ValueError(
                     f"--task {name} cannot be loaded: {said}. Expected a task of "
@@ -111,7 +111,7 @@ def score(model: Any, tokenizer: Any, task: Task) -> TaskScores:
         the scores of each document, by metric.
 
     Raises:
-        ValueError: the harness refuses the task, or no metric of it is a mean over
+        ValueError: lm-eval refuses the task, or none of its metrics is a mean over
             documents.
     """
     with _quiet():
@@ -164,7 +164,7 @@ def _is_mean(scores: Sequence[float], value: float) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the harness, whose log, bars and warnings say nothing of merges."""
+    """Silence lm-eval: its log, progress bars and warnings."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Cuts texts into chunks, and measures how well language models predict them."""
+"""Cuts texts into chunks, and measures how well a language model predicts them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mergekit_metagpt.scanning.cache import ChunkLosses
 if TYPE_CHECKING:
     import torch
 
-# A standard error of fewer chunks means little.
+# A standard error from fewer chunks means little.
 FEWEST_CHUNKS = 8
-# Longer than any token but runs of spaces: of a large file only this much is read.
+# Only runs of spaces make longer tokens: no more than this of a text is tokenized.
 CHARACTERS_A_TOKEN = 32
-# That go through a model together: logits take 4 bytes a token and vocabulary entry.
+# Tokens in one batch: logits take 4 bytes for each token and vocabulary entry.
 BATCH_TOKENS = 1024
 
 
@@ -29,8 +29,8 @@ class Tokenized:
     """Chunks of a text in the tokens of one model.
 
     Attributes:
-        ids: of each chunk; the first is not predicted.
-        bytes: that the predicted tokens of each chunk spell, in UTF-8.
+        ids: tokens of each chunk; the first is not predicted.
+        bytes: length of each chunk's predicted tokens, in bytes of UTF-8.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -38,17 +38,13 @@ class Tokenized:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that a model is shown, in hexadecimal."""
+        """SHA-256 of what a model is shown, in hexadecimal."""
         return hashlib.sha256(json.dumps([self.ids, self.bytes]).encode()).hexdigest()
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers, its warnings and its progress bars.
-
-    Yields:
-        while it is silent.
-    """
+    """Silence the warnings and progress bars of transformers."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -65,23 +61,14 @@ def quiet_transformers() -> Iterator[None]:
 def tokenizer_of(
     model: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """Load the tokenizer of a model.
-
-    Args:
-        model: folder or hub repository.
-        revision: of the repository.
-        trust_remote_code: run code that comes with the model.
-
-    Returns:
-        transformers' tokenizer, or None where there is none that can be loaded.
-    """
+    """Load the tokenizer of a folder or repository; None if none can be loaded."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(
             model, revision=revision, trust_remote_code=trust_remote_code
         )
-    except Exception:  # whatever the class of a tokenizer raises
+    except Exception:  # any class of tokenizer may raise anything
         return None
 
 
@@ -89,9 +76,9 @@ def documents(file: Path, tokenizers: Sequence[Any]) -> list[str]:
     """Read the documents of a text file.
 
     Args:
-        file: plain text, which is one document; or .jsonl, each line of which has
-            `text`, or `messages` for a chat template.
-        tokenizers: the first of them that has a chat template writes the messages.
+        file: plain text, which is one document; or .jsonl, with `text`, or `messages`
+            for a chat template, on each line.
+        tokenizers: the first that has a chat template formats the messages.
 
     Returns:
         the documents.
@@ -107,7 +94,8 @@ def documents(file: Path, tokenizers: Sequence[Any]) -> list[str]:
     if file.suffix != ".jsonl":
         return [text]
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Unlike str.splitlines: JSON may hold other ends of lines, such as U+2028.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         place = f"line {number} of {file}"
@@ -132,7 +120,7 @@ def _chat(messages: Any, place: str, tokenizers: Sequence[Any]) -> str:
     if not able:
         raise ValueError(
             f"{place} holds messages, and no tokenizer of these models has a chat "
-            "template. Give the text as it is in `text`"
+            "template. Give the text itself, in `text`"
         )
     try:
         text = str(able[0].apply_chat_template(messages, tokenize=False))
@@ -146,13 +134,13 @@ def _chat(messages: Any, place: str, tokenizers: Sequence[Any]) -> str:
 def cut(
     texts: Sequence[str], tokenizer: Any, *, context: int, tokens: int
 ) -> list[str]:
-    """Cut documents into chunks of so many tokens.
+    """Cut documents into chunks.
 
     Args:
         texts: the documents; no chunk reaches from one into the next.
-        tokenizer: whose tokens are counted.
-        context: of a chunk, with the token that begins every sequence, if any.
-        tokens: of all chunks.
+        tokenizer: its tokens are counted.
+        context: tokens of a chunk, with the one that begins every sequence, if any.
+        tokens: most tokens of all chunks together.
 
     Returns:
         the chunks, as text.
@@ -164,7 +152,7 @@ def cut(
     for text in texts:
         text = text[: CHARACTERS_A_TOKEN * left]
         places = _offsets(tokenizer, text)[1][:left]
-        # By ends: a token's beginning may leave out the space before a word.
+        # Cut at ends: the beginning of a token may leave out the space before it.
         ends = [end for _, end in places]
         ends = [*ends[size - 1 :: size], *ends[-1:]]
         pieces = [text[b:e] for b, e in zip([0, *ends], ends, strict=False)]
@@ -178,15 +166,15 @@ def cut(
 
 
 def tokenize(chunks: Sequence[str], tokenizer: Any) -> Tokenized:
-    """Write chunks in the tokens of a model.
+    """Tokenize chunks for a model.
 
     Args:
-        chunks: of a text.
+        chunks: chunks of a text.
         tokenizer: the model's.
 
     Returns:
-        tokens and bytes; without a token that begins every sequence, the first token
-        of each chunk is not predicted.
+        tokens and bytes. If no token begins every sequence, the first token of each
+        chunk is not predicted, and its bytes do not count.
 
     Raises:
         ValueError: the tokenizer does not say where its tokens lie.
@@ -201,7 +189,7 @@ def tokenize(chunks: Sequence[str], tokenizer: Any) -> Tokenized:
 
 
 def _start(tokenizer: Any) -> tuple[int, ...]:
-    """The token that begins every sequence, if the tokenizer adds one by itself."""
+    """The token with which the tokenizer begins every sequence, if any."""
     begin = tokenizer.bos_token_id
     ids = tokenizer("a")["input_ids"]
     return (begin,) if begin is not None and ids[:1] == [begin] else ()
@@ -258,10 +246,10 @@ def evaluate(
     Args:
         model: a causal language model.
         text: in this model's tokens.
-        progress: called with the number of chunks that are done.
+        progress: called with the number of chunks after each batch.
 
     Returns:
-        losses in nats, in float32 arithmetic from the logits on.
+        losses in nats, computed in float32 from the logits.
 
     Raises:
         ValueError: a token is beyond the model's vocabulary; a loss is not finite.
@@ -292,7 +280,7 @@ def evaluate(
 
 
 def _batches(ids: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """Put neighbours of equal length together, so that nothing is padded."""
+    """Batch neighbours of equal length, so that nothing is padded."""
     for length, group in groupby(ids, len):
         chunks, count = list(group), max(1, BATCH_TOKENS // max(length, 1))
         yield from (chunks[at : at + count] for at in range(0, len(chunks), count))

@@ -1,4 +1,4 @@
-"""Measures what a user names, from disk or from the hub, without merging it."""
+"""Measures the models that a user names, on disk or on the hub, without merging."""
 
 from __future__ import annotations
 
@@ -25,18 +25,7 @@ if TYPE_CHECKING:
 
 
 def config_of(models: Sequence[str], base: str | None) -> MergeConfiguration:
-    """Return the merge that is named: by its YAML, its output, or base and models.
-
-    Args:
-        models: one YAML or output folder, or the models of `base`.
-        base: what the models were fine-tuned from, or None.
-
-    Returns:
-        the merge.
-
-    Raises:
-        ValueError: neither is named, or the YAML is not one that can be measured.
-    """
+    """Read a merge from a YAML, a merged model's folder, or a base and models."""
     if base is not None:
         return families.config_of(base, models)
     if len(models) != 1:
@@ -58,22 +47,13 @@ def config_of(models: Sequence[str], base: str | None) -> MergeConfiguration:
 
 
 def _yaml_of(model: str) -> Path:
-    """The YAML that is named, or that lies in the folder of a merged model."""
+    """A YAML, or the one in the folder of a merged model."""
     file = Path(model)
     return file / "mergekit_config.yml" if file.is_dir() else file
 
 
 def next_step(models: Sequence[str], base: str | None, *, adapters: bool) -> str:
-    """Say by which command to find out which weights are best.
-
-    Args:
-        models: as for `config_of`.
-        base: as for `config_of`.
-        adapters: whether the models are adapters without a base.
-
-    Returns:
-        a sentence; without a YAML it begins with how to write one.
-    """
+    """Say which command finds the best weights, and how to write its YAML."""
     if base is None and not adapters:
         config, first = shlex.quote(str(_yaml_of(models[0]))), ""
     else:
@@ -89,15 +69,7 @@ def next_step(models: Sequence[str], base: str | None, *, adapters: bool) -> str
 
 
 def report_of_adapters(adapters: Sequence[str], **wishes: Any) -> schema.Report:
-    """Measure LoRA adapters without their base.
-
-    Args:
-        adapters: folders, or hub repositories, which are fetched whole.
-        **wishes: settings, where they are not None.
-
-    Returns:
-        what was measured; nothing relative to the base.
-    """
+    """Measure LoRA adapters without their base."""
     family, opened = families.open_adapters(adapters, **wishes)
     return inspecting.inspect([family], opened)
 
@@ -109,17 +81,7 @@ def report_of(
     sample: Sample | None = None,
     **wishes: Any,
 ) -> schema.Report:
-    """Measure the models of a merge that lie on disk, or that mergekit downloads.
-
-    Args:
-        config: who is merged with whom.
-        options: how models are loaded.
-        sample: how much to read; as `config` says if None.
-        **wishes: settings that replace those of `config`, where they are not None.
-
-    Returns:
-        what was measured.
-    """
+    """Measure the models of a merge; wishes that are not None replace its settings."""
     merged = families.of_config(config, **wishes)
     with ranks.leader_first():
         opened = families.open_models(merged, options)
@@ -150,22 +112,12 @@ def remote_report_of(
     sample: Sample | None,
     **wishes: Any,
 ) -> schema.Report:
-    """Measure the models of a merge by a sample of their files on the hub.
-
-    Args:
-        config: who is merged with whom.
-        options: how models are loaded.
-        sample: how much to read; only headers if None.
-        **wishes: settings that replace those of `config`, where they are not None.
-
-    Returns:
-        what was measured.
-    """
+    """Estimate models on the hub from a sample; without one, read headers alone."""
     merged = families.of_config(config, **wishes)
-    looked = families.glimpse_models(merged, options)
-    seen = headers.headers_of(merged, looked)
-    opened = {model: at.checkpoint for model, at in looked.items()}
-    if sample is None or any(header.misfit for header in seen):
+    glimpsed = families.glimpse_models(merged, options)
+    found = headers.headers_of(merged, glimpsed)
+    opened = {model: at.checkpoint for model, at in glimpsed.items()}
+    if sample is None or any(header.misfit for header in found):
         merged = []
     report = inspecting.inspect(
         merged,
@@ -174,4 +126,4 @@ def remote_report_of(
         refused=next((c.refused for c in opened.values() if c.refused), None),
         sample=sample,
     )
-    return report.model_copy(update={"headers": seen})
+    return report.model_copy(update={"headers": found})

@@ -1,18 +1,17 @@
-"""Merges a YAML as mergekit-yaml does: the whole job checked first, all or nothing."""
+"""Merges a YAML as mergekit-yaml does, checked as a whole first; all or nothing."""
 
 from __future__ import annotations
 
 import logging
-import secrets
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from mergekit_metagpt.commands import placing
 from mergekit_metagpt.merge_config import (
     checks,
     families,
@@ -36,8 +35,6 @@ LOG = logging.getLogger("mergekit_metagpt")
 REPORT = "metagpt.json"
 FIGURE = "metagpt.png"
 PLAIN = "mergekit_config.plain.yml"
-# Where an old model lies, in the hidden folder, while the new one takes its place.
-ASIDE = "replaced"
 
 
 @dataclass(frozen=True)
@@ -45,28 +42,19 @@ class Prepared:
     """A merge by one of our methods that was checked and measured.
 
     Attributes:
-        text: the YAML.
         job: headers and plan.
         report: what was measured.
         exported: the merge as plain YAML.
         warned: whether all warnings on the coefficients were logged.
     """
 
-    text: str
     job: jobs.Job
     report: schema.Report
     exported: plain_yaml.Exported
     warned: bool
 
     def write_beside(self, folder: Path) -> str:
-        """Write the files that lie beside the model.
-
-        Args:
-            folder: a new one.
-
-        Returns:
-            the section of the model card that refers to them.
-        """
+        """Write report, figure and plain YAML; return a section of the model card."""
         folder.mkdir()
         (folder / REPORT).write_text(schema.as_json(self.report), encoding="ascii")
         (folder / PLAIN).write_text(self.exported.text, encoding="utf-8")
@@ -74,25 +62,18 @@ class Prepared:
         changes = self.exported.changes
         return card.section(self.report, figure=FIGURE, plain=PLAIN, changes=changes)
 
-    def complete(
-        self, made: Path, beside: Path, about: str, options: MergeOptions
-    ) -> None:
-        """Put into a merged model what belongs to it, and check that it is complete.
-
-        Args:
-            made: the model.
-            beside: the folder of `write_beside`, which is emptied.
-            about: the section of the model card.
-            options: mergekit's own.
-
-        Raises:
-            ValueError: mergekit did not write a tensor.
-            OSError: an input has changed, or a file cannot be written.
-        """
+    def move_beside(self, beside: Path, made: Path) -> None:
+        """Move what `write_beside` wrote to the model, if no input has changed."""
         for checkpoint in self.job.opened.values():
             checkpoint.verify_unchanged()
         for path in beside.iterdir():
             path.rename(made / path.name)
+
+    def complete(
+        self, made: Path, beside: Path, about: str, options: MergeOptions
+    ) -> None:
+        """Add our files to a merged model; ValueError if it lacks a tensor."""
+        self.move_beside(beside, made)
         if names := unwritten(made, self.job):
             raise ValueError(
                 f"mergekit did not write {', '.join(names[:3])} ({len(names)} tensors "
@@ -103,29 +84,13 @@ class Prepared:
                 stream.write(f"\n{about}")
 
 
-def prepare(
-    text: str, config: MergeConfiguration, options: MergeOptions, file: Path
-) -> Prepared:
-    """Check a whole merge by one of our methods, and measure its models.
-
-    Args:
-        text: the YAML.
-        config: the same as mergekit's configuration.
-        options: mergekit's own.
-        file: that of the YAML, for messages.
-
-    Returns:
-        the merge.
-
-    Raises:
-        ValueError: the configuration or a model is refused.
-        OSError: a file cannot be read.
-    """
+def prepare(config: MergeConfiguration, options: MergeOptions, file: Path) -> Prepared:
+    """Check a whole merge by one of our methods, and measure its models."""
     with ranks.leader_first():
         job = jobs.check(config, options, file)
     tokenizer_checks.check_copied_tokenizer(config, options)
     merged = families.of_config(config)
-    # Without inner products, unless an earlier `inspect` left them in the cache.
+    # Inner products are only taken from the cache, where `inspect` may have left them.
     report = inspecting.inspect(
         merged,
         job.opened,
@@ -143,20 +108,19 @@ def prepare(
     for family in report.families:
         if family.note:
             LOG.warning("%s", family.note)
-    # Parameters that vary by tensor may need warnings that the report does not have.
+    # If parameters vary by tensor, the merge itself may find more to warn of.
     warned = not any(family.settings.varying for family in report.families)
     if warned:
         warnings = (line for family in report.families for line in family.warnings)
         for line in dict.fromkeys(warnings):
             LOG.warning("%s", line)
-
     if config.merge_method in checks.RANDOM_METHODS and options.random_seed is None:
         LOG.warning(
             "%s draws random numbers: give --random-seed N, or nobody can repeat or "
             "verify this merge",
             config.merge_method,
         )
-    return Prepared(text, job, report, exported, warned)
+    return Prepared(job, report, exported, warned)
 
 
 def merge(
@@ -165,8 +129,8 @@ def merge(
     """Merge with `metagpt` through mergekit; `out` appears only once it is complete.
 
     Checks the YAML, the headers of all models and all weights before mergekit starts,
-    which then needs no scan of its own. Writes beside the model the report, its
-    figure, and the merge as plain YAML; the model card refers to them.
+    which then needs no scan of its own. The model card refers to the report, its figure
+    and the plain YAML, which lie beside the weights.
 
     Args:
         config_file: the merge YAML.
@@ -180,10 +144,10 @@ def merge(
     """
     text, config = merge_yaml.read_file(config_file)
     out = out.resolve()
-    check_place(out, config_file, config, force=force)
+    placing.require_free(out, config_file, config, force=force)
     options.apply_global_options()
-    prepared = prepare(text, config, options, config_file)
-    with workplace(out) as parent:
+    prepared = prepare(config, options, config_file)
+    with placing.workplace(out) as parent:
         # Write these first: they should fail before hours of merging, not after.
         beside = parent / "beside"
         about = prepared.write_beside(beside)
@@ -197,17 +161,14 @@ def merge(
         except (ValueError, OSError) as late:
             if unwritten(made, prepared.job):
                 raise
-            for checkpoint in prepared.job.opened.values():
-                checkpoint.verify_unchanged()
-            for path in beside.iterdir():
-                path.rename(made / path.name)
+            prepared.move_beside(beside, made)
             raise ValueError(_keep(made, out, late)) from late
         prepared.complete(made, beside, about, options)
-        put(made, out, aside=parent / ASIDE)
+        placing.put(made, out, aside=parent / placing.ASIDE)
 
 
 def _coefficients(planned: Sequence[plan.Planned]) -> list[plan.Coefficients]:
-    """The coefficients of every output tensor; ranks share what must be read."""
+    """The coefficients of every output tensor; ranks share the reading."""
     group = ranks.group()
     if group is None or group.size == 1:
         return plan.coefficients(planned)
@@ -236,24 +197,13 @@ def _recorded(options: MergeOptions) -> schema.Options:
 def merge_other(
     config: MergeConfiguration, source: str, out: Path, options: MergeOptions
 ) -> None:
-    """Merge by any method of mergekit; `out` appears only once it is complete.
-
-    Args:
-        config: mergekit's configuration, checked.
-        source: the YAML.
-        out: folder for the merged model, checked by `check_place`; it is replaced.
-        options: mergekit's own.
-
-    Raises:
-        ValueError: mergekit refuses the merge.
-        OSError: a file cannot be read or written.
-    """
+    """Merge by any method of mergekit into a folder that `require_free` checked."""
     out = out.resolve()
     options.apply_global_options()
-    with workplace(out) as parent:
+    with placing.workplace(out) as parent:
         made = parent / "made" / out.name
         plan.run(config, str(made), options, source=source, warned=False)
-        put(made, out, aside=parent / ASIDE)
+        placing.put(made, out, aside=parent / placing.ASIDE)
 
 
 def unwritten(made: Path, job: jobs.Job) -> list[str]:
@@ -268,7 +218,7 @@ def unwritten(made: Path, job: jobs.Job) -> list[str]:
 
 
 def _keep(made: Path, out: Path, late: Exception) -> str:
-    """Keep weights that took hours where only what belongs to them failed."""
+    """Keep all weights if only what mergekit writes after them failed."""
     kept = out.with_name(f"{out.name}.unfinished")
     number = 1
     while kept.exists():
@@ -285,110 +235,3 @@ def _keep(made: Path, out: Path, late: Exception) -> str:
         + (f", without {' and '.join(missing)}" if missing else "")
         + ". Copy the files that are missing from the base, and rename the folder"
     )
-
-
-@contextmanager
-def workplace(out: Path) -> Iterator[Path]:
-    """Make a hidden folder to work in; remove it in the end, also after Ctrl-C.
-
-    It is named before it is made, and removed twice: there is no moment at which a
-    single interrupt leaves it behind.
-
-    Args:
-        out: where the result is to go: the folder is made beside it.
-
-    Yields:
-        the folder.
-    """
-    folder = home(out) / f".{out.name}.{secrets.token_urlsafe(6)}"
-    try:
-        try:
-            folder.mkdir(mode=0o700)
-            yield folder
-        finally:
-            remove(folder, out)
-    finally:
-        remove(folder, out)
-
-
-def remove(folder: Path, out: Path) -> None:
-    """Remove a workplace; an old model that lies in it goes back to its place first."""
-    if (folder / ASIDE).exists() and not out.exists():
-        (folder / ASIDE).rename(out)
-    if folder.exists():
-        shutil.rmtree(folder)
-
-
-def home(out: Path) -> Path:
-    """Where to work: a folder from which the model can be moved to its place."""
-    if out.is_dir() and not any(out.iterdir()):
-        return out  # it may be a disk of its own, into which nothing can be moved
-    return next(folder for folder in out.parents if folder.is_dir())
-
-
-def check_place(
-    out: Path,
-    config_file: Path,
-    config: MergeConfiguration,
-    *,
-    force: bool,
-    unfinished: str | None = None,
-) -> None:
-    """Refuse an output folder that is taken, or that holds what is to be merged.
-
-    Args:
-        out: the folder, resolved.
-        config_file: the merge YAML.
-        config: the same as mergekit's configuration.
-        force: whether the folder may exist.
-        unfinished: name of a folder in it that does not count.
-
-    Raises:
-        ValueError: it is taken, or holds an input.
-    """
-    if out.is_file():
-        raise ValueError(f"{out} is a file; expected a folder for the merged model")
-    paths = [
-        Path(part.path)
-        for model in merge_yaml.models(config)
-        for part in (model.model, model.lora)
-        if part is not None
-    ]
-    for path in (config_file, *paths):
-        if path.resolve().is_relative_to(out):
-            raise ValueError(
-                f"{out} holds {path}, which this merge reads; choose another folder"
-            )
-    names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if not force and names - {unfinished}:
-        raise ValueError(f"{out} exists and is not empty; choose another, or --force")
-
-
-def put(made: Path, out: Path, aside: Path) -> None:
-    """Move a finished model to its place; on failure all is as it was."""
-    if made.is_relative_to(out):
-        # The folder itself stays: it may be where somebody stands. Last comes what
-        # makes it a model, and goes first.
-        names = sorted((p.name for p in made.iterdir()), key="config.json".__eq__)
-        try:
-            for name in names:
-                (made / name).rename(out / name)
-        except BaseException:
-            for name in reversed(names):
-                if (out / name).exists():
-                    (out / name).rename(made / name)
-            raise
-        return
-    above = [folder for folder in out.parents if not folder.exists()]
-    try:
-        if out.exists():
-            out.rename(aside)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        made.rename(out)
-    except BaseException:
-        if made.exists():  # else it is in its place
-            if aside.exists():
-                aside.rename(out)
-            for folder in filter(Path.exists, above):
-                folder.rmdir()
-        raise

@@ -1,4 +1,4 @@
-"""Reads the options that commands share; bad values are ValueErrors that say why."""
+"""Reads options that commands share; a bad value is a ValueError that says why."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import click
 if TYPE_CHECKING:
     from mergekit_metagpt.scanning.sampling import Sample
 
-# What `inspect --remote` reads if nothing else is asked for.
+# Budget of `inspect --remote`, unless another is given.
 REMOTE_BUDGET = "200MB"
 
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Import without collecting garbage, then or later.
+    """Import without collecting garbage, and never collect what was imported.
 
-    What mergekit imports stays to the end. Looking through all of it, again and again
-    and once more at exit, takes over a second.
+    All of it stays until the end. To look through it again and again, and once more at
+    exit, takes over a second.
     """
     gc.disable()
     try:
@@ -34,7 +34,7 @@ def quick_imports() -> Iterator[None]:
 
 
 def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """mergekit's options that say how to load models, collected in MergeOptions."""
+    """Add mergekit's options for loading models; pass them on as MergeOptions."""
 
     @functools.wraps(command)
     def wrapper(
@@ -96,8 +96,8 @@ def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_new(out: str, *, force: bool) -> None:
-    """Refuse an output file that is there already, or cannot be written."""
-    check_target(out)
+    """Refuse an output file that exists or cannot be written."""
+    _require_writable(out)
     if out != "-" and Path(out).exists():
         _require_force([out], force=force)
 
@@ -105,16 +105,7 @@ def check_new(out: str, *, force: bool) -> None:
 def check_reports(
     *, force: bool, plot: str | None = None, **targets: str | None
 ) -> None:
-    """Refuse what reports cannot be written to, before the work that they are to hold.
-
-    Args:
-        force: whether files may be there already.
-        plot: file of a figure.
-        **targets: files of other reports, by option; - is stdout, which takes one.
-
-    Raises:
-        ValueError: a file is there, cannot be written, or is named by two options.
-    """
+    """Refuse report files that exist, cannot be written, or are named twice."""
     owners: dict[str, str] = {}
     taken: list[str] = []
     for option, file in {**targets, "plot": plot}.items():
@@ -123,9 +114,9 @@ def check_reports(
         if option == "plot":
             from mergekit_metagpt.report import drawing
 
-            check_target(file, drawing.FORMATS)
+            _require_writable(file, drawing.FORMATS)
         else:
-            check_target(file)
+            _require_writable(file)
         if Path(file).is_file():  # a device or a pipe can be written again
             taken.append(file)
         if (other := owners.setdefault(file, option)) != option:
@@ -137,7 +128,7 @@ def check_reports(
 
 
 def _require_force(taken: Sequence[str], *, force: bool) -> None:
-    """Refuse all files at once that are there already."""
+    """Refuse files that exist, all of them at once."""
     if taken and not force:
         one = len(taken) == 1
         raise ValueError(
@@ -146,10 +137,7 @@ def _require_force(taken: Sequence[str], *, force: bool) -> None:
         )
 
 
-def check_target(file: str | None, endings: tuple[str, ...] = ()) -> None:
-    """Refuse a file that cannot be written, before the work that it is to hold."""
-    if file is None:
-        return
+def _require_writable(file: str, endings: tuple[str, ...] = ()) -> None:
     if file == "-":
         if endings:
             raise ValueError("--plot - is no file; expected one to draw the figure in")
@@ -180,12 +168,12 @@ def weights_of(given: tuple[str, ...]) -> dict[str, float] | None:
 
 
 def is_zero(share: str | None) -> bool:
-    """Whether --sample asks for no weights at all."""
+    """Whether --sample asks to read no weights."""
     return share is not None and set(share.removesuffix("%")) in ({"0"}, {"0", "."})
 
 
 def sample_of(share: str | None, budget: str | None, *, remote: bool) -> Sample | None:
-    """What --sample and --budget ask for; None for an exact scan."""
+    """Read --sample and --budget; None stands for an exact scan."""
     from mergekit_metagpt.scanning.sampling import Sample
 
     if share is not None and budget is not None:
@@ -222,7 +210,7 @@ def _bytes(text: str) -> int:
 
 
 def pairs(option: str, given: tuple[str, ...], form: str) -> dict[str, Path]:
-    """Read options of a form such as NAME=FILE; every file must exist."""
+    """Read options such as NAME=FILE, where the file must exist."""
     files: dict[str, Path] = {}
     for pair in given:
         name, equals, file = pair.partition("=")
@@ -237,6 +225,7 @@ def pairs(option: str, given: tuple[str, ...], form: str) -> dict[str, Path]:
 
 
 def numbers(option: str, given: str | None) -> list[float]:
+    """Read numbers with commas between them."""
     try:
         return [float(number) for number in given.split(",")] if given else []
     except ValueError as error:
@@ -247,6 +236,7 @@ def numbers(option: str, given: str | None) -> list[float]:
 
 def scales(option: str, given: str | None) -> list[float | str]:
     """Read numbers with commas between them, or `keep` in their place."""
-    parts = given.split(",") if given else []
-    read = [["keep"] if part == "keep" else numbers(option, part) for part in parts]
-    return [scale for one in read for scale in one]
+    read: list[float | str] = []
+    for part in given.split(",") if given else []:
+        read += ["keep"] if part.strip() == "keep" else numbers(option, part)
+    return read

@@ -1,4 +1,4 @@
-"""Says of a comparison what was written where, and in the YAML where it comes from."""
+"""Writes a comparison's last line, and comments above the YAML of the best merge."""
 
 from __future__ import annotations
 
@@ -16,15 +16,7 @@ if TYPE_CHECKING:
 
 
 def origin(config: Path, found: Comparison) -> str:
-    """Say above the best merge's YAML where it comes from, for who finds it alone.
-
-    Args:
-        config: the YAML that was compared.
-        found: the comparison.
-
-    Returns:
-        lines of comments.
-    """
+    """Return comments that tell a reader of the best YAML where it comes from."""
     ranked = _ranked(found)
     of = f", as the best of {len(ranked)} merges" if len(ranked) > 1 else ""
     lines = [f"Written by mergekit-metagpt compare {config}{of}."]
@@ -47,7 +39,7 @@ def origin(config: Path, found: Comparison) -> str:
 
 
 def _ranked(found: Comparison) -> Sequence[Ranked]:
-    """Candidates from the best on, by what the best one was chosen by."""
+    """The ranking that chose the best merge: by losses, or by scores without texts."""
     if not found.candidates and found.scoring is not None:
         return found.scoring.candidates
     return found.candidates
@@ -61,18 +53,7 @@ def closing(
     write: str | None,
     keep: str | None,
 ) -> str:
-    """Say in one line what was written where, and what to do next.
-
-    Args:
-        found: the comparison.
-        json: file of all that was measured, or None.
-        plot: file of the figure, or None.
-        write: file of the best merge's YAML, or None.
-        keep: folder of the best merge, or None.
-
-    Returns:
-        the line.
-    """
+    """Say in one line what was written to which file, and what to do next."""
     named = (
         (json if json != "-" else None, "all losses and scores"),
         (plot, "the figure"),
@@ -89,6 +70,6 @@ def closing(
     elif keep is None:
         line += f"For the YAML of '{found.best}', add --write BEST.yml to this command"
         if cache.folder() is not None:
-            line += ": what was measured is kept, and not measured again"
+            line += ": what was measured is kept and not measured again"
         line += "."
     return printable(line.rstrip())

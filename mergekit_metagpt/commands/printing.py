@@ -1,4 +1,4 @@
-"""Prints reports, and writes what a command was asked to write."""
+"""Prints tables and prose, and writes the files that a command was asked for."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 # Table width when stdout is not a terminal, so that rows are not wrapped.
 PIPE_WIDTH = 240
-# Blanks at the end of a line, among codes for colours.
+# Blanks at the end of a line, which may stand among codes for colours.
 _END = re.compile(r"(?: |\x1b\[[\d;]*m)+$")
 
 
 def show(parts: Iterable[str | Table]) -> None:
     """Print tables and prose to stdout.
 
-    A terminal of its own width, or that of COLUMNS, wraps prose between words. In a
-    pipe, a paragraph is one line, and no line ends in blanks.
+    Prose is wrapped between words, at the width of the terminal or that of COLUMNS. In
+    a pipe, a paragraph is one line, and no line ends in blanks.
     """
     from rich.console import Console
 
@@ -45,19 +45,18 @@ def show(parts: Iterable[str | Table]) -> None:
         elif piped:
             with console.capture() as captured:
                 console.print(part)
-            lines = [_END.sub(_codes, line) for line in captured.get().splitlines()]
+            lines = [
+                _END.sub(lambda end: end[0].replace(" ", ""), line)
+                for line in captured.get().splitlines()
+            ]
         else:
             console.print(part)
             continue
         click.echo("\n".join(lines))
 
 
-def _codes(end: re.Match[str]) -> str:
-    return end[0].replace(" ", "")
-
-
 def _wrapped(line: str, console: Console) -> list[str]:
-    """Break a line between words: a name or a path stays in one piece."""
+    """Break a line between words, so that names and paths stay whole."""
     return textwrap.wrap(
         line, console.width, break_long_words=False, break_on_hyphens=False
     ) or [line]
@@ -70,7 +69,7 @@ def write_text(file: str, text: str) -> None:
 
 
 def write_json(file: str | None, found: BaseModel) -> None:
-    """Write a report as JSON to a file, or to stdout for -; nothing without a file."""
+    """Write a report as JSON to a file, if one is given; to stdout for -."""
     if file is not None:
         from mergekit_metagpt.report.schema import as_json
 
@@ -78,7 +77,7 @@ def write_json(file: str | None, found: BaseModel) -> None:
 
 
 def write_yaml(out: str, text: str, *, then: str) -> None:
-    """Write a YAML all or nothing; say on stderr what is where, and what to do next."""
+    """Write a YAML, all or nothing; say on stderr where, and what to do next."""
     with click.open_file(out, "w", encoding="utf-8", atomic=True) as stream:
         stream.write(text)
     place = "stdout" if out == "-" else out

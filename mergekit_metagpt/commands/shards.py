@@ -1,4 +1,4 @@
-"""Merges this rank's tensors into files; a file that is complete has a manifest."""
+"""Merges the tensors of this rank into files; a complete file has a manifest."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from mergekit_metagpt.scanning import ranks
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
 
-# Which run works in a folder.
+# Tells which run works in a folder.
 TOKEN = "token"
-# Under which names finished files are moved into the model.
+# Lists the names in the model of finished files.
 NAMES = "names.json"
-# Another node may see a new file only this much later.
+# Another node may see a new file only after so many seconds.
 SEEN_S = 90.0
 
 
@@ -34,11 +34,11 @@ class Manifest(BaseModel):
     """A file that is complete.
 
     Attributes:
-        key: of its shard.
-        file: its name, or None where no tensor of the shard was written.
+        key: key of its shard.
+        file: its name; None if no tensor of the shard was written.
         bytes: its size.
         weights: bytes of its tensors.
-        names: of its tensors.
+        names: names of its tensors.
     """
 
     key: str
@@ -49,28 +49,20 @@ class Manifest(BaseModel):
 
 
 def await_token(folder: Path, token: str, group: ranks.Group) -> None:
-    """Check that this rank sees the folder that rank 0 has made.
-
-    Args:
-        folder: in which all ranks work.
-        token: that rank 0 has written there.
-        group: of this rank.
-
-    Raises:
-        ValueError: the folder is not there.
-    """
+    """Wait for the folder that rank 0 has made; ValueError if it never appears."""
     until = time.monotonic() + min(SEEN_S, ranks.timeout())
-    while not _holds(folder, token):
+    while not holds(folder, token):
         group.check()
         if time.monotonic() > until:
             raise ValueError(
-                f"{folder}, which rank 0 has made, is not to be seen here. All nodes "
+                f"{folder}, which rank 0 has made, does not appear here. All nodes "
                 "must share the file system of OUT; expected one like NFS or Lustre"
             )
         time.sleep(0.25)
 
 
-def _holds(folder: Path, token: str) -> bool:
+def holds(folder: Path, token: str) -> bool:
+    """Whether the run with this token works in a folder."""
     try:
         return (folder / TOKEN).read_text() == token
     except OSError:
@@ -78,14 +70,7 @@ def _holds(folder: Path, token: str) -> bool:
 
 
 def finished(folder: Path) -> dict[str, Manifest]:
-    """Find the files of an earlier run that are complete.
-
-    Args:
-        folder: in which all ranks work.
-
-    Returns:
-        manifests by key.
-    """
+    """Find the complete files of an earlier run: their manifests by key."""
     found = {}
     for path in folder.glob("shard-*.json"):
         try:
@@ -108,16 +93,16 @@ def write(
     token: str,
     reused: Mapping[str, Manifest],
 ) -> list[Manifest]:
-    """Merge this rank's tensors by mergekit's own tasks, file by file.
+    """Merge the tensors of this rank by mergekit's own tasks, file by file.
 
     Args:
         parts: all tensors of the merge.
-        shards: this rank's.
-        folder: in which all ranks work.
+        shards: shards of this rank.
+        folder: folder in which all ranks work.
         options: mergekit's own, for this rank.
-        group: of this rank.
-        token: of this run.
-        reused: files that are complete.
+        group: group of this rank.
+        token: token of this run.
+        reused: manifests of complete files, by key.
 
     Returns:
         a manifest for each shard.
@@ -146,9 +131,9 @@ def write(
                     _merge(parts, [at], writer, options, group, quiet=True)
             else:
                 _merge(parts, shard.parts, writer, options, group, desc, quiet=quiet)
-        if not _holds(folder, token):
+        if not holds(folder, token):
             raise ValueError(
-                f"another merge works in {folder}, or has removed it: this one ends"
+                f"another merge works in {folder}, or removed it; this one stops"
             )
         written.append(_note(folder, shard, writer))
     return written
@@ -182,7 +167,7 @@ def _merge(
 
 @contextmanager
 def _writer(folder: Path, name: str, options: MergeOptions) -> Iterator[TensorWriter]:
-    """mergekit's writer of a single file, which gets its name once it is complete."""
+    """mergekit's writer, for a single file that gets its name once it is complete."""
     writer = TensorWriter(
         str(folder),
         max_shard_size=0,
@@ -196,14 +181,12 @@ def _writer(folder: Path, name: str, options: MergeOptions) -> Iterator[TensorWr
             writer.finalize()
     except BaseException:
         for path in folder.glob(f"{name}*"):
-            path.unlink(missing_ok=True)  # a full disk has room again
+            path.unlink(missing_ok=True)  # makes room on a full disk
         raise
 
 
 def _note(folder: Path, shard: dividing.Shard, writer: TensorWriter) -> Manifest:
-    """Write the manifest of a file, once that is on the disk."""
-    # The writer has renamed the one file that it made, if any.
-    names = list(writer.weight_map)
+    """Write the manifest of a file, once the file is on the disk."""
     made = [p for p in folder.glob(f"shard-{shard.key}.*") if p.suffix != ".json"]
     for path in made:
         _sync(path)
@@ -212,7 +195,7 @@ def _note(folder: Path, shard: dividing.Shard, writer: TensorWriter) -> Manifest
         file=made[0].name if made else None,
         bytes=made[0].stat().st_size if made else 0,
         weights=writer.total_size,
-        names=names,
+        names=list(writer.weight_map),
     )
     path = folder / f"shard-{shard.key}.json"
     temporary = folder / f"manifest-{shard.key}"  # a kill may leave it
@@ -230,17 +213,7 @@ def _sync(path: Path) -> None:
 def assemble(
     manifests: Sequence[Manifest], folder: Path, made: Path, *, safe: bool
 ) -> None:
-    """Move finished files into the model under their usual names, and index them.
-
-    Args:
-        manifests: of all files, in order.
-        folder: where the files lie.
-        made: the model's folder.
-        safe: whether the files are safetensors.
-
-    Raises:
-        OSError: a file is missing or cannot be moved.
-    """
+    """Move complete files into the model under the usual names, and index them."""
     held = [manifest for manifest in manifests if manifest.file]
     prefix, ending = ("model", "safetensors") if safe else ("pytorch_model", "bin")
     total = len(held)
@@ -272,21 +245,16 @@ def assemble(
 
 
 def _await_file(path: Path, size: int) -> None:
-    """Wait until this node sees what another one has written."""
+    """Wait until this node sees a file that another one has written."""
     until = time.monotonic() + SEEN_S
     while not (path.exists() and path.stat().st_size == size):
         if time.monotonic() > until:
-            raise OSError(f"{path}, which another rank has written, is not to be seen")
+            raise OSError(f"{path}, which another rank has written, does not appear")
         time.sleep(0.25)
 
 
 def take_apart(folder: Path, made: Path) -> None:
-    """Move back the files of a run that ended after it had begun to `assemble`.
-
-    Args:
-        folder: where the files lay.
-        made: the folder of the model.
-    """
+    """Move back the files of a run that ended after it had begun to `assemble`."""
     try:
         names = json.loads((folder / NAMES).read_text())
     except (OSError, ValueError):

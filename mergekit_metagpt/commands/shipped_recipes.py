@@ -1,4 +1,4 @@
-"""The recipes that ship with the package: lists and finds them as text."""
+"""Lists the recipes that ship with the package, and finds one by its name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
-_LIST = "`mergekit-metagpt recipes` lists them all"
 
 
 @dataclass(frozen=True)
@@ -25,14 +24,7 @@ class Recipe:
 
 
 def recipes() -> list[Recipe]:
-    """Return all recipes, sorted by name.
-
-    Returns:
-        one for each YAML that ships.
-
-    Raises:
-        FileNotFoundError: the installation has none.
-    """
+    """Return all recipes, sorted by name."""
     folder = _folder()
     found = []
     for file in folder.rglob("*.yml"):
@@ -46,25 +38,13 @@ def recipes() -> list[Recipe]:
 
 
 def _folder() -> Path:
-    """In a wheel the recipes lie in the package; in a checkout, beside it."""
+    """The folder of the recipes: in an installed package, or beside a checkout's."""
     shipped = _PACKAGE / "recipes"
     return shipped if shipped.is_dir() else _PACKAGE.parent / "recipes"
 
 
 def find(name: str) -> Recipe:
-    """Find a recipe by its name, by the last part of it, or by a word in it.
-
-    The last part, or the word, must be that of one recipe only.
-
-    Args:
-        name: `paper/llama-2-7b`, `llama-2-7b` or either with `.yml`; or `lora`.
-
-    Returns:
-        the recipe.
-
-    Raises:
-        ValueError: there is no such recipe, or more than one.
-    """
+    """Find a recipe by its name, or by a last part or text that only its name has."""
     shelf = {recipe.name: recipe for recipe in recipes()}
     wanted = name.removesuffix(".yml").removeprefix("recipes/")
     if wanted in shelf:
@@ -76,4 +56,6 @@ def find(name: str) -> Recipe:
         return shelf[named[0]]
     if named:
         raise ValueError(f"{name} is {' or '.join(named)}. Write it in full")
-    raise ValueError(f"there is no recipe {name}; {_LIST}")
+    raise ValueError(
+        f"there is no recipe {name}; `mergekit-metagpt recipes` lists them all"
+    )

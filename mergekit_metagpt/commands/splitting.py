@@ -1,4 +1,4 @@
-"""Merges a YAML by all ranks of a job; `out` appears only once all have finished."""
+"""Merges a YAML by all ranks of a job; OUT appears only once all have finished."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mergekit_metagpt.commands import merging, shards
+from mergekit_metagpt.commands import merging, placing, shards
 from mergekit_metagpt.merge_config import checks, dividing, jobs, merge_yaml, plan
 from mergekit_metagpt.scanning import once, ranks
 
@@ -26,7 +26,7 @@ LOG = logging.getLogger("mergekit_metagpt")
 
 @dataclass(frozen=True)
 class _Checked:
-    """A merge by any method that was checked: `prepared` if it is one of ours."""
+    """A checked merge by any method; `prepared` if the method is one of ours."""
 
     text: str
     config: MergeConfiguration
@@ -44,25 +44,7 @@ def merge(
     force: bool = False,
     resume: bool = False,
 ) -> None:
-    """Merge with all ranks: each merges its share of the tensors into its own files.
-
-    Rank 0 completes the model, whose tensors have the same bits as those that one
-    process makes. The files of finished shards stay in a hidden folder beside `out` if
-    a rank fails.
-
-    Args:
-        config_file: the merge YAML, of one of our methods or of mergekit's.
-        out: folder for the merged model, on a file system that all ranks share.
-        options: mergekit's own.
-        group: of this rank.
-        force: replace `out` if it exists.
-        resume: make use of the finished shards of an earlier run.
-
-    Raises:
-        ValueError: the configuration or a model is refused; `out` is not empty; the
-            merge cannot be split; another rank has failed.
-        OSError: a file cannot be read or written.
-    """
+    """Merge as `merging.merge`, by all ranks; each writes its share of the tensors."""
     text, config = merge_yaml.read_file(config_file)
     checks.check_method(config)
     dividing.check_shared(config, options)
@@ -70,7 +52,7 @@ def merge(
     folder = group.share(_place(out))
     if group.leads:
         inside = folder.name if folder.parent == out else None
-        merging.check_place(out, config_file, config, force=force, unfinished=inside)
+        placing.require_free(out, config_file, config, force=force, ignoring=inside)
         _check_unfinished(folder, resume=resume)
     options.apply_global_options()
     checked = _check(text, config, config_file, options)
@@ -86,7 +68,7 @@ def merge(
             about = _set_up(folder, out, token, checked)
         token = group.share(token)
         shards.await_token(folder, token, group)
-        group.gather(None)  # nobody merges for hours before all have seen it
+        group.gather(None)  # wait until all see it before hours of merging
         reused = group.share(shards.finished(folder) if group.leads else {})
         mine = [shard for shard in dealt if shard.rank == group.rank]
         estimated = bool(checked.prepared and checked.prepared.report.estimated)
@@ -104,21 +86,23 @@ def merge(
             checkpoint.verify_unchanged()
         written = [m for of_rank in group.gather(manifests) for m in of_rank]
     except BaseException:
-        if group.leads and not any(folder.glob("shard-*.json")):
+        # Without a finished file there is nothing to go on from.
+        ours = group.leads and shards.holds(folder, token)
+        if ours and not any(folder.glob("shard-*.json")):
             with suppress(OSError):  # others may still be writing there
-                merging.remove(folder, out)
+                placing.remove(folder, out)
         raise
     if group.leads:
         _finish(checked, options, written, folder, out, about)
-    group.share(None)  # the others end as rank 0 does, and can be started again with it
+    group.share(None)  # the others wait, so that they end as rank 0 does
 
 
 def _place(out: Path) -> Path:
-    """Where ranks work: beside `out`, or in it where it is empty."""
+    """The folder in which ranks work: beside `out`, or in it if that is empty."""
     name = f".{out.name}.parts"
     if (out / name).is_dir():
         return out / name
-    return merging.home(out) / name
+    return placing.home(out) / name
 
 
 def _check_unfinished(folder: Path, *, resume: bool) -> None:
@@ -134,7 +118,7 @@ def _check(
     text: str, config: MergeConfiguration, file: Path, options: MergeOptions
 ) -> _Checked:
     if config.merge_method in checks.METHODS:
-        prepared = merging.prepare(text, config, options, file)
+        prepared = merging.prepare(config, options, file)
         job = prepared.job
         return _Checked(text, config, job.opened, job.planned, prepared)
     with ranks.leader_first():
@@ -144,23 +128,21 @@ def _check(
 
 
 def _set_up(folder: Path, out: Path, token: str, checked: _Checked) -> str:
-    """Make the folder in which all ranks work; return the section of the card."""
-    if (folder / merging.ASIDE).exists() and not out.exists():
-        (folder / merging.ASIDE).rename(out)
+    """Make the folder in which all ranks work; return our section of the card."""
+    placing.restore(folder, out)
     shards.take_apart(folder, folder / "made" / out.name)
     for name in ("made", "beside"):
         shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(mode=0o700, exist_ok=True)
-    about = ""
-    if checked.prepared:
-        # Write these first: they should fail before hours of merging, not after.
-        about = checked.prepared.write_beside(folder / "beside")
     (folder / shards.TOKEN).write_text(token)
-    return about
+    if not checked.prepared:
+        return ""
+    # Write these first: they should fail before hours of merging, not after.
+    return checked.prepared.write_beside(folder / "beside")
 
 
 def _announced(checked: _Checked) -> AbstractContextManager[None]:
-    """Let our method log no warning twice, of the merge that is planned meanwhile."""
+    """Keep our method from logging again, while it is planned, what was logged."""
     return plan.already_warned(
         checked.config, warned=bool(checked.prepared and checked.prepared.warned)
     )
@@ -188,5 +170,5 @@ def _finish(
     shards.assemble(written, folder, made, safe=options.safe_serialization)
     if checked.prepared:
         checked.prepared.complete(made, folder / "beside", about, options)
-    merging.put(made, out, aside=folder / merging.ASIDE)
-    merging.remove(folder, out)
+    placing.put(made, out, aside=folder / placing.ASIDE)
+    placing.remove(folder, out)

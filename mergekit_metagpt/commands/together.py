@@ -1,4 +1,4 @@
-"""Runs a command as one of several ranks: who fails says why, and all end."""
+"""Runs a command as one of several ranks; if one fails, it says why and all end."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ LOG = logging.getLogger("mergekit_metagpt")
 def as_rank(*, resumable: bool = False) -> Iterator[ranks.Group | None]:
     """Take part in the job that `torchrun` or the like has started, if any.
 
-    Scans are shared meanwhile. If this rank fails, all others are told why, and end.
+    Ranks share scans meanwhile. If this rank fails, the others are told why, and end.
 
     Args:
-        resumable: also a process that nobody started as a rank becomes one, alone.
+        resumable: without such a job, become the only rank of one.
 
     Yields:
-        the group; None in a process that is no rank.
+        the group; None in a process that is not a rank.
 
     Raises:
         ValueError: a rank failed; the message names it and the cause.
@@ -39,7 +39,7 @@ def as_rank(*, resumable: bool = False) -> Iterator[ranks.Group | None]:
         yield None
         return
     if not group.leads:
-        LOG.setLevel(logging.ERROR)  # rank 0 says it
+        LOG.setLevel(logging.ERROR)  # rank 0 logs warnings
     with _termination_told(group), ranks.sharing(group):
         try:
             yield group
@@ -60,14 +60,7 @@ def as_rank(*, resumable: bool = False) -> Iterator[ranks.Group | None]:
 
 
 def only_leader(group: ranks.Group | None) -> None:
-    """End all ranks but rank 0, which goes on alone, with status 0.
-
-    Args:
-        group: of this rank, or None.
-
-    Raises:
-        Exit: this is another rank.
-    """
+    """End all ranks but rank 0 with status 0; rank 0 goes on alone."""
     if group is not None and not group.leads:
         raise click.exceptions.Exit(0)
     ranks.stop_sharing()
@@ -75,7 +68,7 @@ def only_leader(group: ranks.Group | None) -> None:
 
 @contextmanager
 def _termination_told(group: ranks.Group) -> Iterator[None]:
-    """Say why, when the launcher ends this rank because another one has failed."""
+    """Say why, if the launcher ends this rank because another one has failed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

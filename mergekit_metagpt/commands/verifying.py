@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 YAML = "mergekit_config.yml"
 # Bytes of the output that are replayed by default.
 SAMPLE = 200_000_000
-# Between coefficients measured by compiled loops and without them.
+# Compiled loops and torch measure coefficients that differ by less.
 _TOLERANCE = 1e-9
 
 
 class _Stopped(ValueError):
-    """Carries the check that could not be done, and after which no other can."""
+    """A check that could not be done, without which no later one can be."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(why)
@@ -50,13 +50,13 @@ def verify(
 
     Args:
         out: folder made by `merge`, or by mergekit-yaml with one of our methods.
-        options: mergekit's; those that say how to load models, and the random seed of
-            a merge that did not record one.
+        options: mergekit's: how to load models, and the random seed of the merge if
+            that was not recorded.
         full: replay all tensors, not a sample of them.
-        seed: of the sample.
+        seed: seed of the sample.
 
     Returns:
-        what each check found.
+        the result of each check.
     """
     found: list[schema.Check] = []
     try:
@@ -64,12 +64,9 @@ def verify(
             found.append(check)
     except _Stopped as stopped:
         found.append(stopped.check)
-    verdict: schema.Verdict = "verified"
-    for check in found:
-        if check.verdict == "different" or (
-            check.verdict == "not checked" and verdict == "verified"
-        ):
-            verdict = check.verdict
+    order: tuple[schema.Verdict, ...] = ("different", "not checked", "verified")
+    verdicts = {"verified", *(check.verdict for check in found)}
+    verdict = next(each for each in order if each in verdicts)
     return schema.Verification(verdict=verdict, seed=seed, checks=tuple(found))
 
 
@@ -119,7 +116,7 @@ def _checks(
 
 
 def _as_estimated(record: schema.Report | None) -> AbstractContextManager[None]:
-    """Estimate norms where the merge did, whatever the cache knows by now."""
+    """Estimate norms if the merge did, even if exact ones are in the cache by now."""
     return once.again(estimated=record is None or record.estimated)
 
 
@@ -166,7 +163,7 @@ def _record(out: Path) -> schema.Report | None:
 
 
 def _as_merged(options: MergeOptions, record: schema.Report | None) -> MergeOptions:
-    """Options of the merge, as far as it recorded them."""
+    """The options of the merge, if it recorded them."""
     if record is None or record.options is None:
         return options
     recorded = record.options.model_dump(exclude={"threads"})
@@ -176,14 +173,14 @@ def _as_merged(options: MergeOptions, record: schema.Report | None) -> MergeOpti
 
 
 def _reopen(config: MergeConfiguration, options: MergeOptions) -> jobs.Job:
-    """Open the inputs where the YAML says that they are."""
+    """Open the inputs, where the YAML says they are."""
     try:
         return jobs.reopen(config, options)
     except (ValueError, OSError) as error:
         paths = [model.model.path for model in merge_yaml.models(config)]
         local = [path for path in paths if path.startswith(".")]
         hint = ""
-        # Where some are there, this is the right folder.
+        # If some exist, this is the right folder.
         if local and not any(Path(path).exists() for path in local):
             hint = (
                 f". Local models in {YAML} are named relative to the folder where they "
@@ -272,18 +269,16 @@ def _span(model: schema.Model) -> str:
 
 
 def _shares(report: schema.Report) -> list[tuple[str, float]]:
-    """Every coefficient of a report: of models, their ranges, and those of pools."""
+    """All coefficients of a report: of each model, or their range, and of each pool."""
     shares = []
     for family in report.families:
         for model in family.models:
             if model.coefficient is not None:
                 shares.append((model.name, model.coefficient))
                 continue
-            for of, value in zip(
-                ("smallest", "largest"), model.coefficient_range, strict=True
-            ):
-                shares.append((f"the {of} coefficient of {model.name}", value))
-    for family in report.families:
+            smallest, largest = model.coefficient_range
+            shares.append((f"the smallest coefficient of {model.name}", smallest))
+            shares.append((f"the largest coefficient of {model.name}", largest))
         for pool in family.pools:
             for model, value in zip(family.models, pool.coefficients, strict=True):
                 shares.append((f"{model.name} on {pool.key}", value))
@@ -338,7 +333,7 @@ def _values(
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Let torch use so many threads, on which the last bits of some sums depend."""
+    """Set torch's number of threads, on which the last bits of some sums depend."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -348,7 +343,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _hint(record: schema.Report | None) -> str:
-    """What may explain other bits, beside other weights."""
+    """What else than other weights may explain a difference."""
     if record is None:
         threads = torch.get_num_threads()
         return (

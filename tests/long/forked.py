@@ -42,7 +42,7 @@ STEPS = {
     "tensors": "mergekit.graph:Executor.run",
     "finish": "mergekit.io.tensor_writer:TensorWriter.finalize",
     "card": "mergekit.merge:generate_card",
-    "last step": "mergekit_metagpt.commands.merging:put",
+    "last step": "mergekit_metagpt.commands.placing:put",
     "clean-up": "shutil:rmtree",
 }
 

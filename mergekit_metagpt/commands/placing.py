@@ -1,0 +1,111 @@
+"""Makes a merged model in a hidden folder and moves it to its place, all or nothing."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergekit_metagpt.merge_config import merge_yaml
+
+if TYPE_CHECKING:
+    from mergekit.config import MergeConfiguration
+
+# Where an old model lies in the hidden folder while the new one takes its place.
+ASIDE = "replaced"
+
+
+def require_free(
+    out: Path,
+    config_file: Path,
+    config: MergeConfiguration,
+    *,
+    force: bool,
+    ignoring: str | None = None,
+) -> None:
+    """Refuse an output folder that is taken, or that holds what is to be merged."""
+    if out.is_file():
+        raise ValueError(f"{out} is a file; expected a folder for the merged model")
+    paths = [
+        Path(part.path)
+        for model in merge_yaml.models(config)
+        for part in (model.model, model.lora)
+        if part is not None
+    ]
+    for path in (config_file, *paths):
+        if path.resolve().is_relative_to(out):
+            raise ValueError(
+                f"{out} holds {path}, which this merge reads; choose another folder"
+            )
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if not force and names - {ignoring}:
+        raise ValueError(f"{out} exists and is not empty; choose another, or --force")
+
+
+@contextmanager
+def workplace(out: Path) -> Iterator[Path]:
+    """Make a hidden folder to work in beside `out`, and remove it afterwards."""
+    # It is named before it is made and removed twice, so that a single Ctrl-C never
+    # leaves it behind.
+    folder = home(out) / f".{out.name}.{secrets.token_urlsafe(6)}"
+    try:
+        try:
+            folder.mkdir(mode=0o700)
+            yield folder
+        finally:
+            remove(folder, out)
+    finally:
+        remove(folder, out)
+
+
+def restore(folder: Path, out: Path) -> None:
+    """Put an old model in a workplace back, if no new one has taken its place."""
+    if (folder / ASIDE).exists() and not out.exists():
+        (folder / ASIDE).rename(out)
+
+
+def remove(folder: Path, out: Path) -> None:
+    """Remove a workplace, after `restore`."""
+    restore(folder, out)
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def home(out: Path) -> Path:
+    """The folder for a workplace, from which a model can be renamed to `out`."""
+    if out.is_dir() and not any(out.iterdir()):
+        return out  # it may be a mount point, onto which nothing can be renamed
+    return next(folder for folder in out.parents if folder.is_dir())
+
+
+def put(made: Path, out: Path, aside: Path) -> None:
+    """Move a finished model to `out`; on failure, leave everything as it was."""
+    if made.is_relative_to(out):
+        # Keep the folder: a mount point, or somebody's working directory. Move
+        # config.json last, which makes it a model; on failure take it back first.
+        names = sorted((p.name for p in made.iterdir()), key="config.json".__eq__)
+        try:
+            for name in names:
+                (made / name).rename(out / name)
+        except BaseException:
+            for name in reversed(names):
+                if (out / name).exists():
+                    (out / name).rename(made / name)
+            raise
+        return
+    above = [folder for folder in out.parents if not folder.exists()]
+    try:
+        if out.exists():
+            out.rename(aside)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        made.rename(out)
+    except BaseException:
+        if made.exists():  # else it is in its place
+            if aside.exists():
+                aside.rename(out)
+            for folder in filter(Path.exists, above):
+                folder.rmdir()
+        raise
