@@ -168,13 +168,15 @@ def test_the_repeated_seed_agrees_with_the_first() -> None:
     from real_results import real, repeated
 
     mixtures = {mixture for mixture, _ in repeated().merges}
-    assert mixtures == {"code and worked", "worked short", "all five"}
+    assert mixtures == {*real().mixtures} - {"two equal", "three equal"}
+    close = {"code and worked", "worked short", "all five", "code short"}
     for mixture in mixtures:
         again, first = (
             results.difference(mixture, "metagpt", "average")[0]
             for results in (repeated(), real())
         )
-        assert abs(again - first) < 0.001
+        # As the page says; a long training amplifies what another processor rounds.
+        assert abs(again - first) < (0.001 if mixture in close else 0.005)
     losses = {m: real().ald(m, "average") for m in real().mixtures}
     assert min(losses, key=losses.__getitem__) == "code and worked"
 

@@ -351,6 +351,19 @@ def test_a_merged_folder_tells_its_coefficients(work: Path) -> None:
     assert report_of("./out") == report_of("./out/mergekit_config.yml")
 
 
+def test_a_model_that_changed_after_the_merge_is_named(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_merge(work / "c.yml", "./base", ["./a", "./b"])
+    assert run_command("merge", "c.yml", "out", *QUIET) == 0
+    assert run_command("inspect", "out") == 0
+    assert "after this merge" not in capsys.readouterr().out
+    write_model(work / "b", tuned(llama_state(), seed=9))
+    assert run_command("inspect", "out") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith("./b changed after this merge: out/metagpt.json has")
+
+
 def test_in_a_merged_folder_the_earlier_measurements_are_named(
     work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

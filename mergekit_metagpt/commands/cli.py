@@ -149,6 +149,12 @@ def inspect(
         write_text(peft, peft_call.script(report))
     if "-" not in (json_file, csv_file, peft):
         then = measuring.next_step(models, base, adapters=adapters)
+        if (
+            len(models) == 1
+            and not remote
+            and (changed := measuring.changed_since_merge(models[0], report))
+        ):
+            show([changed])
         show(tables.lay_out(report, then))
     headers.require_fit(report.headers)
 

@@ -68,6 +68,27 @@ def next_step(models: Sequence[str], base: str | None, *, adapters: bool) -> str
     )
 
 
+def changed_since_merge(config: str, report: schema.Report) -> str | None:
+    """Say which models changed after the merge in whose folder a YAML lies."""
+    from mergekit_metagpt.commands import verifying
+
+    file = _yaml_of(config)
+    if file.name != verifying.YAML:
+        return None
+    try:
+        record = verifying.record_of(file.parent)
+    except ValueError:  # of another version
+        return None
+    changed = verifying.changed_since(record, report) if record else []
+    if not changed:
+        return None
+    return (
+        f"{', '.join(changed)} changed after this merge: {file.parent}/metagpt.json "
+        "has the coefficients that it was made with. Those below are of the files as "
+        "they are now.\n"
+    )
+
+
 def report_of_adapters(adapters: Sequence[str], **wishes: Any) -> schema.Report:
     """Measure LoRA adapters without their base."""
     family, opened = families.open_adapters(adapters, **wishes)

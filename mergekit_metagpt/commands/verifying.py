@@ -76,7 +76,7 @@ def _checks(
     out = out.resolve()
     with _check("configuration"):
         config = _config(out)
-        record = _record(out)
+        record = record_of(out)
     options = _as_merged(options, record)
     try:
         result = replaying.open_result(out)
@@ -149,7 +149,8 @@ def _config(out: Path) -> MergeConfiguration:
     return config
 
 
-def _record(out: Path) -> schema.Report | None:
+def record_of(out: Path) -> schema.Report | None:
+    """Read the report that `merge` left in a merged model's folder, if any."""
     file = out / REPORT
     if not file.exists():
         return None
@@ -211,11 +212,18 @@ def _compared(
     )
 
 
+def changed_since(record: schema.Report, current: schema.Report) -> list[str]:
+    """Name the base and models whose files are not those of an earlier report."""
+    pairs = zip(_stored(record), _stored(current), strict=False)
+    return [new.name for old, new in pairs if old.source.digest != new.source.digest]
+
+
+def _stored(report: schema.Report) -> list[schema.Stored]:
+    return [s for family in report.families for s in (family.base, *family.models)]
+
+
 def _inputs(record: schema.Report, current: schema.Report) -> schema.Check:
-    then, now = (
-        [stored for family in of.families for stored in (family.base, *family.models)]
-        for of in (record, current)
-    )
+    then, now = _stored(record), _stored(current)
     if len(then) != len(now):
         return schema.Check(
             name="inputs",
