@@ -794,6 +794,16 @@ def test_the_way_on_can_be_gone_without_a_yaml(
     assert run_command("recipes", "your-own-models") == 0
 
 
+def test_a_sample_that_estimates_nothing_says_so(
+    inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("inspect", "ab.yml", "--sample", "1%") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "Nothing had to be estimated: all figures are exact."
+    assert run_command("inspect", "ab.yml") == 0
+    assert "estimated" not in capsys.readouterr().out
+
+
 def test_the_length_is_that_before_a_composed_method_drops_elements(
     inside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

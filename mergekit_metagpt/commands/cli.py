@@ -156,6 +156,8 @@ def inspect(
         ):
             show([changed])
         show(tables.lay_out(report, then))
+        if sample and report.families and not any(f.sample for f in report.families):
+            show(["Nothing had to be estimated: all figures are exact."])
     headers.require_fit(report.headers)
 
 

@@ -96,6 +96,12 @@ def load(names: Sequence[str], limit: int | None = None) -> list[Task]:
     keys = [task.name for task in found]
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise ValueError(f"--task {twice[0]} is given twice. Give each task once")
+    for task in found:
+        if task.count < 2:
+            raise ValueError(
+                f"--task {task.name} has {task.count} documents; expected 2 or more, "
+                "for a standard error"
+            )
     return found
 
 

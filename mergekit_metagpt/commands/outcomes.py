@@ -64,10 +64,10 @@ def closing(
     line = f"Wrote {', '.join(said)}. " if said else ""
     tied = [row.name for row in _ranked(found)[1:] if not row.beyond_noise]
     if tied and (write is not None or keep is not None):
-        line += f"'{found.best}' is best, but not beyond noise of '{tied[0]}'. "
-    if write is not None:
+        line += f"'{found.best}' is best, but '{tied[0]}' is within noise of it. "
+    if write is not None and keep is None:
         line += f"Merge it: mergekit-yaml {shlex.quote(write)} ./merged"
-    elif keep is None:
+    elif write is None and keep is None:
         line += f"For the YAML of '{found.best}', add --write BEST.yml to this command"
         if cache.folder() is not None:
             line += ": what was measured is kept and not measured again"
