@@ -341,7 +341,8 @@ def test_figures_are_those_of_the_page() -> None:
 def test_the_note_says_what_is_better() -> None:
     assert converting.experience("dare_ties").endswith(
         "metagpt_dare_ties had a worse average loss difference than dare_ties with "
-        "equal weights in 24 of 27 comparisons, on average by +0.092"
+        "equal weights in 24 of 27 comparisons, on average by +0.092 nats per "
+        "byte"
     )
 
 

@@ -452,7 +452,7 @@ def test_coefficients_by_layer_are_compared(
 
     with_record(tmp_path / "out", change)
     details = verify(tmp_path / "out", status=1)["of"]["coefficients"]["details"]
-    assert f"{models[0]} on model.layers.1 is recorded as" in details
+    assert f"{models[0]} in model.layers.1 is recorded as" in details
 
 
 # --- what cannot be checked -----------------------------------------------------------

@@ -289,7 +289,7 @@ def _shares(report: schema.Report) -> list[tuple[str, float]]:
             shares.append((f"the largest coefficient of {model.name}", largest))
         for pool in family.pools:
             for model, value in zip(family.models, pool.coefficients, strict=True):
-                shares.append((f"{model.name} on {pool.key}", value))
+                shares.append((f"{model.name} in {pool.key}", value))
     return shares
 
 

@@ -133,9 +133,10 @@ def experience(method: str) -> str:
     word, count = (
         ("worse", worse) if worse > measured.lower else ("better", measured.lower)
     )
-    mean = f", on average by {measured.difference}" if measured.difference else ""
+    by = measured.difference
+    mean = f", on average by {by} nats per byte" if by else ""
     return (
-        f"measured on small language models (docs/evaluation.md): "
+        "measured on small language models: "
         f"{checks.recipe_for(method)} had a {word} average loss difference than "
         f"{measured.other} in {count} of {COMPARISONS} comparisons{mean}"
     )
