@@ -26,6 +26,7 @@ from tests.adapters import (
     distinct,
     loaded,
     taus_of,
+    write_adapters,
     write_tuned,
 )
 from tests.families import (
@@ -843,3 +844,24 @@ def test_memory_does_not_grow_with_the_base(tmp_path: Path) -> None:
     # In bfloat16 the adapters have 272 MB, and the weights that they adapt 48 GB.
     assert sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) > 2.7e8
     assert grown < 1.5e8
+
+
+def test_what_a_merge_of_adapters_says_next_is_true(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapted = write_adapters(tmp_path)
+    models = [f"{adapted.base}+{adapter}" for adapter in adapted.adapters]
+    file = tmp_path / "merge.yml"
+    file.write_text(yaml.safe_dump(merge_config(str(adapted.base), models)))
+    out, copies = tmp_path / "out", tmp_path / "copies"
+    options = ("--lora-merge-cache", copies, "--no-copy-tokenizer", "--quiet")
+    assert run_command("merge", file, out, *options) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"inspect {out}/mergekit_config.yml --lora-merge-cache {copies}`" in said
+    assert f"verify {out} --lora-merge-cache {copies}`" in said
+    for arguments in ((), ("--lora-merge-cache", copies)):
+        assert run_command("inspect", out, *arguments) == 0
+        assert "changed after this merge" not in capsys.readouterr().out
+    assert run_command("verify", out, "--lora-merge-cache", copies) == 0
+    assert run_command("export", file, tmp_path / "plain.yml", *options[:2]) == 0
+    assert "./merged --lora-merge-cache FOLDER" in capsys.readouterr().err

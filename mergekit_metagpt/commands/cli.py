@@ -194,8 +194,10 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     for change in exported.changes:
         click.echo(f"Differs from {read.merge_method}: {change}.", err=True)
     name = "OUT.yml" if out == "-" else shlex.quote(out)
-    seed = " --random-seed N" if read.merge_method in checks.RANDOM_METHODS else ""
-    then = f"It needs no plugin: mergekit-yaml {name} ./merged{seed}"
+    flags = " --random-seed N" if read.merge_method in checks.RANDOM_METHODS else ""
+    if any(model.lora for model in merge_yaml.models(read)):
+        flags += " --lora-merge-cache FOLDER"
+    then = f"It needs no plugin: mergekit-yaml {name} ./merged{flags}"
     write_yaml(out, exported.text, then=then)
 
 
@@ -535,12 +537,14 @@ def _merge_command() -> click.Command:
             )
         size = sum(file.stat().st_size for file in Path(out).iterdir())
         copy = shlex.quote(str(Path(out) / "mergekit_config.yml"))
+        folder = merge_options.lora_merge_cache
+        flags = f" --lora-merge-cache {shlex.quote(folder)}" if folder else ""
         click.echo(
             printable(
                 f"Wrote {out} ({size / 1e6:,.1f} MB). Its coefficients are in "
                 "metagpt.json there. From this folder, `mergekit-metagpt inspect "
-                f"{copy}` shows them again, and `mergekit-metagpt verify "
-                f"{shlex.quote(out)}` proves that {out} is this merge"
+                f"{copy}{flags}` shows them again, and `mergekit-metagpt verify "
+                f"{shlex.quote(out)}{flags}` checks that {out} is this merge"
             ),
             err=True,
         )

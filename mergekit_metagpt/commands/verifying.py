@@ -213,9 +213,17 @@ def _compared(
 
 
 def changed_since(record: schema.Report, current: schema.Report) -> list[str]:
-    """Name the base and models whose files are not those of an earlier report."""
+    """Name the base and models whose files are not those of an earlier report.
+
+    Adapters are left out: a merge records their merged copies.
+    """
     pairs = zip(_stored(record), _stored(current), strict=False)
-    return [new.name for old, new in pairs if old.source.digest != new.source.digest]
+    return [
+        new.name
+        for old, new in pairs
+        if old.source.digest != new.source.digest
+        and not (isinstance(new, schema.Model) and new.adapter)
+    ]
 
 
 def _stored(report: schema.Report) -> list[schema.Stored]:
