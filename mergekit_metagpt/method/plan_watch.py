@@ -22,8 +22,8 @@ class Plan:
         has_models: whether any slice has a model beside its base.
         reading_slices: whether no tensor was seen yet.
         largest_weight: the largest weight of any model on any tensor.
-        names: names of all output tensors, until `take_names`.
         inputs: the models of each output tensor.
+        is_planned: whether `take_names` was called: the merge has begun.
         unwritten: names of stored tensors of the base that are not written.
         values: parameters of the next tensor.
         of_tensors: the different sets of parameters that tensors have.
@@ -35,17 +35,17 @@ class Plan:
     has_models: bool = False
     reading_slices: bool = True
     largest_weight: float = 0.0
-    names: set[str] | None = field(default_factory=set)
     inputs: dict[str, tuple[Hashable, ...]] = field(default_factory=dict)
+    is_planned: bool = False
     unwritten: Collection[str] = ()
     values: list[tuple[str, Any]] = field(default_factory=list)
     of_tensors: set[tuple[tuple[str, Any], ...]] = field(default_factory=set)
     announcer: Announcer = field(default_factory=Announcer)
 
-    def take_names(self) -> set[str]:
+    def take_names(self) -> Collection[str]:
         """Return the names of all output tensors once; none if layers may be moved."""
-        names, self.names = self.names, None
-        return set() if names is None or self.moves_layers else names
+        done, self.is_planned = self.is_planned, True
+        return () if done or self.moves_layers else self.inputs.keys()
 
     @property
     def moves_layers(self) -> bool:
@@ -126,23 +126,23 @@ class PlanWatch:
                 other tensors', or has no effect.
         """
         plan = getattr(self._here, "plan", None)
-        if plan is not None and plan.names is not None:
-            plan.names.add(name)
-            if plan.values:  # empty if the same tensor is validated again
-                plan.of_tensors.add(tuple(plan.values))
-                require_one_sample(
-                    (v for of in plan.of_tensors for n, v in of if n == "sample"),
-                    [value for name, value in plan.values if name == "granularity"],
-                )
-                plan.values.clear()
-        if plan is not None and plan.reading_slices:
+        if plan is None:
+            return []
+        # There are no values if the same tensor is validated again.
+        if plan.values and not plan.is_planned:
+            plan.of_tensors.add(tuple(plan.values))
+            require_one_sample(
+                (v for of in plan.of_tensors for n, v in of if n == "sample"),
+                [value for name, value in plan.values if name == "granularity"],
+            )
+            plan.values.clear()
+        if plan.reading_slices:
             plan.reading_slices = False
             if not plan.has_models:
                 raise ValueError(only_base(base))
-        if plan is None or plan.moves_layers:
-            return []
         planned = plan.inputs.setdefault(name, tuple(ids))
-        return [model for model in planned if model not in ids]
+        lost = [model for model in planned if model not in ids]
+        return [] if plan.moves_layers else lost
 
     def parameters_vary(self, base: Hashable) -> bool:
         """Whether parameters differ by tensor in the plan with this base."""
