@@ -362,6 +362,9 @@ def test_a_model_that_changed_after_the_merge_is_named(
     assert run_command("inspect", "out") == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.startswith("./b changed after this merge: out/metagpt.json has")
+    # As a model itself, the merged folder is measured, and not what it was made of.
+    assert run_command("inspect", "--base", "./base", "./out") == 0
+    assert "after this merge" not in capsys.readouterr().out
 
 
 def test_in_a_merged_folder_the_earlier_measurements_are_named(

@@ -149,12 +149,8 @@ def inspect(
         write_text(peft, peft_call.script(report))
     if "-" not in (json_file, csv_file, peft):
         then = measuring.next_step(models, base, adapters=adapters)
-        if (
-            len(models) == 1
-            and not remote
-            and (changed := measuring.changed_since_merge(models[0], report))
-        ):
-            show([changed])
+        if base is None and not adapters and not remote:
+            show(measuring.changed_since_merge(models[0], report))
         show(tables.lay_out(report, then))
         if sample and report.families and not any(f.sample for f in report.families):
             show(["Nothing had to be estimated: all figures are exact."])

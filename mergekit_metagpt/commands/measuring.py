@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,25 +68,29 @@ def next_step(models: Sequence[str], base: str | None, *, adapters: bool) -> str
     )
 
 
-def changed_since_merge(config: str, report: schema.Report) -> str | None:
+def changed_since_merge(config: str, report: schema.Report) -> Iterator[str]:
     """Say which models changed after the merge in whose folder a YAML lies."""
     from mergekit_metagpt.commands import verifying
 
     file = _yaml_of(config)
     if file.name != verifying.YAML:
-        return None
+        return
     try:
         record = verifying.record_of(file.parent)
     except ValueError:  # of another version
-        return None
-    changed = verifying.changed_since(record, report) if record else []
-    if not changed:
-        return None
-    return (
-        f"{', '.join(changed)} changed after this merge: {file.parent}/metagpt.json "
-        "has the coefficients that it was made with. Those below are of the files as "
-        "they are now.\n"
-    )
+        return
+    # Of an adapter, a merge records the merged copy.
+    changed = [
+        new.name
+        for _, new in (verifying.changed(record, report) if record else ())
+        if not (isinstance(new, schema.Model) and new.adapter)
+    ]
+    if changed:
+        yield (
+            f"{', '.join(changed)} changed after this merge: "
+            f"{file.parent}/metagpt.json has the coefficients that it was made with. "
+            "Those below are of the files as they are now.\n"
+        )
 
 
 def report_of_adapters(adapters: Sequence[str], **wishes: Any) -> schema.Report:

@@ -212,18 +212,12 @@ def _compared(
     )
 
 
-def changed_since(record: schema.Report, current: schema.Report) -> list[str]:
-    """Name the base and models whose files are not those of an earlier report.
-
-    Adapters are left out: a merge records their merged copies.
-    """
+def changed(
+    record: schema.Report, current: schema.Report
+) -> list[tuple[schema.Stored, schema.Stored]]:
+    """Pair what an earlier report and a new one say of files that have changed."""
     pairs = zip(_stored(record), _stored(current), strict=False)
-    return [
-        new.name
-        for old, new in pairs
-        if old.source.digest != new.source.digest
-        and not (isinstance(new, schema.Model) and new.adapter)
-    ]
+    return [(old, new) for old, new in pairs if old.source.digest != new.source.digest]
 
 
 def _stored(report: schema.Report) -> list[schema.Stored]:
@@ -231,12 +225,12 @@ def _stored(report: schema.Report) -> list[schema.Stored]:
 
 
 def _inputs(record: schema.Report, current: schema.Report) -> schema.Check:
-    then, now = _stored(record), _stored(current)
-    if len(then) != len(now):
+    then, now = len(_stored(record)), len(_stored(current))
+    if then != now:
         return schema.Check(
             name="inputs",
             verdict="different",
-            details=f"{REPORT} records {len(then)} inputs, {YAML} names {len(now)}",
+            details=f"{REPORT} records {then} inputs, {YAML} names {now}",
         )
     others = [
         replaying.Difference(
@@ -244,12 +238,9 @@ def _inputs(record: schema.Report, current: schema.Report) -> schema.Check:
             f"has the digest {new.source.digest[:12]}, recorded is "
             f"{old.source.digest[:12]}",
         )
-        for old, new in zip(then, now, strict=True)
-        if old.source.digest != new.source.digest
+        for old, new in changed(record, current)
     ]
-    return _compared(
-        "inputs", others, len(now), f"{len(now)} inputs have the recorded digests"
-    )
+    return _compared("inputs", others, now, f"{now} inputs have the recorded digests")
 
 
 def _coefficients(record: schema.Report, current: schema.Report) -> schema.Check:
