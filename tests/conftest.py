@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import mergekit_metagpt
-from tests.families import State, cast, llama_state, tuned, write_model
+from tests.families import State, cast, llama_state, run_command, tuned, write_model
+from tests.stand_ins import Shelf, shelf_in
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,48 @@ def make_family(
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     """Three bfloat16 fine-tunes of one base, in different shard layouts."""
     return make_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    """Stand-ins for the models that recipes and pages name."""
+    return shelf_in(tmp_path_factory.mktemp("stand-ins"))
+
+
+@dataclass(frozen=True)
+class Printed:
+    """What a command printed."""
+
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Cli:
+    """Runs `mergekit-metagpt` in this process and reads what it prints."""
+
+    capsys: pytest.CaptureFixture[str]
+
+    def __call__(self, *arguments: str | Path, status: int = 0) -> Printed:
+        """Run a command and check its exit status."""
+        self.capsys.readouterr()
+        ended = run_command(*arguments)
+        printed = Printed(*self.capsys.readouterr())
+        assert ended == status, printed.err
+        return printed
+
+    def refused(self, *arguments: str | Path) -> str:
+        """Check for exit status 2 and one line on stderr alone; return the line."""
+        printed = self(*arguments, status=2)
+        assert printed.out == "" and printed.err.startswith("Error: "), printed
+        (line,) = printed.err.splitlines()
+        return line
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """`mergekit-metagpt` in this process."""
+    return Cli(capsys)
 
 
 @pytest.fixture(autouse=True)

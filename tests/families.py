@@ -142,6 +142,12 @@ def merge_config(
     return {**config, **settings}
 
 
+def write_yaml(file: Path, *documents: Mapping[str, Any]) -> Path:
+    """Write one YAML document or several; return the file's path."""
+    file.write_text(yaml.safe_dump_all(map(dict, documents), sort_keys=False))
+    return file
+
+
 def opened(*paths: Path) -> list[ModelReference]:
     """Open checkpoints as a merge does, and return the references that stand for them.
 

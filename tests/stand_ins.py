@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -232,6 +233,22 @@ def make_stand_in(folder: Path, original: Original, position: int) -> StandIn:
         # mergekit's definition has the names that are stored.
         return StandIn(folder, read_model(folder))
     return StandIn(folder, {n: p.detach() for n, p in model.named_parameters()})
+
+
+# Makes a stand-in by the name of its original, and its position in a merge.
+Shelf = Callable[[str, int], StandIn]
+
+
+def shelf_in(folder: Path) -> Shelf:
+    """Make each stand-in when it is first asked for; of an unknown name, a Llama."""
+
+    @functools.cache
+    def made(original: Original, position: int) -> StandIn:
+        number = len(list(folder.iterdir()))
+        return make_stand_in(folder / f"m{number}", original, position)
+
+    own = Original("Llama", 0)
+    return lambda model, position: made(ORIGINALS.get(model, own), position)
 
 
 def write_tokenizer(folder: Path, words: Sequence[str], added: Sequence[str]) -> None:

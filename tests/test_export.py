@@ -6,7 +6,7 @@ import itertools
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
@@ -20,8 +20,8 @@ from mergekit.config import ConditionalParameter, evaluate_setting
 
 from mergekit_metagpt.merge_config.plain_yaml import weight_setting
 from mergekit_metagpt.method.composed import COMPOSED
-from tests import broken
 from tests.broken import snapshot
+from tests.conftest import Cli
 from tests.families import (
     State,
     cast,
@@ -29,16 +29,16 @@ from tests.families import (
     llama_state,
     merge_config,
     read_model,
-    run_command,
     run_mergekit,
     tuned,
     write_model,
+    write_yaml,
 )
 from tests.layouts import save_trio
 from tests.merges import with_granularity
 from tests.oracle import (
     GRANULARITIES,
-    assert_same_bits,
+    assert_same_states,
     naive_coefficients,
     naive_pool,
     naive_sq_norm,
@@ -73,6 +73,10 @@ class Trio:
     base_state: State
     states: tuple[State, ...]
 
+    @property
+    def inputs(self) -> list[State]:
+        return [self.base_state, *self.states]
+
     def config(self, **settings: Any) -> Config:
         return merge_config(self.base, self.models, **settings)
 
@@ -104,8 +108,8 @@ class Trio:
         exclude: Sequence[str] = (),
         weight: Sequence[float] | None = None,
         power: float = 2.0,
-    ) -> list[float]:
-        """The coefficients of a tensor, straight from the formula."""
+    ) -> Any:
+        """The coefficients of a tensor, straight from the formula, to compare with."""
         pool = naive_pool(name, granularity)
         counted = [
             norms
@@ -117,7 +121,8 @@ class Trio:
             power = 0.0
             counted = [[1.0] * len(self.states)]
         sums = torch.tensor(counted, dtype=torch.float64).sum(dim=0)
-        return naive_coefficients(sums, weight, power).tolist()
+        lambdas = naive_coefficients(sums, weight, power)
+        return pytest.approx(lambdas.tolist(), rel=1e-9)
 
     def only(self, *numbers: int) -> Trio:
         """The base with some of the models."""
@@ -188,19 +193,16 @@ Export = Callable[..., Plain]
 
 
 @pytest.fixture
-def export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Export:
+def export(tmp_path: Path, cli: Cli) -> Export:
     """Export a configuration through the command line."""
     numbers = itertools.count()
 
     def exported(config: Config, *options: str) -> Plain:
-        file = tmp_path / f"given{next(numbers)}.yml"
-        file.write_text(yaml.safe_dump(config, sort_keys=False))
+        file = write_yaml(tmp_path / f"given{next(numbers)}.yml", config)
         target = file.with_suffix(".plain.yml")
-        capsys.readouterr()
-        status = run_command("export", file, target, *options)
-        said = capsys.readouterr()
-        assert (status, said.out) == (0, ""), said.err
-        *differences, wrote = said.err.splitlines(keepends=True)
+        printed = cli("export", file, target, *options)
+        assert printed.out == ""
+        *differences, wrote = printed.err.splitlines(keepends=True)
         assert wrote.startswith(f"Wrote {target} (")
         plain = Plain(target.read_text(), "".join(differences))
         body = "\n".join(
@@ -286,13 +288,12 @@ def test_every_tensor_of_twelve_layers_has_its_coefficient(
     found = {}
     for name in deep.base_state:
         found[name] = weights(plain.config["models"], name)
-        expected = deep.lambdas(name, granularity=granularity)
-        assert found[name] == pytest.approx(expected, rel=1e-9), name
+        assert found[name] == deep.lambdas(name, granularity=granularity), name
     distinct = {"model": 1, "layer": 15, "tensor": len(deep.base_state)}
     assert len({tuple(v) for v in found.values()}) == distinct[granularity]
     assert plain.config["merge_method"] == "task_arithmetic"
     assert "parameters" not in plain.config
-    assert_same_merge(config, plain, [deep.base_state, *deep.states], tmp_path)
+    assert_same_merge(config, plain, deep.inputs, tmp_path)
 
 
 def test_with_the_plugin_switched_off(
@@ -305,10 +306,9 @@ def test_with_the_plugin_switched_off(
     assert_succeeded(done)
     assert "metagpt" not in done.stderr.replace(str(tmp_path), "")
     ours = run_mergekit(config, tmp_path / "ours")
-    inputs = [small.base_state, *small.states]
     theirs = read_model(tmp_path / "theirs")
     assert {tensor.dtype for tensor in theirs.values()} == {torch.bfloat16}
-    assert_one_ulp(ours, theirs, inputs)
+    assert_one_ulp(ours, theirs, small.inputs)
 
 
 def test_slices_have_weights_of_their_own(
@@ -319,16 +319,15 @@ def test_slices_have_weights_of_their_own(
     del slices[0]["sources"][3], slices[1]["sources"][1]
     slices[1]["parameters"] = {"power": 1.0}
     slices[1]["sources"][1]["parameters"] = {"weight": 3.0}
-    config = merge_config(deep.base, deep.models, slices=slices)
+    config = deep.config(slices=slices)
     plain = export(config)
     first, second = (cut["sources"] for cut in plain.config["slices"])
     name = "model.layers.0.mlp.up_proj.weight"
-    two = deep.only(0, 1).lambdas(name)
-    assert weights(first, name) == pytest.approx(two, rel=1e-9)
+    assert weights(first, name) == deep.only(0, 1).lambdas(name)
     other = deep.only(1, 2).lambdas(name, weight=[3.0, 1.0], power=1.0)
-    assert weights(second, name) == pytest.approx(other, rel=1e-9)
+    assert weights(second, name) == other
     assert all("parameters" not in cut for cut in plain.config["slices"])
-    assert_same_merge(config, plain, [deep.base_state, *deep.states], tmp_path)
+    assert_same_merge(config, plain, deep.inputs, tmp_path)
 
 
 @pytest.mark.parametrize("fewer", [0, 1])
@@ -337,11 +336,8 @@ def test_slices_of_different_numbers_of_models(
 ) -> None:
     slices = deep.cut((0, 2), (2, 12))
     del slices[fewer]["sources"][3]
-    config = merge_config(deep.base, deep.models, slices=slices)
-    run_mergekit(config, tmp_path / "mergekit-can")
-    plain = export(config)
-    inputs = [deep.base_state, *deep.states]
-    assert_same_merge(config, plain, inputs, tmp_path)
+    config = deep.config(slices=slices)
+    assert_same_merge(config, export(config), deep.inputs, tmp_path)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -350,21 +346,16 @@ def test_slices_in_all_granularities(
 ) -> None:
     """Layers stay in place, but under `model` and `tensor` some come twice."""
     ranges = [(0, 7), (7, 12)] if granularity == "layer" else [(0, 7), (4, 12)]
-    slices = deep.cut(*ranges)
-    config = merge_config(deep.base, deep.models, slices=slices)
-    config = with_granularity(config, granularity)
+    config = with_granularity(deep.config(slices=deep.cut(*ranges)), granularity)
     plain = export(config)
     for cut, (start, end) in zip(plain.config["slices"], ranges, strict=True):
         for name in deep.base_state:
             layer = re.match(r"model\.layers\.(\d+)\.", name)
             if layer and start <= int(layer[1]) < end:
-                expected = deep.lambdas(name, granularity=granularity)
                 found = weights(cut["sources"], name)
-                assert found == pytest.approx(expected, rel=1e-9), name
-    inputs = [
-        moved(state, [n for start, end in ranges for n in range(start, end)])
-        for state in (deep.base_state, *deep.states)
-    ]
+                assert found == deep.lambdas(name, granularity=granularity), name
+    layers = [n for start, end in ranges for n in range(start, end)]
+    inputs = [moved(state, layers) for state in deep.inputs]
     assert_same_merge(config, plain, inputs, tmp_path)
 
 
@@ -376,69 +367,50 @@ def test_a_vision_language_model(
     tmp_path: Path,
 ) -> None:
     """Two modules, both of which have layers of the same numbers."""
-    trio = save_trio(tmp_path_factory.mktemp("vl"), "Qwen2.5-VL")
-    folders = trio.folders[True]
-    states = [read_model(folder) for folder in folders]
-    config = with_granularity(merge_config(folders[0], folders[1:]), granularity)
+    base, *models = save_trio(tmp_path_factory.mktemp("vl"), "Qwen2.5-VL").folders[True]
+    states = [read_model(folder) for folder in (base, *models)]
+    vl = Trio(base, tuple(models), states[0], tuple(states[1:]))
+    config = with_granularity(vl.config(), granularity)
     plain = export(config)
-    oracle = Trio(folders[0], folders[1:], states[0], tuple(states[1:]))
     for name in states[0]:
-        expected = oracle.lambdas(name, granularity=granularity)
         found = weights(plain.config["models"], name)
-        assert found == pytest.approx(expected, rel=1e-9), name
+        assert found == vl.lambdas(name, granularity=granularity), name
     theirs = assert_same_merge(config, plain, states, tmp_path)
     assert {name.split(".")[0] for name in theirs} >= {"visual", "model"}
 
 
 def test_all_parameters(deep: Trio, export: Export, tmp_path: Path) -> None:
+    given = {"granularity": "layer", "power": 1.5}
+    exclude = ["embed_tokens", "lm_head"]
     config = deep.config(
-        parameters={
-            "granularity": "layer",
-            "power": 1.5,
-            "lambda": 0.6,
-            "exclude": "embed_tokens, lm_head",
-        }
+        parameters={**given, "lambda": 0.6, "exclude": ", ".join(exclude)}
     )
     importance = [2.0, 0.0, 0.5]
     for entry, value in zip(config["models"], importance, strict=True):
         entry["parameters"] = {"weight": value}
     plain = export(config)
-    chosen: dict[str, Any] = {
-        "granularity": "layer",
-        "power": 1.5,
-        "exclude": ["embed_tokens", "lm_head"],
-        "weight": importance,
-    }
     for name in deep.base_state:
-        found = weights(plain.config["models"], name)
-        assert found == pytest.approx(deep.lambdas(name, **chosen), rel=1e-9), name
+        expected = deep.lambdas(name, exclude=exclude, weight=importance, **given)
+        assert weights(plain.config["models"], name) == expected, name
     assert plain.config["parameters"] == {"lambda": 0.6}
     norms = [f"w_{k} ||theta_{k} - theta_0||^1.5" for k in "tk"]
     assert f"lambda_t = {norms[0]} / sum_k {norms[1]}, measured" in plain.comment
-    assert "with parameters of metagpt: exclude, granularity, power, weight." in (
-        plain.comment
-    )
-    assert_same_merge(config, plain, [deep.base_state, *deep.states], tmp_path)
+    assert "of metagpt: exclude, granularity, power, weight." in plain.comment
+    assert_same_merge(config, plain, deep.inputs, tmp_path)
 
 
 def test_filters_and_gradients(deep: Trio, export: Export, tmp_path: Path) -> None:
     """Another granularity, importance and scale for every tensor."""
-    config = deep.config(
-        parameters={
-            "granularity": [{"filter": "mlp", "value": "tensor"}, {"value": "model"}],
-            "lambda": [1.0, 0.5],
-        }
-    )
+    filters = [{"filter": "mlp", "value": "tensor"}, {"value": "model"}]
+    config = deep.config(parameters={"granularity": filters, "lambda": [1.0, 0.5]})
     config["models"][0]["parameters"] = {"weight": [1.0, 3.0]}
     plain = export(config)
     assert plain.config["parameters"] == {"lambda": [1.0, 0.5]}
-    name = "model.layers.11.mlp.up_proj.weight"
-    expected = deep.lambdas(name, granularity="tensor", weight=[3.0, 1.0, 1.0])
-    assert weights(plain.config["models"], name) == pytest.approx(expected, rel=1e-9)
-    name = "model.layers.11.self_attn.q_proj.weight"
-    expected = deep.lambdas(name, weight=[3.0, 1.0, 1.0])
-    assert weights(plain.config["models"], name) == pytest.approx(expected, rel=1e-9)
-    assert_same_merge(config, plain, [deep.base_state, *deep.states], tmp_path)
+    for part, granularity in (("mlp.up_proj", "tensor"), ("self_attn.q_proj", "model")):
+        name = f"model.layers.11.{part}.weight"
+        expected = deep.lambdas(name, granularity=granularity, weight=[3.0, 1.0, 1.0])
+        assert weights(plain.config["models"], name) == expected
+    assert_same_merge(config, plain, deep.inputs, tmp_path)
 
 
 def test_the_base_among_the_models_and_a_model_that_is_the_base(
@@ -447,16 +419,10 @@ def test_the_base_among_the_models_and_a_model_that_is_the_base(
     copy = write_model(tmp_path / "copy", deep.base_state, llama_config(**DEEP))
     config = merge_config(deep.base, [deep.base, deep.models[0], copy])
     plain = export(config)
-    entries = plain.config["models"]
-    assert [entry["model"] for entry in entries] == [
-        str(deep.base),
-        str(deep.models[0]),
-        str(copy),
-    ]
-    assert [entry.get("parameters") for entry in entries] == [
-        None,
-        {"weight": 1.0},
-        {"weight": 0.0},
+    assert plain.config["models"] == [
+        {"model": str(deep.base)},
+        {"model": str(deep.models[0]), "parameters": {"weight": 1.0}},
+        {"model": str(copy), "parameters": {"weight": 0.0}},
     ]
     assert_same_merge(config, plain, [deep.base_state, deep.states[0]], tmp_path)
 
@@ -466,10 +432,7 @@ def test_the_base_among_the_models_and_a_model_that_is_the_base(
 LAYERS = [f"model.layers.{n}.{part}" for n in (1, 10, 11, 2) for part in ("w", "b")]
 NAMES: dict[str, list[str]] = {
     "layers of one and two digits": LAYERS,
-    "a layer within a longer path": [
-        *LAYERS,
-        *(f"vision.{name}" for name in LAYERS),
-    ],
+    "a layer within a longer path": [*LAYERS, *(f"vision.{n}" for n in LAYERS)],
     "names that end another name": ["norm.weight", "model.norm.weight", "h.0.norm"],
     "names that begin another name": ["lm_head", "lm_head.weight", "lm_head.weight_g"],
     "a name that a layer is part of": ["h.1.w", "x.h.1.w", "h.1", "h.11"],
@@ -501,14 +464,10 @@ def test_filters_catch_no_other_name(names: list[str]) -> None:
 
 def test_a_layer_is_one_filter_and_equal_values_are_a_number() -> None:
     assert weight_setting(dict.fromkeys(LAYERS, 0.25)) == 0.25
-    values = {name: float(name.split(".")[2]) for name in LAYERS}
-    written = weight_setting(values)
-    assert isinstance(written, list)
-    assert [entry.get("filter") for entry in written[:2]] == [
-        "model.layers.10.",
-        "model.layers.11.",
-    ]
-    assert len(written) == 4
+    written = weight_setting({name: float(name.split(".")[2]) for name in LAYERS})
+    assert isinstance(written, list) and len(written) == 4
+    filters = [entry.get("filter") for entry in written]
+    assert filters[:2] == ["model.layers.10.", "model.layers.11."]
 
 
 # --- composed methods -----------------------------------------------------------------
@@ -543,18 +502,13 @@ def test_composed_methods_keep_every_bit(
     assert plain.config["merge_method"] == method
     assert plain.config["parameters"] == settings
     assert (plain.config["dtype"], plain.config["out_dtype"]) == ("float32", "bfloat16")
-    assert [entry["parameters"].get("density") for entry in plain.config["models"]] == [
-        None,
-        0.7,
-        None,
-    ]
+    given = [entry["parameters"] for entry in plain.config["models"]]
+    assert [parameters.get("density") for parameters in given] == [None, 0.7, None]
     assert plain.said == ""
     seed = ("--random-seed", "20")
     ours = run_mergekit(config, tmp_path / "ours", *seed)
     theirs = run_mergekit(plain.config, tmp_path / "theirs", *seed)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert_same_bits(tensor, theirs[name])
+    assert_same_states(ours, theirs)
 
 
 def test_composed_methods_keep_an_absent_dtype(
@@ -564,8 +518,7 @@ def test_composed_methods_keep_an_absent_dtype(
     plain = export(config)
     assert not {"dtype", "out_dtype"} & plain.config.keys()
     ours = run_mergekit(config, tmp_path / "ours")
-    for name, tensor in run_mergekit(plain.config, tmp_path / "theirs").items():
-        assert_same_bits(ours[name], tensor)
+    assert_same_states(ours, run_mergekit(plain.config, tmp_path / "theirs"))
 
 
 # --- precision ------------------------------------------------------------------------
@@ -596,7 +549,7 @@ def test_precision(
     plain = export(config)
     assert (plain.config["dtype"], plain.config["out_dtype"]) == written
     assert plain.said == ""
-    assert_same_merge(config, plain, [trio.base_state, *trio.states], tmp_path)
+    assert_same_merge(config, plain, trio.inputs, tmp_path)
 
 
 def test_an_output_finer_than_the_merge_is_named(
@@ -612,16 +565,16 @@ def test_an_output_finer_than_the_merge_is_named(
         )
 
 
-def mixed(state: State) -> State:
-    """Norms in float32, all else in bfloat16."""
-    return {n: t.to(F32 if "norm" in n else BF16) for n, t in state.items()}
-
-
 def test_stored_precisions_that_differ_are_named(
     export: Export, tmp_path: Path
 ) -> None:
     whole = llama_state()
-    states = [mixed(whole), mixed(uneven(whole, 1)), cast(uneven(whole, 2), BF16)]
+    *mixed, last = whole, uneven(whole, 1), uneven(whole, 2)
+    states = [
+        {n: t.to(F32 if "norm" in n else BF16) for n, t in state.items()}
+        for state in mixed
+    ]
+    states.append(cast(last, BF16))
     base, *models = (
         write_model(tmp_path / f"m{k}", state) for k, state in enumerate(states)
     )
@@ -693,32 +646,28 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         state = {n: t.clone() for n, t in base.items()}
         state["model.norm.weight"][:steps] += 1
         write_model(work / "m" / name, state, llama_config(num_hidden_layers=1))
-    config = merge_config(
-        "m/base", ["m/tuned0", "m/tuned1"], chat_template="chatml", dtype="float32"
-    )
-    (work / "merge.yml").write_text(yaml.safe_dump(config))
+    config = merge_config("m/base", ["m/tuned0", "m/tuned1"])
+    config |= {"chat_template": "chatml", "dtype": "float32"}
+    write_yaml(work / "merge.yml", config)
     monkeypatch.chdir(work)
     return work
 
 
-def test_exact_output(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command("export", "merge.yml", "-") == 0
-    said = capsys.readouterr()
-    text = re.sub(r"mergekit-metagpt \d\S*\.$", "mergekit-metagpt VERSION.", said.out)
-    text = re.sub(r"(?m)(?<=mergekit-metagpt )\d\S*(?=\.$)", "VERSION", said.out)
-    text = re.sub(r"samples: [0-9a-f]{16}\)", "samples: DIGEST)", text)
-    assert text == EXACT
-    size = f"({len(said.out.encode()):,} bytes). It needs no plugin: mergekit-yaml"
-    assert said.err == f"Wrote stdout {size} OUT.yml ./merged\n"
+def test_exact_output(inside: Path, cli: Cli) -> None:
+    printed = cli("export", "merge.yml", "-")
+    text = re.sub(r"(?m)(?<=mergekit-metagpt )\d\S*(?=\.$)", "VERSION", printed.out)
+    assert re.sub(r"samples: [0-9a-f]{16}\)", "samples: DIGEST)", text) == EXACT
+    size = f"({len(printed.out.encode()):,} bytes). It needs no plugin: mergekit-yaml"
+    assert printed.err == f"Wrote stdout {size} OUT.yml ./merged\n"
 
-    assert run_command("export", "merge.yml", "plain.yml") == 0
-    assert Path("plain.yml").read_text() == said.out
-    wrote = f"Wrote plain.yml {size} plain.yml ./merged\n"
-    assert capsys.readouterr() == ("", wrote)
+    wrote = cli("export", "merge.yml", "plain.yml")
+    assert Path("plain.yml").read_text() == printed.out
+    assert wrote.out == ""
+    assert wrote.err == f"Wrote plain.yml {size} plain.yml ./merged\n"
 
 
 def test_nothing_is_merged_and_no_model_is_loaded(
-    inside: Path, monkeypatch: pytest.MonkeyPatch
+    inside: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mergekit.merge
 
@@ -728,126 +677,21 @@ def test_nothing_is_merged_and_no_model_is_loaded(
     monkeypatch.setattr(mergekit.merge, "run_merge", fail)
     monkeypatch.setattr(torch.nn.Module, "__init__", fail)
     before = snapshot(inside)
-    assert run_command("export", "merge.yml", "plain.yml") == 0
+    cli("export", "merge.yml", "plain.yml")
     assert snapshot(inside).keys() - before.keys() == {"plain.yml"}
 
 
-def test_a_file_that_exists_is_kept_without_force(
-    inside: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_exists_is_kept_without_force(inside: Path, cli: Cli) -> None:
     Path("plain.yml").write_text("precious")
-    assert run_command("export", "merge.yml", "plain.yml") == 2
-    assert capsys.readouterr() == (
-        "",
-        "Error: plain.yml exists; choose another name, or --force\n",
-    )
+    said = cli.refused("export", "merge.yml", "plain.yml")
+    assert "plain.yml exists" in said and "--force" in said
     assert Path("plain.yml").read_text() == "precious"
-    assert run_command("export", "merge.yml", "plain.yml", "--force") == 0
+    cli("export", "merge.yml", "plain.yml", "--force")
     assert yaml.safe_load(Path("plain.yml").read_text())["dtype"] == "float32"
 
 
-# --- bad input ------------------------------------------------------------------------
-
-
-def under_one_model(**given: Any) -> broken.Spoil:
-    """Parameters of the last model alone."""
-
-    def spoil(folder: Path, config: dict[str, Any]) -> None:
-        config["models"][-1]["parameters"] = given
-
-    return spoil
-
-
-BAD: dict[str, tuple[Any, str]] = {
-    "another method": (
-        broken.settings(merge_method="ties"),
-        "merge.yml NEW.yml (gives metagpt_ties)",
-    ),
-    "a method that is not converted": (
-        broken.settings(merge_method="slerp"),
-        "Use mergekit-yaml for other methods",
-    ),
-    "no base": (broken.without("base_model"), "base_model"),
-    "only the base": (broken.models("base"), "only the base"),
-    "unknown granularity": (broken.parameters(granularity="block"), "granularity"),
-    "all weights 0": (broken.weights(0, 0), "weight is 0"),
-    "negative weight": (broken.weights(-1, 1), "tuned0 is -1"),
-    "misspelt parameter": (broken.parameters(granularty="layer"), "granularity"),
-    "shared parameter under a model": (under_one_model(power=1), "power stands under"),
-    "NaN": (broken.poisoned("tuned1", float("nan")), broken.TENSOR),
-    "infinity in the base": (broken.poisoned("base", float("inf")), broken.TENSOR),
-    "quantised": (broken.rewritten("tuned0", broken.to_fp8), "quantised"),
-    "bare adapter": (broken.adapter(), "--lora-merge-cache"),
-    "other architecture": (broken.gpt2, "tuned1"),
-    "other width": (broken.llama(hidden_size=64), "tuned1"),
-    "truncated": (broken.in_file("tuned0/model.safetensors", broken.truncated), "tun"),
-    "missing shard": (broken.missing_file(f"tuned0/{broken.SHARD}", 3), broken.SHARD),
-    "no YAML": (broken.text("a: [b"), "merge.yml"),
-    "no text": (broken.text(b"\xff\xfe\x00"), "merge.yml"),
-    "layers that move, by layer": (
-        broken.each(
-            broken.slices(["base", "tuned0"], (1, 3)),
-            broken.parameters(granularity="layer"),
-        ),
-        "layer",
-    ),
-}
-BAD["adapter without a place to merge it"] = (
-    broken.adapter(spelling="{dir}/base+{dir}/adapter"),
-    "--lora-merge-cache",
-)
-
-
-def rows() -> Iterator[Any]:
-    for name in BAD:
-        yield pytest.param(*BAD[name], id=name)
-
-
-def assert_refused(status: int, capsys: pytest.CaptureFixture[str], part: str) -> None:
-    """Check for exit status 2 and one line on stderr that holds some words."""
-    said = capsys.readouterr()
-    assert (status, said.out) == (2, "")
-    assert said.err.startswith("Error: ") and len(said.err.splitlines()) == 1, said.err
-    assert part in said.err
-
-
-@pytest.mark.parametrize(("spoil", "part"), list(rows()))
-def test_bad_input_is_one_line_and_nothing_is_created(
-    spoil: broken.Spoil,
-    part: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    config = broken.write_good(tmp_path)
-    content = spoil(tmp_path, config)
-    content = yaml.safe_dump(config) if content is None else content
-    content = content.encode() if isinstance(content, str) else content
-    Path("merge.yml").write_bytes(content)
-    before: Mapping[str, Any] = snapshot(tmp_path)
-    capsys.readouterr()
-    status = run_command("export", "merge.yml", "plain.yml")
-    assert_refused(status, capsys, part)
-    assert snapshot(tmp_path) == before
-
-
-@pytest.mark.parametrize(
-    ("arguments", "part"),
-    [
-        (["missing.yml", "plain.yml"], "missing.yml"),
-        (["m", "plain.yml"], "m is a folder; expected a merge YAML"),
-        (["merge.yml", "m"], "m cannot be written"),
-        (["merge.yml", "there/plain.yml"], "there/plain.yml cannot be written"),
-    ],
-)
-def test_bad_places(
-    arguments: list[str],
-    part: str,
-    inside: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.mark.parametrize("out", ["m", "there/plain.yml"])
+def test_a_place_that_cannot_be_written(out: str, inside: Path, cli: Cli) -> None:
     before = snapshot(inside)
-    status = run_command("export", *arguments)
-    assert_refused(status, capsys, part)
+    assert f"{out} cannot be written" in cli.refused("export", "merge.yml", out)
     assert snapshot(inside) == before
