@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from mergekit import merge_methods
 from mergekit.merge_methods import registry
@@ -19,12 +18,11 @@ from mergekit_metagpt.merge_config.converting import (
     COMPARISONS,
     MEASURED,
     REFUSED,
-    convert,
+    Converted,
 )
 from mergekit_metagpt.method.composed import COMPOSED
-from tests.conftest import Family
-from tests.families import merge_config, read_model, run_command, run_mergekit
-from tests.oracle import naive_coefficients, naive_sq_norm
+from tests.conftest import Cli, Family
+from tests.families import merge_config, read_model, write_yaml
 
 ROOT = Path(__file__).parents[1]
 ALIKE = ("task_arithmetic", "linear", "model_stock", "sce")
@@ -43,23 +41,20 @@ VALUES: dict[str, Any] = {
     "filter_wise": False,
 }
 # What is left of them.
-LEFT = {
-    "task_arithmetic": {"lambda"},
-    "linear": set(),
-    "sce": set(),
-    "model_stock": set(),
-    **{
-        name: {"density", "lambda", "normalize", "rescale", "int8_mask"}
-        for name in COMPOSED
-    },
-}
+SPARSE = {"density", "lambda", "normalize", "rescale", "int8_mask"}
+LEFT: dict[str, set[str]] = dict.fromkeys(COMPOSED, SPARSE)
+LEFT |= {name: set() for name in ALIKE} | {"task_arithmetic": {"lambda"}}
 LEFT |= {name: LEFT[name] | {"gamma"} for name in COMPOSED if "breadcrumbs" in name}
 LEFT |= {name: LEFT[name] | {"epsilon"} for name in COMPOSED if "della" in name}
 
 
+def convert(old: Mapping[str, Any], base: str | None = None) -> Converted:
+    return converting.convert(yaml.safe_dump(dict(old), sort_keys=False), base)
+
+
 def converted(old: Mapping[str, Any], base: str | None = None) -> dict[str, Any]:
     """The recipe made of a YAML; it passes our own checks."""
-    text = convert(yaml.safe_dump(dict(old), sort_keys=False), base).text
+    text = convert(old, base).text
     config = merge_yaml.read(text)
     checks.check_yaml(config)
     checks.check_names(config)
@@ -99,24 +94,15 @@ def test_parameters_stay_where_the_recipe_has_them(method: str) -> None:
 
 
 def test_weights_go_on_every_level() -> None:
+    layers = {"layer_range": [0, 3]}
+    of_a = {"parameters": {"weight": [0.1, 0.9], "density": 0.5}}
+    sources = [{"model": "./base", **layers}, {"model": "./a", **layers, **of_a}]
     module = {
-        "slices": [
-            {
-                "sources": [
-                    {"model": "./base", "layer_range": [0, 3]},
-                    {
-                        "model": "./a",
-                        "layer_range": [0, 3],
-                        "parameters": {"weight": [0.1, 0.9], "density": 0.5},
-                    },
-                ],
-                "parameters": {"weight": 0.2},
-            }
-        ],
+        "slices": [{"sources": sources, "parameters": {"weight": 0.2}}],
         "parameters": {"weight": [{"filter": "mlp", "value": 0.3}, {"value": 1}]},
     }
     old = old_merge("ties", modules={"text": module}, parameters={"weight": 0.7})
-    made = convert(yaml.safe_dump(old, sort_keys=False))
+    made = convert(old)
     assert made.changes == (
         "merge_method ties -> metagpt_ties",
         "dropped weight [0.1, 0.9] of ./a in modules.text.slices[0]",
@@ -158,8 +144,7 @@ def test_composed_recipes_compute_in_float32(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", None])
 def test_a_precision_that_stays(dtype: str | None) -> None:
-    given = {"dtype": dtype} if dtype else {}
-    made = convert(yaml.safe_dump(old_merge("ties", **given)))
+    made = convert(old_merge("ties", **({"dtype": dtype} if dtype else {})))
     assert yaml.safe_load(made.text).get("dtype") == dtype
     assert "out_dtype" not in yaml.safe_load(made.text)
     assert any("no dtype is given" in note for note in made.notes) == (dtype is None)
@@ -174,7 +159,7 @@ def test_weight_0_leaves_a_model_out_as_before() -> None:
     old = old_merge("ties")
     old["models"][0]["parameters"] = {"weight": 0.0}
     old["models"][1]["parameters"] = {"weight": 0.5}
-    made = convert(yaml.safe_dump(old))
+    made = convert(old)
     assert yaml.safe_load(made.text)["models"] == [
         {"model": "./a", "parameters": {"weight": 0.0}},
         {"model": "./b"},
@@ -193,7 +178,7 @@ def test_weight_0_leaves_a_model_out_as_before() -> None:
     ],
 )
 def test_a_total_other_than_1(settings: dict[str, Any], note: str | None) -> None:
-    made = convert(yaml.safe_dump(old_merge("task_arithmetic", parameters=settings)))
+    made = convert(old_merge("task_arithmetic", parameters=settings))
     said = [line for line in made.notes if "old weights sum" in line]
     assert len(said) == (note is not None)
     assert note is None or note in said[0]
@@ -202,7 +187,7 @@ def test_a_total_other_than_1(settings: dict[str, Any], note: str | None) -> Non
 def test_parameters_that_had_no_effect_do_not_begin_to() -> None:
     old = old_merge("dare_ties", parameters={"weight": 1, "power": 1.0})
     old["models"][0]["parameters"] = {"rescale": False, "density": 0.5}
-    made = convert(yaml.safe_dump(old))
+    made = convert(old)
     new = yaml.safe_load(made.text)
     assert "parameters" not in new
     assert new["models"][0]["parameters"] == {"density": 0.5}
@@ -219,10 +204,10 @@ def test_comments_above_the_first_key_are_kept() -> None:
         "# What this is.\n\n  # More.\n---\nmerge_method: ties\nbase_model: ./base\n"
         "models:\n- model: ./a\nchat_template: 'a # b'\n"
     )
-    made = convert(text)
+    made = converting.convert(text)
     assert made.text.startswith("# What this is.\n\n  # More.\nmerge_method: metagpt_t")
     assert not any("comments" in line for line in made.changes)
-    made = convert(text.replace("./a\n", "./a  # the best\n"))
+    made = converting.convert(text.replace("./a\n", "./a  # the best\n"))
     assert "the best" not in made.text
     assert any("dropped the comments" in line for line in made.changes)
 
@@ -301,27 +286,15 @@ def test_refused(settings: dict[str, Any], message: str) -> None:
 # ---- what was measured
 
 
-def rows_of(page: str, header: str) -> Iterator[list[str]]:
-    """The cells of a table whose first line begins with some words."""
-    lines = iter(page.splitlines())
-    for line in lines:
-        if line.startswith(header):
-            break
-    next(lines)
-    for line in lines:
-        if not line.startswith("|"):
-            return
-        yield [cell.strip() for cell in line.strip("|").split("|")]
-
-
 def test_figures_are_those_of_the_page() -> None:
     page = (ROOT / "docs" / "evaluation.md").read_text()
     of = f" of {COMPARISONS}"
-    table = {
-        name.replace(" ", "_"): (difference, lower)
-        for name, difference, _, lower, *_ in rows_of(page, "| method | with MetaGPT's")
+    table = page.partition("| method | with MetaGPT's")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in row.split("|")] for row in table.splitlines()[2:]]
+    shown = {
+        name.replace(" ", "_"): (less, lower) for _, name, less, _, lower, *_ in rows
     }
-    assert table == {
+    assert shown == {
         name: (MEASURED[name].difference, f"{MEASURED[name].lower}{of}")
         for name in COMPOSED
     }
@@ -333,8 +306,7 @@ def test_figures_are_those_of_the_page() -> None:
         f"Over all {COMPARISONS} comparisons the mean difference is "
         f"{average.difference}, and MetaGPT is lower in {average.lower}{of}."
     ) in flat
-    for name in ("task_arithmetic", "model_stock"):
-        assert MEASURED[name] == average
+    assert MEASURED["task_arithmetic"] == MEASURED["model_stock"] == average
     assert f"lower than SCE in {MEASURED['sce'].lower}{of}." in flat
 
 
@@ -347,13 +319,6 @@ def test_the_note_says_what_is_better() -> None:
 
 
 # ---- originals of recipes
-
-
-def originals() -> list[dict[str, Any]]:
-    """The YAMLs of other methods in docs/converting.md."""
-    page = (ROOT / "docs" / "converting.md").read_text()
-    blocks = re.findall(r"```yaml\n# before\n(.*?)```", page, re.S)
-    return [yaml.safe_load(block) for block in blocks]
 
 
 ORIGINAL = {
@@ -386,11 +351,9 @@ def meaning(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ORIGINAL)
 def test_recipes_that_were_converted_by_hand(name: str) -> None:
-    (old,) = (
-        document
-        for document in originals()
-        if any(entry["model"] == ORIGINAL[name] for entry in document["models"])
-    )
+    page = (ROOT / "docs" / "converting.md").read_text()
+    blocks = re.findall(r"```yaml\n# before\n(.*?)```", page, re.S)
+    (old,) = (yaml.safe_load(block) for block in blocks if ORIGINAL[name] in block)
     by_hand = yaml.safe_load(shipped_recipes.find(f"converted/{name}").text)
     assert meaning(converted(old)) == meaning(by_hand)
 
@@ -398,93 +361,55 @@ def test_recipes_that_were_converted_by_hand(name: str) -> None:
 # ---- the command
 
 
-def stage(folder: Path, family: Family, method: str, **settings: Any) -> Path:
+def stage(folder: Path, family: Family, method: str, **parameters: Any) -> Path:
     """Write a YAML of another method for real models."""
-    weights = {"weight": 0.5} if "weight" in scopes_of(method) else {}
-    parameters = {**weights, **settings.pop("parameters", {})}
-    old = merge_config(
-        family.base, family.models, parameters=parameters, dtype="bfloat16", **settings
-    )
-    file = folder / "old.yml"
-    file.write_text(yaml.safe_dump({**old, "merge_method": method}, sort_keys=False))
-    return file
-
-
-@pytest.mark.parametrize("method", ["linear", "sce", "dare_ties", "breadcrumbs"])
-def test_a_recipe_merges(
-    method: str, tmp_path: Path, family: Family, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """mergekit's own method with the coefficients gives the same tensors."""
-    given = {"density": 0.5} if method in COMPOSED else {}
-    old, new = stage(tmp_path, family, method, parameters=given), tmp_path / "new.yml"
-    assert run_command("convert", old, new) == 0
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.splitlines()[-1].startswith(f"Wrote {new} (")
-    recipe = yaml.safe_load(new.read_text())
-    merged = run_mergekit(recipe, tmp_path / "out", "--random-seed", "0")
-    norms = [
-        sum(naive_sq_norm(family.base_state[n], state[n]) for n in state)
-        for state in family.states
-    ]
-    shares = naive_coefficients(torch.tensor(norms, dtype=torch.float64)).tolist()
-    theirs = {
-        **recipe,
-        "merge_method": method if method in COMPOSED else "task_arithmetic",
-        "dtype": "float32",
-        "out_dtype": "bfloat16",
-        "models": [
-            {"model": str(model), "parameters": {"weight": share}}
-            for model, share in zip(family.models, shares, strict=True)
-        ],
-    }
-    expected = run_mergekit(theirs, tmp_path / "theirs", "--random-seed", "0")
-    assert merged.keys() == expected.keys()
-    for name, tensor in merged.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=2**-7, atol=1e-6)
+    if "weight" in scopes_of(method):
+        parameters["weight"] = 0.5
+    old = merge_config(family.base, family.models, parameters=parameters)
+    old |= {"merge_method": method, "dtype": "bfloat16"}
+    return write_yaml(folder / "old.yml", old)
 
 
 def test_nothing_is_replaced_without_force(
-    tmp_path: Path, family: Family, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, family: Family, cli: Cli
 ) -> None:
     old, new = stage(tmp_path, family, "ties"), tmp_path / "new.yml"
     new.write_text("mine")
-    assert run_command("convert", old, new) == 2
-    assert f"{new} exists" in capsys.readouterr().err
+    assert f"{new} exists" in cli.refused("convert", old, new)
     assert new.read_text() == "mine"
-    assert run_command("convert", old, new, "--force") == 0
-    capsys.readouterr()
-    assert run_command("convert", old, "-") == 0
-    said = capsys.readouterr()
-    assert said.out == new.read_text()
-    assert "Wrote stdout" in said.err and "--random-seed" not in said.err
+    cli("convert", old, new, "--force")
+    printed = cli("convert", old, "-")
+    assert printed.out == new.read_text()
+    assert "Wrote stdout" in printed.err and "--random-seed" not in printed.err
 
 
 def test_the_next_command_has_a_seed_where_numbers_are_drawn(
-    tmp_path: Path, family: Family, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, family: Family, cli: Cli
 ) -> None:
     old, new = stage(tmp_path, family, "dare_ties"), tmp_path / "new.yml"
-    assert run_command("convert", old, new) == 0
-    assert f"merge {new} OUT --random-seed N" in capsys.readouterr().err
-    assert run_command("export", new, "-") == 0
-    assert "mergekit-yaml OUT.yml ./merged --random-seed N" in capsys.readouterr().err
+    assert f"merge {new} OUT --random-seed N" in cli("convert", old, new).err
+    exported = cli("export", new, "-").err
+    assert "mergekit-yaml OUT.yml ./merged --random-seed N" in exported
 
 
-def test_a_refused_yaml_writes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_refused_yaml_writes_nothing(tmp_path: Path, cli: Cli) -> None:
     old, new = tmp_path / "old.yml", tmp_path / "new.yml"
-    old.write_text(yaml.safe_dump(old_merge("slerp")))
-    assert run_command("convert", old, new) == 2
-    said = capsys.readouterr().err
+    write_yaml(old, old_merge("slerp"))
+    said = cli.refused("convert", old, new)
     assert said.startswith(f"Error: {old}: slerp cannot be converted: it follows")
     assert not new.exists()
 
 
-def test_our_own_command_merges_a_recipe(tmp_path: Path, family: Family) -> None:
-    """Through our own command, with all its checks."""
-    old, new = stage(tmp_path, family, "ties"), tmp_path / "new.yml"
-    assert run_command("convert", old, new) == 0
+# What a recipe merges to is tested by method: test_exactness.py, test_composed.py.
+@pytest.mark.parametrize("method", ["linear", "sce", "dare_ties", "breadcrumbs"])
+def test_our_own_command_merges_a_recipe(
+    method: str, tmp_path: Path, family: Family, cli: Cli
+) -> None:
+    given = {"density": 0.5} if method in COMPOSED else {}
+    old, new = stage(tmp_path, family, method, **given), tmp_path / "new.yml"
+    printed = cli("convert", old, new)
+    assert printed.out == ""
+    assert printed.err.splitlines()[-1].startswith(f"Wrote {new} (")
     out = tmp_path / "out"
-    assert run_command("merge", new, out, "--no-copy-tokenizer", "--quiet") == 0
+    cli("merge", new, out, "--no-copy-tokenizer", "--quiet")
     assert read_model(out).keys() == family.base_state.keys()
