@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,8 @@ def family(
     """A report's family as it might be measured, without measuring."""
     total = sum(range(1, count + 1))
     shares = tuple((k + 1) / total for k in range(count))
-    keys = (
-        ALONE[0],
-        *(f"model.layers.{n}" for n in range(layers)),
-        *extra,
-        *ALONE[1:],
-    )
+    numbered = (f"model.layers.{n}" for n in range(layers))
+    keys = (ALONE[0], *numbered, *extra, *ALONE[1:])
     by_layer = tuple(
         pool(key, tuple(share * (1 + n % 7) / 7 for share in shares))
         for n, key in enumerate(keys)
@@ -86,6 +83,12 @@ def family(
         )
         for k, share in enumerate(shares)
     ]
+
+    def cosine_of(i: int, j: int) -> float:
+        if i == j:
+            return 1.0
+        return -0.37 + 0.07 * (i + j) / count if cosine is None else cosine
+
     return schema.Family(
         places=("models",),
         settings=schema.Settings(
@@ -94,15 +97,7 @@ def family(
         base=schema.Base(name=f"{name}-base", **STORED, norm=1),
         models=tuple(models),
         cosines=tuple(
-            tuple(
-                1.0
-                if i == j
-                else -0.37 + 0.07 * (i + j) / count
-                if cosine is None
-                else cosine
-                for i in range(count)
-            )
-            for j in range(count)
+            tuple(cosine_of(i, j) for i in range(count)) for j in range(count)
         ),
         reading="",
         pools=by_layer if not one else (pool("model", shares),),
@@ -136,10 +131,6 @@ REPORTS: dict[str, schema.Report] = {
 }
 
 
-def cases() -> list[Any]:
-    return [pytest.param(found, id=name) for name, found in REPORTS.items()]
-
-
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that were to be saved, laid out as matplotlib does for that."""
@@ -168,6 +159,22 @@ def words_in(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
 
 
+Words = Callable[..., str]
+
+
+@pytest.fixture
+def words_of(drawn: list[Figure], tmp_path: Path) -> Words:
+    """Draw a report, check that it can be read, and return its words, one a line."""
+
+    def words(found: schema.Report, method: str = "metagpt") -> str:
+        found = found.model_copy(update={"method": method})
+        figures.report_figure(found, tmp_path / "figure.png")
+        assert_readable(drawn[-1])
+        return "\n".join(words_in(drawn[-1]))
+
+    return words
+
+
 def assert_readable(figure: Figure) -> None:
     """Check that no text leaves the canvas or lies on another one."""
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
@@ -186,17 +193,15 @@ def assert_readable(figure: Figure) -> None:
         assert width <= 1 or height <= 3, (one.get_text(), two.get_text())
 
 
-@pytest.mark.parametrize("found", cases())
+@pytest.mark.parametrize("found", REPORTS.values(), ids=REPORTS)
 def test_texts_can_be_read(
-    found: schema.Report, drawn: list[Figure], tmp_path: Path
+    found: schema.Report, words_of: Words, drawn: list[Figure]
 ) -> None:
-    figures.report_figure(found, tmp_path / "figure.png")
-    (figure,) = drawn
-    assert_readable(figure)
-    shown = [re.sub(r"^\W*\d+ {2}", "", words) for words in words_in(figure)]
+    words_of(found)
+    shown = {re.sub(r"^\W*\d+ {2}", "", words) for words in words_in(drawn[-1])}
     for one in found.families:
         names = drawing.fitting(drawing.Page(), [model.name for model in one.models])
-        assert len(set(names)) == len(names) and {*names} <= {*shown}
+        assert len(set(names)) == len(names) and {*names} <= shown
 
 
 def test_overlapping_texts_are_noticed() -> None:
@@ -247,47 +252,29 @@ def test_no_window_is_opened(tmp_path: Path) -> None:
 def test_models_without_a_task_vector(tmp_path: Path) -> None:
     """Zero norms, cosines that are null, relative norms that are null."""
     plain = family(2, layers=2)
-    zero = plain.models[0].model_copy(
-        update={"norm": 0.0, "relative_norm": None, "coefficient_range": (0.0, 0.0)}
+    unmoved = {"relative_norms": (None, 0.0), "coefficients": (0.0, 0.0)}
+    zero = {"norm": 0.0, "relative_norm": None, "coefficient_range": (0.0, 0.0)}
+    found = changed(
+        [zero, {}],
+        cosines=((None, None), (None, 1.0)),
+        layers=tuple(layer.model_copy(update=unmoved) for layer in plain.layers),
     )
-    layers = tuple(
-        layer.model_copy(
-            update={"relative_norms": (None, 0.0), "coefficients": (0.0, 0.0)}
-        )
-        for layer in plain.layers
-    )
-    found = plain.model_copy(
-        update={
-            "models": (zero, plain.models[1]),
-            "cosines": ((None, None), (None, 1.0)),
-            "layers": layers,
-        }
-    )
-    figures.report_figure(report(found), tmp_path / "figure.png")
+    figures.report_figure(found, tmp_path / "figure.png")
     assert png_size(tmp_path / "figure.png")[0] >= 1200
 
 
 @pytest.mark.parametrize(("count", "title"), [(1, "1 adapter"), (2, "2 adapters")])
-def test_adapters_without_their_base(
-    count: int, title: str, drawn: list[Figure], tmp_path: Path
-) -> None:
+def test_adapters_without_their_base(count: int, title: str, words_of: Words) -> None:
     plain = family(count, layers=2)
-    base = plain.base.model_copy(update={"name": "BASE", "parameters": 0})
     unknown = {"relative_norms": (None,) * count}
-    layers = tuple(layer.model_copy(update=unknown) for layer in plain.layers)
-    found = plain.model_copy(update={"base": base, "layers": layers})
-    words = words_of(report(found), drawn, tmp_path)
+    found = changed(
+        [{}] * count,
+        base=plain.base.model_copy(update={"name": "BASE", "parameters": 0}),
+        layers=tuple(layer.model_copy(update=unknown) for layer in plain.layers),
+    )
+    words = words_of(found)
     assert f"Merge of {title} of one base" in words and "BASE" not in words
     assert "How far each layer moved" not in words
-
-
-def words_of(
-    found: schema.Report, drawn: list[Figure], tmp_path: Path, method: str = "metagpt"
-) -> str:
-    found = found.model_copy(update={"method": method})
-    figures.report_figure(found, tmp_path / "figure.png")
-    assert_readable(drawn[-1])
-    return "\n".join(words_in(drawn[-1]))
 
 
 def changed(models: list[dict[str, Any]], **changes: Any) -> schema.Report:
@@ -298,76 +285,68 @@ def changed(models: list[dict[str, Any]], **changes: Any) -> schema.Report:
     return report(plain.model_copy(update={"models": new, **changes}))
 
 
-def test_weights_by_hand_are_shown(drawn: list[Figure], tmp_path: Path) -> None:
-    found = changed([{"weight": 2.0}, {}])
-    words = words_of(found, drawn, tmp_path)
+def test_weights_by_hand_are_shown(words_of: Words) -> None:
+    words = words_of(changed([{"weight": 2.0}, {}]))
     assert "\nweight\n" in words and "times its weight" in words
-    found = changed([{"weight_by_hand": "0.2-0.7"}, {}])
-    words = words_of(found, drawn, tmp_path, method="ties")
-    long = changed([{"weight_by_hand": "-".join(["0.125"] * 20)}, {}])
-    assert "0.125-0.1..." in words_of(long, drawn, tmp_path, method="ties")
+    words = words_of(changed([{"weight_by_hand": "0.2-0.7"}, {}]), method="ties")
     assert "weight in the YAML" in words and "0.2-0.7" in words
     assert "by MetaGPT's weights" in words
-    assert "weight" not in words_of(REPORTS["2 models"], drawn, tmp_path)
+    long = changed([{"weight_by_hand": "-".join(["0.125"] * 20)}, {}])
+    assert "0.125-0.1..." in words_of(long, method="ties")
+    assert "weight" not in words_of(REPORTS["2 models"])
 
 
-def test_standard_errors_of_a_sample_are_shown(
-    drawn: list[Figure], tmp_path: Path
-) -> None:
+def test_standard_errors_of_a_sample_are_shown(words_of: Words) -> None:
     errors = {"coefficient_se": 0.0043, "relative_norm_se": 0.02}
     sample = schema.Sample(share=0.01, seed=0, bytes_read=1, bytes_stored=100)
-    words = words_of(changed([errors, errors], sample=sample), drawn, tmp_path)
+    words = words_of(changed([errors, errors], sample=sample))
     assert "33.3 ± 0.4%" in words and "33.3 ± 2.0%" in words
     assert "0.01 of each large tensor" in words
 
 
-def test_numbers_of_a_column_have_the_same_digits(
-    drawn: list[Figure], tmp_path: Path
-) -> None:
+def test_numbers_of_a_column_have_the_same_digits(words_of: Words) -> None:
     small = {"coefficient_range": (1e-5, 1e-5), "relative_norm": 0.00031}
     large = {"coefficient_range": (0.99999, 0.99999), "relative_norm": 0.1}
-    words = words_of(changed([small, large]), drawn, tmp_path)
+    words = words_of(changed([small, large]))
     assert "< 0.1%\n100.0%" in words and "0.031%\n10.000%" in words
 
 
+def with_layers(*norms: tuple[float | None, ...]) -> schema.Report:
+    """Two models with other relative norms in their first layers."""
+    layers = list(family(2).layers)
+    for at, values in enumerate(norms):
+        layers[at] = layers[at].model_copy(update={"relative_norms": values})
+    return changed([{}, {}], layers=tuple(layers))
+
+
 def test_cells_that_did_not_move_have_a_legend(
-    drawn: list[Figure], tmp_path: Path
+    words_of: Words, drawn: list[Figure]
 ) -> None:
-    plain = family(2)
     for value, legend in ((0.0, "did not move"), (None, "not comparable")):
-        assert legend not in words_of(report(plain), drawn, tmp_path)
-        norms = {"relative_norms": (value, 30.0)}
-        layers = (plain.layers[0].model_copy(update=norms), *plain.layers[1:])
-        found = report(plain.model_copy(update={"layers": layers}))
-        assert legend in words_of(found, drawn, tmp_path)
+        assert legend not in words_of(with_layers())
+        assert legend in words_of(with_layers((value, 30.0)))
         hatched = [box for box in rectangles(drawn[-1]) if box.get_hatch()]
         # The cell, and the patch of the legend.
         assert len(hatched) == (2 if value == 0 else 0)
 
 
-def test_a_legend_of_all_has_room(drawn: list[Figure], tmp_path: Path) -> None:
-    plain = family(2)
-    norms: dict[str, Any] = {"relative_norms": (0.0, 1000.0)}
-    first = plain.layers[0].model_copy(update=norms)
-    second = plain.layers[1].model_copy(update={"relative_norms": (None, 0.1)})
-    layers = (first, second, *plain.layers[2:])
-    found = report(plain.model_copy(update={"layers": layers}))
-    words = words_of(found, drawn, tmp_path)
+def test_a_legend_of_all_has_room(words_of: Words) -> None:
+    words = words_of(with_layers((0.0, 1000.0), (None, 0.1)))
     for legend in ("(log scale)", "100,000% of", "did not move", "not comparable"):
         assert legend in words
 
 
-def test_cosines_near_0_are_a_line(drawn: list[Figure], tmp_path: Path) -> None:
-    near = words_of(report(family(3, cosine=-0.04)), drawn, tmp_path)
+def test_cosines_near_0_are_a_line(words_of: Words, drawn: list[Figure]) -> None:
+    near = words_of(report(family(3, cosine=-0.04)))
     assert "nearly unrelated directions: cosine −0.04" in near  # noqa: RUF001
     assert "same direction?" not in near
     small = drawn[-1].get_figheight()
-    far = words_of(report(family(3, cosine=-0.4)), drawn, tmp_path)
+    far = words_of(report(family(3, cosine=-0.4)))
     assert "same direction?" in far and far.count("−.40") == 3  # noqa: RUF001
     assert drawn[-1].get_figheight() > small
-    two = words_of(report(family(2, cosine=0.4)), drawn, tmp_path)
+    two = words_of(report(family(2, cosine=0.4)))
     assert "partly the same directions: cosine 0.40" in two
-    slight = words_of(report(family(3, cosine=0.13)), drawn, tmp_path)
+    slight = words_of(report(family(3, cosine=0.13)))
     assert "only slightly similar directions: cosine 0.13" in slight
     assert "same direction?" not in slight
 
@@ -377,55 +356,48 @@ def rectangles(figure: Figure) -> list[Rectangle]:
 
 
 def test_the_whole_length_of_a_bar_is_the_whole_merge(
-    drawn: list[Figure], tmp_path: Path
+    words_of: Words, drawn: list[Figure]
 ) -> None:
-    words = words_of(report(family(3)), drawn, tmp_path)
+    words = words_of(report(family(3)))
     assert "0%\n100%\nequal shares: 33.3%" in words
     assert "Larger does not mean better." in words
-    boxes = rectangles(drawn[-1])
-    tracks = [box for box in boxes if same_color(box, figures.TRACK)]
-    bars = [box for box in boxes if same_color(box, drawing.BLUE)]
-    lengths = [b.get_width() / t.get_width() for b, t in zip(bars, tracks, strict=True)]
+
+    def widths(color: str) -> list[float]:
+        boxes = rectangles(drawn[-1])
+        filled = (box for box in boxes if box.get_facecolor() == to_rgba(color))
+        return [box.get_width() for box in filled]
+
+    pairs = zip(widths(drawing.BLUE), widths(figures.TRACK), strict=True)
+    lengths = [bar / track for bar, track in pairs]
     assert lengths == pytest.approx([1 / 6, 2 / 6, 3 / 6])
-    same = words_of(changed([{}, {}], settings=settings_of(power=0)), drawn, tmp_path)
-    assert "equal shares" not in same
+    same = changed([{}, {}], settings=schema.Settings(power=0, varying=()))
+    assert "equal shares" not in words_of(same)
 
 
-def same_color(box: Rectangle, color: str) -> bool:
-    return bool(box.get_facecolor() == to_rgba(color))
-
-
-def settings_of(**changes: Any) -> schema.Settings:
-    return schema.Settings(**{"power": 2, "exclude": (), "varying": (), **changes})
-
-
-def test_shares_by_layer_have_a_panel(drawn: list[Figure], tmp_path: Path) -> None:
+def test_shares_by_layer_have_a_panel(words_of: Words) -> None:
     panel = "Share of the merge, layer by layer"
-    words = words_of(REPORTS["by layer"], drawn, tmp_path)
+    words = words_of(REPORTS["by layer"])
     assert panel in words and "lowest to highest" in words
     assert "How far each layer moved" in words
-    by_tensor = report(family(2, granularity="tensor"))
-    assert panel not in words_of(by_tensor, drawn, tmp_path)
+    assert panel not in words_of(report(family(2, granularity="tensor")))
 
 
-def test_settings_are_explained(drawn: list[Figure], tmp_path: Path) -> None:
-    words = words_of(report(family(2, scale=0.5)), drawn, tmp_path)
+def test_settings_are_explained(words_of: Words) -> None:
+    words = words_of(report(family(2, scale=0.5)))
     assert "multiplied by 0.5" in words and "squared distance" in words
     for power, expected in ((0, "same for all"), (1, "'s distance"), (-1, "of -1")):
         settings = schema.Settings(power=power, exclude=("embed",), varying=())
-        words = words_of(changed([{}, {}], settings=settings), drawn, tmp_path)
+        words = words_of(changed([{}, {}], settings=settings))
         assert expected in words and "Not counted in the distance: embed" in words
     for keep, shown in ((1.25, "keep, 1.25"), (None, "keep, undefined")):
         settings = schema.Settings(scale="keep", varying=())
         pools = (pool("model", (0.5, 0.5)).model_copy(update={"keep": keep}),)
-        found = changed([{}, {}], settings=settings, pools=pools)
-        words = words_of(found, drawn, tmp_path)
+        words = words_of(changed([{}, {}], settings=settings, pools=pools))
         assert f"scaled to the models' mean length (lambda: {shown})" in words
 
 
-def test_names_with_dollar_signs(drawn: list[Figure], tmp_path: Path) -> None:
-    words = words_of(report(family(2, name="./a$b$c")), drawn, tmp_path)
-    assert "a$b$c-0" in words
+def test_names_with_dollar_signs(words_of: Words) -> None:
+    assert "a$b$c-0" in words_of(report(family(2, name="./a$b$c")))
 
 
 @pytest.mark.parametrize(
@@ -461,27 +433,21 @@ def compared(
     tasks = [f"{name}-{k}" for k in range(texts)]
 
     def losses(excess: float, seed: int) -> list[ChunkLosses]:
-        values = [
-            [1e3 * (1.5 + excess + k % 3 / 10 + 0.01 * math.sin(k * seed))]
+        chunks = [
+            1e3 * (1.5 + excess + k % 3 / 10 + 0.01 * math.sin(k * seed))
             for k in range(20)
         ]
-        chunk = [value for row in values for value in row]
         tokens = [1000] * 19 + [1000 if unit == "token" else 1000 + seed]
-        one = ChunkLosses(losses=chunk, tokens=tokens, bytes=[4000] * 20)
+        one = ChunkLosses(losses=chunks, tokens=tokens, bytes=[4000] * 20)
         return [one] * texts
 
+    sizes = {"chunks": 20, "tokens": 20_000, "bytes": 80_000}
+    models = [None if k and k == texts - 1 else tasks[k] for k in range(texts)]
     merges = {f"candidate {k}": losses(0.2 + 0.003 * k, k) for k in range(candidates)}
     return comparison.compare(
         [
-            comparison.Text(
-                name=task,
-                file="text",
-                model=None if k and k == texts - 1 else task,
-                chunks=20,
-                tokens=20_000,
-                bytes=80_000,
-            )
-            for k, task in enumerate(tasks)
+            comparison.Text(name=task, file="text", model=model, **sizes)
+            for task, model in zip(tasks, models, strict=True)
         ],
         {
             "base": losses(0.5, 90),
@@ -539,9 +505,7 @@ def test_a_loss_that_is_no_number_is_drawn(tmp_path: Path) -> None:
     assert png_size(tmp_path / "figure.png")[0] >= 1200
 
 
-def test_axes_end_at_round_numbers_beyond_what_they_show(
-    drawn: list[Figure], tmp_path: Path
-) -> None:
+def test_axes_end_at_round_numbers_beyond_what_they_show() -> None:
     for values in ([0.3, 0.3123], [1.0], [-2e-5, 7e-5], [512.0, 4096.0]):
         axis = comparison_plot._Axis.over(values, 0.0, 3.0)
         assert axis.low < min(values) and max(values) < axis.high
@@ -550,14 +514,11 @@ def test_axes_end_at_round_numbers_beyond_what_they_show(
         assert 2 <= round((axis.high - axis.low) / axis.step) <= 6
 
 
-def marks(figure: Figure) -> list[Line2D]:
-    return [line for line in figure.findobj(Line2D) if line.get_marker() == "o"]
-
-
 def test_noise_is_hollow(drawn: list[Figure], tmp_path: Path) -> None:
     found = compared(1, 4)
     assert {row.beyond_noise for row in found.candidates[1:]} == {True, False}
     comparison_plot.comparison_figure(found, tmp_path / "figure.png")
-    hollow = [mark.get_markerfacecolor() == "white" for mark in marks(drawn[-1])]
+    marks = [line for line in drawn[-1].findobj(Line2D) if line.get_marker() == "o"]
+    hollow = [mark.get_markerfacecolor() == "white" for mark in marks]
     near = [not row.beyond_noise for row in found.candidates]
     assert hollow == [False, *near[1:]] * 2
