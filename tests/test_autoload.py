@@ -454,17 +454,21 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pip(*arguments: str | Path, python: str | Path = sys.executable) -> None:
-    """Run pip offline, with the build tools of this environment."""
+def pip(*arguments: str | Path, python: str | Path = sys.executable) -> str:
+    """Run pip offline, with this environment's build tools; return what it prints."""
     done = run_process(
         [sys.executable, "-m", "pip", "--python", python, *arguments],
         environment(PIP_NO_INDEX="1", PIP_DISABLE_PIP_VERSION_CHECK="1"),
     )
     assert_succeeded(done)
+    return done.stdout + done.stderr
 
 
 def build_wheel(project: Path, folder: Path) -> list[str | Path]:
-    pip("wheel", "--no-deps", "--no-build-isolation", "-w", folder, project)
+    said = pip(
+        "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", folder, project
+    )
+    assert "absent from the `packages`" not in said
     return [*folder.glob("*.whl")]
 
 
@@ -497,8 +501,15 @@ def test_installed(build: Any, project: Path, heavy: Path, tmp_path: Path) -> No
     pip("install", "--no-deps", "--no-build-isolation", *what, python=python)
     said = said_after("", python=python)
     assert_registered(said)
-    code = "import mergekit_metagpt\nanswer(mergekit_metagpt.__file__)"
-    found = Path(ask_python(code, python=python)).parent
+    code = """
+        import mergekit_metagpt
+        from mergekit_metagpt.commands import shipped_recipes
+        recipes = [recipe.name for recipe in shipped_recipes.recipes()]
+        answer([mergekit_metagpt.__file__, recipes])
+    """
+    file, recipes = ask_python(code, python=python)
+    found = Path(file).parent
+    assert len(recipes) == len([*(ROOT / "recipes").rglob("*.yml")])
     assert found == (project if build is leave_in_place else site) / PACKAGE.name
     assert {file.name for file in found.rglob("*.py")} == {
         file.name for file in PACKAGE.rglob("*.py")

@@ -5,10 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-import subprocess
-import sys
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +19,17 @@ from mergekit import merge_methods
 from mergekit_metagpt.commands import cli, shipped_recipes
 from mergekit_metagpt.merge_config import checks, merge_yaml
 from mergekit_metagpt.method.composed import COMPOSED
-from tests.families import State, read_model, run_mergekit
-from tests.processes import ask_python, assert_succeeded, run_process, script
+from tests.adapters import naive_adapted
+from tests.conftest import Cli
+from tests.families import State, cast, read_model, run_mergekit, write_yaml
+from tests.processes import assert_succeeded, run_process, script
 from tests.stand_ins import (
     ORIGINALS,
     Original,
-    StandIn,
+    Shelf,
     assert_composed,
     assert_merged,
     expectation,
-    make_stand_in,
     replaced,
     values_of,
     with_weights,
@@ -44,11 +42,8 @@ FILES = {
     file.relative_to(ROOT / "recipes").with_suffix("").as_posix(): file
     for file in sorted((ROOT / "recipes").rglob("*.yml"))
 }
+assert len(FILES) == 31, "the README counts them"
 EACH = pytest.mark.parametrize("name", FILES)
-
-
-def test_how_many_there_are() -> None:
-    assert len(FILES) == 31
 
 
 def documents_of(name: str) -> list[dict[str, Any]]:
@@ -77,7 +72,7 @@ ADAPTERS = ("./adapters/math", "./adapters/code", "./adapters/chat")
 PARTS = ("What", "Source", "Download", "Memory", "Run", "Inspect first")
 
 
-def parts_of(name: str) -> dict[str, list[str]]:
+def lines_of(name: str) -> dict[str, list[str]]:
     """The parts of a recipe's comment: the lines of each, by its label."""
     lines = itertools.takewhile(
         lambda line: line.startswith("#"), FILES[name].read_text().splitlines()
@@ -99,15 +94,15 @@ def parts_of(name: str) -> dict[str, list[str]]:
     return parts
 
 
-def said_in(name: str, part: str) -> str:
-    return " ".join(parts_of(name)[part])
+def parts_of(name: str) -> dict[str, str]:
+    """The parts of a recipe's comment by their labels, their lines joined."""
+    return {label: " ".join(lines) for label, lines in lines_of(name).items()}
 
 
 def command_of(name: str, part: str = "Run") -> list[str]:
     """The one command of a part, in words."""
-    (command,) = (
-        line for line in parts_of(name)[part] if re.match(r"mergekit-\w+ ", line)
-    )
+    lines = lines_of(name)[part]
+    (command,) = (line for line in lines if re.match(r"mergekit-\w+ ", line))
     return shlex.split(command)
 
 
@@ -119,43 +114,39 @@ def test_comment(name: str) -> None:
     given = [label for label in parts if label != "summary"]
     assert given == [label for label in PARTS if label in given]
     assert {*PARTS} - {*given} <= {"Memory"}
-    (summary,) = parts["summary"]
+    summary = parts["summary"]
     assert 30 < len(summary) <= 88 and summary.endswith(".")
-    text = FILES[name].read_text()
-    assert not re.search(
-        r"state of the art|state-of-the-art|sota\b|\bbest\b", text, re.I
-    )
+    boast = r"state of the art|state-of-the-art|sota\b|\bbest\b"
+    assert not re.search(boast, FILES[name].read_text(), re.I)
     if not name.startswith(("paper/", "converted/")):
-        assert "example, not a published merge" in said_in(name, "What")
+        assert "example, not a published merge" in parts["What"]
 
 
 def test_summaries_differ() -> None:
-    summaries = {parts_of(name)["summary"][0] for name in FILES}
-    assert len(summaries) == len(FILES)
+    assert len({parts_of(name)["summary"] for name in FILES}) == len(FILES)
 
 
 @EACH
 def test_download(name: str) -> None:
     """What is said of sizes follows from the numbers of parameters and bytes."""
-    known = [ORIGINALS[model] for model in models_of(name) if model not in ADAPTERS]
-    sizes = [original.billions * original.width for original in known]
-    said = said_in(name, "Download")
-    if not sum(sizes):
+    models = [model for model in models_of(name) if model not in ADAPTERS]
+    known = [ORIGINALS[model] for model in models]
+    total = sum(original.billions * original.width for original in known)
+    said = parts_of(name)["Download"]
+    if not total:
         assert said.startswith("nothing")
         return
-    total = re.match(r"about ([\d,]+) GB \(", said)
-    assert total is not None
-    assert abs(sum(sizes) - float(total.group(1).replace(",", ""))) <= 0.5
-    each = re.search(r"\((?:(\d+) models|the base) of ([\d.]+) B parameters", said)
-    assert each is not None
-    count, billions = each.groups(default="1")
+    sizes = re.match(
+        r"about ([\d,]+) GB \((?:(\d+) models|the base) of ([\d.]+) B parameters", said
+    )
+    assert sizes is not None
+    gigabytes, count, billions = sizes.groups(default="1")
+    assert abs(total - float(gigabytes.replace(",", ""))) <= 0.5
     assert len(known) == int(count)
     assert {f"{original.billions:.1f}" for original in known} == {billions}
-    wider = [m for m in models_of(name) if m in ORIGINALS and ORIGINALS[m].width == 4]
+    wider = [m for m in models if ORIGINALS[m].width == 4]
     assert [m.rpartition("/")[2] for m in wider] == re.findall(r", (\S+) 4\)", said)
-    gated = any(
-        model.startswith(("meta-llama/", "google/")) for model in models_of(name)
-    )
+    gated = any(model.startswith(("meta-llama/", "google/")) for model in models)
     assert ("licence" in said) == gated
 
 
@@ -198,7 +189,7 @@ def test_what_to_inspect(name: str) -> None:
         assert arguments[0] == f"recipes/{name}.yml"
         adapted = "--lora-merge-cache" in command_of(name)
         assert ("--peft" in arguments) == adapted
-    hint = [line for line in parts_of(name)["Inspect first"] if "inspect -" not in line]
+    hint = [line for line in lines_of(name)["Inspect first"] if "inspect -" not in line]
     assert len(" ".join(hint[1:])) > 60, "nothing is said of what to look at"
 
 
@@ -230,48 +221,44 @@ def test_configuration(name: str) -> None:
             assert not values_of(document, "weight", "normalize", "int8_mask")
 
 
-def count_of_models(name: str) -> int:
-    return len(models_of(name)) - 1
-
-
 def settings_of(name: str) -> set[str]:
     """All keys that occur in a recipe."""
-
-    def keys(setting: Any) -> Iterator[str]:
-        for item in setting if isinstance(setting, list) else ():
-            yield from keys(item)
-        for key, item in setting.items() if isinstance(setting, dict) else ():
-            yield key
-            yield from keys(item)
-
-    return set(keys(documents_of(name)))
-
-
-def kinds_of(name: str) -> set[str]:
-    return {ORIGINALS[m].kind for m in models_of(name) if m in ORIGINALS}
+    found: set[str] = set()
+    waiting: list[Any] = [documents_of(name)]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            found.update(item)
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+    return found
 
 
-def largest(name: str) -> float:
-    return max(ORIGINALS[m].billions for m in models_of(name) if m in ORIGINALS)
+def originals_of(name: str) -> list[Original]:
+    return [ORIGINALS[model] for model in models_of(name) if model in ORIGINALS]
 
 
 REQUIRED: dict[str, Callable[[str], bool]] = {
-    "two models": lambda name: count_of_models(name) == 2,
+    "two models": lambda name: len(models_of(name)) == 3,
     "vocabularies": lambda name: "tokenizer" in settings_of(name),
     "slices": lambda name: "slices" in settings_of(name),
     "LoRA": lambda name: (
         "--lora-merge-cache" in command_of(name)
         and any("+" in spelt for spelt in values_of(documents_of(name), "model"))
     ),
-    "vision": lambda name: "Qwen2.5-VL" in kinds_of(name),
-    "mixture of experts": lambda name: "Mixtral" in kinds_of(name),
+    "vision": lambda name: any(o.kind == "Qwen2.5-VL" for o in originals_of(name)),
+    "mixture of experts": lambda name: any(
+        original.kind == "Mixtral" for original in originals_of(name)
+    ),
     "several GPUs": lambda name: (
-        largest(name) > 30 and "--multi-gpu" in command_of(name)
+        any(original.billions > 30 for original in originals_of(name))
+        and "--multi-gpu" in command_of(name)
     ),
     "chain": lambda name: command_of(name)[0] == "mergekit-multi",
     "all knobs": lambda name: {"weight", "power", "exclude"} <= settings_of(name),
     "little memory": lambda name: (
-        "16 GB" in said_in(name, "summary")
+        "16 GB" in parts_of(name)["summary"]
         and {"--lazy-unpickle", "--out-shard-size"} <= {*command_of(name)}
     ),
 }
@@ -298,27 +285,6 @@ def test_every_method_has_a_recipe() -> None:
 
 
 # ---- merges of tiny stand-ins
-
-
-# transformers' class, its configuration, and what that takes beside `SIZES`.
-
-
-Shelf = Callable[[str, int], StandIn]
-
-
-@pytest.fixture(scope="session")
-def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    """Make each stand-in when it is first asked for: by the original, the position."""
-    folder = tmp_path_factory.mktemp("stand-ins")
-    made: dict[tuple[Original, int], StandIn] = {}
-
-    def stand_in(model: str, position: int) -> StandIn:
-        key = (ORIGINALS[model], position)
-        if key not in made:
-            made[key] = make_stand_in(folder / f"m{len(made)}", *key)
-        return made[key]
-
-    return stand_in
 
 
 def make_adapter(folder: Path, base: Path, seed: int) -> Path:
@@ -356,7 +322,7 @@ class Staged:
     states: dict[str, State]
 
 
-def staged(name: str, stand_ins: Shelf, folder: Path) -> Staged:
+def staged(name: str, shelf: Shelf, folder: Path) -> Staged:
     """Put stand-ins in the place of a recipe's models."""
     places: dict[str, Path] = {}
     states: dict[str, State] = {}
@@ -365,7 +331,7 @@ def staged(name: str, stand_ins: Shelf, folder: Path) -> Staged:
             base = places[models_of(name)[0]]
             places[model] = make_adapter(folder / Path(model).name, base, position)
         else:
-            found = stand_ins(model, position)
+            found = shelf(model, position)
             places[model], states[model] = found.folder, found.state
     documents = documents_of(name)
     for document in documents:
@@ -392,27 +358,18 @@ def with_adapters(name: str, stage: Staged, folder: Path) -> dict[str, State]:
             continue
         (cached,) = (folder / "lora-cache").glob(f"*_{Path(adapter).name}_*")
         states[spelling] = read_model(cached)
-        stored = read_model(folder / Path(adapter).name)
-        products = {
-            key.removeprefix("base_model.model.").replace(".lora_A", ""): (
-                stored[key.replace("lora_A", "lora_B")] @ tensor
-            )
-            for key, tensor in stored.items()
-            if "lora_A" in key
-        }
-        assert products
-        for key, product in products.items():
-            expected = states[base][key].float() + 2 * product.float()
-            torch.testing.assert_close(
-                states[spelling][key].float(), expected, rtol=2**-7, atol=2**-7
-            )
+        start = cast(states[base], torch.float32)
+        merged = naive_adapted(start, folder / Path(adapter).name, 2.0)
+        assert any(merged[key] is not start[key] for key in start)
+        for key, tensor in cast(states[spelling], torch.float32).items():
+            torch.testing.assert_close(tensor, merged[key], rtol=2**-7, atol=2**-7)
     return states
 
 
 @SINGLE
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
-def test_merge(name: str, tmp_path: Path, stand_ins: Shelf) -> None:
-    stage = staged(name, stand_ins, tmp_path)
+def test_merge(name: str, tmp_path: Path, shelf: Shelf) -> None:
+    stage = staged(name, shelf, tmp_path)
     (document,), (original,) = stage.documents, documents_of(name)
     merged = run_mergekit(document, tmp_path / "out", *stage.options)
     states = with_adapters(name, stage, tmp_path)
@@ -426,17 +383,15 @@ def test_merge(name: str, tmp_path: Path, stand_ins: Shelf) -> None:
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_chain(name: str, tmp_path: Path, stand_ins: Shelf) -> None:
+def test_chain(name: str, tmp_path: Path, shelf: Shelf) -> None:
     """Through the code of mergekit-multi; a later step is checked with earlier ones."""
-    stage = staged(name, stand_ins, tmp_path)
-    file = tmp_path / "recipe.yml"
-    file.write_text(yaml.safe_dump_all(stage.documents, sort_keys=False))
+    stage = staged(name, shelf, tmp_path)
+    file = write_yaml(tmp_path / "recipe.yml", *stage.documents)
     assert stage.options[::2] == ["--intermediate-dir", "--out-path"]
     steps, out = (tmp_path / folder for folder in stage.options[1::2])
     arguments = [str(file), "--intermediate-dir", str(steps), "--out-path", str(out)]
-    main = click_command("mergekit-multi")
-    options = ["--no-copy-tokenizer", "--quiet"]
-    main.main([*arguments, *options], standalone_mode=False)
+    arguments += ["--no-copy-tokenizer", "--quiet"]
+    click_command("mergekit-multi").main(arguments, standalone_mode=False)
     states = dict(stage.states)
     for document in documents_of(name):
         step = document.get("name", "")
@@ -447,22 +402,21 @@ def test_chain(name: str, tmp_path: Path, stand_ins: Shelf) -> None:
 
 def own_file(name: str, stage: Staged, folder: Path) -> Path:
     """What `recipes NAME > own.yml` writes, with nothing but its models replaced."""
-    file = folder / "own.yml"
-    file.write_text(shipped_recipes.find(name).text)
     text, count = re.subn(
         r"(?m)^((?:  - |base_)model: )(\S+)$",
         lambda found: f"{found.group(1)}{stage.places[found.group(2)]}",
-        file.read_text(),
+        shipped_recipes.find(name).text,
     )
     assert count == len(stage.places)
+    file = folder / "own.yml"
     file.write_text(text)
     return file
 
 
-def test_script(tmp_path: Path, stand_ins: Shelf) -> None:
+def test_script(tmp_path: Path, shelf: Shelf) -> None:
     """A reader's own file through the script mergekit-yaml."""
     name, out = "starters/two-models", tmp_path / "out"
-    stage = staged(name, stand_ins, tmp_path)
+    stage = staged(name, shelf, tmp_path)
     file = own_file(name, stage, tmp_path)
     command = [script("mergekit-yaml"), file, out, "--no-copy-tokenizer"]
     done = run_process([*command, *stage.options])
@@ -472,12 +426,11 @@ def test_script(tmp_path: Path, stand_ins: Shelf) -> None:
     assert_merged(read_model(out), expectation(document, stage.states))
 
 
-def test_our_own_command(tmp_path: Path, stand_ins: Shelf) -> None:
+def test_our_own_command(tmp_path: Path, shelf: Shelf, cli: Cli) -> None:
     """The whole job is checked, vocabularies of different sizes too."""
     name, out = "large/mixtral-8x7b", tmp_path / "out"
-    stage = staged(name, stand_ins, tmp_path)
-    file = own_file(name, stage, tmp_path)
-    cli.main.main(["merge", str(file), str(out), "--quiet"], standalone_mode=False)
+    stage = staged(name, shelf, tmp_path)
+    cli("merge", own_file(name, stage, tmp_path), out, "--quiet")
     (document,) = documents_of(name)
     assert_merged(read_model(out), expectation(document, stage.states))
 
@@ -490,41 +443,33 @@ def test_shelf_holds_every_file() -> None:
     assert [recipe.name for recipe in found] == sorted(FILES)
     for recipe in found:
         assert recipe.text == FILES[recipe.name].read_text()
-        assert [recipe.summary] == parts_of(recipe.name)["summary"]
+        assert recipe.summary == parts_of(recipe.name)["summary"]
 
 
 @pytest.mark.parametrize(
-    "spelling",
+    ("spelling", "name"),
     [
-        "paper/llama-2-7b",
-        "paper/llama-2-7b.yml",
-        "llama-2-7b",
-        "llama-2-7b.yml",
-        "recipes/paper/llama-2-7b.yml",
+        *(
+            (f"{spelling}{ending}", "paper/llama-2-7b")
+            for spelling in ("paper/llama-2-7b", "llama-2-7b")
+            for ending in ("", ".yml")
+        ),
+        ("recipes/paper/llama-2-7b.yml", "paper/llama-2-7b"),
+        ("lora", "features/lora-adapters"),
     ],
 )
-def test_find(spelling: str) -> None:
-    assert shipped_recipes.find(spelling).name == "paper/llama-2-7b"
-
-
-def test_find_by_a_word() -> None:
-    assert shipped_recipes.find("lora").name == "features/lora-adapters"
-
-
-def shelf(folder: Path, *names: str) -> Path:
-    """A package folder with recipes of these names and nothing else."""
-    for name in names:
-        file = folder / "recipes" / f"{name}.yml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"# About {name}.\nmerge_method: metagpt\n")
-    return folder
+def test_find(spelling: str, name: str) -> None:
+    assert shipped_recipes.find(spelling).name == name
 
 
 def test_find_says_what_else_there_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = shelf(tmp_path, "one/twin", "two/twin", "two/other", "whole")
-    monkeypatch.setattr(shipped_recipes, "_PACKAGE", folder)
+    for name in ("one/twin", "two/twin", "two/other", "whole"):
+        file = tmp_path / "recipes" / f"{name}.yml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"# About {name}.\nmerge_method: metagpt\n")
+    monkeypatch.setattr(shipped_recipes, "_PACKAGE", tmp_path)
     assert shipped_recipes.find("other") == shipped_recipes.Recipe(
         "two/other", "About two/other.", "# About two/other.\nmerge_method: metagpt\n"
     )
@@ -547,62 +492,3 @@ def test_an_installation_without_recipes(
     monkeypatch.setattr(shipped_recipes, "_PACKAGE", tmp_path / "mergekit_metagpt")
     with pytest.raises(FileNotFoundError, match="holds no recipes"):
         shipped_recipes.recipes()
-
-
-LOADED = """
-import sys
-import mergekit_metagpt.{module}
-answer([name for name in ("torch", "transformers", "mergekit") if name in sys.modules])
-"""
-
-
-def test_the_shelf_is_light() -> None:
-    assert ask_python(LOADED.format(module="commands.shipped_recipes")) == []
-    assert "torch" in ask_python(LOADED.format(module="arithmetic.squared_norms"))
-
-
-@pytest.fixture(scope="module")
-def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel and an sdist, built from a copy: building leaves files behind."""
-    import shutil
-
-    folder = tmp_path_factory.mktemp("distributions")
-    project = folder / "project"
-    for part in ("mergekit_metagpt", "recipes"):
-        unneeded = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / part, project / part, ignore=unneeded)
-    for part in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / part, project)
-    code = (
-        "from setuptools import build_meta as backend;"
-        f"backend.build_sdist({str(folder)!r}); backend.build_wheel({str(folder)!r})"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=project, capture_output=True, text=True
-    )
-    assert_succeeded(done)
-    assert "absent from the `packages`" not in done.stdout + done.stderr
-    return folder
-
-
-def test_wheel(distributions: Path, tmp_path: Path) -> None:
-    """Unpacked, as pip does, the package finds its recipes in itself."""
-    (wheel,) = distributions.glob("*.whl")
-    with zipfile.ZipFile(wheel) as file:
-        file.extractall(tmp_path)
-    code = """
-        from mergekit_metagpt.commands import shipped_recipes as shelf
-        answer([shelf.__file__, [recipe.name for recipe in shelf.recipes()]])
-    """
-    place, names = ask_python(code, path=[tmp_path])
-    assert Path(place).is_relative_to(tmp_path)
-    assert names == sorted(FILES)
-
-
-def test_sdist(distributions: Path) -> None:
-    import tarfile
-
-    (sdist,) = distributions.glob("*.tar.gz")
-    with tarfile.open(sdist) as file:
-        packed = {name.partition("/")[2] for name in file.getnames()}
-    assert {f"recipes/{name}.yml" for name in FILES} <= packed
