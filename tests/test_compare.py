@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import save_file
 
 from mergekit_metagpt.commands import demo, losses
 from mergekit_metagpt.merge_config import candidates, plan
@@ -24,8 +25,14 @@ from mergekit_metagpt.report import comparison, ranking
 from mergekit_metagpt.scanning import cache
 from mergekit_metagpt.scanning.cache import ChunkLosses
 from tests.broken import snapshot
-from tests.families import read_model, run_command, run_mergekit
-from tests.oracle import assert_same_bits
+from tests.families import (
+    merge_config,
+    read_model,
+    run_command,
+    run_mergekit,
+    write_yaml,
+)
+from tests.oracle import assert_same_states
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -43,13 +50,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("general", *demo.SPECIALTIES):
         text = demo.text(name, BYTES, held_out=True)
         (folder / f"{name}.txt").write_text(text)
-    config = {
-        "merge_method": "metagpt",
-        "base_model": str(made.base),
-        "models": [{"model": str(path)} for path in made.specialists.values()],
-        "dtype": "bfloat16",
-    }
-    (folder / "merge.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+    config = merge_config(made.base, [*made.specialists.values()], dtype="bfloat16")
+    write_yaml(folder / "merge.yml", config)
     for file in (folder / "m").rglob("*"):
         os.utime(file, (1_600_000_000, 1_600_000_000))
     return folder
@@ -69,6 +71,15 @@ def places(
     yield tmp_path
     assert list(merges.iterdir()) == []
     assert snapshot(family) == before, "something was left beside the models"
+
+
+@pytest.fixture
+def copy(family: Path, places: Path) -> Path:
+    """The models and `merge.yml` in a folder of the test's own, to be changed."""
+    shutil.copytree(family / "m", places / "m")
+    text = (family / "merge.yml").read_text()
+    (places / "merge.yml").write_text(text.replace(str(family), str(places)))
+    return places
 
 
 def texts_of(*names: str) -> list[str]:
@@ -138,11 +149,9 @@ def test_losses_and_errors_are_those_of_an_evaluation_by_hand(
     assert [text["name"] for text in found["texts"]] == list(texts)
     folders = {name: family / "m" / name for name in ("base", *demo.SPECIALTIES)}
     for row in found["candidates"]:
-        name = row["name"].replace(" ", "-")
-        run_mergekit(
-            yaml.safe_load(row["yaml"]), places / name, "--copy-tokenizer", fresh=True
-        )
-        folders[row["name"]] = places / name
+        out = places / row["name"].replace(" ", "-")
+        run_mergekit(yaml.safe_load(row["yaml"]), out, "--copy-tokenizer")
+        folders[row["name"]] = out
 
     sums = {
         (name, at): naive_chunks(folder, text)
@@ -219,32 +228,51 @@ def test_candidates_are_the_closed_form_with_these_parameters(
 
 
 def test_the_parameters_of_another_method_are_left_out() -> None:
-    text = yaml.safe_dump(
-        {
-            "merge_method": "ties",
-            "base_model": "b",
-            "slices": [
-                {
-                    "sources": [
-                        {"model": "b", "layer_range": [0, 1]},
-                        {
-                            "model": "a",
-                            "layer_range": [0, 1],
-                            "parameters": {"weight": 2},
-                        },
-                    ],
-                    "parameters": {"density": 0.2},
-                }
-            ],
-            "parameters": {"normalize": True},
-            "dtype": "float32",
-        }
-    )
-    written = candidates.by_metagpt(text, {"power": 1.0})
+    layers = {"layer_range": [0, 1]}
+    sources = [{"model": "b", **layers}]
+    sources.append({"model": "a", **layers, "parameters": {"weight": 2}})
+    given = {
+        "merge_method": "ties",
+        "base_model": "b",
+        "slices": [{"sources": sources, "parameters": {"density": 0.2}}],
+        "parameters": {"normalize": True},
+        "dtype": "float32",
+    }
+    written = candidates.by_metagpt(yaml.safe_dump(given), {"power": 1.0})
     document = yaml.safe_load(written)
     assert document["merge_method"] == "metagpt"
     assert document["parameters"] == {"power": 1.0} and document["dtype"] == "float32"
     assert written.count("parameters") == 1 and "layer_range" in written
+
+
+def judged(
+    losses: Mapping[str, list[Any]], models: Mapping[str, str | None] | None = None
+) -> comparison.Comparison:
+    """Compare merges by given losses on texts of nine chunks.
+
+    Args:
+        losses: for `base`, the specialist `t` and each merge, its loss on each text, or
+            one for every chunk of it.
+        models: the model of each text, by the text's name.
+    """
+    rows = {
+        name: [
+            ChunkLosses(
+                losses=loss if isinstance(loss, list) else [loss] * 9,
+                tokens=[1] * 9,
+                bytes=[1] * 9,
+            )
+            for loss in of_texts
+        ]
+        for name, of_texts in losses.items()
+    }
+    texts = [
+        comparison.Text(name=name, file=name, model=of, chunks=9, tokens=9, bytes=9)
+        for name, of in (models or {"t": "t"}).items()
+    ]
+    merges = {n: ranking.Merge([n], "") for n in losses if n not in ("base", "t")}
+    about = {"versions": {}, "context": 8, "dtype": "float32", "device": "cpu"}
+    return comparison.compare(texts, rows, merges, about)
 
 
 def test_equal_merges_are_made_once_and_never_differ(
@@ -259,9 +287,9 @@ def test_equal_merges_are_made_once_and_never_differ(
 
     monkeypatch.setattr(plan, "run", counted)
     document = yaml.safe_load(Path("merge.yml").read_text())
-    same, other = places / "same.yml", places / "other.yml"
-    same.write_text(yaml.safe_dump({**document, "parameters": {"power": 1}}))
-    other.write_text(yaml.safe_dump({**document, "parameters": {"weight": 3.0}}))
+    same = write_yaml(places / "same.yml", {**document, "parameters": {"power": 1}})
+    thrice = {**document, "parameters": {"weight": 3.0}}
+    other = write_yaml(places / "other.yml", thrice)
     arguments = [*texts_of("code"), "--power", "2,-1", "--lambda", "1,0.5, keep"]
     arguments += ["--candidate", f"mine={same}", "--candidate", f"thrice={other}"]
     found = compared(places, *arguments)
@@ -273,12 +301,7 @@ def test_equal_merges_are_made_once_and_never_differ(
     rows = {row["name"]: row for row in found["candidates"]}
     # Written otherwise, and the same weights: the models' weights cancel.
     assert rows["thrice"]["ald"] == rows["as written"]["ald"]
-    equal = ChunkLosses(losses=[1.0] * 9, tokens=[2] * 9, bytes=[3] * 9)
-    text = comparison.Text(name="t", file="t", model="t", chunks=9, tokens=18, bytes=27)
-    about = {"versions": {}, "context": 8, "dtype": "float32", "device": "cpu"}
-    merges = {name: ranking.Merge([name], "") for name in ("one", "two")}
-    rows = {"t": [equal], "one": [equal], "two": [equal]}
-    shown = comparison.compare([text], rows, merges, about)
+    shown = judged({"t": [1.0], "one": [1.0], "two": [1.0]})
     assert not any(row.beyond_noise for row in shown.candidates)
     assert shown.verdict.endswith("than two: no difference beyond noise.")
 
@@ -289,18 +312,12 @@ def test_what_is_printed_fits_80_columns(
     from rich.console import Console
 
     shown = comparison.Comparison.model_validate(found)
+    candidates, models = (
+        tuple(row.model_copy(update={"losses": row.losses * 4}) for row in rows)
+        for rows in (shown.candidates, shown.models)
+    )
     many = shown.model_copy(
-        update={
-            "texts": shown.texts * 4,
-            "candidates": tuple(
-                row.model_copy(update={"losses": row.losses * 4})
-                for row in shown.candidates
-            ),
-            "models": tuple(
-                row.model_copy(update={"losses": row.losses * 4})
-                for row in shown.models
-            ),
-        }
+        update={"texts": shown.texts * 4, "candidates": candidates, "models": models}
     )
     for part in comparison.lay_out(many):
         Console(width=80).print(part, soft_wrap=isinstance(part, str))
@@ -321,23 +338,25 @@ def test_a_second_run_goes_on_where_ctrl_c_ended_the_first(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     cache.clear()  # of `found`, if this test is the first to ask for it
-    original, seen = losses.evaluate, []
+    original, measured = losses.evaluate, []
+
+    def counted(model: Any, text: Any, **options: Any) -> ChunkLosses:
+        measured.append(text.digest)
+        return original(model, text, **options)
 
     def interrupted(model: Any, text: Any, **options: Any) -> ChunkLosses:
-        seen.append(text.digest)
-        if len(seen) == 19:
+        if len(measured) == 18:
             raise KeyboardInterrupt
-        return original(model, text, **options)
+        return counted(model, text, **options)
 
     monkeypatch.setattr(losses, "evaluate", interrupted)
     assert run(*ALL) == 1  # the fixture checks that nothing is left
     assert capsys.readouterr().out == ""
     assert len(list((places / "cache").glob("*.json"))) >= 18
-    again = compared(places, *ALL)
-    assert len(seen) == 1 + 9 * 4  # each once, but for the interrupted one
-    assert again == found
+    monkeypatch.setattr(losses, "evaluate", counted)
+    assert compared(places, *ALL) == found
     compared(places, *ALL, "--power", "0")
-    assert len(seen) == 1 + 9 * 4
+    assert len(measured) == 9 * 4  # each once
 
     # What the losses depend on: the text, the chunks, the merge.
     for more, count in (
@@ -346,15 +365,9 @@ def test_a_second_run_goes_on_where_ctrl_c_ended_the_first(
         (["--context", "32"], 36),
         (["--dtype", "bfloat16"], 36),
     ):
-        seen.clear()
-        monkeypatch.setattr(losses, "evaluate", original)
-        monkeypatch.setattr(
-            losses,
-            "evaluate",
-            lambda *a, **o: seen.append(1) or original(*a, **o),  # type: ignore[func-returns-value]
-        )
+        measured.clear()
         compared(places, *ALL, *more)
-        assert len(seen) == count
+        assert len(measured) == count
 
     capsys.readouterr()
     assert run_command("cache") == 0
@@ -391,10 +404,7 @@ def test_the_best_is_written_kept_and_drawn(
     assert "not counted: general (general.txt, " in top
     assert comments[-1] == f"# {found['verdict']}"
     theirs = run_mergekit(yaml.safe_load(text), places / "theirs")
-    ours = read_model(kept)
-    assert theirs.keys() == ours.keys()
-    for name, tensor in theirs.items():
-        assert_same_bits(tensor, ours[name])
+    assert_same_states(theirs, read_model(kept))
     names = {path.name for path in kept.iterdir()}
     assert {"metagpt.json", "README.md", "tokenizer.json"} <= names
     card = (kept / "README.md").read_text()
@@ -438,14 +448,11 @@ def test_a_merge_by_another_method_can_win(places: Path) -> None:
     (code,) = (m for m in document["models"] if m["model"].endswith("code"))
     alone = {"merge_method": "linear", "models": [code], "dtype": "bfloat16"}
     alone["parameters"] = {"weight": 1.0}
-    file, kept = places / "alone.yml", places / "kept"
-    file.write_text(yaml.safe_dump(alone))
+    file, kept = write_yaml(places / "alone.yml", alone), places / "kept"
     arguments = [*texts_of("code"), "--candidate", f"alone={file}"]
     found = compared(places, *arguments, "--keep", str(kept))
     assert found["best"] == "alone" and found["candidates"][0]["ald"] == 0
-    theirs = read_model(Path(code["model"]))
-    for name, tensor in read_model(kept).items():
-        assert_same_bits(tensor, theirs[name])
+    assert_same_states(read_model(kept), read_model(Path(code["model"])))
     assert "metagpt.json" not in {path.name for path in kept.iterdir()}
 
 
@@ -495,23 +502,15 @@ def test_jsonl_of_text_and_messages(tmp_path: Path) -> None:
         losses.documents(file, [strict])
 
 
-def test_messages_are_measured_through_the_specialists_template(
-    places: Path, family: Path
-) -> None:
-    models = places / "m"
-    shutil.copytree(family / "m", models)
-    byte_tokenizer(chat_template=TEMPLATE).save_pretrained(models / "logs")
-    document = yaml.safe_load((family / "merge.yml").read_text())
-    text = yaml.safe_dump(document).replace(str(family / "m"), str(models))
-    (places / "chat.yml").write_text(text)
+def test_messages_are_measured_through_the_specialists_template(copy: Path) -> None:
+    byte_tokenizer(chat_template=TEMPLATE).save_pretrained(copy / "m" / "logs")
     turns = [{"role": "user", "content": "1 + 1 = 2, and so on; " * 3}]
-    line = json.dumps({"messages": turns})
-    chat = places / "chat.jsonl"
-    chat.write_text(f"{line}\n" * 8)
+    chat = copy / "chat.jsonl"
+    chat.write_text(f"{json.dumps({'messages': turns})}\n" * 8)
     arguments = ["--text", f"logs={chat}", "--tokens", "10000"]
-    found = compared(places, *arguments, config=str(places / "chat.yml"))
+    found = compared(copy, *arguments, config=str(copy / "merge.yml"))
     rendered = f"[user]{turns[0]['content']}"
-    sums = naive_chunks(models / "logs", rendered)
+    sums = naive_chunks(copy / "m" / "logs", rendered)
     expected = sum(sums) / sum(sizes_of(rendered))
     (logs,) = (row for row in found["models"] if row["name"] == "logs")
     assert logs["losses"][0]["per_token"] == pytest.approx(expected, rel=1e-4)
@@ -533,21 +532,16 @@ def test_a_token_that_begins_every_sequence_begins_every_chunk() -> None:
 
 
 def test_other_tokens_are_compared_by_the_byte(
-    places: Path, family: Path, capsys: pytest.CaptureFixture[str]
+    copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One specialist writes ` =` as one token: its losses per token are others."""
-    models = places / "m"
-    shutil.copytree(family / "m", models)
-    file = models / "arithmetic" / "tokenizer.json"
+    file = copy / "m" / "arithmetic" / "tokenizer.json"
     stored = json.loads(file.read_text())
     vocabulary = stored["model"]["vocab"]
     vocabulary["Ġ="] = vocabulary.pop("ÿ")
     stored["model"]["merges"] = [["Ġ", "="]]
     file.write_text(json.dumps(stored))
-    document = yaml.safe_load((family / "merge.yml").read_text())
-    text = yaml.safe_dump(document).replace(str(family / "m"), str(models))
-    (places / "other.yml").write_text(text)
-    found = compared(places, *ALL, config=str(places / "other.yml"))
+    found = compared(copy, *ALL, config=str(copy / "merge.yml"))
     out = capsys.readouterr().out
     assert found["unit"] == "byte" and "only losses per byte can be compared" in out
     rows = {row["name"]: row for row in (*found["models"], *found["candidates"])}
@@ -597,15 +591,10 @@ def test_bad_input_is_one_line_and_nothing_is_merged(
 
 
 @pytest.mark.parametrize(
-    ("error", "problem"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
-        (ValueError("not finite"), "not finite"),
-    ],
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("not finite")]
 )
 def test_a_model_that_cannot_be_measured(
     error: Exception,
-    problem: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -614,7 +603,7 @@ def test_a_model_that_cannot_be_measured(
 
     monkeypatch.setattr(losses, "evaluate", fail)
     assert run(*texts_of("code")) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == f"Error: {problem}"
+    assert capsys.readouterr().err.splitlines()[-1] == f"Error: {error}"
 
 
 def test_one_model_is_in_memory_at_a_time(
@@ -649,16 +638,11 @@ def test_two_texts_for_one_model(
 
 
 def test_a_base_without_tokenizer(
-    places: Path, family: Path, capsys: pytest.CaptureFixture[str]
+    copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    models = places / "m"
-    shutil.copytree(family / "m", models)
-    for file in (models / "base").glob("tokenizer*"):
+    for file in (copy / "m" / "base").glob("tokenizer*"):
         file.unlink()
-    document = yaml.safe_load((family / "merge.yml").read_text())
-    text = yaml.safe_dump(document).replace(str(family / "m"), str(models))
-    (places / "bare.yml").write_text(text)
-    assert run(*ALL, config=str(places / "bare.yml")) == 2
+    assert run(*ALL, config=str(copy / "merge.yml")) == 2
     assert "has no tokenizer" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -675,8 +659,6 @@ def test_what_a_model_cannot_predict(family: Path, tmp_path: Path) -> None:
         model.config.save_pretrained(tmp_path)
         state = read_model(family / "m" / "base")
         del state["model.norm.weight"]
-        from safetensors.torch import save_file
-
         save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=r"does not hold model\.norm\.weight"):
             losses.load(tmp_path, trust_remote_code=False, **settings)
@@ -703,14 +685,8 @@ def test_what_a_model_cannot_predict(family: Path, tmp_path: Path) -> None:
     ],
 )
 def test_the_last_line(values: dict[str, float], verdict: str) -> None:
-    text = comparison.Text(name="t", file="t", model="t", chunks=9, tokens=9, bytes=9)
-    about = {"versions": {}, "context": 8, "dtype": "float32", "device": "cpu"}
-    rows = {
-        name: [ChunkLosses(losses=[value] * 9, tokens=[1] * 9, bytes=[1] * 9)]
-        for name, value in {"base": 9.0, "t": 1.0, **values}.items()
-    }
-    candidates = {n: ranking.Merge([n], "") for n in values if n != "base"}
-    found = comparison.compare([text], rows, candidates, about)
+    of_texts = {name: [value] for name, value in values.items()}
+    found = judged({"base": [9.0], "t": [1.0], **of_texts})
     assert found.verdict.endswith(verdict)
 
 
@@ -718,40 +694,19 @@ def test_the_last_line(values: dict[str, float], verdict: str) -> None:
 def test_texts_on_which_the_base_beats_the_best_merge_are_named(
     value: float, worse: bool
 ) -> None:
-    texts = [
-        comparison.Text(name=name, file=name, model=of, chunks=9, tokens=9, bytes=9)
-        for name, of in {"maths": "t", "talk": None}.items()
-    ]
-    about = {"versions": {}, "context": 8, "dtype": "float32", "device": "cpu"}
-    rows = {
-        name: [
-            ChunkLosses(losses=[loss] * 9, tokens=[1] * 9, bytes=[1] * 9)
-            for loss in losses
-        ]
-        for name, losses in {
-            "base": [2.0, 1.0],
-            "t": [1.0, 3.0],
-            "a": [1.5, value],
-        }.items()
-    }
-    found = comparison.compare(texts, rows, {"a": ranking.Merge(["a"], "")}, about)
+    of_texts = {"base": [2.0, 1.0], "t": [1.0, 3.0], "a": [1.5, value]}
+    found = judged(of_texts, {"maths": "t", "talk": None})
     said = "But a is worse than the base on talk (by 0.5000±0.0000)."
     assert (said in found.verdict) == worse and "maths" not in found.verdict
 
 
 @pytest.mark.parametrize(
-    ("losses", "harmed"),
+    ("chunks", "harmed"),
     [([1.0] * 9, False), ([1.5] * 9, True), ([0.5, *[1.0] * 7, 1.6], False)],
 )
 def test_a_specialist_worse_than_the_base_on_its_own_text_is_named(
-    losses: list[float], harmed: bool
+    chunks: list[float], harmed: bool
 ) -> None:
-    text = comparison.Text(name="t", file="t", model="t", chunks=9, tokens=9, bytes=9)
-    about = {"versions": {}, "context": 8, "dtype": "float32", "device": "cpu"}
-    rows = {
-        name: [ChunkLosses(losses=values, tokens=[1] * 9, bytes=[1] * 9)]
-        for name, values in {"base": [1.0] * 9, "t": losses, "a": [1.1] * 9}.items()
-    }
-    found = comparison.compare([text], rows, {"a": ranking.Merge(["a"], "")}, about)
+    found = judged({"base": [1.0], "t": [chunks], "a": [1.1]})
     sentence = " t is worse than the base on its own text, by 0.5000±0.0000: "
     assert (sentence in found.verdict) == harmed
