@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+import json
 import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +26,7 @@ from safetensors.torch import save_file
 
 import mergekit_metagpt
 from tests import matrix
-from tests.conftest import Family, make_family
+from tests.conftest import Cli, make_family
 from tests.families import (
     State,
     cast,
@@ -36,6 +38,7 @@ from tests.families import (
     said,
     tuned,
     write_model,
+    write_yaml,
 )
 from tests.layouts import LOADED, save_trio
 from tests.matrix import Row, covers, covers_at_once
@@ -44,6 +47,7 @@ from tests.merges import (
     assert_merges_exactly,
     merge_files,
     pretend_devices,
+    task_arithmetic,
     with_granularity,
 )
 from tests.oracle import (
@@ -60,22 +64,32 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
 
 
-@pytest.fixture(scope="session")
-def trio(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """A base and three fine-tunes in float32, so that the bound tells every lambda."""
-    return make_family(tmp_path_factory.mktemp("trio"), dtype=torch.float32)
+@dataclass(frozen=True)
+class Trio:
+    """A base and three fine-tunes in float32, so that the bound tells every lambda.
+
+    Attributes:
+        config: how to merge them.
+        plain: their merge with no option at all, checked.
+    """
+
+    base: Path
+    models: tuple[Path, ...]
+    base_state: State
+    states: tuple[State, ...]
+    config: dict[str, Any]
+    oracle: Oracle
+    plain: State
 
 
 @pytest.fixture(scope="session")
-def plain(tmp_path_factory: pytest.TempPathFactory, trio: Family) -> State:
-    """Their merge with no option at all, checked."""
-    out = tmp_path_factory.mktemp("plain")
+def trio(tmp_path_factory: pytest.TempPathFactory) -> Trio:
+    family = make_family(tmp_path_factory.mktemp("trio"), dtype=torch.float32)
+    config = merge_config(family.base, family.models)
+    oracle = Oracle(family.base_state, family.states)
     mergekit_metagpt.register()
-    return assert_merges(merge_config(trio.base, trio.models), out, oracle_of(trio))
-
-
-def oracle_of(family: Family) -> Oracle:
-    return Oracle(family.base_state, family.states)
+    plain = assert_merges(config, tmp_path_factory.mktemp("plain"), oracle)
+    return Trio(**vars(family), config=config, oracle=oracle, plain=plain)
 
 
 @covers_at_once(
@@ -112,7 +126,7 @@ def test_two_processes(rows: dict[str, Row], tmp_path: Path) -> None:
 
 @covers("models overwritten within one process")
 def test_files_that_change_within_a_process(
-    row: Row, tmp_path: Path, trio: Family
+    row: Row, tmp_path: Path, trio: Trio
 ) -> None:
     for granularity in GRANULARITIES:
         for replaced in (False, True):
@@ -134,19 +148,15 @@ def test_files_that_change_within_a_process(
 
 
 @covers("`mergekit-metagpt merge`")
-def test_our_own_command(row: Row, tmp_path: Path, trio: Family, plain: State) -> None:
-    from mergekit_metagpt.commands.cli import main
-
-    file = tmp_path / "merge.yml"
-    file.write_text(yaml.safe_dump(merge_config(trio.base, trio.models)))
-    arguments = ["merge", str(file), str(tmp_path / "out"), "--no-copy-tokenizer"]
+def test_our_own_command(row: Row, trio: Trio, tmp_path: Path, cli: Cli) -> None:
+    file, out = write_yaml(tmp_path / "merge.yml", trio.config), tmp_path / "out"
     with row.expect():
-        main.main(arguments, standalone_mode=False)
-        assert_same_states(read_model(tmp_path / "out"), plain)
+        cli("merge", file, out, "--no-copy-tokenizer")
+        assert_same_states(read_model(out), trio.plain)
 
 
 @covers("`mergekit-multi`, a later merge with an earlier one's output as its base")
-def test_chain(row: Row, tmp_path: Path, trio: Family) -> None:
+def test_chain(row: Row, tmp_path: Path, trio: Trio) -> None:
     from mergekit.scripts.multimerge import main
 
     documents = [
@@ -155,8 +165,7 @@ def test_chain(row: Row, tmp_path: Path, trio: Family) -> None:
         {"name": "third", **merge_config(trio.base, trio.models[1:])},
         merge_config("second", [trio.models[2], "first"]),
     ]
-    file = tmp_path / "chain.yml"
-    file.write_text(yaml.safe_dump_all(documents))
+    file = write_yaml(tmp_path / "chain.yml", *documents)
     folder = tmp_path / "between"
     arguments = [str(file), "--intermediate-dir", str(folder)]
     arguments += ["--out-path", str(tmp_path / "out"), "--no-copy-tokenizer", "--quiet"]
@@ -245,9 +254,7 @@ def write_files(
     "`mergekit-pytorch` with `--tensor-intersection`",
     "`mergekit-pytorch` with `--tensor-union`, every tensor in the base",
 )
-def test_bare_files_of_different_tensors(
-    row: Row, tmp_path: Path, trio: Family
-) -> None:
+def test_bare_files_of_different_tensors(row: Row, tmp_path: Path, trio: Trio) -> None:
     states = [dict(trio.base_state), *map(dict, trio.states)]
     del states[1]["model.norm.weight"], states[2]["lm_head.weight"]
     files = write_files(tmp_path, states)
@@ -265,42 +272,45 @@ def test_bare_files_of_different_tensors(
 
 
 @covers("`run_merge` in Python")
-def test_run_merge(row: Row, tmp_path: Path, trio: Family, plain: State) -> None:
+def test_run_merge(row: Row, trio: Trio, tmp_path: Path) -> None:
     from mergekit.merge import MergeOptions, run_merge
 
-    config = MergeConfiguration.model_validate(merge_config(trio.base, trio.models))
     options = MergeOptions(copy_tokenizer=False, quiet=True)
     with row.expect():
-        run_merge(config, str(tmp_path / "out"), options=options)
-        assert_same_states(read_model(tmp_path / "out"), plain)
+        given = MergeConfiguration.model_validate(trio.config)
+        run_merge(given, str(tmp_path / "out"), options=options)
+        assert_same_states(read_model(tmp_path / "out"), trio.plain)
 
 
 @covers("`merge_state_dicts` on state dicts and on modules")
-def test_state_dicts(row: Row, trio: Family, plain: State) -> None:
+def test_state_dicts(row: Row, trio: Trio) -> None:
     from transformers import LlamaForCausalLM
 
     states = {"base": trio.base_state, **dict(zip("abc", trio.states, strict=True))}
     modules = {}
     for name, state in states.items():
-        modules[name] = LlamaForCausalLM(llama_config())
+        modules[name] = LlamaForCausalLM(llama_config()).requires_grad_(False)
         modules[name].load_state_dict(state)
     with row.expect():
         for granularity in GRANULARITIES:
-            parameters = {"granularity": granularity}
-            merged = merge_state_dicts(
-                states, "metagpt", base="base", parameters=parameters
-            )
-            assert_merged(merged, oracle_of(trio), granularity)
-            with torch.no_grad():
-                of_modules = merge_state_dicts(
-                    modules, "metagpt", base="base", parameters=parameters
+            merged, of_modules = (
+                merge_state_dicts(
+                    given,
+                    "metagpt",
+                    base="base",
+                    parameters={"granularity": granularity},
                 )
+                for given in (states, modules)
+            )
+            assert_merged(merged, trio.oracle, granularity)
             assert_same_states(of_modules, merged)
-        assert_same_states(merge_state_dicts(states, "metagpt", base="base"), plain)
+        assert_same_states(
+            merge_state_dicts(states, "metagpt", base="base"), trio.plain
+        )
 
 
 @covers("`merge_tensors`")
-def test_tensors(row: Row, trio: Family) -> None:
+def test_tensors(row: Row, trio: Trio) -> None:
     with row.expect():
         for name, base in trio.base_state.items():
             tensors = [base, *(state[name] for state in trio.states)]
@@ -311,7 +321,7 @@ def test_tensors(row: Row, trio: Family) -> None:
 
 @covers("several merges in threads of one process")
 def test_threads(
-    row: Row, tmp_path: Path, trio: Family, caplog: pytest.LogCaptureFixture
+    row: Row, tmp_path: Path, trio: Trio, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Four at a time, some of the same models, each as if it were alone."""
     other = make_family(tmp_path / "other", count=2)
@@ -361,7 +371,7 @@ def evolution(
 
 @covers("`mergekit-evolve`")
 def test_evolution(
-    row: Row, tmp_path: Path, trio: Family, evolution: Callable[[], Any]
+    row: Row, tmp_path: Path, trio: Trio, evolution: Callable[[], Any]
 ) -> None:
     """From the genome to the merge; evaluation needs ray, lm-eval and a GPU."""
     from mergekit.evo.genome import ModelGenome, ModelGenomeDefinition
@@ -386,8 +396,8 @@ def test_evolution(
             assert config.merge_method == method
             merged = run_mergekit(yaml.safe_load(config.to_yaml()), tmp_path / method)
             if method == "metagpt":
-                given_over = oracle_of(trio).as_dtype(torch.bfloat16)
-                assert_merged(merged, oracle_of(trio), handed_over=given_over)
+                rounded = trio.oracle.as_dtype(torch.bfloat16)
+                assert_merged(merged, trio.oracle, handed_over=rounded)
             else:
                 assert merged.keys() == trio.base_state.keys()
 
@@ -424,53 +434,43 @@ SAME_BITS: dict[str, tuple[str, ...]] = {
 
 
 @covers(*SAME_BITS)
-def test_options_that_change_no_weight(
-    row: Row, tmp_path: Path, trio: Family, plain: State
-) -> None:
-    options = SAME_BITS[row.name]
-    config = merge_config(trio.base, trio.models)
-    base = trio.base
+def test_options_that_change_no_weight(row: Row, tmp_path: Path, trio: Trio) -> None:
+    options, config = SAME_BITS[row.name], trio.config
     if "--copy-tokenizer" in options:
         base = shutil.copytree(trio.base, tmp_path / "base")
         (base / "tokenizer.json").write_text("{}")
         (base / "tokenizer_config.json").write_text('{"from": "the base"}')
-        config["base_model"] = str(base)
+        config = {**config, "base_model": str(base)}
     out = tmp_path / "out"
     with row.expect():
-        assert_same_states(run_mergekit(config, out, *options), plain)
+        assert_same_states(run_mergekit(config, out, *options), trio.plain)
     written = {file.name for file in out.iterdir()}
     shards = [name for name in written if name.endswith(".safetensors")]
     assert (len(shards) > 1) == ("--out-shard-size" in options)
     assert ("README.md" in written) == ("--no-write-model-card" not in options)
     if "--copy-tokenizer" in options:
         copied = (out / "tokenizer_config.json").read_text()
-        assert copied == (base / "tokenizer_config.json").read_text()
+        assert copied == '{"from": "the base"}'
 
 
 @covers("`--quiet` and its absence")
 def test_quiet(
-    row: Row,
-    tmp_path: Path,
-    trio: Family,
-    plain: State,
-    caplog: pytest.LogCaptureFixture,
+    row: Row, trio: Trio, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = merge_config(trio.base, trio.models)
     with row.expect():
         for option in ("--quiet", "--no-quiet"):
             caplog.clear()
-            merged = run_mergekit(config, tmp_path / option, option)
-            assert_same_states(merged, plain)
+            merged = run_mergekit(trio.config, tmp_path / option, option)
+            assert_same_states(merged, trio.plain)
             assert len(said(caplog, "coefficients of the whole model")) == 1
 
 
 @covers("`--no-safe-serialization`")
-def test_pickled_output(row: Row, tmp_path: Path, trio: Family, plain: State) -> None:
-    config = merge_config(trio.base, trio.models)
+def test_pickled_output(row: Row, trio: Trio, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with row.expect():
-        run_mergekit(config, out, "--no-safe-serialization")
-        assert_same_states(torch.load(out / "pytorch_model.bin"), plain)
+        run_mergekit(trio.config, out, "--no-safe-serialization")
+        assert_same_states(torch.load(out / "pytorch_model.bin"), trio.plain)
 
 
 REMOTE_CODE = """
@@ -484,11 +484,9 @@ class RemoteConfig(LlamaConfig):
 
 @covers("`--trust-remote-code`")
 def test_remote_code(
-    row: Row, tmp_path: Path, trio: Family, monkeypatch: pytest.MonkeyPatch
+    row: Row, tmp_path: Path, trio: Trio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A configuration that only the model's own code can read, and a tied head."""
-    import json
-
     from transformers import dynamic_module_utils
 
     modules = tmp_path / "modules"
@@ -496,17 +494,14 @@ def test_remote_code(
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
     monkeypatch.syspath_prepend(str(modules))
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    states = []
-    folders = []
-    for number, state in enumerate((trio.base_state, *trio.states)):
-        states.append({**state, head: state[embedding]})
-        folder = write_model(tmp_path / f"m{number}", states[-1])
+    states = [{**s, head: s[embedding]} for s in (trio.base_state, *trio.states)]
+    folders = [write_model(tmp_path / f"m{k}", state) for k, state in enumerate(states)]
+    for folder in folders:
         settings = json.loads((folder / "config.json").read_text())
         settings["model_type"] = "remote_llama"
         settings["auto_map"] = {"AutoConfig": "configuration_remote.RemoteConfig"}
         (folder / "config.json").write_text(json.dumps(settings))
         (folder / "configuration_remote.py").write_text(REMOTE_CODE)
-        folders.append(folder)
     oracle = Oracle(states[0], states[1:], {head: embedding})
     config = merge_config(folders[0], folders[1:])
     with pytest.raises(ValueError, match="trust_remote_code=True"):
@@ -517,7 +512,7 @@ def test_remote_code(
 
 @covers("`--allow-crimes`, architectures that differ in name only")
 def test_architectures_that_differ_in_name(
-    row: Row, tmp_path: Path, trio: Family, plain: State
+    row: Row, tmp_path: Path, trio: Trio
 ) -> None:
     from transformers import MistralConfig
 
@@ -529,7 +524,7 @@ def test_architectures_that_differ_in_name(
         run_mergekit(config, tmp_path / "refused")
     with row.expect():
         merged = run_mergekit(config, tmp_path / "out", "--allow-crimes")
-        assert_same_states(merged, plain)
+        assert_same_states(merged, trio.plain)
 
 
 @covers(
@@ -537,11 +532,7 @@ def test_architectures_that_differ_in_name(
     "`--transformers-cache` without a network",
 )
 def test_hub_cache(
-    row: Row,
-    tmp_path: Path,
-    trio: Family,
-    plain: State,
-    monkeypatch: pytest.MonkeyPatch,
+    row: Row, tmp_path: Path, trio: Trio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Models by their names on the hub, which a stand-in answers for."""
     import huggingface_hub
@@ -570,30 +561,26 @@ def test_hub_cache(
     config = merge_config(names[0], names[1:])
     options = ("--transformers-cache", str(cache))
     if row.verdict != matrix.WORKS:
-        theirs = {**config, "merge_method": "task_arithmetic"}
-        theirs["parameters"] = {"weight": 0.5}
-        for given in (theirs, config):
+        for given in (task_arithmetic(config), config):
             with row.expect():
                 run_mergekit(given, tmp_path / "out", *options)
         return
     monkeypatch.setattr(huggingface_hub, "list_repo_files", list_files)
     with row.expect():
         merged = run_mergekit(config, tmp_path / "out", *options)
-        assert_same_states(merged, plain)
+        assert_same_states(merged, trio.plain)
 
 
 @covers("the engine of `--multi-gpu`, on two CPU workers")
 def test_parallel_engine(
-    row: Row, tmp_path: Path, trio: Family, monkeypatch: pytest.MonkeyPatch
+    row: Row, trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its threads have a default device that is not the CPU, as on GPUs."""
     pretend_devices(monkeypatch, 2)
-    config, oracle = merge_config(trio.base, trio.models), oracle_of(trio)
+    merge = (trio.config, tmp_path, trio.oracle, "--multi-gpu")
     with row.expect():
         for granularity in GRANULARITIES:
-            assert_merges(
-                config, tmp_path, oracle, "--multi-gpu", granularity=granularity
-            )
+            assert_merges(*merge, granularity=granularity)
 
 
 ON_CUDA: dict[str, tuple[str, ...]] = {
@@ -608,20 +595,14 @@ ON_CUDA: dict[str, tuple[str, ...]] = {
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @covers(*ON_CUDA)
-def test_cuda(row: Row, tmp_path: Path, trio: Family) -> None:
+def test_cuda(row: Row, trio: Trio, tmp_path: Path) -> None:
     """The same lambda as on the CPU, and elements within the same bound."""
-    options = ON_CUDA[row.name]
-    config = merge_config(trio.base, trio.models)
-    oracle = oracle_of(trio)
+    merge = (trio.config, tmp_path, trio.oracle, *ON_CUDA[row.name])
     with row.expect():
         for granularity in GRANULARITIES:
-            chosen = with_granularity(config, granularity)
-            cpu = run_mergekit(chosen, tmp_path / f"cpu-{granularity}")
-            gpu = assert_merges(
-                config, tmp_path, oracle, *options, granularity=granularity
-            )
-            assert_merges_exactly(
-                config, tmp_path, oracle, *options, granularity=granularity
-            )
+            config = with_granularity(trio.config, granularity)
+            cpu = run_mergekit(config, tmp_path / f"cpu-{granularity}")
+            gpu = assert_merges(*merge, granularity=granularity)
+            assert_merges_exactly(*merge, granularity=granularity)
             for name, tensor in cpu.items():
                 torch.testing.assert_close(gpu[name], tensor, rtol=1e-6, atol=1e-7)
