@@ -18,7 +18,7 @@ import shlex
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -39,13 +39,10 @@ from mergekit_metagpt.method.composed import COMPOSED
 from tests.families import run_mergekit
 from tests.oracle import assert_within_bound, naive_lambdas
 from tests.stand_ins import (
-    ORIGINALS,
-    Original,
-    StandIn,
+    Shelf,
     assert_composed,
     assert_merged,
     expectation,
-    make_stand_in,
     replaced,
     values_of,
     with_weights,
@@ -117,13 +114,18 @@ def blocks_of(text: str) -> list[Block]:
     return found
 
 
-def prose_of(text: str) -> str:
-    """A page without its blocks and comments."""
+def without_blocks(text: str) -> list[str]:
+    """The lines of a page, those of its blocks empty."""
     lines = text.splitlines()
     for block in blocks_of(text):
         end = block.line + len(block.text.splitlines())
         lines[block.line - 1 : end + 1] = [""] * (end - block.line + 2)
-    return re.sub(r"<!--.*?-->", "", "\n".join(lines), flags=re.S)
+    return lines
+
+
+def prose_of(text: str) -> str:
+    """A page without its blocks and comments."""
+    return re.sub(r"<!--.*?-->", "", "\n".join(without_blocks(text)), flags=re.S)
 
 
 def spans_of(text: str) -> list[str]:
@@ -262,8 +264,6 @@ def assert_shown(shown: str, printed: str) -> None:
 
 # ---- following a page
 
-Shelf = Callable[[str, int], StandIn]
-OWN = Original("Llama", 0)
 # What a YAML that shows parameters alone is a part of.
 WHOLE = {
     "merge_method": "metagpt",
@@ -271,24 +271,6 @@ WHOLE = {
     "models": [{"model": "./math"}, {"model": "./code"}],
     "out_dtype": "bfloat16",
 }
-
-
-@pytest.fixture(scope="session")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    """Stand-ins by the names of models in a page, and their positions in a merge."""
-    folder = tmp_path_factory.mktemp("stand-ins")
-
-    @functools.cache
-    def made(original: Original, position: int) -> StandIn:
-        number = len(list(folder.iterdir()))
-        return make_stand_in(folder / f"m{number}", original, position)
-
-    return lambda model, position: made(ORIGINALS.get(model, OWN), position)
-
-
-def names_of_parameters(document: Mapping[str, Any]) -> set[str]:
-    """The parameters that a YAML sets anywhere."""
-    return {name for level in values_of(document, "parameters") for name in level}
 
 
 class Reader:
@@ -362,9 +344,8 @@ class Reader:
         config = merge_yaml.read(yaml.safe_dump(document))
         checks.check_names(config)
         spec = merge_methods.get(config.merge_method).spec
-        unknown = names_of_parameters(document) - {
-            known.name for known in spec.parameters
-        }
+        unknown = {name for at in values_of(document, "parameters") for name in at}
+        unknown -= {known.name for known in spec.parameters}
         assert not unknown, f"{config.merge_method} has no {', '.join(unknown)}"
         if config.merge_method in METHODS:
             checks.check_yaml(config)
@@ -575,10 +556,15 @@ def test_a_wrong_block_is_noticed(text: str, complaint: str, reader: Reader) -> 
 
 
 def test_a_command_that_fails_is_noticed(reader: Reader) -> None:
-    lines = ["<!-- file: a.yml -->", "```yaml", "merge_method: metagpt"]
-    lines += ["base_model: ./base", "models: [{model: ./math}, {model: ./code}]", "```"]
-    lines += ["```bash", "mergekit-metagpt inspect a.yml", "```"]
-    text = "\n".join(lines)
+    text = """<!-- file: a.yml -->
+```yaml
+base_model: ./base
+merge_method: metagpt
+models: [{model: ./math}, {model: ./code}]
+```
+```bash
+mergekit-metagpt inspect a.yml
+```"""
     reader.follow(text)
     assert reader.printed is not None and "./math" in reader.printed
     (reader.folder / "math").unlink()
@@ -622,11 +608,7 @@ def headings_of(text: str) -> list[str]:
     """The anchors that GitHub gives a page's headings."""
     taken: Counter[str] = Counter()
     found = []
-    lines = text.splitlines()
-    for block in blocks_of(text):
-        end = block.line + len(block.text.splitlines())
-        lines[block.line - 1 : end + 1] = [""] * (end - block.line + 2)
-    for line in lines:
+    for line in without_blocks(text):
         if not (heading := re.fullmatch(r"#{1,6} +(.*?)(?: +#+)? *", line)):
             continue
         shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading.group(1))
@@ -968,16 +950,11 @@ def with_parameters(
 ) -> dict[str, Any]:
     """A merge by metagpt_ties with parameters at one level of its YAML."""
     sources = [{"model": str(place), "layer_range": [0, 2]} for place in places]
-    slices: list[dict[str, Any]] = [{"sources": sources}]
-    module: dict[str, Any] = {"slices": slices}
+    cut: dict[str, Any] = {"sources": sources}
+    module: dict[str, Any] = {"slices": [cut]}
     whole: dict[str, Any] = {"modules": {"default": module}, "dtype": "float32"}
-    held: dict[str, dict[str, Any]] = {
-        "model": sources[1],
-        "slice": slices[0],
-        "module": module,
-        "whole": whole,
-    }
-    held[level]["parameters"] = parameters
+    levels = {"model": sources[1], "slice": cut, "module": module, "whole": whole}
+    levels[level]["parameters"] = parameters
     return {"merge_method": "metagpt_ties", "base_model": str(places[0]), **whole}
 
 
@@ -996,22 +973,15 @@ def test_where_a_parameter_may_stand(scope: str, shelf: Shelf, tmp_path: Path) -
         assert counts == said.startswith("yes"), (level, said)
 
 
-def yaml_blocks(name: str) -> list[dict[str, Any]]:
-    return [
-        yaml.safe_load(block.text)
-        for block in blocks_of(page(name))
-        if block.language == "yaml"
-    ]
-
-
 def test_gradients_and_filters(shelf: Shelf, tmp_path: Path) -> None:
     """The page's example, tensor by tensor, as its text explains it."""
-    _, document = yaml_blocks("docs/options.md")
+    blocks = blocks_of(page("docs/options.md"))
+    _, text = (block.text for block in blocks if block.language == "yaml")
     names = ["./models/base", "./models/math", "./models/code"]
     found = [shelf(name, position) for position, name in enumerate(names)]
     folders = (stand_in.folder for stand_in in found)
     places = dict(zip(names, folders, strict=True))
-    merged = run_mergekit(replaced(document, places), tmp_path / "out")
+    merged = run_mergekit(replaced(yaml.safe_load(text), places), tmp_path / "out")
     base, *models = (stand_in.state for stand_in in found)
     sets = set()
     for name, tensor in merged.items():
@@ -1074,9 +1044,8 @@ def test_table_of_conversions() -> None:
 
 def examples() -> list[tuple[str, str]]:
     """The YAMLs of other methods in docs/converting.md, and what each becomes."""
-    texts = [
-        b.text for b in blocks_of(page("docs/converting.md")) if b.language == "yaml"
-    ]
+    blocks = blocks_of(page("docs/converting.md"))
+    texts = [block.text for block in blocks if block.language == "yaml"]
     assert all(text.startswith("# before\n") for text in texts[::2])
     assert all(text.startswith("# after\n") for text in texts[1::2])
     return list(zip(texts[::2], texts[1::2], strict=True))
@@ -1085,10 +1054,15 @@ def examples() -> list[tuple[str, str]]:
 def test_conversions() -> None:
     pairs = examples()
     assert len(pairs) >= 8
+    methods = set()
     for before, after in pairs:
-        base = None if "base_model" in before else yaml.safe_load(after)["base_model"]
+        methods.add(yaml.safe_load(before)["merge_method"])
+        expected = yaml.safe_load(after)
+        base = None if "base_model" in before else expected["base_model"]
         made = yaml.safe_load(converting.convert(before, base).text)
-        assert list(made.items()) == list(yaml.safe_load(after).items())
+        assert list(made.items()) == list(expected.items())
+    shown = {"task_arithmetic", "ties", "dare_ties", "sce", "model_stock", "linear"}
+    assert shown <= methods
 
 
 def test_what_a_conversion_says() -> None:
@@ -1098,12 +1072,6 @@ def test_what_a_conversion_says() -> None:
     said = [*made.changes, *(f"Note: {note}." for note in made.notes)]
     shown = [b for b in blocks_of(page("docs/converting.md")) if "Note:" in b.text]
     assert " ".join(shown[0].text.split()) == " ".join(" ".join(said).split())
-
-
-def test_methods_to_convert_from_have_an_example() -> None:
-    shown = {document["merge_method"] for document in yaml_blocks("docs/converting.md")}
-    wanted = {"task_arithmetic", "ties", "dare_ties", "sce", "model_stock", "linear"}
-    assert wanted <= shown
 
 
 if __name__ == "__main__":
