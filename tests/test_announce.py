@@ -10,7 +10,8 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,13 @@ from mergekit.merge_methods import merge_state_dicts
 from mergekit_metagpt.scanning import threads
 from tests.conftest import Family, make_family
 from tests.families import (
-    cast,
-    llama_state,
+    State,
     merge_config,
     run_mergekit,
     said,
     tuned,
-    write_model,
 )
-from tests.oracle import assert_same_bits, naive_coefficients, naive_sq_norms
+from tests.oracle import assert_same_states, naive_coefficients, naive_sq_norms
 from tests.processes import (
     assert_succeeded,
     environment,
@@ -88,38 +87,17 @@ def assert_nothing_from_us(text: str) -> None:
 # ---- through the real `mergekit-yaml`
 
 
-@pytest.fixture(scope="module")
-def in_a_file(
-    family: Family, tmp_path_factory: pytest.TempPathFactory
-) -> subprocess.CompletedProcess[str]:
-    """A merge whose stdout and stderr go to files."""
-    out = tmp_path_factory.mktemp("in_a_file") / "out"
-    done = mergekit_yaml(merge_config(family.base, family.models), out)
+def test_one_line_with_lambda(family: Family, tmp_path: Path) -> None:
+    done = mergekit_yaml(merge_config(family.base, family.models), tmp_path / "out")
     assert_succeeded(done)
-    return done
-
-
-def test_one_line_with_lambda(
-    in_a_file: subprocess.CompletedProcess[str], family: Family
-) -> None:
-    assert_nothing_from_us(in_a_file.stdout)
-    (line,) = [line for line in screen(in_a_file.stderr) if "coefficients" in line]
+    assert_nothing_from_us(done.stdout)
+    (line,) = [line for line in screen(done.stderr) if "coefficients" in line]
     assert_names_lambda(line, family)
-    assert in_a_file.stderr.count("mergekit_metagpt:") == 1
-
-
-def test_no_progress_without_a_terminal(
-    in_a_file: subprocess.CompletedProcess[str],
-) -> None:
-    assert "Executing graph" in in_a_file.stderr
-    assert BAR not in in_a_file.stderr
-
-
-def test_the_line_has_a_row_of_its_own(
-    in_a_file: subprocess.CompletedProcess[str], family: Family
-) -> None:
-    """mergekit's bar is in use when lambda is known: they must not share a row."""
-    assert_row_of_its_own(in_a_file.stderr, family)
+    assert done.stderr.count("mergekit_metagpt:") == 1
+    # mergekit's bar is in use when lambda is known: they must not share a row.
+    assert_row_of_its_own(done.stderr, family)
+    # Without a terminal, no progress of ours.
+    assert "Executing graph" in done.stderr and BAR not in done.stderr
 
 
 def test_table_at_info(family: Family, tmp_path: Path) -> None:
@@ -186,17 +164,9 @@ def on_a_terminal(command: Sequence[str | Path]) -> tuple[str, str]:
     return out, shown.decode().replace("\r\n", "\n")
 
 
-@pytest.fixture(scope="module")
-def in_a_terminal(
-    family: Family, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, str]:
-    """What a merge on a terminal writes to stdout and to stderr."""
-    out = tmp_path_factory.mktemp("in_a_terminal") / "out"
-    return on_a_terminal(merge_command(merge_config(family.base, family.models), out))
-
-
-def test_progress_on_a_terminal(in_a_terminal: tuple[str, str], family: Family) -> None:
-    out, shown = in_a_terminal
+def test_progress_on_a_terminal(family: Family, tmp_path: Path) -> None:
+    config = merge_config(family.base, family.models)
+    out, shown = on_a_terminal(merge_command(config, tmp_path / "out"))
     assert_nothing_from_us(out)
     states = [family.base_state, *family.states]
     size = sum(tensor.nbytes for state in states for tensor in state.values())
@@ -207,12 +177,7 @@ def test_progress_on_a_terminal(in_a_terminal: tuple[str, str], family: Family) 
     assert not [row for row in screen(shown) if BAR in row], "the bar is left behind"
     (line,) = [row for row in screen(shown) if "coefficients" in row]
     assert_names_lambda(line, family)
-
-
-def test_the_line_has_a_row_of_its_own_on_a_terminal(
-    in_a_terminal: tuple[str, str], family: Family
-) -> None:
-    assert_row_of_its_own(in_a_terminal[1], family)
+    assert_row_of_its_own(shown, family)
 
 
 # ---- progress
@@ -247,14 +212,31 @@ def test_bytes_rate_and_time_left(
 
 # ---- in one process
 
+Merge = Callable[..., State]
+
+
+@pytest.fixture
+def merge(tmp_path: Path) -> Merge:
+    """Merge a family in this process, with weights of its first models."""
+
+    def merged(
+        family: Family, *weights: Any, fresh: bool = True, **settings: Any
+    ) -> State:
+        config = merge_config(family.base, family.models, **settings)
+        for entry, weight in zip(config["models"], weights, strict=False):
+            entry["parameters"] = {"weight": weight}
+        return run_mergekit(config, tmp_path / "out", fresh=fresh)
+
+    return merged
+
 
 def test_level_above_warning_silences_all(
-    family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    family: Family, merge: Merge, capfd: pytest.CaptureFixture[str]
 ) -> None:
     logger = logging.getLogger("mergekit_metagpt")
     logger.setLevel(logging.ERROR)
     try:
-        run_mergekit(merge_config(family.base, family.models), tmp_path / "out")
+        merge(family)
     finally:
         logger.setLevel(logging.NOTSET)
     assert_nothing_from_us("".join(capfd.readouterr()))
@@ -266,58 +248,29 @@ def test_lambda_once_a_merge(
     granularity: str,
     fresh: bool,
     family: Family,
-    tmp_path: Path,
+    merge: Merge,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    parameters = {"granularity": granularity}
-    config = merge_config(family.base, family.models, parameters=parameters)
     for count in (1, 2):
-        run_mergekit(config, tmp_path / f"out{count}", fresh=fresh)
+        merge(family, fresh=fresh, parameters={"granularity": granularity})
         assert len(said(caplog, "coefficients of ")) == count
 
 
-@pytest.mark.parametrize(
-    ("sizes", "words"),
-    [
-        ((1e-2, 1e-2, 1e-1), r"and takes 98\.\d\d% of the merge"),
-        ((1e-3, 5e-2, 5e-2), r"and gets only 0\.0\d% of the merge"),
-    ],
-)
-@pytest.mark.parametrize("fresh", [True, False], ids=["reopened", "kept open"])
-def test_degenerate_merge_is_said_once(
-    sizes: tuple[float, ...],
-    words: str,
-    fresh: bool,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    family = make_family(tmp_path / "family", sizes=sizes)
-    config = merge_config(family.base, family.models)
-    for count in (1, 2):
-        run_mergekit(config, tmp_path / f"out{count}", fresh=fresh)
-        warnings = said(caplog, "of the merge")
-        assert len(warnings) == count
-        assert re.search(words, warnings[-1])
-        for way_out in ("weight: ", "LoRA", "wrong base"):
-            assert way_out in warnings[-1]
-
-
 def test_ordinary_merge_warns_of_nothing(
-    family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    family: Family, merge: Merge, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run_mergekit(merge_config(family.base, family.models), tmp_path / "out")
-    assert said(caplog, "") == said(
-        caplog, "coefficients of the whole model (power 2): "
-    )
-    assert_names_lambda(said(caplog, "")[0], family)
+    merge(family)
+    (line,) = said(caplog, "")
+    assert "coefficients of the whole model (power 2): " in line
+    assert_names_lambda(line, family)
 
 
 def test_other_merge_with_the_same_base_has_its_own_line(
-    family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    family: Family, merge: Merge, caplog: pytest.LogCaptureFixture
 ) -> None:
     for models in (family.models[:2], family.models[1:], family.models[:2]):
         caplog.clear()
-        run_mergekit(merge_config(family.base, models), tmp_path / "out", fresh=False)
+        merge(replace(family, models=models), fresh=False)
         (line,) = said(caplog, "coefficients of ")
         assert [str(model) in line for model in family.models] == [
             model in models for model in family.models
@@ -325,36 +278,15 @@ def test_other_merge_with_the_same_base_has_its_own_line(
 
 
 def test_no_task_vector_is_said_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, merge: Merge, caplog: pytest.LogCaptureFixture
 ) -> None:
-    state = cast(llama_state(), torch.bfloat16)
-    base, *copies = (write_model(tmp_path / f"same{k}", state) for k in range(3))
-    config = merge_config(base, copies)
+    family = make_family(tmp_path, sizes=(0.0,))
     for count in (1, 2):
-        merged = run_mergekit(config, tmp_path / f"out{count}")
+        merged = merge(family)
         (*_, warning) = said(caplog, "no model differs from the base")
         assert len(said(caplog, "")) == count
-        assert str(base) in warning
-        for name, tensor in merged.items():
-            assert_same_bits(tensor, state[name])
-
-
-def test_left_out_model_is_said_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A negative power has no value for a model that equals the base."""
-    whole = llama_state()
-    states = [whole, whole, tuned(whole, 1), tuned(whole, 2)]
-    base, same, *moved = (
-        write_model(tmp_path / f"model{k}", state) for k, state in enumerate(states)
-    )
-    config = merge_config(base, [same, *moved], parameters={"power": -1.0})
-    for count in (1, 2):
-        run_mergekit(config, tmp_path / f"out{count}")
-        warnings = said(caplog, "left out")
-        assert len(warnings) == count
-        assert str(same) in warnings[-1]
-        assert not any(str(model) in warnings[-1] for model in moved)
+        assert str(family.base) in warning
+        assert_same_states(merged, family.base_state)
 
 
 def test_in_memory_merge_shows_no_line(
@@ -370,16 +302,14 @@ def test_in_memory_merge_shows_no_line(
 
 
 def test_a_model_without_weight_is_no_degenerate_result(
-    tmp_path: Path, family: Family, caplog: pytest.LogCaptureFixture
+    family: Family, merge: Merge, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = merge_config(family.base, family.models)
-    config["models"][0]["parameters"] = {"weight": 0}
-    run_mergekit(config, tmp_path / "out")
+    merge(family, 0)
     assert "Usual causes" not in caplog.text
 
 
 @pytest.mark.parametrize(
-    "parameters, wanted",
+    "parameters, expected",
     [
         ({"lambda": 0.5}, ", their sum scaled by lambda 0.5 (base"),
         ({"power": 1.0, "exclude": "mlp"}, " (power 1, without mlp): "),
@@ -389,24 +319,21 @@ def test_a_model_without_weight_is_no_degenerate_result(
 )
 def test_the_line_tells_what_it_leaves_out(
     parameters: dict[str, object],
-    wanted: str,
-    tmp_path: Path,
+    expected: str,
     family: Family,
+    merge: Merge,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    config = merge_config(family.base, family.models, parameters=parameters)
-    run_mergekit(config, tmp_path / "out")
-    (line,) = (m for m in caplog.messages if m.startswith("coefficients of"))
-    assert wanted in line
+    merge(family, parameters=parameters)
+    (line,) = said(caplog, "coefficients of")
+    assert expected in line
 
 
 @pytest.mark.parametrize("weight", [[1.0, 2.0], [{"filter": "mlp", "value": 2.0}]])
 def test_the_line_says_that_it_holds_for_its_tensor_only(
-    weight: Any, tmp_path: Path, family: Family, caplog: pytest.LogCaptureFixture
+    weight: Any, family: Family, merge: Merge, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = merge_config(family.base, family.models)
-    config["models"][0]["parameters"] = {"weight": weight}
-    run_mergekit(config, tmp_path / "out")
+    merge(family, weight)
     (line,) = said(caplog, "coefficients of")
     assert "others elsewhere" in line and "mergekit-metagpt inspect" in line
 
@@ -428,64 +355,45 @@ def test_slices_of_different_models_set_nothing_by_tensor(
 
 
 def test_degenerate_warning_says_which_way_a_weight_must_go(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, merge: Merge, caplog: pytest.LogCaptureFixture
 ) -> None:
-    far = make_family(tmp_path / "far", sizes=(1e-2, 1e-2, 1e-1))
-    run_mergekit(merge_config(far.base, far.models), tmp_path / "out")
+    """More in test_perils.py; once a merge: test_sq_norm_rules.py."""
+    merge(make_family(tmp_path / "far", sizes=(1e-2, 1e-2, 1e-1)))
     assert re.search(r"tuned2 moved 10 times more than \S+ and takes", caplog.text)
     assert "weight: 0.01 for " in caplog.text
-    caplog.clear()
-    near = make_family(tmp_path / "near", sizes=(1e-4, 1e-2, 1e-2))
-    run_mergekit(merge_config(near.base, near.models), tmp_path / "out2")
-    found = re.search(r"tuned0 moved (\d+) times less than \S+ and gets", caplog.text)
-    weight = re.search(r"weight: (\d+) for \S*tuned0 ", caplog.text)
-    assert found and weight
-    # An equal share of three, beside two alike.
-    assert float(weight[1]) == pytest.approx(float(found[1]) ** 2, rel=0.05)
 
 
 def test_weights_of_the_yaml_are_said(
-    tmp_path: Path, family: Family, caplog: pytest.LogCaptureFixture
+    family: Family, merge: Merge, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A weight left over from another recipe counts; whoever reads the line sees it."""
-    config = merge_config(family.base, family.models)
-    config["models"][0]["parameters"] = {"weight": 1e-3}
-    run_mergekit(config, tmp_path / "out")
+    merge(family, 1e-3)
     (line,) = said(caplog, "coefficients of")
     assert f"{family.models[0]} (weight 0.001), " in line
     assert line.count("weight") == 1
     (warning,) = said(caplog, "of the merge")
     assert "Usual causes: a weight left over in the YAML, a LoRA" in warning
     caplog.clear()
-    for model in config["models"]:
-        model["parameters"] = {"weight": 2}
-    run_mergekit(config, tmp_path / "alike")
+    merge(family, 2, 2, 2)
     assert said(caplog, "coefficients of")[0].count("(weight 2)") == len(family.models)
     assert "left over" not in caplog.text
 
 
 @pytest.mark.parametrize("granularity", ["model", "layer"])
 def test_an_exclude_that_names_nothing_is_an_error(
-    granularity: str, family: Family, tmp_path: Path
+    granularity: str, family: Family, merge: Merge
 ) -> None:
     parameters = {"exclude": "embed_token_s, lm_head", "granularity": granularity}
-    config = merge_config(family.base, family.models, parameters=parameters)
     with pytest.raises(ValueError, match=r"exclude: embed_token_s is in no tensor"):
-        run_mergekit(config, tmp_path / "out")
-    parameters["exclude"] = "embed_tokens,lm_head"
-    run_mergekit(config, tmp_path / "well")
+        merge(family, parameters=parameters)
+    merge(family, parameters={**parameters, "exclude": "embed_tokens,lm_head"})
 
 
 def test_no_warning_is_repeated_that_was_logged_before_the_merge(
-    family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    family: Family, merge: Merge, caplog: pytest.LogCaptureFixture
 ) -> None:
-    method = merge_methods.get("metagpt")
-    config = merge_config(family.base, [family.base, family.models[0]])
-    config["models"].append(
-        {"model": str(family.models[1]), "parameters": {"weight": 0.01}}
-    )
-    with method.watch.already_warned():
-        run_mergekit(config, tmp_path / "out")
-    assert not said(caplog, " takes ") and said(caplog, "coefficients of")
-    run_mergekit(config, tmp_path / "again")
-    assert said(caplog, " takes ")
+    with merge_methods.get("metagpt").watch.already_warned():
+        merge(family, 1e-3)
+    assert not said(caplog, "of the merge") and said(caplog, "coefficients of")
+    merge(family, 1e-3)
+    assert said(caplog, "of the merge")

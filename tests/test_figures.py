@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
@@ -148,13 +148,6 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return saved
 
 
-def png_size(file: Path) -> tuple[int, int]:
-    header = file.read_bytes()[:24]
-    assert header.startswith(b"\x89PNG\r\n\x1a\n")
-    width, height = struct.unpack(">II", header[16:24])
-    return width, height
-
-
 def words_in(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
 
@@ -223,7 +216,7 @@ def test_overlapping_texts_are_noticed() -> None:
 def test_a_picture_is_wide_enough(count: int, tmp_path: Path) -> None:
     file = tmp_path / "figure.png"
     figures.report_figure(report(family(count)), file)
-    width, height = png_size(file)
+    height, width, _ = imread(file).shape
     assert width >= 1200 and 300 <= height <= 2 * width
 
 
@@ -260,7 +253,7 @@ def test_models_without_a_task_vector(tmp_path: Path) -> None:
         layers=tuple(layer.model_copy(update=unmoved) for layer in plain.layers),
     )
     figures.report_figure(found, tmp_path / "figure.png")
-    assert png_size(tmp_path / "figure.png")[0] >= 1200
+    assert imread(tmp_path / "figure.png").shape[1] >= 1200
 
 
 @pytest.mark.parametrize(("count", "title"), [(1, "1 adapter"), (2, "2 adapters")])
@@ -502,7 +495,7 @@ def test_a_loss_that_is_no_number_is_drawn(tmp_path: Path) -> None:
     candidates = (*found.candidates[:-1], worst)
     changed = found.model_copy(update={"candidates": candidates})
     comparison_plot.comparison_figure(changed, tmp_path / "figure.png")
-    assert png_size(tmp_path / "figure.png")[0] >= 1200
+    assert imread(tmp_path / "figure.png").shape[1] >= 1200
 
 
 def test_axes_end_at_round_numbers_beyond_what_they_show() -> None:
