@@ -215,14 +215,10 @@ def export(tmp_path: Path, cli: Cli) -> Export:
 
 
 def weight_of(setting: Any, name: str) -> float:
-    """What mergekit makes of a setting: the first filter that is in the name."""
-    if not isinstance(setting, list):
-        return setting
-    return next(
-        entry["value"]
-        for entry in setting
-        if entry.get("filter") is None or entry["filter"] in name
-    )
+    """What mergekit itself resolves a setting to."""
+    if isinstance(setting, list):
+        setting = [ConditionalParameter(**entry) for entry in setting]
+    return evaluate_setting(name, setting, validate=float)
 
 
 def weights(entries: Sequence[Config], name: str) -> list[float]:
@@ -439,13 +435,6 @@ NAMES: dict[str, list[str]] = {
 }
 
 
-def mergekits(values: Any, name: str) -> float:
-    """What mergekit itself resolves a setting to."""
-    if isinstance(values, list):
-        values = [ConditionalParameter(**entry) for entry in values]
-    return evaluate_setting(name, values, validate=float)
-
-
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
 def test_filters_catch_no_other_name(names: list[str]) -> None:
     chance = random.Random(0)
@@ -459,7 +448,7 @@ def test_filters_catch_no_other_name(names: list[str]) -> None:
             by_name[name] = chance.choice(choices)
         for values in (by_layer, by_name):
             written = weight_setting(values)
-            assert {name: mergekits(written, name) for name in names} == values
+            assert {name: weight_of(written, name) for name in names} == values
 
 
 def test_a_layer_is_one_filter_and_equal_values_are_a_number() -> None:
