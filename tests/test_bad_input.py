@@ -819,6 +819,13 @@ def test_other_commands_answer_the_same(
     assert_only_new(before, job.folder.parent)
 
 
+def test_inspect_needs_a_base_whatever_the_method(job: Job, cli: Cli) -> None:
+    without_base = broken.without("base_model")
+    job.prepare(broken.each(without_base, broken.settings(merge_method="ties")))
+    said = cli.refused("inspect", job.config_file)
+    assert "no base_model is given" in said and "inspect --base" in said
+
+
 @each_row
 def test_mergekit_yaml_raises_and_leaves_at_most_an_empty_folder(
     row: Row, job: Job

@@ -20,7 +20,7 @@ from mergekit_metagpt.commands.errors import in_one_line
 from mergekit_metagpt.commands.options import quick_imports
 from tests import documents
 from tests.conftest import Cli
-from tests.processes import ask_python, assert_succeeded, run_process, script
+from tests.processes import ask_python, run_process, script
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = sorted(main.commands)
@@ -187,17 +187,9 @@ def test_the_check_of_imports_can_fail() -> None:
 
 
 def test_console_script() -> None:
-    done = run_process([script("mergekit-metagpt"), "--version"])
-    assert_succeeded(done)
-    assert done.stdout.startswith(
-        f"mergekit-metagpt, version {mergekit_metagpt.__version__}"
-    )
-    assert done.stderr == ""
-
     done = run_process([script("mergekit-metagpt"), "frobnicate"])
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.endswith("Error: No such command 'frobnicate'.\n")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Error: No such command 'frobnicate'" in done.stderr
 
 
 # That documented commands and options exist is checked by test_docs.py.

@@ -25,6 +25,7 @@ from mergekit_metagpt.report import comparison, ranking
 from mergekit_metagpt.scanning import cache
 from mergekit_metagpt.scanning.cache import ChunkLosses
 from tests.broken import snapshot
+from tests.conftest import Cli
 from tests.families import (
     merge_config,
     read_model,
@@ -100,6 +101,13 @@ def compared(out: Path, *arguments: str, config: str = "merge.yml") -> dict[str,
     found = json.loads(file.read_text())
     assert isinstance(found, dict)
     return found
+
+
+def refused(cli: Cli, *arguments: str, config: str = "merge.yml") -> str:
+    """The last line of a comparison that ends with status 2 and prints no table."""
+    printed = cli("compare", config, *SETTINGS, *arguments, status=2)
+    assert printed.out == ""
+    return printed.err.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -579,31 +587,23 @@ def test_other_tokens_are_compared_by_the_byte(
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_merged(
-    arguments: list[str],
-    problem: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], problem: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "run", lambda *args, **options: pytest.fail("merged"))
-    assert run(*arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and problem in err.splitlines()[-1]
+    assert problem in refused(cli, *arguments)
 
 
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("not finite")]
 )
 def test_a_model_that_cannot_be_measured(
-    error: Exception,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    error: Exception, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **options: Any) -> None:
         raise error
 
     monkeypatch.setattr(losses, "evaluate", fail)
-    assert run(*texts_of("code")) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == f"Error: {error}"
+    assert refused(cli, *texts_of("code")) == f"Error: {error}"
 
 
 def test_one_model_is_in_memory_at_a_time(
@@ -624,26 +624,21 @@ def test_one_model_is_in_memory_at_a_time(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(*texts_of("code"), "--device", "cuda") == 2
-    assert "torch sees no GPU here" in capsys.readouterr().err
+def test_a_gpu_that_is_not_there(cli: Cli) -> None:
+    said = refused(cli, *texts_of("code"), "--device", "cuda")
+    assert "torch sees no GPU here" in said
 
 
-def test_two_texts_for_one_model(
-    family: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_texts_for_one_model(family: Path, cli: Cli) -> None:
     full = f"{family / 'm' / 'code'}=code.txt"
-    assert run(*texts_of("code"), "--text", full) == 2
-    assert "has two texts" in capsys.readouterr().err
+    assert "has two texts" in refused(cli, *texts_of("code"), "--text", full)
 
 
-def test_a_base_without_tokenizer(
-    copy: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_base_without_tokenizer(copy: Path, cli: Cli) -> None:
     for file in (copy / "m" / "base").glob("tokenizer*"):
         file.unlink()
-    assert run(*ALL, config=str(copy / "merge.yml")) == 2
-    assert "has no tokenizer" in capsys.readouterr().err.splitlines()[-1]
+    said = refused(cli, *ALL, config=str(copy / "merge.yml"))
+    assert "has no tokenizer" in said
 
 
 def test_what_a_model_cannot_predict(family: Path, tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ from tests.families import (
     run_mergekit,
     tuned,
     write_model,
-    write_yaml,
 )
 from tests.merges import write_merge
 from tests.oracle import same_bits
@@ -429,31 +428,21 @@ def test_coefficients_by_layer_are_compared(
 # --- what cannot be checked -----------------------------------------------------------
 
 
+YAML = "out/mergekit_config.yml"
+
+
 @pytest.mark.parametrize(
     ("spoil", "check", "words"),
     [
+        (lambda at: shutil.rmtree(at / "base"), "inputs", "base does not exist"),
+        (lambda at: (at / YAML).unlink(), "configuration", "config.yml is missing"),
         (
-            lambda folder: shutil.rmtree(folder / "base"),
-            "inputs",
-            "base does not exist",
-        ),
-        (
-            lambda folder: (folder / "out/mergekit_config.yml").unlink(),
-            "configuration",
-            "mergekit_config.yml is missing",
-        ),
-        (
-            lambda folder: write_yaml(
-                folder / "out/mergekit_config.yml",
-                merge_config(
-                    folder / "base", [folder / "tuned0"], merge_method="linear"
-                ),
-            ),
+            lambda at: write_merge(at / YAML, "b", ["m"], merge_method="linear"),
             "configuration",
             "is 'linear'; verify takes",
         ),
         (
-            lambda folder: (folder / "out/metagpt.json").write_text("{"),
+            lambda at: (at / "out/metagpt.json").write_text("{"),
             "configuration",
             "metagpt.json is no report",
         ),
