@@ -61,11 +61,11 @@ Inspect = Callable[..., Report]
 
 @pytest.fixture
 def shown(cli: Cli) -> Shown:
-    """What `inspect` prints; nothing goes to stderr."""
+    """What `inspect` prints; what goes to stderr is said."""
 
-    def inspected(*arguments: str | Path) -> str:
+    def inspected(*arguments: str | Path, says: str = "") -> str:
         printed = cli("inspect", *arguments)
-        assert printed.err == ""
+        assert printed.err == says
         return printed.out
 
     return inspected
@@ -73,10 +73,10 @@ def shown(cli: Cli) -> Shown:
 
 @pytest.fixture
 def inspect(shown: Shown) -> Inspect:
-    """The report of `inspect ... --json -`, which says nothing else."""
+    """The report of `inspect ... --json -`."""
 
-    def inspected(*arguments: str | Path) -> Report:
-        text = shown(*arguments, "--json", "-")
+    def inspected(*arguments: str | Path, says: str = "") -> Report:
+        text = shown(*arguments, "--json", "-", says=says)
         return json.loads(text, parse_constant=pytest.fail)
 
     return inspected
@@ -259,7 +259,8 @@ def test_pools(
     table = tmp_path / "pools.csv"
     options = ["--granularity", granularity, "--power", str(power), "--csv", str(table)]
     options += ["--exclude", exclude] if exclude else []
-    family = only(inspect("--base", *trio.folders, *options))
+    says = f"Wrote {table}\n"
+    family = only(inspect("--base", *trio.folders, *options, says=says))
     parts = tuple(part.strip() for part in exclude.split(",") if part.strip())
     naive = Naive(trio.states[0], trio.states[1:], parts)
     assert tuple(family["settings"]["exclude"]) == parts
@@ -763,13 +764,11 @@ def test_exact_csv(inside: Path, shown: Shown) -> None:
     )
 
 
-def test_files_are_written_beside_the_tables(
-    inside: Path, shown: Shown, cli: Cli
-) -> None:
+def test_files_are_written_beside_the_tables(inside: Path, shown: Shown) -> None:
     before = snapshot(inside)
     plain = shown("ab.yml")
     options = ["--json", "r.json", "--csv", "r.csv", "--plot", "r.png"]
-    assert cli("inspect", "ab.yml", *options).out == plain
+    assert shown("ab.yml", *options, says="Wrote r.json, r.csv and r.png\n") == plain
     assert snapshot(inside).keys() - before.keys() == {"r.json", "r.csv", "r.png"}
     report = json.loads(Path("r.json").read_text())
     assert shown("ab.yml", "--json", "-") == Path("r.json").read_text()
@@ -791,7 +790,9 @@ def test_files_that_exist_are_replaced_by_force_only(
     assert Path("r.png").read_text() == "mine" and not Path("r.json").exists()
     cli(*command, "--force")
     assert Path("r.png").read_bytes().startswith(b"\x89PNG")
-    cli("inspect", "ab.yml", "--json", os.devnull)  # no file to lose
+    # No file to lose.
+    printed = cli("inspect", "ab.yml", "--json", os.devnull)
+    assert printed.err == f"Wrote {os.devnull}\n"
 
 
 def test_weights_on_the_command_line(
@@ -1012,12 +1013,16 @@ def test_a_base_among_the_models_is_named(inside: Path, shown: Shown) -> None:
 
 BAD_ARGUMENTS = [
     ("a b", "no base"),
+    ("ab.yml a", "ab.yml is a merge YAML, which comes alone"),
+    ("a missing.yaml", "missing.yaml is a merge YAML, which comes alone"),
+    ("abc.yml", "Did you mean ./ab.yml?"),
     ("--base base ab.yml", "ab.yml is a file"),
     ("--base missing a", "missing"),
     ("--base base base", "only the base"),
     ("--base base a a", "a is given twice"),
     ("ab.yml --power nan", "power is nan"),
     ("ab.yml --weight c=2", "names no model; expected one of ./a, ./b"),
+    ("--base base ./arithmetic b --weight arithmetik=3", "Did you mean arithmetic?"),
     ("ab.yml --weight a", "expected MODEL=W"),
     ("ab.yml --weight a=x", "'x' is no number"),
     ("ab.yml --weight a=-1", "weight of ./a is -1.0"),

@@ -106,6 +106,14 @@ def rewrite(folder: Path, change: Callable[[State], Any]) -> None:
 # --- models that are what they say ----------------------------------------------------
 
 
+def test_the_file_that_was_written_is_named(
+    copy: Path, tmp_path: Path, cli: Cli
+) -> None:
+    file = tmp_path / "found.json"
+    said = cli("verify", copy / "out", "--json", file).err
+    assert said.splitlines()[-1] == f"Wrote {file}"
+
+
 @pytest.mark.parametrize(
     "settings",
     [
