@@ -15,7 +15,6 @@ from pydantic import BaseModel
 
 from mergekit_metagpt import __version__
 from mergekit_metagpt.checkpoints.identity import digest_of
-from mergekit_metagpt.checkpoints.opening import already_open
 from mergekit_metagpt.checkpoints.stored import dtype_name, layer_key
 from mergekit_metagpt.merge_config import merge_yaml
 from mergekit_metagpt.merge_config.jobs import Job
@@ -24,7 +23,6 @@ from mergekit_metagpt.method.parameters import own_parameters
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
-    from mergekit.config import MergeConfiguration
 
 # The place of a weight: module, slice, model, and the tensor's name in that model.
 _Place = tuple[str, int, "ModelReference", str]
@@ -90,12 +88,12 @@ def export(job: Job, weighted: Sequence[Coefficients] | None = None) -> Exported
     scales = {t.planned.name: t.scale for t in weighted if t.shares}
     if keeps_length:
         data.setdefault("parameters", {})["lambda"] = weight_setting(scales)
-    changes = [] if inner else _set_precision(data, config, weighted)
+    changes = [] if inner else _set_precision(data, job, weighted)
 
     from mergekit.config import ConfigYamlDumper
 
     body = yaml.dump(data, Dumper=ConfigYamlDumper, sort_keys=False, width=88)
-    return Exported(_comment(config, weighted, changes) + body, tuple(changes))
+    return Exported(_comment(job, weighted, changes) + body, tuple(changes))
 
 
 def weight_setting(values: Mapping[str, float]) -> float | list[dict[str, Any]]:
@@ -190,25 +188,20 @@ def kept(data: Any, names: Collection[str]) -> Any:
 
 
 def _set_precision(
-    data: dict[str, Any], config: MergeConfiguration, weighted: Sequence[Coefficients]
+    data: dict[str, Any], job: Job, weighted: Sequence[Coefficients]
 ) -> list[str]:
     """Let task_arithmetic compute as `metagpt` does; report remaining differences."""
     from mergekit.common import dtype_from_name
 
-    stored: Counter[torch.dtype] = Counter()
+    config, stored = job.config, Counter[torch.dtype]()
     of_output: dict[str, torch.dtype] = {}
     for tensor in weighted:
-        at, sizes = tensor.planned, []
-        dtypes = []
-        for model, name in at.input_names.items():
-            checkpoint = already_open(model)
-            held = checkpoint.tensors.get(name) if checkpoint else None
-            if held is not None:
-                dtypes.append(held.dtype)
-                sizes.append(held.numel)
-        if dtypes:
-            of_output[at.name] = reduce(torch.promote_types, dtypes)
-            stored[of_output[at.name]] += max(sizes)
+        names = tensor.planned.input_names
+        inputs = (job.opened[model].tensors.get(n) for model, n in names.items())
+        if held := [each for each in inputs if each is not None]:
+            dtype = reduce(torch.promote_types, (each.dtype for each in held))
+            of_output[tensor.planned.name] = dtype
+            stored[dtype] += max(each.numel for each in held)
 
     common = dtype_name(stored.most_common(1)[0][0]) if stored else "float32"
     wide = config.dtype == "float64" or (
@@ -243,9 +236,8 @@ def _set_precision(
     return changes
 
 
-def _comment(
-    config: MergeConfiguration, tensors: Sequence[Coefficients], changes: Sequence[str]
-) -> str:
+def _comment(job: Job, tensors: Sequence[Coefficients], changes: Sequence[str]) -> str:
+    config = job.config
     weighted = any({*tensor.planned.weights.values()} - {1} for tensor in tensors)
     powers = {tensor.planned.settings.power for tensor in tensors}
     power = f"{powers.pop():g}" if len(powers) == 1 else "p"
@@ -256,10 +248,8 @@ def _comment(
         f"lambda_t = {term} / sum_k {term.replace('_t', '_k')}, measured on",
     ]
     for model in dict.fromkeys(m for t in tensors for m in t.planned.task.model_order):
-        checkpoint = already_open(model)
-        if checkpoint is not None:
-            digest = digest_of(checkpoint.identity)
-            lines.append(f"  {model} (SHA-256 of samples: {digest[:16]})")
+        digest = digest_of(job.opened[model].identity)
+        lines.append(f"  {model} (SHA-256 of samples: {digest[:16]})")
     used = [p.name for p in own_parameters() if p.name != "lambda"]
     given = {
         name: value

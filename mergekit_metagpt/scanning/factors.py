@@ -132,12 +132,9 @@ def _check_ties(terms: Mapping[str, Sequence[Term]]) -> None:
     """Refuse embeddings and a head that may be one weight."""
     every = [term for found in terms.values() for term in found]
     embeddings = [term for term in every if term.factors.embedding]
-    heads = [
-        term
-        for term in every
-        if not term.factors.embedding and layer_key(term.name) == term.name
-    ]
-    for term in heads:
+    for term in every:
+        if term.factors.embedding or layer_key(term.name) != term.name:
+            continue
         for other in embeddings:
             if _shape(term) == _shape(other):
                 raise ValueError(
