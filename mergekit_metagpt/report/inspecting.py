@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
-from mergekit_metagpt.checkpoints.pairs import check_distinct, check_pair
+from mergekit_metagpt.checkpoints.pairs import check_family
 from mergekit_metagpt.checkpoints.unwritten import left_out
 from mergekit_metagpt.merge_config.families import Family
 from mergekit_metagpt.merge_config.plan import Coefficients, Planned, names_in
@@ -64,9 +64,7 @@ def inspect(
     for family in families:
         models = of_base.setdefault(family.base, [])
         models += [model for model in family.models if model not in models]
-        check_distinct(opened[family.base], [opened[m] for m in family.models])
-        for model in family.models:
-            check_pair(opened[family.base], opened[model])
+        check_family(opened[family.base], [opened[m] for m in family.models])
         names = [n for m in (family.base, *family.models) for n in opened[m].names]
         require_named(family.settings.exclude, names)
     scans = {
