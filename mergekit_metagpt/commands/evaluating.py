@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from mergekit.options import MergeOptions
 
 LOG = logging.getLogger("mergekit_metagpt")
-PACKAGES = ("mergekit-metagpt", "mergekit", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def evaluate(
     """
     from tqdm import tqdm
 
-    settings = [dtype, device, options.random_seed, *map(version, PACKAGES)]
+    settings = [dtype, device, options.random_seed, *plan.versions().values()]
     # One entry for each text, then one for each task.
     labels = [*texts, *(task.name for task in tasks)]
     counts = [*map(len, texts.values()), *(task.count for task in tasks)]

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +22,7 @@ if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
 
-# Versions on which the bits of a merge depend.
-PACKAGES = ("mergekit-metagpt", "mergekit", "torch", "transformers")
-# Options on which they depend, or the form of the files.
+# Options on which the bits of a merge depend, or the form of the files.
 _OPTIONS = (
     *("allow_crimes", "device", "lora_merge_dtype", "random_seed"),
     *("safe_serialization", "unsafe_truncate_embeddings"),
@@ -173,7 +170,7 @@ def digest(
     Raises an OSError if a file cannot be read.
     """
     content: list[Any] = [
-        [version(package) for package in PACKAGES],
+        list(plan.versions().values()),
         config.model_dump_json(),
         options.model_dump(include=set(_OPTIONS)),
         torch.get_num_threads(),

@@ -204,7 +204,12 @@ def _named(
         if len(same) != 1:
             count = f"{len(same)} models" if same else "no model"
             names = ", ".join(map(str, tuned))
-            raise ValueError(f"--weight {name} names {count}; expected one of {names}")
+            every = {part for model in tuned for part in (str(model), *_folders(model))}
+            near = None if same else merge_yaml.closest(name, every)
+            hint = f". Did you mean {near}?" if near else ""
+            raise ValueError(
+                f"--weight {name} names {count}; expected one of {names}{hint}"
+            )
         by_model[same[0]] = checked_weight(same[0], weight)
     return by_model
 
@@ -246,11 +251,17 @@ def are_adapters(models: Sequence[str], base: str | None, *, remote: bool) -> bo
         False for a YAML and for the folder of a model.
 
     Raises:
-        ValueError: some of several are adapters, and no base is named.
+        ValueError: some of several are adapters, or a YAML, and no base is named.
     """
     if base is not None:
         return False
     paths = [Path(model) for model in models]
+    yamls = [path for path in paths if path.suffix in (".yml", ".yaml")]
+    if yamls and len(paths) > 1:
+        raise ValueError(
+            f"{yamls[0]} is a merge YAML, which comes alone: it names its base and "
+            "models. Leave out the rest, or give --base BASE and models instead"
+        )
     if len(paths) == 1:
         unknown = not paths[0].exists() and paths[0].suffix not in (".yml", ".yaml")
         return is_adapter(paths[0]) or (remote and unknown)

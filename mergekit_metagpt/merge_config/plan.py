@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -92,6 +93,12 @@ class Coefficients:
     shares: Mapping[ModelReference, float]
     scale: float
     error: float | None = None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages on which the bits of a merge depend."""
+    packages = ("mergekit-metagpt", "mergekit", "torch", "transformers")
+    return {package: version(package) for package in packages}
 
 
 class _Planner(MergePlanner):

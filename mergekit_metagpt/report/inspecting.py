@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +12,12 @@ from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.pairs import check_family
 from mergekit_metagpt.checkpoints.unwritten import left_out
 from mergekit_metagpt.merge_config.families import Family
-from mergekit_metagpt.merge_config.plan import Coefficients, Planned, names_in
+from mergekit_metagpt.merge_config.plan import (
+    Coefficients,
+    Planned,
+    names_in,
+    versions,
+)
 from mergekit_metagpt.method import advice
 from mergekit_metagpt.method.parameters import require_named
 from mergekit_metagpt.report import schema, weighing
@@ -89,12 +93,6 @@ def inspect(
             for family in families
         ),
     )
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of this package, mergekit, torch and transformers."""
-    packages = ("mergekit-metagpt", "mergekit", "torch", "transformers")
-    return {package: version(package) for package in packages}
 
 
 def require_near(report: schema.Report) -> None:

@@ -453,11 +453,11 @@ def join() -> Group | None:
             wait_for_workers=False,
         )
     except dist.DistError as error:
-        host = socket.gethostname()
+        host, said = socket.gethostname(), str(error).partition("\n")[0]
         raise ValueError(
             f"rank {rank} of {size} on {host} cannot "
             f"{'listen on' if hosts else 'reach rank 0 at'} {address}: "
-            f"{str(error).splitlines()[0]}"
+            f"{said or type(error).__name__}"
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     own = dist.PrefixStore(f"metagpt/{attempt}", store)  # type: ignore[attr-defined]
