@@ -646,6 +646,7 @@ def test_an_index_that_names_other_files_is_refused(
     for content, words in (
         ({"weight_map": {"a": "../../secret"}}, "'../../secret'"),
         ([], "is corrupt"),
+        ({"weight_map": {}}, "is corrupt: it names no tensors"),
     ):
         index.write_text(json.dumps(content))
         hub.add("org/odd", folder)

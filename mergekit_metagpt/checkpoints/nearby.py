@@ -25,19 +25,19 @@ def missing(path: str | Path, expected: str, *, folders: bool = False) -> str:
     return f"{path} does not exist; expected {expected}{hint}"
 
 
+def is_local(path: str) -> bool:
+    """Whether a model is named by a path, even of a folder that does not exist."""
+    place = Path(path)
+    return place.exists() or place.is_absolute() or path.startswith((".", "~"))
+
+
 def nearest(path: Path, *, folders: bool = False) -> str | None:
     """Return the file or folder beside a missing path with the most similar name.
 
     Case is ignored, and backslashes count as slashes. A folder above it may be
-    misspelt, too. Only YAML files are similar to one, and only texts to a text.
-
-    Args:
-        path: the missing path.
-        folders: whether to suggest folders only.
-
-    Returns:
-        an absolute path, or one with a leading `./`, which tells a folder from a
-        repository; None if no name is similar.
+    misspelt, too. Only YAML files are similar to one, and only texts to a text. The
+    answer is an absolute path, or one with a leading `./`, which tells a folder from a
+    repository; None if no name is similar.
     """
     path = Path(str(path).replace("\\", "/"))
     above = path.expanduser().parent

@@ -218,7 +218,7 @@ def _candidates(
 
 def _check(candidate: Candidate, options: MergeOptions) -> Mapping[Any, Any]:
     try:
-        return jobs.check_any(candidate.config, options)
+        return jobs.check_any(candidate.config, options).opened
     except ValueError as error:
         raise ValueError(f"candidate {candidate.name}: {error}") from error
 

@@ -108,9 +108,9 @@ def evaluate(
         on_tasks = [subject.about_task(task) for task in tasks]
         abouts[name] = [json.dumps([*on, *settings]) for on in (*on_texts, *on_tasks)]
         measured[name] = [
-            cache.read_measured(ChunkLosses, subject.opened, about)
+            cache.read_entry(ChunkLosses, subject.opened, about)
             if at < len(texts)
-            else cache.read_measured(TaskScores, subject.opened, about)
+            else cache.read_entry(TaskScores, subject.opened, about)
             for at, about in enumerate(abouts[name])
         ]
     missing = {
@@ -149,7 +149,7 @@ def evaluate(
                         bar.update(counts[at])
                     for checkpoint in subject.opened:
                         checkpoint.verify_unchanged()
-                    cache.write_measured(subject.opened, abouts[name][at], found)
+                    cache.write_entry(found, subject.opened, abouts[name][at])
                     measured[name][at] = found
                 del model  # before the next one is loaded
     return (

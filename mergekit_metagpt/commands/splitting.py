@@ -136,9 +136,8 @@ def _check(
         job = prepared.job
         return _Checked(text, config, job.opened, job.planned, prepared)
     with ranks.leader_first():
-        opened = jobs.check_any(config, options)
-        planned = plan.plan_merge(config, options)
-    return _Checked(text, config, opened, planned, None)
+        job = jobs.check_any(config, options)
+    return _Checked(text, config, job.opened, job.planned, None)
 
 
 def _set_up(folder: Path, out: Path, token: str, checked: _Checked) -> str:

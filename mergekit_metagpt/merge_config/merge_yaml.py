@@ -66,15 +66,8 @@ class Inputs:
 def text_of(file: Path) -> str:
     """Read the file of a merge YAML.
 
-    Args:
-        file: the YAML.
-
-    Returns:
-        its text.
-
-    Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: it is not text.
+    Raises an OSError if there is no such file, or it cannot be read; a ValueError if it
+    is not text.
     """
     require_file(file, "a merge YAML")
     return file.read_text(encoding="utf-8")
@@ -99,18 +92,11 @@ def require_file(file: Path, expected: str) -> None:
 
 
 def read_file(file: Path) -> tuple[str, MergeConfiguration]:
-    """Read and parse the file of a merge YAML.
+    """Read the file of a merge YAML: its text, and mergekit's configuration.
 
-    Args:
-        file: the YAML.
-
-    Returns:
-        its text, and mergekit's configuration.
-
-    Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: as `read`, with the name of the file; or a model's path seems to be
-            relative to another folder than the current one.
+    Raises an OSError if there is no such file, or it cannot be read; a ValueError as
+    `read`, with the name of the file, or if a model's path seems to be relative to
+    another folder than the current one.
     """
     try:
         text = text_of(file)
@@ -354,6 +340,15 @@ def slices_of(config: MergeConfiguration) -> Iterator[Inputs]:
                 ranges=tuple(ranges),
             )
             first_layer += ranges[0][1] - ranges[0][0]
+
+
+def entries_of(data: Mapping[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """Yield the models of a YAML, given as plain data, in the order of `slices_of`."""
+    for module in (data.get("modules") or {"": data}).values():
+        if module.get("models"):
+            yield module["models"]
+        for entry in module.get("slices") or ():
+            yield entry["sources"]
 
 
 def models(config: MergeConfiguration) -> list[ModelReference]:
