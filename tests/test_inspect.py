@@ -578,11 +578,11 @@ def test_one_model_takes_all(
 
 
 def test_layers_in_which_nothing_moved_are_not_in_a_range(
-    inspect: Inspect, tmp_path: Path
+    base: State, inspect: Inspect, tmp_path: Path
 ) -> None:
-    base = llama_state(**SMALL)
     still = {name: tensor for name, tensor in base.items() if ".layers.0." in name}
-    folders = pair(tmp_path, base, *({**tuned(base, k, 0.01), **still} for k in (1, 2)))
+    models = ({**tuned(base, k, 0.01), **still} for k in (1, 2))
+    folders = write_models(tmp_path, base, *models)
     family = only(inspect("--base", *folders, "--granularity", "layer"))
     (unmoved,) = [pool for pool in family["pools"] if ".layers.0" in pool["key"]]
     assert unmoved["sq_norms"] == [0, 0]
@@ -590,11 +590,10 @@ def test_layers_in_which_nothing_moved_are_not_in_a_range(
 
 
 def test_a_model_stored_more_finely_than_its_base(
-    inspect: Inspect, tmp_path: Path
+    base: State, inspect: Inspect, tmp_path: Path
 ) -> None:
-    base = llama_state(**SMALL)
-    coarse = cast(base, BF16)
-    folders = pair(tmp_path, coarse, tuned(base, 1), cast(tuned(base, 2), BF16))
+    models = (tuned(base, 1), cast(tuned(base, 2), BF16))
+    folders = write_models(tmp_path, cast(base, BF16), *models)
     (line,) = warned(inspect("--base", *folders), "rounding step")
     assert str(folders[1]) in line and "published in float32" in line
 
