@@ -26,6 +26,7 @@ from tests.families import (
     tuned,
     write_model,
 )
+from tests.layouts import make_model
 from tests.matrix import Row, covers
 from tests.merges import (
     assert_merges,
@@ -314,29 +315,16 @@ POOLER = "bert.pooler.dense.weight"
 
 
 @pytest.fixture(scope="session")
-def bert_states() -> list[State]:
-    """A sequence classifier, whose pooler mergekit takes for optional, and two more."""
-    from transformers import BertForSequenceClassification
+def bert() -> Any:
+    """A sequence classifier, whose pooler mergekit takes for optional."""
+    return make_model("BERT with a classifier")
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = BertForSequenceClassification(bert_config())
-    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+@pytest.fixture(scope="session")
+def bert_states(bert: Any) -> States:
+    """Its weights, and those of two fine-tunes."""
+    base = {name: tensor.clone() for name, tensor in bert.state_dict().items()}
     return [base, *(tuned(base, k + 1, 0.01 * (k + 1)) for k in range(2))]
-
-
-def bert_config() -> Any:
-    from transformers import BertConfig
-
-    return BertConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        architectures=["BertForSequenceClassification"],
-    )
 
 
 LACKING = {
@@ -347,22 +335,21 @@ LACKING = {
 
 
 @covers(*LACKING)
-def test_optional_tensors(row: Row, tmp_path: Path, bert_states: list[State]) -> None:
+def test_optional_tensors(
+    row: Row, tmp_path: Path, bert: Any, bert_states: States
+) -> None:
     states = [dict(state) for state in bert_states]
     for number in LACKING[row.name]:
         del states[number][POOLER]
-    folders = [
-        write_model(tmp_path / f"m{number}", state, bert_config())
-        for number, state in enumerate(states)
-    ]
-    config = merge_config(folders[0], folders[1:])
+    family = write_family(tmp_path, states[0], states[1:], config=bert.config)
+    config = plainly(family)
     if row.verdict != matrix.WORKS:
         assert_task_arithmetic_fails(config, tmp_path, "Base input is not present")
         with row.expect():
             run_mergekit(config, tmp_path / "out")
         return
     oracle = Oracle(states[0], states[1:])
-    assert_sq_norms(oracle, folders[0], folders[1:])
+    assert_sq_norms(oracle, family.base, family.models)
     with row.expect():
         for granularity in GRANULARITIES:
             merged = assert_merges_exactly(
@@ -373,23 +360,20 @@ def test_optional_tensors(row: Row, tmp_path: Path, bert_states: list[State]) ->
 
 
 @covers("buffer of integers, as in older BERT checkpoints")
-def test_integers(row: Row, tmp_path: Path, bert_states: list[State]) -> None:
+def test_integers(row: Row, tmp_path: Path, bert: Any, bert_states: States) -> None:
     name = "bert.embeddings.position_ids"
     positions = torch.arange(32)[None]
     oracle = Oracle(bert_states[0], bert_states[1:])
     with row.expect():
         for holders in ((0, 1, 2), (0, 2)):
             folder = tmp_path / str(len(holders))
-            folders = [
-                write_model(
-                    folder / f"m{number}",
-                    {**state, name: positions} if number in holders else state,
-                    bert_config(),
-                )
+            base, *models = (
+                {**state, name: positions} if number in holders else state
                 for number, state in enumerate(bert_states)
-            ]
-            assert_sq_norms(oracle, folders[0], folders[1:])
-            merged = run_mergekit(merge_config(folders[0], folders[1:]), folder / "out")
+            )
+            family = write_family(folder, base, models, config=bert.config)
+            assert_sq_norms(oracle, family.base, family.models)
+            merged = run_mergekit(plainly(family), folder / "out")
             assert_same_bits(merged.pop(name), positions)
             assert_merged(merged, oracle)
 
