@@ -18,7 +18,7 @@ import mergekit_metagpt
 from mergekit_metagpt.checkpoints.identity import fingerprint
 from mergekit_metagpt.scanning import cache, once
 from mergekit_metagpt.scanning.results import ScanResult
-from tests.conftest import Family, make_family
+from tests.conftest import Family, make_family, write_family
 from tests.families import forget, run_command
 from tests.oracle import assert_same_bits, naive_sq_norms
 
@@ -32,11 +32,14 @@ Scans = list[list[str]]
 @pytest.fixture
 def aged(own_cache: Path, tmp_path: Path) -> Family:
     """A family whose files are old enough to be remembered, and an empty cache."""
-    made = make_family(tmp_path / "family")
-    for folder in made.paths:
+    return age(make_family(tmp_path / "family"))
+
+
+def age(family: Family) -> Family:
+    for folder in family.paths:
         for number, file in enumerate(sorted(folder.iterdir())):
             os.utime(file, (LONG_AGO + number, LONG_AGO + number))
-    return made
+    return family
 
 
 @pytest.fixture
@@ -177,6 +180,16 @@ def test_young_files_are_not_remembered(aged: Family, scans: Scans) -> None:
     scan(aged)
     scan(aged)
     assert scans[1:] == [[str(aged.models[0])]]
+
+
+def test_weights_whose_squares_exceed_float64_are_not_remembered(
+    own_cache: Path, scans: Scans, tmp_path: Path
+) -> None:
+    """JSON has no infinity, which is the squared norm of the base."""
+    base, model = (torch.tensor([1e200, x], dtype=torch.float64) for x in (0.0, 1.0))
+    family = age(write_family(tmp_path / "huge", {"w": base}, [{"w": model}]))
+    assert scan(family).sq_norms.tolist() == scan(family).sq_norms.tolist() == [[1.0]]
+    assert len(scans) == 2 and not own_cache.exists()
 
 
 def spoil(change: Callable[[dict[str, Any]], Any]) -> Callable[[bytes], bytes]:

@@ -660,7 +660,7 @@ def test_bad_parameters_that_no_file_can_hold(
 @pytest.mark.parametrize("weight", [0.0, [0, 0.0, 0], PerGroupValues([0.0] * 6)])
 @every_granularity
 def test_no_weight_at_all_is_an_error(weight: Any, granularity: str) -> None:
-    with pytest.raises(ValueError, match="weight is 0"):
+    with pytest.raises(ValueError, match="weight is 0 for every model"):
         merge(relatives(), weight=weight, granularity=granularity)
 
 
@@ -849,7 +849,7 @@ def test_merges_in_memory_leave_merges_from_files_alone(
         ids = references(family)
         models = in_memory_under(ids)
         merge(models, base=ids[0], weight=[1.0, 0.0, 0.0])
-        with pytest.raises(ValueError, match="weight is 0"):
+        with pytest.raises(ValueError, match="weight is 0 for every model"):
             merge(models, base=ids[0], weight=0.0)
         buffers_only(ids)
         caplog.clear()
