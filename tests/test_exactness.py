@@ -16,12 +16,10 @@ from tests.families import (
     cast,
     console_script,
     llama_config,
-    llama_state,
     merge_config,
     read_model,
     run_mergekit,
     said,
-    tuned,
     write_model,
 )
 from tests.oracle import (
@@ -36,7 +34,6 @@ from tests.oracle import (
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32]
-SIZES = (1e-2, 2e-2, 3e-2)
 
 
 @dataclass(frozen=True)
@@ -95,15 +92,7 @@ def train(model: torch.nn.Module, seed: int, steps: int, rate: float) -> State:
 
 
 @pytest.fixture(scope="session")
-def random_weights() -> Weights:
-    """A random base and twelve copies of it with noise."""
-    base = llama_state()
-    models = (tuned(base, k + 1, SIZES[k % 3]) for k in range(12))
-    return Weights(base, tuple(models), llama_config())
-
-
-@pytest.fixture(scope="session")
-def trained_weights() -> Weights:
+def weights() -> Weights:
     """A trained base and twelve short fine-tunes at a small learning rate."""
     from transformers import LlamaForCausalLM
 
@@ -120,13 +109,6 @@ def trained_weights() -> Weights:
             models.append(train(model, seed=k + 1, steps=3 + k % 3, rate=2e-5))
     torch.set_num_threads(threads)
     return Weights(base, tuple(models), config)
-
-
-@pytest.fixture(params=["random", "trained"])
-def weights(request: pytest.FixtureRequest) -> Weights:
-    """Both kinds of checkpoints."""
-    found: Weights = request.getfixturevalue(f"{request.param}_weights")
-    return found
 
 
 def assert_said_lambda(
@@ -182,16 +164,16 @@ def test_merge_equals_the_oracle(
 @pytest.mark.parametrize("stored", HALVES, ids=str)
 def test_share_of_correctly_rounded_elements(
     tmp_path: Path,
-    trained_weights: Weights,
+    weights: Weights,
     stored: torch.dtype,
     record_property: Callable[[str, object], None],
 ) -> None:
-    for model in trained_weights.models:
-        moved = naive_sq_norms(trained_weights.base, [model])
-        size = sum(float(t.square().sum()) for t in trained_weights.base.values())
+    for model in weights.models:
+        moved = naive_sq_norms(weights.base, [model])
+        size = sum(float(t.square().sum()) for t in weights.base.values())
         assert moved.item() < 1e-6 * size, "not a fine-tune of realistic size"
 
-    family = trained_weights.write(tmp_path, 3, stored, shards=1)
+    family = weights.write(tmp_path, 3, stored, shards=1)
     base, states = family.base_state, family.states
     expected = naive_coefficients(naive_sq_norms(base, states))
     merged = run_mergekit(merge_config(family.base, family.models), tmp_path / "out")
@@ -207,9 +189,9 @@ def test_share_of_correctly_rounded_elements(
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_console_script_needs_nothing_but_the_models(
-    tmp_path: Path, trained_weights: Weights, dtype: str | None
+    tmp_path: Path, weights: Weights, dtype: str | None
 ) -> None:
-    family = trained_weights.write(tmp_path, 3, torch.bfloat16, shards=2)
+    family = weights.write(tmp_path, 3, torch.bfloat16, shards=2)
     base, states = family.base_state, family.states
     expected = naive_coefficients(naive_sq_norms(base, states))
     config = merge_config(family.base, family.models)
@@ -257,10 +239,10 @@ def test_golden_linear_and_task_arithmetic_give_the_same(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_unchanged_weight_is_the_base_in_another_dtype(
-    tmp_path: Path, random_weights: Weights, dtype: str
+    tmp_path: Path, weights: Weights, dtype: str
 ) -> None:
-    base = random_weights.base
-    states = [dict(state) for state in random_weights.models[:2]]
+    base = weights.base
+    states = [dict(state) for state in weights.models[:2]]
     for state in states:
         for name in list(state)[::2]:
             state[name] = base[name]
