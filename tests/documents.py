@@ -58,7 +58,7 @@ def _type(annotation: object) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation.__name__
     shown = re.sub(r"(?<![\w.])(?:\w+\.)+(?=\w)", "", str(annotation))
-    shown = re.sub(r"Annotated\[(\w+), FieldInfo\(.*?\)\]\)\]", r"\1", shown)
+    shown = re.sub(r"Annotated\[(\w+), \w+\(.*?\)\](?:\)\])?", r"\1", shown)
     shown = re.sub(r"Union\[(.*?), (Literal.*)\]", r"\1 or \2", shown)
     shown = re.sub(r"<class '(.*)'>", r"\1", shown)
     while "..." in shown:

@@ -446,6 +446,19 @@ YAML = [
         error=yaml.YAMLError,
     ),
     text(
+        "indentation",
+        "merge_method: metagpt\nmodels:\n  - model: a\n - model: b\n",
+        ": line 4 … `- model: b`. Indent items and keys of one level alike, …",
+        "while parsing a block mapping\n…line 4, column 2…",
+        error=yaml.YAMLError,
+    ),
+    text(
+        "item-without-model",
+        "merge_method: metagpt\nbase_model: a\nmodels:\n  - model: b\n  - ./code\n",
+        ": models[1] is './code'; expected a line `- model: ./code` …",
+        f"{INVALID}models.1\n  Input should be a valid dictionary …",
+    ),
+    text(
         "two-documents",
         "merge_method: metagpt\n---\nmerge_method: ties\n",
         ": holds several YAML documents; … mergekit-multi",
@@ -836,6 +849,45 @@ def test_configuration_that_is_no_file(
     assert_refused(status, said.out, said.err, wanted[kind])
     assert not job.happened
     assert_only_new(before, job.folder.parent)
+
+
+# --- lines and items of a YAML --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("models:\n  - model: a\n    - model: b\n", "line 3 … `- model: b`"),
+        ("models:\n  - model: a\n      parameters:\n", "line 3 … `parameters:`"),
+        ("models:\n  - model: a\n   parameters:\n", "line 3 … `parameters:`"),
+        ("models:\n  - model: a\n  weight: 1\n", "line 3 … `weight: 1`"),
+        ("exclude: 'a', 'b'\n", "not readable as YAML: …found ','…"),
+        ("models:\n\t- model: a\n", "line 2 … `- model: a`… not tabs"),
+        ("dtype: float32\n  merge_method: a\n", "line 2 … `merge_method: a`"),
+        ("  dtype: float32\nmerge_method: a\n", "line 2 … `merge_method: a`"),
+        ("dtype: float32\nbase_model a\nmodels:\n", "line 2 … `base_model a`… a colon"),
+    ],
+)
+def test_a_line_that_does_not_fit_is_quoted(text: str, line: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        merge_yaml.read(text)
+    assert_says(str(raised.value), f"{line}…")
+
+
+@pytest.mark.parametrize(
+    ("models", "says"),
+    [
+        ("[model:./code]", "models[0] is 'model:./code'; … `- model: ./code`"),
+        ("[models/code]", "models[0] is 'models/code'; … `- model: models/code`"),
+        ("[{model: a}, null]", "models[1] is None; … `- model: FOLDER`"),
+        ("{model: a}", "models is {'model': 'a'}; … `- model: FOLDER`"),
+        ("./code", "models is './code'; … `- model: ./code`"),
+    ],
+)
+def test_models_that_are_no_list_of_models(models: str, says: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        merge_yaml.read(f"merge_method: metagpt\nmodels: {models}\n")
+    assert_says(str(raised.value), f"{says}…")
 
 
 # --- names of methods ----------------------------------------------------------------

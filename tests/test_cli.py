@@ -173,7 +173,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["merge", str(ROOT / "pyproject.toml")], "Missing argument 'OUT'."),
         (["merge", "--frobnicate", "config.yml", "out"], "No such option"),
         (["demo"], "Missing argument 'DIR'."),
-        (["demo", "there", "and-there"], "unexpected extra argument"),
+        (["demo", "there", "and-there"], "Got unexpected extra argument"),
     ],
 )
 def test_wrong_usage_is_status_2_and_says_so_on_stderr(
@@ -182,9 +182,10 @@ def test_wrong_usage_is_status_2_and_says_so_on_stderr(
     assert run(*arguments) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith("Usage: mergekit-metagpt ")
-    assert said.err.splitlines()[-1].startswith("Error: ")
-    assert complaint in said.err
+    (line,) = said.err.splitlines()
+    command = arguments[0] if arguments[0] in COMMANDS else ""
+    see = f" (see {' '.join(['mergekit-metagpt', command]).strip()} --help)"
+    assert line.startswith(f"Error: {complaint.rstrip('.')}") and line.endswith(see)
 
 
 def test_group_without_a_command_shows_its_help(
@@ -287,7 +288,7 @@ def test_console_script() -> None:
     done = run_process([script("mergekit-metagpt"), "frobnicate"])
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.endswith("Error: No such command 'frobnicate'.\n")
+    assert done.stderr.startswith("Error: No such command 'frobnicate'")
 
 
 # --- documentation --------------------------------------------------------------------
@@ -338,6 +339,23 @@ def test_a_misspelt_folder_above_a_model(
     assert nearest(Path("./modles/lgos"), folders=True) == "./models/logs"
     assert nearest(Path("./models/far/logs"), folders=True) is None
     assert nearest(tmp_path / "modles/logs") == str(tmp_path / "models/logs")
+
+
+def test_a_yaml_is_mistaken_for_a_yaml_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergekit_metagpt.checkpoints.nearby import nearest
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("merge1.yaml", "arithmetic1.txt", "notes"):
+        Path(name).touch()
+    for name in ("arithmetic", "archived", "merge1.yml.d"):
+        Path(name).mkdir()
+    assert nearest(Path("merge1.yml")) == "./merge1.yaml"
+    assert nearest(Path("archived.yml")) is None
+    assert nearest(Path("arithmetic.txt")) == "./arithmetic1.txt"
+    assert nearest(Path("archivd")) == "./archived"
+    assert nearest(Path("note")) == "./notes"
 
 
 def test_verify_of_what_is_no_folder(

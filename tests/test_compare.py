@@ -532,6 +532,19 @@ def test_a_token_that_begins_every_sequence_begins_every_chunk() -> None:
     assert shown.bytes == (3, 3, 1)
 
 
+def test_a_tokenizer_that_makes_no_token_of_a_chunk_is_named() -> None:
+    """Its model would get these bytes for nothing, and fails on no token at all."""
+    import tokenizers
+
+    blind = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])),
+        name_or_path="blind",
+    )
+    assert losses.tokenize(["a", "aa"], blind).ids == ((0,), (0, 0))
+    with pytest.raises(ValueError, match=r"tokenizer of blind makes no token of 'bb'"):
+        losses.tokenize(["a", "bb"], blind)
+
+
 def test_other_tokens_are_compared_by_the_byte(
     places: Path, family: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -568,7 +581,10 @@ def test_other_tokens_are_compared_by_the_byte(
     ("arguments", "problem"),
     [
         (["--text", "code"], "--text code: expected MODEL=FILE"),
-        (["--text", "code=none.txt"], "there is no file none.txt"),
+        (["--text", "code=cod.txt"], "cod.txt does not exist; expected a file. Did "),
+        (["--text", "code=cod.txt"], "Did you mean ./code.txt?"),
+        (["--text", "code=m"], "m is a folder; expected a file"),
+        ([*texts_of("code"), "--candidate", "x=merg.yml"], "Did you mean ./merge.yml?"),
         ([*texts_of("code"), *texts_of("code")], "--text code is given twice"),
         ([], "Give --text MODEL=FILE"),
         ([*texts_of("code"), "--lambda", "kept"], "--lambda kept: expected numbers"),

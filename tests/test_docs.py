@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Union, get_args, get_origin
 from unittest import mock
 
 import click
@@ -857,12 +857,16 @@ def holders(methods: Sequence[str]) -> str:
 
 def type_of(parameter: Any) -> str:
     """A parameter's type, for readers."""
-    kinds = get_args(parameter.value_type) or (parameter.value_type,)
-    names = [
-        " or ".join(f"`{value}`" for value in get_args(kind)) or kind.__name__
-        for kind in kinds
-    ]
-    return " or ".join(names)
+
+    def named(kind: Any) -> str:
+        parts = get_args(kind)
+        if get_origin(kind) is Annotated:  # a number within bounds
+            return named(parts[0])
+        if get_origin(kind) is Union:
+            return " or ".join(map(named, parts))
+        return ", ".join(f"`{value}`" for value in parts) or str(kind.__name__)
+
+    return named(parameter.value_type)
 
 
 def parameters_table() -> str:

@@ -63,11 +63,11 @@ Inspect = Callable[..., Report]
 def inspect(capsys: pytest.CaptureFixture[str]) -> Inspect:
     """The report of `inspect ... --json -`, which says nothing else."""
 
-    def inspected(*arguments: str | Path) -> Report:
+    def inspected(*arguments: str | Path, says: str = "") -> Report:
         capsys.readouterr()
         status = run_command("inspect", *arguments, "--json", "-")
         said = capsys.readouterr()
-        assert (status, said.err) == (0, "")
+        assert (status, said.err) == (0, says)
         return json.loads(said.out, parse_constant=pytest.fail)
 
     return inspected
@@ -269,7 +269,8 @@ def test_pools(
     table = tmp_path / "pools.csv"
     options = ["--granularity", granularity, "--power", str(power), "--csv", str(table)]
     options += ["--exclude", exclude] if exclude else []
-    family = only(inspect("--base", *trio.folders, *options))
+    says = f"Wrote {table}\n"
+    family = only(inspect("--base", *trio.folders, *options, says=says))
     parts = tuple(part.strip() for part in exclude.split(",") if part.strip())
     naive = Naive(trio.states[0], trio.states[1:], parts)
     assert tuple(family["settings"]["exclude"]) == parts
@@ -650,6 +651,28 @@ def test_one_model_takes_all_of_some_pools(
     assert warned(report, "takes 99.")
 
 
+def test_layers_in_which_nothing_moved_are_not_in_a_range(
+    inspect: Inspect, tmp_path: Path
+) -> None:
+    base = llama_state(**SMALL)
+    still = {name: tensor for name, tensor in base.items() if ".layers.0." in name}
+    folders = pair(tmp_path, base, *({**tuned(base, k, 0.01), **still} for k in (1, 2)))
+    family = only(inspect("--base", *folders, "--granularity", "layer"))
+    (unmoved,) = [pool for pool in family["pools"] if ".layers.0" in pool["key"]]
+    assert unmoved["sq_norms"] == [0, 0]
+    assert all(0.3 < model["coefficient_range"][0] for model in family["models"])
+
+
+def test_a_model_stored_more_finely_than_its_base(
+    inspect: Inspect, tmp_path: Path
+) -> None:
+    base = llama_state(**SMALL)
+    coarse = cast(base, BF16)
+    folders = pair(tmp_path, coarse, tuned(base, 1), cast(tuned(base, 2), BF16))
+    (line,) = warned(inspect("--base", *folders), "rounding step")
+    assert str(folders[1]) in line and "published in float32" in line
+
+
 def test_a_wrong_base(inspect: Inspect, tmp_path: Path) -> None:
     """Where norms, which are 1 in all models, are a small share of the whole."""
     base, other = (
@@ -860,7 +883,9 @@ def test_files_are_written_beside_the_tables(
     before = snapshot(inside)
     plain = shown(capsys, "ab.yml")
     options = ["--json", "r.json", "--csv", "r.csv", "--plot", "r.png"]
-    assert shown(capsys, "ab.yml", *options) == plain
+    assert run_command("inspect", "ab.yml", *options) == 0
+    said = capsys.readouterr()
+    assert said == (plain, "Wrote r.json, r.csv and r.png\n")
     assert snapshot(inside).keys() - before.keys() == {"r.json", "r.csv", "r.png"}
     report = json.loads(Path("r.json").read_text())
     assert shown(capsys, "ab.yml", "--json", "-") == Path("r.json").read_text()
@@ -881,9 +906,12 @@ def test_files_that_exist_are_replaced_by_force_only(
         assert run_command("inspect", "ab.yml", "--json", "r", "--csv", "r") == 2
         assert "--json and --csv are both r;" in capsys.readouterr().err
     assert Path("r.png").read_text() == "mine" and not Path("r.json").exists()
-    shown(capsys, "ab.yml", *options, "--force")
+    assert run_command("inspect", "ab.yml", *options, "--force") == 0
     assert Path("r.png").read_bytes().startswith(b"\x89PNG")
-    shown(capsys, "ab.yml", "--json", os.devnull)  # no file to lose
+    capsys.readouterr()
+    # No file to lose.
+    assert run_command("inspect", "ab.yml", "--json", os.devnull) == 0
+    assert capsys.readouterr().err == f"Wrote {os.devnull}\n"
 
 
 def test_weights_on_the_command_line(
@@ -907,13 +935,16 @@ def test_weights_on_the_command_line(
         "1.0",
     ]
     for given, says in (
-        ("c=2", "names no model; expected one of ./a, ./b"),
+        ("c=2", "names no model; expected one of ./a, ./b\n"),
         ("a", "expected MODEL=W"),
         ("a=x", "'x' is no number"),
         ("a=-1", "weight of ./a is -1.0; expected"),
     ):
         assert run_command("inspect", "ab.yml", "--weight", given) == 2
         assert says in capsys.readouterr().err
+    given = ("--base", "base", "./arithmetic", "b", "--weight", "arithmetik=3")
+    assert run_command("inspect", *given) == 2
+    assert "Did you mean arithmetic?" in capsys.readouterr().err
 
 
 def test_json_is_read_in_every_locale(inside: Path, inspect: Inspect) -> None:
@@ -1140,6 +1171,10 @@ BAD: dict[str, tuple[Any, str]] = {
         broken.settings(dtyp="bfloat16"),
         "dtyp is no key of a merge in the YAML; did you mean dtype?",
     ),
+    "key with swapped letters": (
+        broken.settings(modles=[]),
+        "modles is no key of a merge in the YAML; did you mean models?",
+    ),
     "NaN": (broken.poisoned("tuned1", float("nan")), broken.TENSOR),
     "infinity in the base": (broken.poisoned("base", float("inf")), broken.TENSOR),
     "quantised to fp8": (broken.rewritten("tuned0", broken.to_fp8), "quantised"),
@@ -1232,6 +1267,9 @@ ARGUMENTS: list[tuple[list[str], str]] = [
     (["missing.yml"], "missing.yml"),
     (["base"], "base is a folder; expected a merge YAML"),
     (["a", "b"], "no base"),
+    (["ab.yml", "a"], "ab.yml is a merge YAML, which comes alone"),
+    (["a", "missing.yaml"], "missing.yaml is a merge YAML, which comes alone"),
+    (["abc.yml"], "Did you mean ./ab.yml?"),
     (["--base", "base", "ab.yml"], "ab.yml is a file"),
     (["--base", "missing", "a"], "missing"),
     (["--base", "base", "base"], "only the base"),
@@ -1267,8 +1305,7 @@ def test_wrong_usage(
 ) -> None:
     before = snapshot(inside)
     assert run_command("inspect", *arguments) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.splitlines()[-1].startswith("Error: ")
+    assert_refused(2, capsys, "(see mergekit-metagpt inspect --help)")
     assert snapshot(inside) == before
 
 

@@ -74,7 +74,14 @@ def test_a_power_that_does_not_help_is_no_way_out() -> None:
     )
     assert said is not None and "power: 1" not in said
     # Of two, what is said is how to get more of the one that moved little.
-    assert "weight: 1000 for m1 " in said
+    assert "weight: 1000 for m1 " in said and "power: 0 (50.00% for it)" in said
+
+
+def test_a_share_that_is_not_zero_does_not_look_like_it() -> None:
+    said = advice.degenerate(
+        "b", ["m0", "m1", "m2"], [4e-6, 0.5, 0.5], [1, 1, 1], "here"
+    )
+    assert said is not None and "gets only 4.0e-04% of the merge" in said
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,42 @@ def test_what_cannot_be_split_is_refused_by_name(
         assert ended.status == 2 and part in errors(ended)[0]
 
 
+def test_a_complete_merge_has_nothing_to_resume(place: Place) -> None:
+    """A job that is started again after its end must not fail, or merge again."""
+    config = place.config()
+    with place.work():
+        (ended,) = place.ranks(1, place.merge())
+        assert ended.status == 0, ended
+        before = {path: version_of(path) for path in place.out.iterdir()}
+        first, second = place.ranks(2, place.merge("--resume"))
+        assert (first.status, second.status) == (0, 0), (first, second)
+        assert "is complete" in first.said and "nothing to resume" in first.said
+        assert "Wrote" not in first.said and not second.said
+        assert {path: version_of(path) for path in place.out.iterdir()} == before
+        # Another merge is not this one, and an incomplete one is not complete.
+        config.write_text(config.read_text() + "# another\n")
+        (ended,) = place.ranks(1, place.merge("--resume"))
+        assert ended.status == 2 and "is not empty" in errors(ended)[0]
+        place.config()
+        (place.out / "config.json").unlink()
+        (ended,) = place.ranks(1, place.merge("--resume"))
+        assert ended.status == 2 and "is not empty" in errors(ended)[0]
+
+
+def test_a_store_that_fails_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch import distributed
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise distributed.DistError
+
+    monkeypatch.setattr(distributed, "TCPStore", fail)
+    given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="cannot listen on here:1: DistError"):
+        ranks.join()
+
+
 def test_an_incomplete_environment_is_refused(place: Place) -> None:
     place.config()
     (ended,) = place.forks.run(place.job(place.merge(), RANK="0", WORLD_SIZE="2"))

@@ -568,11 +568,12 @@ INDEX = "model.safetensors.index.json"
         (WEIGHTS, struct.pack("<Q", 1 << 40) + bytes(100), "not a safetensors file"),
         (INDEX, b'{"weight_map": {"a": "../../secret"}}', "'../../secret'"),
         (INDEX, b"[]", "is corrupt"),
+        (INDEX, b'{"weight_map": {}}', "is corrupt: it names no tensors"),
     ],
     ids=[
         *("a pickle", "pickles in shards", "a corrupt adapter", "no weights"),
         *("an HTML page", "a header of a terabyte"),
-        *("an index of files elsewhere", "a corrupt index"),
+        *("an index of files elsewhere", "a corrupt index", "an empty index"),
     ],
 )
 def test_what_cannot_be_read_remotely_is_named(

@@ -102,6 +102,14 @@ def test_a_merge_of_ours_is_verified(copy: Path, verify: Verify) -> None:
     assert "30 of 30 tensors" in found["of"]["values"]["details"]
 
 
+def test_the_file_that_was_written_is_named(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "found.json"
+    assert run_command("verify", copy / "out", "--json", file) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"Wrote {file}"
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -54,6 +54,7 @@ def rounds(
 ) -> dict[str, list[tuple[float, float]]]:
     """Run all commands in every round."""
     base, tuned = store.make(given.store.resolve())
+    machine.hold([base, *tuned])
     config, out, cache = place / "merge.yml", place / "out", place / "cache"
     models = "\n".join(f"  - model: {model}" for model in tuned)
     config.write_text(CONFIG.format(base=base, models=models))
@@ -69,7 +70,7 @@ def rounds(
         ):
             took = run(kept, *command)
             shutil.rmtree(out, ignore_errors=True)
-            if number:  # the first round warms the page cache
+            if number:  # the first round reads Python's and mergekit's files
                 times.setdefault(name, []).append(took)
         shutil.rmtree(cache)
     return times

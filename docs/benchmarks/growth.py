@@ -69,11 +69,12 @@ def row(folder: Path, count: int, scale: float) -> str:
     base, tuned = store.make(folder, count, scale)
     base, tuned = base.resolve(), [path.resolve() for path in tuned[:count]]
     models = [base, *tuned]
+    machine.hold(models)
     size = sum(f.stat().st_size for m in models for f in m.glob("*.safetensors"))
     took, memory = scan(models)
     configs = whole_process.configurations(base, tuned)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
-        # Run each twice: the first run warms the page cache.
+        # Run each twice: the first run reads Python's and mergekit's files.
         runs = {}
         for method in ("metagpt", "task_arithmetic") * 2:
             machine.touch_memory()

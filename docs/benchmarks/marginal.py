@@ -5,7 +5,7 @@
 Whole processes of `mergekit-yaml` on a base and three fine-tunes of 0.22 and of 1.1 B
 parameters. The marginal cost is the slope between the two: seconds per GB, without
 imports and the rest of a start. Each round runs every method on both sizes, and ratios
-of slopes are taken within a round.
+of slopes are taken within a round. The files are locked in the page cache.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ METHODS = ("metagpt", "task_arithmetic", "passthrough")
 
 def slopes(given: argparse.Namespace) -> dict[str, list[float]]:
     """Measure seconds per GB of checkpoints by method, round by round."""
-    sizes, configs = [], []
+    sizes, configs, folders = [], [], []
     for scale in SCALES:
         folder = given.store if scale == 1 else given.store / f"scale-{scale:g}"
         base, tuned = store.make(folder, 3, scale)
         models = [path.resolve() for path in (base, *tuned)]
         sizes.append(sum(f.stat().st_size for f in scan.files_of(models)) / 1e9)
+        folders += models
         configs.append(whole_process.configurations(models[0], models[1:]))
+    machine.hold(folders)
     found: dict[str, list[float]] = {method: [] for method in METHODS}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         for number in range(given.rounds + 1):
@@ -43,7 +45,7 @@ def slopes(given: argparse.Namespace) -> dict[str, list[float]]:
                     machine.touch_memory(given.touch_gb)
                     took = whole_process.run(config[method], Path(name), "0")
                     times.append(took.wall_s)
-                if number:  # the first round warms the page cache
+                if number:  # the first round reads Python's and mergekit's files
                     slope = (times[1] - times[0]) / (sizes[1] - sizes[0])
                     found[method].append(slope)
     return found

@@ -3,8 +3,9 @@
     python docs/benchmarks/phases.py STORE [--rounds 3] [--touch-gb 6]
 
 Runs merges of whole_process.py in turn, each in a fresh process in which functions of
-mergekit are wrapped with a timer. The phases are imports, our scan, the merge method
-without the scan, reading, writing, and the rest (planning, and Python's exit).
+mergekit are wrapped with a timer. The checkpoints are locked in the page cache. The
+phases are imports, our scan, the merge method without the scan, reading, writing, and
+the rest (planning, and Python's exit).
 """
 
 from __future__ import annotations
@@ -115,13 +116,14 @@ def main() -> None:
     configs = whole_process.configurations(
         base.resolve(), [path.resolve() for path in tuned]
     )
+    machine.hold([base, *tuned])
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         for number in range(given.rounds + 1):
             for name in METHODS:
                 machine.touch_memory(given.touch_gb)
                 spent = run(configs[name], Path(folder))
-                if number:  # the first round warms the page cache
+                if number:  # the first round reads Python's and mergekit's files
                     measured[name].append(spent)
     print(machine.describe() + "\n")
     print(f"| merge | {' | '.join(PHASES)} | all, s |\n|---|{'---|' * 7}")

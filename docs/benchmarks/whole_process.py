@@ -4,10 +4,11 @@
 
 If STORE does not exist, store.py makes it. Each round runs every configuration once.
 The order rotates from round to round, so that other load on the machine affects all of
-them alike; ratios are taken within a round. An untimed round warms the page cache, and
-free memory is touched before each run, so that a run does not depend on the one before
-it. Own memory is the memory of a process that is not mapped from files (anonymous
-pages), sampled every 20 ms. Resident memory includes mapped checkpoint files.
+them alike; ratios are taken within a round. So that a run does not depend on the one
+before it, checkpoints are locked in the page cache, an untimed round reads all other
+files, and free memory is touched before each run. Own memory is the memory of a process
+that is not mapped from files (anonymous pages), sampled every 20 ms. Resident memory
+includes mapped checkpoint files.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import store
 import yaml
 
 # MetaGPT's coefficients for the store's models; their values do not affect the time.
-WEIGHTS = (0.137, 0.551, 0.312, *(0.2,) * 9)
+WEIGHTS = (0.137, 0.551, 0.312, *(0.2,) * 21)
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ def main() -> None:
     given = parser.parse_args()
     base, tuned = store.make(given.store, given.models)
     configs = configurations(base.resolve(), [path.resolve() for path in tuned])
+    machine.hold([base, *tuned])
     if given.only:
         configs = {name: configs[name] for name in given.only}
     print(machine.describe())

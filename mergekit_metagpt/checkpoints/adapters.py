@@ -51,18 +51,8 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not models
 
 
-def is_at_hand(path: str, revision: str | None) -> bool:
-    """Whether an adapter is named as a folder, or lies in the hub's cache.
-
-    Args:
-        path: a folder or hub repository.
-        revision: of the repository.
-
-    Returns:
-        False if only the hub may have it.
-    """
-    if _is_local(path):
-        return True
+def is_cached(path: str, revision: str | None) -> bool:
+    """Whether a repository's adapter lies in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -73,48 +63,32 @@ def is_at_hand(path: str, revision: str | None) -> bool:
     return isinstance(cached, str)
 
 
-def _is_local(path: str) -> bool:
-    place = Path(path)
-    return place.exists() or place.is_absolute() or path.startswith((".", "~"))
+def download(path: str, revision: str | None) -> Path:
+    """Return the folder of an adapter of a repository, which is downloaded whole.
 
-
-def adapter_folder(path: str, revision: str | None) -> Path:
-    """Return the folder of an adapter, which is downloaded whole if it is on the hub.
-
-    Args:
-        path: a folder or hub repository.
-        revision: of the repository.
-
-    Returns:
-        the folder.
-
-    Raises:
-        ValueError: the repository is no adapter.
-        Exception: whatever the client of the hub raises.
+    Raises a ValueError if the repository is no adapter, and whatever the client of the
+    hub raises.
     """
-    if _is_local(path):
-        return Path(path)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    found = None
+    folder = None
     for name in (CONFIG, *WEIGHTS):
         try:
-            place = hf_hub_download(path, name, revision=revision)
+            folder = Path(hf_hub_download(path, name, revision=revision)).parent
         except LocalEntryNotFoundError:  # the hub was not asked
             raise
         except EntryNotFoundError as error:
-            if name == CONFIG:
+            if folder is None:
                 raise ValueError(
                     f"{path} is no LoRA adapter: the repository holds no {CONFIG}"
                 ) from error
             continue
-        found = Path(place).parent
         if name != CONFIG:
             break
-        revision = found.name  # the commit, should the branch move meanwhile
-    assert found is not None
-    return found
+        revision = folder.name  # the commit, should the branch move meanwhile
+    assert folder is not None
+    return folder
 
 
 def _config(label: str, folder: Path) -> dict[str, Any]:
@@ -135,7 +109,7 @@ def _config(label: str, folder: Path) -> dict[str, Any]:
 
 def _reason_against(config: Mapping[str, Any]) -> str | None:
     """What an adapter has beside factors, or None where there is nothing."""
-    kind = config.get("peft_type")
+    kind, beginning = config.get("peft_type"), config.get("init_lora_weights")
     if kind != "LORA":
         return f"is an adapter of another type ({kind})"
     for key, what in OTHER_FORMULAS.items():
@@ -143,37 +117,28 @@ def _reason_against(config: Mapping[str, Any]) -> str | None:
             return f"has {what} ({key})"
     if config.get("bias", "none") != "none":
         return f"has trained biases (bias: {config['bias']})"
-    beginning = config.get("init_lora_weights")
     if beginning not in PLAIN_BEGINNINGS:
         return f"begins from a changed base (init_lora_weights: {beginning})"
     return None
 
 
 def read_adapter(label: str, folder: Path) -> Checkpoint:
-    """Read the headers of an adapter.
+    """Read the headers of an adapter: a checkpoint that stores factors.
 
-    Args:
-        label: the adapter as its user wrote it.
-        folder: where it lies.
-
-    Returns:
-        a checkpoint that stores factors.
-
-    Raises:
-        ValueError: the task vector is not the product of the factors, or a factor does
-            not fit its configuration.
-        OSError: a file is missing, truncated or corrupt.
+    Raises a ValueError if the task vector is not the product of the factors, or a
+    factor does not fit its configuration; an OSError if a file is missing, truncated or
+    corrupt.
     """
     config = _config(label, folder)
     if why := _reason_against(config):
-        raise ValueError(_refusal(label, why))
+        raise _refusal(label, why)
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise ValueError(f"{label} holds no weights; expected {' or '.join(WEIGHTS)}")
     header = read_header(label, file)
     tensors = {tensor.name: tensor for tensor in header.tensors}
     if other := sorted(header.names.difference(tensors)):
-        raise ValueError(_refusal(label, f"stores {other[0]}, not in floating point"))
+        raise _refusal(label, f"stores {other[0]}, not in floating point")
     factors = dict(_factors(label, tensors, config))
     if not factors:
         raise ValueError(f"{label} holds no factors. Fetch it again")
@@ -187,8 +152,8 @@ def read_adapter(label: str, folder: Path) -> Checkpoint:
     )
 
 
-def _refusal(label: str, why: str) -> str:
-    return (
+def _refusal(label: str, why: str) -> ValueError:
+    return ValueError(
         f"{label} {why}: its factors alone do not tell how far it moved. Name its base "
         "and give --lora-merge-cache FOLDER to measure a merged copy"
     )
@@ -208,7 +173,7 @@ def _factors(
         elif found := _COPY.fullmatch(name):
             copies[found["module"]] = tensor
         else:
-            raise ValueError(_refusal(label, f"stores {name}, which is no factor"))
+            raise _refusal(label, f"stores {name}, which is no factor")
     depths: dict[str, dict[int, bool]] = {}
     for (module, depth, embedding), pair in sides.items():
         if len(pair) != 2:
@@ -216,31 +181,43 @@ def _factors(
             raise OSError(f"{label} lacks lora_{side} of {module}. Fetch it again")
         depths.setdefault(module, {})[depth] = embedding
     if alone := sorted(copies.keys() - depths.keys()):
-        raise ValueError(_refusal(label, f"stores the weight of {alone[0]} itself"))
+        raise _refusal(label, f"stores the weight of {alone[0]} itself")
     for module, levels in depths.items():
         if _EXPERT.search(module) and (uneven := [k for k in _UNEVEN if config.get(k)]):
-            raise ValueError(
-                _refusal(
-                    label,
-                    f"adapts experts one by one with {uneven[0]}, which PEFT scales "
-                    "by its version",
-                )
+            raise _refusal(
+                label,
+                f"adapts experts one by one with {uneven[0]}, which PEFT scales by its "
+                "version",
             )
         ordered = [sides[module, depth, levels[depth]] for depth in sorted(levels)]
-        for parameter, pair in zip(
-            _parameters(label, module, ordered, config), ordered, strict=True
-        ):
-            embedding = any(levels.values())
+        parameters = _parameters(label, module, ordered, config)
+        for parameter, pair in zip(parameters, ordered, strict=True):
+            target = f"{module}.{parameter}" if parameter else module
+            down, up = pair["A"], pair["B"]
+            if len(down.shape) != 2 or len(up.shape) != 2:
+                raise _refusal(label, f"adapts {module}, a convolution")
+            rank = _of_pattern(config, "rank_pattern", target, config.get("r", 8))
+            alpha = _of_pattern(
+                config, "alpha_pattern", target, config.get("lora_alpha", 8)
+            )
+            size, other = down.shape[0], up.shape[1]
+            fits = rank > 0 and size == other and size > 0
+            # Of experts, the factors are stacked.
+            if not fits or (size % rank if parameter else size != rank):
+                raise ValueError(
+                    f"{label} has factors of rank {size} and {other} for {module}, and "
+                    f"rank {rank} in its {CONFIG}. Fetch it again"
+                )
+            root = math.sqrt(rank) if config.get("use_rslora") else rank
             yield (
                 f"{module}.{parameter or 'weight'}",
-                _made(
-                    label,
-                    module,
-                    f"{module}.{parameter}" if parameter else module,
-                    pair,
-                    config,
-                    embedding=embedding,
-                    experts=parameter is not None,
+                Factors(
+                    module=module,
+                    down=down,
+                    up=up,
+                    rank=rank,
+                    scale=alpha / root,
+                    embedding=any(levels.values()),
                     copy=copies.get(module),
                 ),
             )
@@ -273,36 +250,7 @@ def _parameters(
         outer, inner = levels
         if outer["B"].shape[0] == inner["A"].shape[1]:
             return wanted
-    raise ValueError(
-        _refusal(label, f"adapts parameters of {module} that it does not name")
-    )
-
-
-def _made(
-    label: str,
-    module: str,
-    key: str,
-    pair: Mapping[str, StoredTensor],
-    config: Mapping[str, Any],
-    *,
-    embedding: bool,
-    experts: bool,
-    copy: StoredTensor | None,
-) -> Factors:
-    rank = _of_pattern(config, "rank_pattern", key, config.get("r", 8))
-    alpha = _of_pattern(config, "alpha_pattern", key, config.get("lora_alpha", 8))
-    down, up = pair["A"], pair["B"]
-    if len(down.shape) != 2 or len(up.shape) != 2:
-        raise ValueError(_refusal(label, f"adapts {module}, a convolution"))
-    size, other = down.shape[0], up.shape[1]
-    fits = rank > 0 and size == other and size > 0
-    if not fits or (size % rank if experts else size != rank):
-        raise ValueError(
-            f"{label} has factors of rank {size} and {other} for {module}, and rank "
-            f"{rank} in its {CONFIG}. Fetch it again"
-        )
-    root = math.sqrt(rank) if config.get("use_rslora") else rank
-    return Factors(module, down, up, rank, alpha / root, embedding, copy)
+    raise _refusal(label, f"adapts parameters of {module} that it does not name")
 
 
 def _of_pattern(
@@ -317,12 +265,8 @@ def _of_pattern(
 def check_adapter(base: Checkpoint, model: Checkpoint) -> None:
     """Check from headers that an adapter belongs to a base.
 
-    Args:
-        base: the base.
-        model: the adapter.
-
-    Raises:
-        ValueError: the base lacks a weight that is adapted, or has it in another shape.
+    Raises a ValueError if the base lacks a weight that is adapted, or has it in another
+    shape.
     """
     assert model.adapter is not None
     for name, factors in model.adapter.factors.items():

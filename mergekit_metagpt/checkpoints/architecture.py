@@ -64,20 +64,13 @@ def architecture_of(
     folder: Path,
     stored: Mapping[str, StoredTensor],
     *,
-    override: str | None = None,
-    trust_remote_code: bool = False,
+    override: str | None,
+    trust_remote_code: bool,
 ) -> Architecture:
-    """Find out which tensors a model has by its configuration.
+    """Find out which tensors a model has by its configuration; never raise.
 
-    Args:
-        label: the model as its user wrote it, for messages.
-        folder: folder of its config.json.
-        stored: the tensors of its files.
-        override: architecture that its user gives, instead of the configuration's.
-        trust_remote_code: run code that comes with a model.
-
-    Returns:
-        the architecture. Never raises: problems are reported as `refused`.
+    The user may `override` the architecture that config.json names. Problems are
+    reported as `refused`.
     """
     file = folder / FILE
     if not file.exists():
@@ -216,14 +209,9 @@ def _other_names(
 
 
 def prefix_of(names: Collection[str], expected: Collection[str]) -> str | None:
-    """Return the prefix that a wrapper of the model has put before all names, if any.
+    """Return the prefix that a wrapper has put before all names, such as `module.`.
 
-    Args:
-        names: the stored names.
-        expected: names of the model's own tensors; some may be missing.
-
-    Returns:
-        a prefix such as `module.` or `base_model.model.`.
+    `expected` are names of the model's own tensors, of which some may be missing.
     """
     expected = set(expected)
     for name in names:

@@ -20,6 +20,7 @@ from mergekit_metagpt.checkpoints.files import Readers, read_header
 from mergekit_metagpt.checkpoints.identity import FileIdentity, fingerprint
 from mergekit_metagpt.checkpoints.stored import (
     Adapter,
+    ConvertedTensor,
     FileHeader,
     StoredTensor,
     layer_key,
@@ -100,12 +101,12 @@ class Checkpoint:
         return {key: tuple(tensors) for key, tensors in layers.items()}
 
     @functools.cached_property
-    def counterparts(self) -> weakref.WeakKeyDictionary[Checkpoint, Mapping[str, Any]]:
+    def counterparts(self) -> weakref.WeakKeyDictionary[Checkpoint, dict[str, Any]]:
         """Results of `layouts.counterparts`, for each model that is still open."""
         return weakref.WeakKeyDictionary()
 
     @functools.cached_property
-    def converted(self) -> dict[str, Any]:
+    def converted(self) -> dict[str, ConvertedTensor | None]:
         """Tensors that `layouts` converts from another layout, by name."""
         return {}
 
@@ -164,16 +165,6 @@ def _shard_path(folder: Path, label: str, entry: str) -> Path:
     return path
 
 
-def _left_over(label: str, file: Path, config: Mapping[str, Any]) -> str | None:
-    """Report a configuration that says that plain weights are quantised."""
-    if not config.get("quantization_config"):
-        return None
-    return (
-        f"{label} stores plain weights, but {file} has a quantization_config. The "
-        "merged model would get it too, and load wrongly. Remove that entry"
-    )
-
-
 def read_checkpoint(
     label: str,
     index: ShardedTensorIndex,
@@ -216,23 +207,10 @@ def made_of(
 ) -> Checkpoint:
     """Put the headers of a model's files together.
 
-    Args:
-        label: the model as its user wrote it.
-        places: the file of every tensor, by the index.
-        headers: header of every file.
-        identity: identities of the files.
-        folder: folder of config.json.
-        override: architecture that its user gives, instead of the configuration's.
-        trust: run code that comes with the model.
-        bare: ignore config.json.
-
-    Returns:
-        the checkpoint.
-
-    Raises:
-        OSError: a tensor is not in the file that the index names.
+    `places` has the file of every tensor, by the index, and `folder` config.json, which
+    is ignored if `bare`. The user may `override` the architecture in it. Raises an
+    OSError if a tensor is not in the file that the index names.
     """
-    config = architecture.content(folder)
     lost = [n for n, file in places.items() if n not in headers[file].names]
     if lost:
         name = min(lost)
@@ -246,8 +224,14 @@ def made_of(
         for tensor in header.tensors
         if places.get(tensor.name) == tensor.file
     }
-    own = architecture.Architecture()
-    model_type = None
+    own, config = architecture.Architecture(), architecture.content(folder)
+    model_type = warning = None
+    if config.get("quantization_config"):
+        warning = (
+            f"{label} stores plain weights, but {folder / architecture.FILE} has a "
+            "quantization_config. The merged model would get it too, and load wrongly. "
+            "Remove that entry"
+        )
     if not bare:
         own = architecture.architecture_of(
             label, folder, stored, override=override, trust_remote_code=trust
@@ -278,6 +262,6 @@ def made_of(
         vocabulary=own.vocabulary,
         layers=own.layers,
         defined=frozenset(w.name for w in own.weights if own.layers),
-        warning=_left_over(label, folder / architecture.FILE, config),
+        warning=warning,
         refused=own.refused,
     )

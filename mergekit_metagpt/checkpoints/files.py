@@ -10,14 +10,10 @@ from typing import Any
 
 import torch
 
-from mergekit_metagpt.checkpoints.pickles import (
-    load_pickle,
-    pickle_header,
-)
+from mergekit_metagpt.checkpoints.pickles import load_pickle, pickle_header
 from mergekit_metagpt.checkpoints.stored import (
     PACKED_SUFFIXES,
     SAFETENSORS_FLOATS,
-    SAFETENSORS_INTEGERS,
     ConvertedTensor,
     FileHeader,
     StoredTensor,
@@ -40,16 +36,10 @@ class Readers:
         self._pickles: dict[Path, Mapping[str, torch.Tensor]] = {}
 
     def read(self, stored: StoredTensor | ConvertedTensor) -> torch.Tensor:
-        """Return the values of a stored tensor, on the CPU.
+        """Return the values of a stored tensor, on the CPU; not to be written to.
 
-        Args:
-            stored: a tensor from `read_header`, or one converted from such tensors.
-
-        Returns:
-            a view of the mapped file where possible; not to be written to.
-
-        Raises:
-            OSError: the file is missing, truncated or corrupt.
+        They are mapped from the file where possible. Raises an OSError if the file is
+        missing, truncated or corrupt.
         """
         if isinstance(stored, ConvertedTensor):
             return self._convert(stored)
@@ -100,24 +90,13 @@ def _open_safetensors(file: Path) -> Any:
 
 
 def read_header(label: str, file: Path) -> FileHeader:
-    """Read the header of a model file.
+    """Read the header of a safetensors file or a pickle of tensors.
 
-    Args:
-        label: the model as its user wrote it, for messages.
-        file: a safetensors file or a pickle of tensors.
-
-    Returns:
-        the header.
-
-    Raises:
-        ValueError: the weights are quantised.
-        OSError: the file is missing, truncated or corrupt.
+    Raises a ValueError, which names the model by its label, if weights are quantised;
+    an OSError if the file is missing, truncated or corrupt.
     """
-    read = _safetensors_header if file.suffix == ".safetensors" else pickle_header
-    return read(label, file)
-
-
-def _safetensors_header(label: str, file: Path) -> FileHeader:
+    if file.suffix != ".safetensors":
+        return pickle_header(label, file)
     handle = _open_safetensors(file)
     names = handle.offset_keys()
     slices = ((name, handle.get_slice(name)) for name in names)
@@ -134,19 +113,15 @@ def classified(
 ) -> tuple[list[StoredTensor], str | None]:
     """Tell a safetensors file's floating-point tensors from quantised ones.
 
-    Args:
-        file: the file.
-        entries: name, dtype and shape of every tensor, as in the header.
-
-    Returns:
-        the floating-point tensors, and the first quantised one in words, or None.
+    `entries` are name, dtype and shape of every tensor, as in the header. Returns the
+    floating-point tensors, and the first quantised one in words, or None.
     """
     tensors, packed = [], None
     for name, kind, shape in entries:
         if kind in SAFETENSORS_FLOATS:
             tensors.append(StoredTensor(name, file, SAFETENSORS_FLOATS[kind], shape))
         elif kind.startswith("F") or (
-            kind in SAFETENSORS_INTEGERS and name.endswith(PACKED_SUFFIXES)
+            kind.startswith(("I", "U")) and name.endswith(PACKED_SUFFIXES)
         ):
             packed = packed or f"{name} is stored as {kind}"
     return tensors, packed

@@ -13,17 +13,9 @@ T = TypeVar("T")
 
 
 def require_repository(path: str, revision: str | None) -> None:
-    """Check by a single request that the hub has a repository.
+    """Check by a single request that the hub has a repository, or raise a ValueError.
 
     Without a network, huggingface_hub would retry its own requests for half a minute.
-
-    Args:
-        path: name of the repository; not a local folder.
-        revision: branch, tag or commit.
-
-    Raises:
-        ValueError: the name is invalid, the hub cannot be reached, or it does not have
-            the repository.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -47,18 +39,10 @@ def require_repository(path: str, revision: str | None) -> None:
 
 
 def explained(label: str, work: Callable[[], T]) -> T:
-    """Ask the hub; explain its errors in one sentence.
+    """Return what `work` gets from the hub; explain errors in one sentence.
 
-    Args:
-        label: the repository, for messages.
-        work: asks the hub.
-
-    Returns:
-        what `work` returns.
-
-    Raises:
-        ValueError: the label is not the name of a repository.
-        OSError: the hub cannot be reached, or refuses the request.
+    Raises a ValueError if the label is not the name of a repository; an OSError if the
+    hub cannot be reached, or refuses the request.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
@@ -72,48 +56,43 @@ def explained(label: str, work: Callable[[], T]) -> T:
         RevisionNotFoundError,
     )
 
-    login = "log in with `hf auth login`, or set HF_TOKEN"
+    hub, login = constants.ENDPOINT, "log in with `hf auth login`, or set HF_TOKEN"
     try:
         return work()
-    except OfflineModeIsEnabled as error:
-        raise OSError(
-            f"{label} cannot be read: HF_HUB_OFFLINE is set. Unset it, or name a local "
-            "folder"
-        ) from error
-    except GatedRepoError as error:
-        raise OSError(
-            f"{label} is gated: accept its conditions on {constants.ENDPOINT}, then "
-            f"{login}"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise OSError(
-            f"{label} is not on {constants.ENDPOINT}, or is private. Check its name; "
-            f"if it is private, {login}"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise OSError(
-            f"{label}: the repository has no such revision; expected a branch, a tag "
-            "or a commit"
-        ) from error
-    except EntryNotFoundError as error:
-        raise OSError(
-            f"{label} lacks a file that it lists: {str(error).splitlines()[-1]}"
-        ) from error
     except HFValidationError as error:
         raise ValueError(
             f"{label} is not the name of a repository, such as OWNER/NAME. For a "
             f"folder, write its path, such as ./{label}"
         ) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        denied = f"; {login}" if status in (401, 403) else ""
-        raise OSError(
-            f"{label} cannot be read: {constants.ENDPOINT} answered with status "
-            f"{status}{denied}"
-        ) from error
-    except HTTPError as error:
-        raise OSError(
-            f"{label} cannot be read: {constants.ENDPOINT} cannot be reached "
-            f"({str(error) or type(error).__name__}). Check the network, or name a "
-            "local folder"
-        ) from error
+    except (OfflineModeIsEnabled, EntryNotFoundError, HTTPError) as error:
+        match error:
+            case OfflineModeIsEnabled():
+                why = (
+                    " cannot be read: HF_HUB_OFFLINE is set. Unset it, or name a local "
+                    "folder"
+                )
+            case GatedRepoError():
+                why = f" is gated: accept its conditions on {hub}, then {login}"
+            case RepositoryNotFoundError():
+                why = (
+                    f" is not on {hub}, or is private. Check its name; if it is "
+                    f"private, {login}"
+                )
+            case RevisionNotFoundError():
+                why = (
+                    ": the repository has no such revision; expected a branch, a tag "
+                    "or a commit"
+                )
+            case EntryNotFoundError():
+                why = f" lacks a file that it lists: {str(error).splitlines()[-1]}"
+            case HfHubHTTPError():
+                status = error.response.status_code
+                denied = f"; {login}" if status in (401, 403) else ""
+                why = f" cannot be read: {hub} answered with status {status}{denied}"
+            case _:
+                why = (
+                    f" cannot be read: {hub} cannot be reached "
+                    f"({str(error) or type(error).__name__}). Check the network, or "
+                    "name a local folder"
+                )
+        raise OSError(f"{label}{why}") from error

@@ -57,18 +57,9 @@ class Fingerprint:
 
 @functools.lru_cache(maxsize=4096)
 def fingerprint(file: FileIdentity) -> Fingerprint:
-    """Return the fingerprint of a file.
+    """Return the fingerprint of a file; raise an OSError if it cannot be read.
 
     A change between the samples goes unnoticed if the size stays the same.
-
-    Args:
-        file: identity of the file.
-
-    Returns:
-        its fingerprint.
-
-    Raises:
-        OSError: the file cannot be read.
     """
     path = Path(file.path)
     if file.etag:
@@ -87,16 +78,9 @@ def fingerprint(file: FileIdentity) -> Fingerprint:
 
 
 def digest_of(files: tuple[FileIdentity, ...]) -> str:
-    """Return one digest for all files of a model, whatever their folder.
+    """Return SHA-256, in hexadecimal, over the fingerprints of a model's files.
 
-    Args:
-        files: identities of the files.
-
-    Returns:
-        SHA-256 over their fingerprints, in hexadecimal.
-
-    Raises:
-        OSError: a file cannot be read.
+    Their folder does not matter. Raises an OSError if a file cannot be read.
     """
     prints = sorted(map(fingerprint, files), key=lambda file: file.name)
     lines = [f"{file.name}:{file.size}:{file.digest}" for file in prints]

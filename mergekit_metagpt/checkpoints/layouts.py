@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -16,13 +16,8 @@ Stored = StoredTensor | ConvertedTensor
 def stored_as(checkpoint: Checkpoint, name: str) -> Stored | None:
     """Find what mergekit loads as a tensor of this name, from headers.
 
-    Args:
-        checkpoint: an input of a merge.
-        name: name of a tensor that mergekit plans to read.
-
-    Returns:
-        the tensor of that name, one that it is tied to, or one that transformers'
-        conversion rules make; None if there is none of these.
+    It is the tensor of that name, one that it is tied to, or one that transformers'
+    conversion rules make; None if there is none of these.
     """
     for own in (name, *checkpoint.tied_names.get(name, ())):
         if own in checkpoint.tensors:
@@ -41,8 +36,7 @@ def _stand_in(checkpoint: Checkpoint, name: str) -> Stored | None:
         return checkpoint.tensors[checkpoint.renamed[name]]
     if name not in checkpoint.converted:
         checkpoint.converted[name] = _converted(checkpoint, name)
-    converted: ConvertedTensor | None = checkpoint.converted[name]
-    return converted
+    return checkpoint.converted[name]
 
 
 def _converted(checkpoint: Checkpoint, name: str) -> ConvertedTensor | None:
@@ -77,33 +71,17 @@ def _converted(checkpoint: Checkpoint, name: str) -> ConvertedTensor | None:
 def counterparts(
     base: Checkpoint, model: Checkpoint
 ) -> Mapping[str, tuple[Stored, Stored]]:
-    """Find the tensors that base and model both have, from headers.
+    """Find the base's and the model's tensor, by output name, from headers.
 
     If only one of them stores a tensor, the other's may be stored in another layout,
     such as single experts instead of fused ones. Ties are not considered.
-
-    Args:
-        base: the base.
-        model: a fine-tune of it.
-
-    Returns:
-        the base's and the model's tensor, by output name.
     """
     if model not in base.counterparts:
-        base.counterparts[model] = dict(_counterparts(base, model))
+        found: dict[str, tuple[Stored, Stored]] = {}
+        for name in base.tensors.keys() | model.tensors.keys():
+            ours = base.tensors.get(name) or _stand_in(base, name)
+            theirs = model.tensors.get(name) or _stand_in(model, name)
+            if ours and theirs:
+                found[name] = ours, theirs
+        base.counterparts[model] = found
     return base.counterparts[model]
-
-
-def _counterparts(
-    base: Checkpoint, model: Checkpoint
-) -> Iterator[tuple[str, tuple[Stored, Stored]]]:
-    for name in base.tensors.keys() | model.tensors.keys():
-        first, second = base.tensors.get(name), model.tensors.get(name)
-        ours: Stored | None = first
-        theirs: Stored | None = second
-        if first is None and second is not None:
-            ours = _stand_in(base, name)
-        elif second is None and first is not None:
-            theirs = _stand_in(model, name)
-        if ours is not None and theirs is not None:
-            yield name, (ours, theirs)

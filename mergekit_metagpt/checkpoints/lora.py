@@ -21,22 +21,13 @@ def merged_copy(
     model: ModelReference,
     cache: str,
     *,
-    trust_remote_code: bool = False,
-    dtype: str | None = None,
+    trust_remote_code: bool,
+    dtype: str | None,
 ) -> Path:
     """Return the folder of a base with its adapter merged; let mergekit make it.
 
-    Args:
-        model: `base+adapter`.
-        cache: folder for merged adapters.
-        trust_remote_code: run code that comes with the base.
-        dtype: precision in which the adapter is merged.
-
-    Returns:
-        the copy.
-
-    Raises:
-        ValueError: the adapter cannot be merged, or the copy is of another version.
+    `dtype` is the precision in which the adapter is merged. Raises a ValueError if it
+    cannot be merged, or the copy is of another version.
     """
     assert model.lora is not None
     name = f"{model.model._unique_id()}_{model.lora._unique_id()}"
@@ -67,15 +58,7 @@ def merged_copy(
 
 
 def require_current(model: ModelReference, folder: Path) -> None:
-    """Refuse a merged copy that was made of another version of adapter or base.
-
-    Args:
-        model: `base+adapter`.
-        folder: the copy.
-
-    Raises:
-        ValueError: base or adapter have changed since.
-    """
+    """Raise a ValueError for a merged copy of an earlier version of adapter or base."""
     try:
         made_from = json.loads((folder / RECORD).read_bytes())
     except (OSError, ValueError):  # mergekit-yaml made it

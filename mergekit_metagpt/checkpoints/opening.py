@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from mergekit_metagpt.checkpoints.hub import explained, require_repository
 from mergekit_metagpt.checkpoints.lora import merged_copy, require_current
-from mergekit_metagpt.checkpoints.nearby import missing
+from mergekit_metagpt.checkpoints.nearby import is_local, missing
 from mergekit_metagpt.checkpoints.stored import corrupt
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ WEIGHTS = (
 )
 
 
-def _index(label: str, folder: Path) -> ShardedTensorIndex:
+def _index(folder: Path) -> ShardedTensorIndex:
     from mergekit.io import ShardedTensorIndex
 
     try:
@@ -48,19 +48,11 @@ _BY_LOADER_LOCK = threading.Lock()
 
 
 def already_open(model: Hashable) -> Checkpoint | None:
-    """Return the checkpoint of a merge input, if mergekit has it open.
+    """Return the checkpoint behind the id of a tensor entry, if mergekit has it open.
 
-    Never opens or downloads a model itself. The header is read once per loader.
-
-    Args:
-        model: the id of a tensor entry: a `ModelReference` in a merge from files.
-
-    Returns:
-        the checkpoint, or None if mergekit has none open for this id.
-
-    Raises:
-        ValueError: the checkpoint is quantised or its index leaves its folder.
-        OSError: a shard is missing, truncated or corrupt.
+    Never opens or downloads a model itself. The header is read once per loader. Raises
+    a ValueError if the checkpoint is quantised or its index leaves its folder; an
+    OSError if a shard is missing, truncated or corrupt.
     """
     from mergekit.common import ModelReference
     from mergekit.io.tasks import LoaderCache
@@ -129,22 +121,27 @@ def open_checkpoint(
             f"{label} holds no weights; expected model.safetensors or "
             "pytorch_model.bin, or their .index.json"
         )
-    if not path.exists() and (path.is_absolute() or label.startswith((".", "~"))):
+    if not path.exists() and is_local(model.model.path):
         raise ValueError(missing(label, "a model's folder", folders=True))
-    if model.lora and not lora_merge_cache:
-        raise ValueError(f"{label} has a LoRA adapter; give --lora-merge-cache FOLDER")
     if model.lora:
+        if not lora_merge_cache:
+            raise ValueError(
+                f"{label} has a LoRA adapter; give --lora-merge-cache FOLDER"
+            )
         folder = merged_copy(
             model,
-            str(lora_merge_cache),
+            lora_merge_cache,
             trust_remote_code=trust_remote_code,
             dtype=LoaderCache().lora_merge_dtype,
         )
+    elif path.exists():
+        folder = path
     else:
-        folder = _downloaded(model, transformers_cache)
+        require_repository(model.model.path, model.model.revision)
+        folder = explained(label, lambda: Path(model.local_path(transformers_cache)))
     return read_checkpoint(
         label,
-        _index(label, folder),
+        _index(folder),
         override=model.override_architecture,
         trust_remote_code=trust_remote_code,
     )
@@ -153,12 +150,7 @@ def open_checkpoint(
 def is_adapter_of(model: ModelReference, base: ModelReference) -> bool:
     """Whether a model is given as this base plus an adapter.
 
-    Args:
-        model: a model.
-        base: the base that it is measured against.
-
-    Returns:
-        False if the adapter is of another model, or the base has an adapter itself.
+    Not so if the adapter is of another model, or the base has an adapter itself.
     """
     if model.lora is None or base.lora is not None:
         return False
@@ -172,29 +164,12 @@ def unopened(label: str) -> Checkpoint:
     return Checkpoint(label=label, tensors={}, tied_names={}, identity=())
 
 
-def _downloaded(model: ModelReference, cache: str | None) -> Path:
-    """The folder of a model, downloaded if it is not a local one."""
-    if Path(model.model.path).exists():
-        return Path(model.model.path)
-    require_repository(model.model.path, model.model.revision)
-    return explained(str(model), lambda: Path(model.local_path(cache)))
-
-
 def open_checkpoints(
     models: Iterable[ModelReference], options: MergeOptions
 ) -> dict[ModelReference, Checkpoint]:
-    """Open models as mergekit does with these options, reading headers only.
+    """Open each model once as mergekit does, with its options, reading headers only.
 
-    Args:
-        models: the models; each is opened once.
-        options: mergekit's options.
-
-    Returns:
-        the headers by model.
-
-    Raises:
-        ValueError: as `open_checkpoint`.
-        OSError: as `open_checkpoint`.
+    Raises as `open_checkpoint`.
     """
     from mergekit.io.tasks import LoaderCache
 
@@ -219,15 +194,7 @@ def planned_as_bases(
     """Let mergekit plan with bases in place of their adapters.
 
     Otherwise mergekit would merge each adapter into its base first. That copy has the
-    names, shapes and precisions of the base.
-
-    Args:
-        bases: the base of each adapter.
-        opened: headers of adapters and all other models.
-        options: mergekit's options.
-
-    Yields:
-        the headers to plan with.
+    names, shapes and precisions of the base. Yields the headers to plan with.
     """
     from mergekit.io.tasks import LoaderCache
 
@@ -246,12 +213,7 @@ def planned_as_bases(
 def hand_to_mergekit(
     opened: Mapping[ModelReference, Checkpoint], options: MergeOptions
 ) -> None:
-    """Let mergekit open the same models, so that their headers are not read again.
-
-    Args:
-        opened: headers by model.
-        options: mergekit's options.
-    """
+    """Let mergekit open the same models, so that their headers are not read again."""
     from mergekit.io.tasks import LoaderCache
 
     LoaderCache().setup(options)

@@ -13,11 +13,8 @@ from mergekit_metagpt.checkpoints.adapters import check_adapter
 from mergekit_metagpt.checkpoints.architecture import content, prefix_of
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.files import Readers
-from mergekit_metagpt.checkpoints.layouts import (
-    Stored,
-    counterparts,
-)
-from mergekit_metagpt.checkpoints.stored import ConvertedTensor, StoredTensor, layer_key
+from mergekit_metagpt.checkpoints.layouts import Stored, counterparts
+from mergekit_metagpt.checkpoints.stored import StoredTensor, layer_key
 
 # Elements to compare first: most different tensors differ here.
 PROBE = 1000
@@ -55,9 +52,7 @@ class SharedTensor:
     @property
     def divisible(self) -> bool:
         """Whether parts can be read without converting the whole tensor."""
-        return not isinstance(self.base, ConvertedTensor) and not isinstance(
-            self.model, ConvertedTensor
-        )
+        return all(isinstance(side, StoredTensor) for side in (self.base, self.model))
 
     def cut(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the overlap, cut out of either side and flattened."""
@@ -89,16 +84,18 @@ def _overlap(base: tuple[int, ...], model: tuple[int, ...]) -> tuple[int, ...] |
     return tuple(min(b, m) for b, m in zip(base, model, strict=True))
 
 
-def check_distinct(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
-    """Check that no model is given twice under different spellings.
+def check_family(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
+    """Check from headers that models are fine-tunes of base, and each is given once.
 
-    Args:
-        base: the base.
-        models: the models that are merged with each other.
-
-    Raises:
-        ValueError: two of them are the same files.
+    Raises a ValueError if two are the same files under different spellings, and as
+    `check_pair`.
     """
+    _check_distinct(base, models)
+    for model in models:
+        check_pair(base, model)
+
+
+def _check_distinct(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
     owners: dict[frozenset[tuple[object, ...]], Checkpoint] = {}
     for checkpoint in (base, *models):
         files = frozenset(
@@ -208,18 +205,9 @@ def _roots(
 
 
 def same_bits(first: Stored, second: Stored, readers: Readers) -> bool:
-    """Whether two stored tensors are equal, such as a head and an embedding.
+    """Whether two stored tensors, such as a head and an embedding, are equal.
 
-    Args:
-        first: one tensor.
-        second: the other.
-        readers: the files of this scan.
-
-    Returns:
-        True if precision, shape and all elements are equal.
-
-    Raises:
-        OSError: a file cannot be read.
+    Precision, shape and all elements count. Raises an OSError if a file cannot be read.
     """
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False

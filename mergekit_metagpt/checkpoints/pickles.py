@@ -17,6 +17,7 @@ from mergekit_metagpt.checkpoints.stored import (
     PACKED_SUFFIXES,
     FileHeader,
     StoredTensor,
+    dtype_name,
     missing,
     quantised,
 )
@@ -24,15 +25,10 @@ from mergekit_metagpt.checkpoints.stored import (
 
 def _unpickled(file: Path) -> dict[str, Any]:
     """The dictionary that a pickle holds: tensors by name, here or at `state_dict`."""
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     archive = Archive.of(file)
     try:
-        try:
-            mapped = archive is not None and archive.can_be_mapped
-            state = torch.load(file, mmap=mapped, **options)
-        except RuntimeError:
-            # torch can read this kind of file, but not map it.
-            state = torch.load(file, **options)
+        mapped = archive is not None and archive.can_be_mapped
+        state = torch.load(file, mmap=mapped, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise missing(file) from error
     except Exception as error:
@@ -72,7 +68,7 @@ def pickle_header(label: str, file: Path) -> FileHeader:
     state, tensors = _tensors(file, outer), []
     seen: dict[tuple[Any, ...], str] = {}
     for name, tensor in sorted(state.items()):
-        kind = str(tensor.dtype).removeprefix("torch.")
+        kind = dtype_name(tensor.dtype)
         if tensor.dtype in FLOATS:
             place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             first = seen.setdefault(place, name) if tensor.numel() else name
@@ -154,23 +150,15 @@ class Archive:
                 f"{self.file} cannot be read: {type(error).__name__} {error} in its "
                 "pickle. Fetch or save it again, or store it as safetensors"
             ) from error
-        for storage in lister.storages:
-            record = self.records.get(f"{self.folder}/data/{storage.key}".lower())
+        for key, expected in lister.storages:
+            record = self.records.get(f"{self.folder}/data/{key}".lower())
             size = 0 if record is None else record.file_size
-            if record is None or size != storage.bytes:
+            if record is None or size != expected:
                 raise OSError(
-                    f"{self.file} cannot be read: its record data/{storage.key} has "
-                    f"{size:,} bytes; its pickle says {storage.bytes:,}. It is "
-                    "truncated or corrupt: fetch or save it again"
+                    f"{self.file} cannot be read: its record data/{key} has "
+                    f"{size:,} bytes; its pickle says {expected:,}. It is truncated "
+                    "or corrupt: fetch or save it again"
                 )
-
-
-@dataclass(frozen=True)
-class _Storage:
-    """A storage by the pickle: the name of its record, and its size in bytes."""
-
-    key: str
-    bytes: int
 
 
 class _Nothing:
@@ -192,11 +180,14 @@ class _Nothing:
 
 
 class _StorageLister(pickle.Unpickler):
-    """Lists the storages of a pickle; imports and calls nothing that it names."""
+    """Lists the records of a pickle's storages, with their sizes in bytes.
+
+    Imports and calls nothing that the pickle names.
+    """
 
     def __init__(self, content: bytes) -> None:
         super().__init__(io.BytesIO(content), encoding="utf-8")
-        self.storages: list[_Storage] = []
+        self.storages: list[tuple[str, int]] = []
 
     def find_class(self, module: str, name: str) -> type[_Nothing]:
         return type(name, (_Nothing,), {})
@@ -205,5 +196,5 @@ class _StorageLister(pickle.Unpickler):
         _, kind, key, _, count = identity
         if type(key) is not str or type(count) is not int:
             raise TypeError(f"a storage of key {key!r} and size {count!r}")
-        self.storages.append(_Storage(key, count * _BYTES[kind.__name__]))
+        self.storages.append((key, count * _BYTES[kind.__name__]))
         return _Nothing()

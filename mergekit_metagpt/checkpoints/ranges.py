@@ -51,19 +51,10 @@ class _Expired(Exception):
 def request(
     what: str, url: str, span: tuple[int, int] | None, *, direct: bool = False
 ) -> Answer:
-    """Get a file or a part of it; try again while the server is busy.
+    """Get a file, or the bytes of a span, first and last; try again while it is busy.
 
-    Args:
-        what: the file, for messages.
-        url: its address.
-        span: first and last byte to get; the whole file if None.
-        direct: whether the address is a signed one, to which no token is sent.
-
-    Returns:
-        the answer.
-
-    Raises:
-        OSError: the file cannot be read; some messages are huggingface_hub's.
+    No token is sent to a signed address, which is `direct`. Raises an OSError if the
+    file cannot be read; some messages are huggingface_hub's.
     """
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -193,18 +184,10 @@ class RemoteFile:
     _direct: str | None = None
 
     def read(self, first: int, last: int) -> bytes:
-        """Return bytes of the file.
+        """Return the bytes from `first` to `last`; the file may end before.
 
-        Args:
-            first: position of the first byte.
-            last: position of the last byte; the file may end before.
-
-        Returns:
-            the bytes.
-
-        Raises:
-            OSError: they cannot be read, or the file has changed since the first
-                request.
+        Raises an OSError if they cannot be read, or the file has changed since the
+        first request.
         """
         answer = None
         if self._direct is not None:
@@ -226,19 +209,11 @@ class RemoteFile:
             self._direct = answer.url
         return answer.content
 
-    def read_into(self, first: int, into: memoryview) -> None:
-        """Fill a buffer with bytes of the file, beginning at `first`."""
-        into[:] = self.read(first, first + len(into) - 1)
-
     def read_header(self) -> Mapping[str, Any]:
-        """Read the header of a safetensors file, and take `starts` from it.
+        """Read the header's entry for each tensor, and take `starts` from it.
 
-        Returns:
-            the header's entry for each tensor.
-
-        Raises:
-            OSError: the header cannot be read, is corrupt, or promises more than the
-                file holds.
+        Raises an OSError if the header cannot be read, is corrupt, or promises more
+        than the file holds.
         """
         head = self.read(0, HEAD - 1)
         length = int.from_bytes(head[:8], "little")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -16,6 +15,7 @@ from mergekit_metagpt.checkpoints.checkpoint import Checkpoint, made_of
 from mergekit_metagpt.checkpoints.files import classified
 from mergekit_metagpt.checkpoints.hub import explained, require_repository
 from mergekit_metagpt.checkpoints.identity import FileIdentity, hub_revision
+from mergekit_metagpt.checkpoints.nearby import is_local
 from mergekit_metagpt.checkpoints.opening import WEIGHTS, open_checkpoint
 from mergekit_metagpt.checkpoints.ranges import (
     AT_ONCE,
@@ -47,26 +47,23 @@ class Glimpse:
 
 
 def open_adapter(model: ModelReference) -> Checkpoint:
-    """Open a LoRA adapter; from the hub it is downloaded whole, as it is small.
+    """Open a LoRA adapter, `base+adapter` or the adapter alone: its factors.
 
-    Args:
-        model: `base+adapter`, or an adapter alone; folders or `repository@revision`.
-
-    Returns:
-        a checkpoint of factors.
-
-    Raises:
-        ValueError: there is no adapter, or its task vector is not such a product.
-        OSError: the repository or a file of it cannot be read.
+    From the hub it is downloaded whole, as it is small. Raises a ValueError if there is
+    no adapter, or its task vector is no product of factors; an OSError if the
+    repository or a file of it cannot be read.
     """
-    place, label = model.lora or model.model, str(model)
-    if not adapters.is_at_hand(place.path, place.revision):
-        require_repository(place.path, place.revision)
-    fetch = functools.partial(adapters.adapter_folder, place.path, place.revision)
-    folder = explained(str(place), fetch)
+    place = model.lora or model.model
+    if is_local(place.path):
+        folder = Path(place.path)
+    else:
+        if not adapters.is_cached(place.path, place.revision):
+            require_repository(place.path, place.revision)
+        fetch = functools.partial(adapters.download, place.path, place.revision)
+        folder = explained(str(place), fetch)
     if not folder.is_dir():
         raise ValueError(f"{place} does not exist; expected an adapter's folder")
-    return adapters.read_adapter(label, folder)
+    return adapters.read_adapter(str(model), folder)
 
 
 def _glimpse_adapter(model: ModelReference) -> Glimpse:
@@ -95,8 +92,8 @@ def glimpse(
     """
     if is_own_adapter:
         return _glimpse_adapter(model)
-    label, path = str(model), Path(model.model.path)
-    if path.exists() or path.is_absolute() or label.startswith((".", "~")):
+    label = str(model)
+    if is_local(model.model.path):
         return Glimpse(open_checkpoint(model, **options))
     if model.lora:
         raise ValueError(
@@ -114,13 +111,11 @@ def _glimpse(model: ModelReference) -> Glimpse:
         repository, revision=model.model.revision, timeout=TIMEOUT_S
     )
     commit, names = str(info.sha), {f.rfilename for f in info.siblings or ()}
-
-    def place(name: str) -> Path:
-        return Path(repository, "resolve", commit, name)
+    folder = Path(repository, "resolve", commit)
 
     def remote(name: str) -> RemoteFile:
         url = hf_hub_url(repository, name, revision=commit)
-        return RemoteFile(str(place(name)), url)
+        return RemoteFile(str(folder / name), url)
 
     def content(name: str) -> bytes:
         file = remote(name)
@@ -129,56 +124,63 @@ def _glimpse(model: ModelReference) -> Glimpse:
     weights = next((name for name in WEIGHTS if name in names), "")
     if not weights and adapters.CONFIG in names:
         return _glimpse_adapter(model)
+    if not weights:
+        raise ValueError(
+            f"{label} holds no weights; expected model.safetensors or its .index.json"
+        )
     if not weights.startswith("model.safetensors"):
-        raise ValueError(_nothing_to_read(label, weights))
+        raise ValueError(
+            f"{label} stores pickles ({weights}), which cannot be read in part. "
+            "Download it, and name its folder"
+        )
     config = content(architecture.FILE) if architecture.FILE in names else None
-    places: dict[str, str] | None = None
+    by_name: dict[str, str] | None = None
     if weights.endswith(".index.json"):
-        places = _weight_map(label, content(weights), names)
-    files = {name: remote(name) for name in sorted(set((places or {}).values()))}
-    if places is None:
-        files = {weights: remote(weights)}
+        by_name = _weight_map(label, content(weights), names)
+    listed = {weights} if by_name is None else {*by_name.values()}
+    files = {folder / name: remote(name) for name in sorted(listed)}
     with ThreadPoolExecutor(AT_ONCE) as executor:
-        read = executor.map(RemoteFile.read_header, files.values())
-        entries = dict(zip(files, read, strict=True))
-    if places is None:
-        places = dict.fromkeys(entries[weights], weights)
+        entries = executor.map(RemoteFile.read_header, files.values())
     packed, headers = None, {}
-    for name, of_file in entries.items():
+    for place, of_file in zip(files, entries, strict=True):
         kinds = ((n, e["dtype"], tuple(e["shape"])) for n, e in of_file.items())
-        floats, odd = classified(place(name), kinds)
-        headers[place(name)] = FileHeader(frozenset(of_file), tuple(floats))
+        floats, odd = classified(place, kinds)
+        headers[place] = FileHeader(frozenset(of_file), tuple(floats))
         packed = packed or odd
-    checkpoint = _checkpoint(
-        label,
-        {name: place(file) for name, file in places.items()},
-        headers,
-        [_identity(place(name), file, commit) for name, file in files.items()],
-        config,
+    if by_name is None:
+        by_name = dict.fromkeys(headers[folder / weights].names, weights)
+    identity = [
+        FileIdentity(
+            str(place), file.size or 0, 0, 0, file.linked or f"{commit}:{place.name}"
+        )
+        for place, file in files.items()
+    ]
+    places = {name: folder / file for name, file in by_name.items()}
+    with tempfile.TemporaryDirectory() as here:  # mergekit reads folders only
+        if config is not None:
+            Path(here, architecture.FILE).write_bytes(config)
+        made = made_of(label, places, headers, tuple(identity), Path(here), trust=False)
+        refused, warning = (
+            None if text is None else text.replace(here, str(folder))
+            for text in (made.refused, made.warning)
+        )
+    checkpoint = replace(
+        made, folder=None, refused=refused, warning=warning, remote=files
     )
     method = architecture.quantisation(config)
     return Glimpse(
-        checkpoint=replace(
-            checkpoint, remote={place(name): file for name, file in files.items()}
-        ),
+        checkpoint=checkpoint,
         commit=commit,
         download=sum(file.size or 0 for file in files.values()),
         quantised=str(quantised(label, packed)) if packed else method,
     )
 
 
-def _nothing_to_read(label: str, weights: str) -> str:
-    if weights:
-        return (
-            f"{label} stores pickles ({weights}), which cannot be read in part. "
-            "Download it, and name its folder"
-        )
-    return f"{label} holds no weights; expected model.safetensors or its .index.json"
-
-
 def _weight_map(label: str, index: bytes, names: set[str]) -> dict[str, str]:
     try:
         places = dict(json.loads(index)["weight_map"])
+        if not places:
+            raise ValueError("it names no tensors")
     except (ValueError, TypeError, KeyError) as error:
         raise OSError(f"the index of {label} is corrupt: {error}") from error
     for file in places.values():
@@ -188,30 +190,3 @@ def _weight_map(label: str, index: bytes, names: set[str]) -> dict[str, str]:
                 "the repository"
             )
     return places
-
-
-def _identity(place: Path, file: RemoteFile, commit: str) -> FileIdentity:
-    etag = file.linked or f"{commit}:{place.name}"
-    return FileIdentity(str(place), file.size or 0, 0, 0, etag)
-
-
-def _checkpoint(
-    label: str,
-    places: Mapping[str, Path],
-    headers: Mapping[Path, FileHeader],
-    identity: Sequence[FileIdentity],
-    config: bytes | None,
-) -> Checkpoint:
-    """Make a checkpoint; config.json is in a temporary folder only while it is read."""
-    with tempfile.TemporaryDirectory() as folder:
-        if config is not None:
-            Path(folder, architecture.FILE).write_bytes(config)
-        made = made_of(
-            label, places, headers, tuple(identity), Path(folder), trust=False
-        )
-        where = str(next(iter(headers)).parent)
-        refused, warning = (
-            None if text is None else text.replace(folder, where)
-            for text in (made.refused, made.warning)
-        )
-        return replace(made, folder=None, refused=refused, warning=warning)

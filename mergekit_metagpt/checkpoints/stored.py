@@ -16,7 +16,6 @@ SAFETENSORS_FLOATS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-SAFETENSORS_INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}
 PACKED_SUFFIXES = ("weight", "qweight", "qzeros", "weight_packed", "blocks")
 FLOATS = frozenset(SAFETENSORS_FLOATS.values())
 
@@ -137,6 +136,14 @@ def corrupt(file: Path, error: Exception) -> OSError:
     )
 
 
+def not_finite(label: str, stored: StoredTensor | ConvertedTensor) -> ValueError:
+    """Return the error for a weight that is NaN or infinite."""
+    return ValueError(
+        f"{stored.name} of {label} holds NaN or infinity (in {stored.file}); a merge "
+        "would spread it. Repair or replace it"
+    )
+
+
 @dataclass(frozen=True)
 class FileHeader:
     """What a file holds.
@@ -151,6 +158,11 @@ class FileHeader:
     names: frozenset[str]
     tensors: tuple[StoredTensor, ...]
     nested: bool = False
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a precision as a merge YAML has it, such as `float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def layer_key(name: str) -> str:

@@ -25,14 +25,9 @@ _LOADING = threading.Lock()
 def left_out(
     checkpoint: Checkpoint, written: Collection[str]
 ) -> Mapping[str, StoredTensor]:
-    """Find the stored tensors of a model that a merge does not write.
+    """Find the stored tensors of a model, by output name, that a merge does not write.
 
-    Args:
-        checkpoint: an input of the merge.
-        written: names under which mergekit reads it for the tensors that it writes.
-
-    Returns:
-        the other tensors, by output name.
+    `written` are the names under which mergekit reads it for those that it writes.
     """
     read = (stored_as(checkpoint, name) for name in written)
     used = {part.name for stored in read if stored for part in sources(stored)}
@@ -67,8 +62,7 @@ def lost(
     }
     if not left:
         return {}
-    kept = {name: stored_as(checkpoint, name) for name in written}
-    made = {name: stored for name, stored in kept.items() if stored}
+    made = {name: held for name in written if (held := stored_as(checkpoint, name))}
     whole = {part.name: part for stored in made.values() for part in sources(stored)}
     whole |= {tensor.name: tensor for tensor in left.values()}
     before = _load(checkpoint, whole, trust_remote_code=trust_remote_code)

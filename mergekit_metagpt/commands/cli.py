@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_metagpt import __version__, autoload
-from mergekit_metagpt.commands.errors import Differs, Unverified, one_line_errors
+from mergekit_metagpt.commands.errors import (
+    Differs,
+    OneLineGroup,
+    Unverified,
+    one_line_errors,
+)
 from mergekit_metagpt.commands.options import (
     check_new,
     check_reports,
@@ -26,6 +31,7 @@ from mergekit_metagpt.commands.options import (
 )
 from mergekit_metagpt.commands.printing import (
     show,
+    tell_written,
     write_json,
     write_text,
     write_yaml,
@@ -39,7 +45,7 @@ if TYPE_CHECKING:
 _LOOPS = "yes" if find_spec("_mergekit_metagpt") else "no"
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=OneLineGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(
     __version__, message=f"%(prog)s, version %(version)s, compiled loops: {_LOOPS}"
 )
@@ -154,6 +160,7 @@ def inspect(
         show(tables.lay_out(report, then))
         if sample and report.families and not any(f.sample for f in report.families):
             show(["Nothing had to be estimated: all figures are exact."])
+    tell_written(json_file, csv_file, plot if report.families else None, peft)
     headers.require_fit(report.headers)
 
 
@@ -271,6 +278,7 @@ def verify(
     if json_file != "-":
         for line in tables.verified(found):
             click.echo(line)
+    tell_written(json_file)
     failed = [check.name for check in found.checks if check.verdict == found.verdict]
     names = ", ".join(failed)
     if found.verdict == "different" and "inputs" in failed:
@@ -503,7 +511,8 @@ def _merge_command() -> click.Command:
     @click.option(
         "--resume",
         is_flag=True,
-        help="Merge as a rank, and go on from finished files of an earlier run.",
+        help="Merge as a rank, and go on from finished files of an earlier run; if OUT "
+        "is complete already, end with status 0.",
     )
     @add_merge_options  # type: ignore[untyped-decorator]
     def command(
@@ -514,11 +523,12 @@ def _merge_command() -> click.Command:
         The YAML, the headers of all models and the weights are checked before mergekit
         starts. OUT appears only once it is complete. Needs no autoload.
         """
+        merged = True
         with together.as_rank(resumable=resume) as group:
             if group is None:
                 merging.merge(Path(config), Path(out), merge_options, force=force)
             else:
-                splitting.merge(
+                merged = splitting.merge(
                     Path(config),
                     Path(out),
                     merge_options,
@@ -527,6 +537,15 @@ def _merge_command() -> click.Command:
                     resume=resume,
                 )
             together.only_leader(group)
+        if not merged:
+            click.echo(
+                printable(
+                    f"{out} is complete, a merge of {config}: there is nothing to "
+                    "resume. To merge again, give --force"
+                ),
+                err=True,
+            )
+            return
         if autoload.failure:
             click.echo(
                 f"mergekit-yaml does not know metagpt: {autoload.failure}", err=True

@@ -18,9 +18,9 @@ from mergekit_metagpt.commands import (
     placing,
     together,
 )
-from mergekit_metagpt.commands.evaluating import PACKAGES, Subject, evaluate
+from mergekit_metagpt.commands.evaluating import Subject, evaluate
 from mergekit_metagpt.merge_config import candidates as merges
-from mergekit_metagpt.merge_config import checks, families, jobs, merge_yaml
+from mergekit_metagpt.merge_config import checks, families, jobs, merge_yaml, plan
 from mergekit_metagpt.merge_config.candidates import Candidate
 from mergekit_metagpt.report import card, comparison, inspecting, ranking, scoring
 from mergekit_metagpt.scanning import pools, ranks
@@ -147,7 +147,7 @@ def compare(
         for each in listed
     }
     about = {
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": plan.versions(),
         "context": context,
         "dtype": dtype,
         "device": device,
@@ -218,7 +218,7 @@ def _candidates(
 
 def _check(candidate: Candidate, options: MergeOptions) -> Mapping[Any, Any]:
     try:
-        return jobs.check_any(candidate.config, options)
+        return jobs.check_any(candidate.config, options).opened
     except ValueError as error:
         raise ValueError(f"candidate {candidate.name}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Turns bad input into one line on stderr and exit status 2."""
+"""Turns bad input and wrong usage into one line on stderr and exit status 2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import click
 
@@ -39,6 +39,31 @@ class Unverified(Refusal):
     """A model could not be checked."""
 
     exit_code = 3
+
+
+class OneLineGroup(click.Group):
+    """Commands that answer wrong usage with one line, without click's usage above."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse the options of the group."""
+        with _usage_in_one_line():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Parse the arguments of a command, and run it."""
+        with _usage_in_one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _usage_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except click.UsageError as error:
+        if error.ctx is None or error.message == error.ctx.get_help():
+            raise  # the group alone shows its help
+        said = " ".join(error.format_message().split()).rstrip(".")
+        raise Refusal(f"{said} (see {error.ctx.command_path} --help)") from error
 
 
 def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:

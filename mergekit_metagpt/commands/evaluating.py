@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from mergekit.options import MergeOptions
 
 LOG = logging.getLogger("mergekit_metagpt")
-PACKAGES = ("mergekit-metagpt", "mergekit", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def evaluate(
     """
     from tqdm import tqdm
 
-    settings = [dtype, device, options.random_seed, *map(version, PACKAGES)]
+    settings = [dtype, device, options.random_seed, *plan.versions().values()]
     # One entry for each text, then one for each task.
     labels = [*texts, *(task.name for task in tasks)]
     counts = [*map(len, texts.values()), *(task.count for task in tasks)]
@@ -110,9 +108,9 @@ def evaluate(
         on_tasks = [subject.about_task(task) for task in tasks]
         abouts[name] = [json.dumps([*on, *settings]) for on in (*on_texts, *on_tasks)]
         measured[name] = [
-            cache.read_measured(ChunkLosses, subject.opened, about)
+            cache.read_entry(ChunkLosses, subject.opened, about)
             if at < len(texts)
-            else cache.read_measured(TaskScores, subject.opened, about)
+            else cache.read_entry(TaskScores, subject.opened, about)
             for at, about in enumerate(abouts[name])
         ]
     missing = {
@@ -151,7 +149,7 @@ def evaluate(
                         bar.update(counts[at])
                     for checkpoint in subject.opened:
                         checkpoint.verify_unchanged()
-                    cache.write_measured(subject.opened, abouts[name][at], found)
+                    cache.write_entry(found, subject.opened, abouts[name][at])
                     measured[name][at] = found
                 del model  # before the next one is loaded
     return (

@@ -177,12 +177,19 @@ def tokenize(chunks: Sequence[str], tokenizer: Any) -> Tokenized:
         chunk is not predicted, and its bytes do not count.
 
     Raises:
-        ValueError: the tokenizer does not say where its tokens lie.
+        ValueError: the tokenizer does not say where its tokens lie, or makes no token
+            of a chunk.
     """
     start, ids, sizes = _start(tokenizer), [], []
     for chunk in chunks:
         own, places = _offsets(tokenizer, chunk)
-        given = 0 if start else places[0][1] if places else len(chunk)
+        if not own:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path} makes no token of "
+                f"{chunk[:40]!r}, so that its model cannot be compared on this text. "
+                "Remove that part of the text"
+            )
+        given = 0 if start else places[0][1]
         ids.append((*start, *own))
         sizes.append(len(chunk[given:].encode()))
     return Tokenized(tuple(ids), tuple(sizes))

@@ -211,6 +211,8 @@ def _bytes(text: str) -> int:
 
 def pairs(option: str, given: tuple[str, ...], form: str) -> dict[str, Path]:
     """Read options such as NAME=FILE, where the file must exist."""
+    from mergekit_metagpt.merge_config import merge_yaml
+
     files: dict[str, Path] = {}
     for pair in given:
         name, equals, file = pair.partition("=")
@@ -218,9 +220,11 @@ def pairs(option: str, given: tuple[str, ...], form: str) -> dict[str, Path]:
             raise ValueError(f"{option} {pair}: expected {form}")
         if name in files:
             raise ValueError(f"{option} {name} is given twice; give each once")
-        if not Path(file).is_file():
-            raise ValueError(f"{option} {pair}: there is no file {file}")
         files[name] = Path(file)
+        try:
+            merge_yaml.require_file(files[name], "a file")
+        except OSError as error:
+            raise ValueError(f"{option} {name}: {error}") from error
     return files
 
 

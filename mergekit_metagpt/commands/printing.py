@@ -76,6 +76,15 @@ def write_json(file: str | None, found: BaseModel) -> None:
         write_text(file, as_json(found))
 
 
+def tell_written(*files: str | None) -> None:
+    """Say on stderr which files were written, if any; stdout is none."""
+    from mergekit_metagpt.report.ranking import listed
+
+    named = [file for file in files if file and file != "-"]
+    if named:
+        click.echo(printable(f"Wrote {listed(named)}"), err=True)
+
+
 def write_yaml(out: str, text: str, *, then: str) -> None:
     """Write a YAML, all or nothing; say on stderr where, and what to do next."""
     with click.open_file(out, "w", encoding="utf-8", atomic=True) as stream:

@@ -43,13 +43,15 @@ def merge(
     *,
     force: bool = False,
     resume: bool = False,
-) -> None:
-    """Merge as `merging.merge`, by all ranks; each writes its share of the tensors."""
+) -> bool:
+    """Merge by all ranks, as `merging.merge`; False if `out` was already complete."""
     text, config = merge_yaml.read_file(config_file)
     checks.check_method(config)
     dividing.check_shared(config, options)
     out = out.resolve()
     folder = group.share(_place(out))
+    if group.share(resume and not force and _is_complete(out, text, folder)):
+        return False
     if group.leads:
         inside = folder.name if folder.parent == out else None
         placing.require_free(out, config_file, config, force=force, ignoring=inside)
@@ -95,6 +97,7 @@ def merge(
     if group.leads:
         _finish(checked, options, written, folder, out, about)
     group.share(None)  # the others wait, so that they end as rank 0 does
+    return True
 
 
 def _place(out: Path) -> Path:
@@ -103,6 +106,17 @@ def _place(out: Path) -> Path:
     if (out / name).is_dir():
         return out / name
     return placing.home(out) / name
+
+
+def _is_complete(out: Path, text: str, folder: Path) -> bool:
+    """Whether `out` is the merge of this YAML, and no file waits to be used."""
+    copy = out / "mergekit_config.yml"
+    return (
+        (out / "config.json").is_file()  # comes last
+        and copy.is_file()
+        and copy.read_text(encoding="utf-8") == text
+        and not shards.finished(folder)
+    )
 
 
 def _check_unfinished(folder: Path, *, resume: bool) -> None:
@@ -122,9 +136,8 @@ def _check(
         job = prepared.job
         return _Checked(text, config, job.opened, job.planned, prepared)
     with ranks.leader_first():
-        opened = jobs.check_any(config, options)
-        planned = plan.plan_merge(config, options)
-    return _Checked(text, config, opened, planned, None)
+        job = jobs.check_any(config, options)
+    return _Checked(text, config, job.opened, job.planned, None)
 
 
 def _set_up(folder: Path, out: Path, token: str, checked: _Checked) -> str:

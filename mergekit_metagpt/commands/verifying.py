@@ -357,7 +357,7 @@ def _hint(record: schema.Report | None) -> str:
             f". {REPORT} is missing: a merge on the CPU by {_count(threads, 'thread')} "
             "is assumed (OMP_NUM_THREADS sets another number)"
         )
-    current = inspecting.versions()
+    current = plan.versions()
     changed = [
         f"{package} {of} (here {current.get(package)})"
         for package, of in record.versions.items()

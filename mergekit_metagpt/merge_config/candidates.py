@@ -76,15 +76,7 @@ def of_text(name: str, text: str, meaning: str) -> Candidate:
 
 
 def by_metagpt(text: str, parameters: Mapping[str, Any]) -> str:
-    """Write the merge of the same models by `metagpt` with other parameters.
-
-    Args:
-        text: a merge YAML of any method with a base.
-        parameters: parameters of `metagpt`, which replace all those of the YAML.
-
-    Returns:
-        the YAML.
-    """
+    """Write the merge of the same models by `metagpt` with these parameters only."""
     data = {**kept(yaml.safe_load(text), ()), "merge_method": "metagpt"}
     if parameters:
         data["parameters"] = dict(parameters)

@@ -16,9 +16,10 @@ from mergekit_metagpt.merge_config.merge_yaml import (
 )
 from mergekit_metagpt.method.composed import COMPOSED, RANDOM
 from mergekit_metagpt.method.parameters import (
+    checked,
+    checked_weight,
     no_base,
     only_base,
-    own_parameters,
     require_one_sample,
 )
 from mergekit_metagpt.method.registration import register
@@ -36,14 +37,7 @@ CONVERTIBLE = (*_ALIKE, *COMPOSED)
 
 
 def recipe_for(method: str) -> str | None:
-    """Return which of our methods a method of mergekit converts to, if any.
-
-    Args:
-        method: the name of a method of mergekit.
-
-    Returns:
-        one of `METHODS`, or None.
-    """
+    """Return which of `METHODS` a method of mergekit converts to, or None."""
     if method in COMPOSED:
         return f"metagpt_{method}"
     return "metagpt" if method in _ALIKE else None
@@ -52,15 +46,9 @@ def recipe_for(method: str) -> str | None:
 def check_yaml(config: MergeConfiguration, file: str | Path = "OLD.yml") -> None:
     """Check everything about a merge by MetaGPT that follows from the YAML alone.
 
-    Args:
-        config: mergekit's configuration.
-        file: its file, for messages.
-
-    Raises:
-        ValueError: another method; no base, or only the base; the base is missing
-            among the sources of a slice; an illegal weight; `exclude` is a list;
-            `sample` is not one number; `granularity: layer` with slices that move
-            layers.
+    Raises a ValueError for another method; no base, or only the base; a base missing
+    among the sources of a slice; an illegal weight; a list as `exclude`; a `sample`
+    that is not one number; `granularity: layer` with slices that move layers.
     """
     if config.merge_method not in METHODS:
         raise ValueError(_other_method(config.merge_method, file))
@@ -87,7 +75,11 @@ def check_yaml(config: MergeConfiguration, file: str | Path = "OLD.yml") -> None
         ),
     )
     for part in slices:
-        _check_weights(part)
+        for model, levels in zip(part.models, part.settings, strict=True):
+            own = levels[: len(levels) - len(part.shared)]
+            for level in own if model != part.base else ():  # the base has no weight
+                for value in values_of(level.get("weight", 1.0)):
+                    checked_weight(model, value)
         for level in (level for levels in part.settings for level in levels):
             exclude = level.get("exclude")
             if isinstance(exclude, list) and not any(
@@ -107,14 +99,7 @@ def check_yaml(config: MergeConfiguration, file: str | Path = "OLD.yml") -> None
 
 
 def check_method(config: MergeConfiguration) -> None:
-    """Refuse a merge method that neither mergekit nor this package has.
-
-    Args:
-        config: mergekit's configuration.
-
-    Raises:
-        ValueError: there is no such method.
-    """
+    """Raise a ValueError for a method that neither mergekit nor this package has."""
     from mergekit.merge_methods import registry
 
     register()
@@ -148,46 +133,25 @@ def _hint(name: str, names: Collection[str]) -> str:
     return f"Did you mean {' or '.join(near)}? " if near else ""
 
 
-def _check_weights(part: Inputs) -> None:
-    """Refuse an illegal weight; unlike mergekit, name its model."""
-    (weight,) = (p for p in own_parameters() if p.name == "weight")
-    for model, levels in zip(part.models, part.settings, strict=True):
-        own = levels[: len(levels) - len(part.shared)]
-        if model == part.base:
-            continue  # the base has no weight
-        for value in (v for level in own for v in values_of(level.get("weight", 1.0))):
-            try:
-                weight.validate(value)
-            except ValueError as error:
-                said = str(error).removeprefix("weight ")
-                raise ValueError(f"weight of {model} {said}") from error
-
-
 def _samples(part: Inputs) -> Iterator[float]:
     """Yield every value of `sample` on a slice; the default if filters leave a rest."""
-    (sample,) = (p for p in own_parameters() if p.name == "sample")
     for level in part.shared:
         if "sample" not in level:
             continue
         setting = level["sample"]
-        yield from map(sample.validate, values_of(setting))
+        yield from (checked("sample", value) for value in values_of(setting))
         entries = setting if isinstance(setting, list) else [setting]
         if any(getattr(entry, "filter", None) in (None, "*") for entry in entries):
             return  # this one applies to all remaining tensors
-    yield sample.validate(sample.default)
+    yield 1.0  # the default
 
 
 def check_names(config: MergeConfiguration, file: Path | None = None) -> None:
     """Refuse misspelt or misplaced parameters, which mergekit silently ignores.
 
-    Warns of parameters of other methods.
-
-    Args:
-        config: mergekit's configuration.
-        file: its file, for messages; None if the caller names it.
-
-    Raises:
-        ValueError: a parameter looks misspelt, or one for all models is given for one.
+    Warns of parameters of other methods. Raises a ValueError if a parameter looks
+    misspelt, or one for all models is given for one; it names the file, unless the
+    caller does.
     """
     from mergekit.merge_methods import registry
     from mergekit.merge_methods.base import ParameterScope

@@ -227,12 +227,7 @@ def _set_base(
             "Leave --base out, or change the YAML"
         )
     if base is not None:
-        items = [(k, v) for k, v in data.items() if k != "base_model"]
-        data.clear()
-        for key, value in items:
-            data[key] = value
-            if key == "merge_method":
-                data["base_model"] = base
+        _put_after(data, "merge_method", "base_model", base)
         yield f"added base_model {base}"
     given = None if base is None else ModelReference.parse(merge_yaml.as_local(base))
     sliced = [part for part in parts if part.ranges is not None]
@@ -250,6 +245,16 @@ def _set_base(
         spelt = cut.get("base_model") or data["base_model"]
         cut["sources"].append({"model": spelt, "layer_range": list(first)})
         yield f"added the base {reference} to the sources of {part.place}"
+
+
+def _put_after(data: dict[str, Any], place: str, key: str, value: Any) -> None:
+    """Set a key, and move it to just below another one."""
+    items = [(k, v) for k, v in data.items() if k != key]
+    data.clear()
+    for other, content in items:
+        data[other] = content
+        if other == place:
+            data[key] = value
 
 
 def _cuts(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -336,12 +341,8 @@ def _set_precision(data: dict[str, Any], changes: list[str], notes: list[str]) -
         )
     elif str(old).removeprefix("torch.") in ("bfloat16", "float16"):
         out = data.get("out_dtype") or old
-        items = [(k, v) for k, v in data.items() if k != "out_dtype"]
-        data.clear()
-        for key, value in items:
-            data[key] = "float32" if key == "dtype" else value
-            if key == "dtype":
-                data["out_dtype"] = out
+        _put_after(data, "dtype", "out_dtype", out)
+        data["dtype"] = "float32"
         changes.append(
             f"dtype {old} -> float32 with out_dtype {out}: mergekit's methods round at "
             "every step"

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +22,7 @@ if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
 
-# Versions on which the bits of a merge depend.
-PACKAGES = ("mergekit-metagpt", "mergekit", "torch", "transformers")
-# Options on which they depend, or the form of the files.
+# Options on which the bits of a merge depend, or the form of the files.
 _OPTIONS = (
     *("allow_crimes", "device", "lora_merge_dtype", "random_seed"),
     *("safe_serialization", "unsafe_truncate_embeddings"),
@@ -65,15 +62,7 @@ class Shard:
 
 
 def check_shared(config: MergeConfiguration, options: MergeOptions) -> None:
-    """Refuse a merge whose tensors cannot be merged by several processes.
-
-    Args:
-        config: mergekit's configuration.
-        options: mergekit's own.
-
-    Raises:
-        ValueError: the method or an option is one that cannot be split.
-    """
+    """Raise a ValueError if method or options cannot be split between processes."""
     method = config.merge_method
     if options.multi_gpu:
         raise ValueError(
@@ -109,19 +98,9 @@ def parts_of(
     planned: Sequence[plan.Planned],
     opened: Mapping[ModelReference, Checkpoint],
 ) -> list[Part]:
-    """List the tensors that a merge writes, in the order in which it merges them.
+    """List the output tensors of a merge in the order in which it merges them.
 
-    Args:
-        config: mergekit's configuration.
-        options: mergekit's own.
-        planned: every output tensor.
-        opened: base and models.
-
-    Returns:
-        one part for each output tensor.
-
-    Raises:
-        ValueError: mergekit refuses the merge.
+    Raises a ValueError if mergekit refuses the merge.
     """
     tasks = plan.tasks(config, options)
     saving = [task for task in tasks if isinstance(task, SaveTensor)]
@@ -173,11 +152,7 @@ def _draws(tensor: plan.Planned, model: ModelReference) -> bool:
 
 
 def skip(count: int) -> None:
-    """Draw the random numbers of tensors that another rank merges.
-
-    Args:
-        count: numbers that mergekit draws for them, one for each element.
-    """
+    """Draw the random numbers of tensors that another rank merges, one an element."""
     # Each takes one draw of torch's generator, as in `torch.bernoulli`, in less time.
     numbers = torch.empty(min(count, 1 << 20), dtype=torch.uint8, device="cpu")
     while count > 0:
@@ -190,21 +165,12 @@ def digest(
     options: MergeOptions,
     opened: Mapping[ModelReference, Checkpoint],
 ) -> str:
-    """Return a digest of all that the bits of a merge depend on.
+    """Return SHA-256, in hexadecimal, of all that the bits of a merge depend on.
 
-    Args:
-        config: mergekit's configuration.
-        options: mergekit's own.
-        opened: base and models.
-
-    Returns:
-        SHA-256 in hexadecimal.
-
-    Raises:
-        OSError: a file cannot be read.
+    Raises an OSError if a file cannot be read.
     """
     content: list[Any] = [
-        [version(package) for package in PACKAGES],
+        list(plan.versions().values()),
         config.model_dump_json(),
         options.model_dump(include=set(_OPTIONS)),
         torch.get_num_threads(),

@@ -20,6 +20,8 @@ from mergekit_metagpt.checkpoints.remote import Glimpse, glimpse, open_adapter
 from mergekit_metagpt.merge_config import checks, merge_yaml
 from mergekit_metagpt.method.parameters import (
     all_zero,
+    checked,
+    checked_weight,
     own_parameters,
 )
 from mergekit_metagpt.method.settings import Settings, split_exclude
@@ -60,12 +62,6 @@ class Family:
     base_weight: str | None
 
 
-def checked(name: str, value: Any) -> Any:
-    """Convert the value of a parameter of `metagpt`, or refuse it by a ValueError."""
-    (parameter,) = (p for p in own_parameters() if p.name == name)
-    return parameter.validate(value)
-
-
 def _constant(
     levels: Sequence[merge_yaml.Settings], name: str, default: Any
 ) -> tuple[Any, bool]:
@@ -83,32 +79,25 @@ def _constant(
 
 def _settings(part: merge_yaml.Inputs) -> tuple[Settings, tuple[str, ...]]:
     """The settings of a slice, and names of parameters that vary by tensor."""
-    values, varying = {}, []
-    for parameter in own_parameters():
-        if parameter.scope == ParameterScope.SHARED:
-            name = parameter.name
-            value, constant = _constant(part.shared, name, parameter.default)
-            values[name] = value
-            if not constant:
-                varying.append(name)
+    found = {
+        parameter.name: _constant(part.shared, parameter.name, parameter.default)
+        for parameter in own_parameters()
+        if parameter.scope == ParameterScope.SHARED
+    }
+    varying = (name for name, (_, constant) in found.items() if not constant)
+    values = {name: value for name, (value, _) in found.items()}
     return Settings.of(values), tuple(varying)
 
 
 def _by_hand(levels: Sequence[merge_yaml.Settings]) -> str | None:
-    for level in levels:
-        if "weight" in level:
-            return _shown(level["weight"])
-    return None
-
-
-def _shown(setting: Any) -> str:
-    if hasattr(setting, "value"):
-        setting = [setting]
-    if isinstance(setting, list) and any(hasattr(item, "value") for item in setting):
+    """The `weight` that a YAML of another method gives, in words."""
+    setting = next((level["weight"] for level in levels if "weight" in level), None)
+    items = setting if isinstance(setting, list) else [setting]
+    if any(hasattr(item, "value") for item in items):
         return "by filter"
     if isinstance(setting, list):
         return "-".join(f"{value:g}" for value in setting)
-    return f"{setting:g}" if isinstance(setting, int | float) else str(setting)
+    return f"{setting:g}" if isinstance(setting, int | float) else setting
 
 
 def of_config(
@@ -138,11 +127,10 @@ def of_config(
     ours = config.merge_method in checks.METHODS
     if ours:
         checks.check_yaml(config)
-    overrides: dict[str, Any] = {}
-    if granularity is not None:
-        overrides["granularity"] = checked("granularity", granularity)
-    if power is not None:
-        overrides["power"] = checked("power", power)
+    given = {"granularity": granularity, "power": power}
+    overrides = {
+        n: checked(n, value) for n, value in given.items() if value is not None
+    }
     if exclude is not None:
         overrides["exclude"] = split_exclude(exclude)
     by_name = _named(weights or {}, config)
@@ -216,12 +204,13 @@ def _named(
         if len(same) != 1:
             count = f"{len(same)} models" if same else "no model"
             names = ", ".join(map(str, tuned))
-            raise ValueError(f"--weight {name} names {count}; expected one of {names}")
-        try:
-            by_model[same[0]] = checked("weight", weight)
-        except ValueError as error:
-            said = str(error).removeprefix("weight ")
-            raise ValueError(f"weight of {same[0]} {said}") from error
+            every = {part for model in tuned for part in (str(model), *_folders(model))}
+            near = None if same else merge_yaml.closest(name, every)
+            hint = f". Did you mean {near}?" if near else ""
+            raise ValueError(
+                f"--weight {name} names {count}; expected one of {names}{hint}"
+            )
+        by_model[same[0]] = checked_weight(same[0], weight)
     return by_model
 
 
@@ -232,17 +221,10 @@ def _folders(model: ModelReference) -> set[str]:
 
 
 def config_of(base: str, models: Sequence[str]) -> MergeConfiguration:
-    """Return the merge of a base and models that are given without a YAML.
+    """Return the merge of a base and models, folders or repositories, without a YAML.
 
-    Args:
-        base: theta_0: a folder or hub repository.
-        models: the fine-tunes; adapters of the base may be given without it.
-
-    Returns:
-        mergekit's configuration, with every parameter at its default.
-
-    Raises:
-        ValueError: a model is given twice.
+    Adapters of the base may be given without it. Every parameter has its default.
+    Raises a ValueError if a model is given twice.
     """
     from mergekit.config import MergeConfiguration
 
@@ -269,11 +251,17 @@ def are_adapters(models: Sequence[str], base: str | None, *, remote: bool) -> bo
         False for a YAML and for the folder of a model.
 
     Raises:
-        ValueError: some of several are adapters, and no base is named.
+        ValueError: some of several are adapters, or a YAML, and no base is named.
     """
     if base is not None:
         return False
     paths = [Path(model) for model in models]
+    yamls = [path for path in paths if path.suffix in (".yml", ".yaml")]
+    if yamls and len(paths) > 1:
+        raise ValueError(
+            f"{yamls[0]} is a merge YAML, which comes alone: it names its base and "
+            "models. Leave out the rest, or give --base BASE and models instead"
+        )
     if len(paths) == 1:
         unknown = not paths[0].exists() and paths[0].suffix not in (".yml", ".yaml")
         return is_adapter(paths[0]) or (remote and unknown)
@@ -326,17 +314,8 @@ def open_models(
 
     An adapter of its family's base is measured from its factors. It is merged into the
     base instead if `options` name a folder for that, or if settings vary by tensor.
-
-    Args:
-        families: the families.
-        options: mergekit's options for loading models.
-
-    Returns:
-        the headers by model.
-
-    Raises:
-        ValueError: a model does not exist, or cannot be measured.
-        OSError: a file is missing, truncated or corrupt.
+    Raises a ValueError if a model does not exist or cannot be measured; an OSError if a
+    file is missing, truncated or corrupt.
     """
     own = () if options.lora_merge_cache else _adapters_of_their_base(families)
     adapters = {model: open_adapter(model) for model in own}
@@ -363,16 +342,8 @@ def glimpse_models(
 ) -> Mapping[ModelReference, Glimpse]:
     """Read configurations and headers of the families' models; download no weights.
 
-    Args:
-        families: the families.
-        options: mergekit's options for loading local models.
-
-    Returns:
-        the models that were read, by reference.
-
-    Raises:
-        ValueError: a model cannot be read in part.
-        OSError: a repository or file cannot be read.
+    `options` are for local models. Raises a ValueError if a model cannot be read in
+    part; an OSError if a repository or file cannot be read.
     """
     models = [m for family in families for m in (family.base, *family.models)]
     adapters = _adapters_of_their_base(families)

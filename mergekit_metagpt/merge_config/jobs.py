@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.layouts import stored_as
 from mergekit_metagpt.checkpoints.opening import hand_to_mergekit, open_checkpoints
-from mergekit_metagpt.checkpoints.pairs import check_distinct, check_pair
+from mergekit_metagpt.checkpoints.pairs import check_family
 from mergekit_metagpt.merge_config import merge_yaml
 from mergekit_metagpt.merge_config.checks import (
     METHODS,
@@ -61,17 +61,8 @@ def check(
 ) -> Job:
     """Check that a merge by one of our methods can be done; register the methods.
 
-    Args:
-        config: mergekit's configuration.
-        options: mergekit's options.
-        file: file of the configuration, for messages.
-
-    Returns:
-        the models as they are now, and mergekit's plan.
-
-    Raises:
-        ValueError: the configuration or a model is refused.
-        OSError: a file cannot be read.
+    Messages name the `file` of the configuration. Raises a ValueError if configuration
+    or a model is refused; an OSError if a file cannot be read.
     """
     check_yaml(config, file or "OLD.yml")
     check_names(config, file)
@@ -82,26 +73,15 @@ def check(
     for part in merge_yaml.slices_of(config):
         if part.base is not None:
             tuned = [opened[model] for model in part.models if model != part.base]
-            check_distinct(opened[part.base], tuned)
-            for checkpoint in tuned:
-                check_pair(opened[part.base], checkpoint)
-    planned = check_plan(config, opened, options)
-    return Job(config, opened, planned)
+            check_family(opened[part.base], tuned)
+    return Job(config, opened, check_plan(config, opened, options))
 
 
 def reopen(config: MergeConfiguration, options: MergeOptions) -> Job:
     """Open and plan a merge that was made earlier, without checking it again.
 
-    Args:
-        config: mergekit's configuration, of one of our methods.
-        options: mergekit's options.
-
-    Returns:
-        the models as they are now, and mergekit's plan.
-
-    Raises:
-        ValueError: a model does not exist any more, or mergekit refuses the merge.
-        OSError: a file cannot be read.
+    Raises a ValueError if a model does not exist any more, or mergekit refuses the
+    merge; an OSError if a file cannot be read.
     """
     check_method(config)
     opened = open_checkpoints(merge_yaml.models(config), options)
@@ -109,28 +89,17 @@ def reopen(config: MergeConfiguration, options: MergeOptions) -> Job:
     return Job(config, opened, plan_merge(config, options))
 
 
-def check_any(
-    config: MergeConfiguration, options: MergeOptions
-) -> Mapping[ModelReference, Checkpoint]:
+def check_any(config: MergeConfiguration, options: MergeOptions) -> Job:
     """Check that a merge by any method can be done, including its tokenizer.
 
-    Args:
-        config: mergekit's configuration.
-        options: mergekit's options.
-
-    Returns:
-        the models as they are now.
-
-    Raises:
-        ValueError: the configuration or a model is refused.
-        OSError: a file cannot be read.
+    Raises as `check`.
     """
     check_method(config)
     if config.merge_method in METHODS:
-        opened = check(config, options).opened
+        job = check(config, options)
     else:
         check_names(config)
         opened = open_checkpoints(merge_yaml.models(config), options)
-        check_plan(config, opened, options)
+        job = Job(config, opened, check_plan(config, opened, options))
     check_copied_tokenizer(config, options)
-    return opened
+    return job

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
 
 Settings = Mapping[str, Any]
+# What PyYAML says of a line in the wrong column, or of a key without a colon.
+_MISPLACED = (
+    *("found '<block", "found '-'", "found '?'", "mapping values"),
+    *("expected ':'", r"'\t'"),
+)
 # Keys of a merge YAML whose values name a model or a tokenizer.
 _MODEL_KEYS = ("model", "base_model", "path", "source", "tokenizer_source")
 
@@ -60,41 +66,37 @@ class Inputs:
 def text_of(file: Path) -> str:
     """Read the file of a merge YAML.
 
-    Args:
-        file: the YAML.
+    Raises an OSError if there is no such file, or it cannot be read; a ValueError if it
+    is not text.
+    """
+    require_file(file, "a merge YAML")
+    return file.read_text(encoding="utf-8")
 
-    Returns:
-        its text.
+
+def require_file(file: Path, expected: str) -> None:
+    """Refuse a path that is no file, and say what was probably meant.
+
+    Args:
+        file: as its user wrote it.
+        expected: what should be there.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: it is not text.
+        OSError: there is no such file, or it is a folder.
     """
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(missing(file, "a merge YAML")) from error
-    except IsADirectoryError as error:
+    if file.is_dir():
         inside = file / "mergekit_config.yml"
         hint = f". Did you mean {inside}?" if inside.exists() else ""
-        raise IsADirectoryError(
-            f"{file} is a folder; expected a merge YAML{hint}"
-        ) from error
+        raise IsADirectoryError(f"{file} is a folder; expected {expected}{hint}")
+    if not file.exists():
+        raise FileNotFoundError(missing(file, expected))
 
 
 def read_file(file: Path) -> tuple[str, MergeConfiguration]:
-    """Read and parse the file of a merge YAML.
+    """Read the file of a merge YAML: its text, and mergekit's configuration.
 
-    Args:
-        file: the YAML.
-
-    Returns:
-        its text, and mergekit's configuration.
-
-    Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: as `read`, with the name of the file; or a model's path seems to be
-            relative to another folder than the current one.
+    Raises an OSError if there is no such file, or it cannot be read; a ValueError as
+    `read`, with the name of the file, or if a model's path seems to be relative to
+    another folder than the current one.
     """
     try:
         text = text_of(file)
@@ -152,8 +154,7 @@ def read(text: str) -> MergeConfiguration:
                 "holds several YAML documents; expected one merge. Merge them one by "
                 "one, or with mergekit-multi"
             ) from error
-        tab = ". Indent with spaces, not tabs" if r"'\t'" in str(error) else ""
-        raise ValueError(f"not readable as YAML: {_one_line(error)}{tab}") from error
+        raise ValueError(_unreadable(error, text)) from error
     if not isinstance(data, dict):
         holds = "is empty" if data is None else f"holds {type(data).__name__}"
         raise ValueError(
@@ -185,6 +186,21 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _unreadable(error: Exception, text: str) -> str:
+    """Explain what PyYAML cannot read; quote a line that is indented wrongly."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem:
+        lacks_colon = error.problem.endswith("expected ':'")
+        mark = error.context_mark if lacks_colon else error.problem_mark
+        if mark and any(words in error.problem for words in _MISPLACED):
+            line = text.splitlines()[mark.line].strip()
+            return (
+                f"line {mark.line + 1} does not fit the lines around it: `{line}`. "
+                "Indent items and keys of one level alike, with spaces, not tabs, and "
+                "write a colon and a space between key and value"
+            )
+    return f"not readable as YAML: {_one_line(error)}"
+
+
 def _in_words(error: ValidationError) -> str:
     """Explain the first error in a configuration, and name its place."""
     from mergekit.config import (
@@ -201,9 +217,16 @@ def _in_words(error: ValidationError) -> str:
     if "parameters" in above:  # whose values are of one of many types
         at = above.index("parameters") + 1
         above, key = above[: at + bool(unknown)], key if unknown else above[at]
-    place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in above)
-    where = place.removeprefix(".") or "the YAML"
+    where = _spot(above) or "the YAML"
     if not unknown:
+        if {"models", "sources"} & {key, *above[-1:]}:  # a list, or an item of one
+            given = first["input"]
+            name = given if isinstance(given, str) else "FOLDER"
+            name = re.sub("^model[ :]+", "", name)
+            return (
+                f"{_spot([*above, key])} is {given!r}; expected a line "
+                f"`- model: {name}` for each model"
+            )
         if first["input"] is None and "parameters" in above:
             return f"{key} in {where} is empty; give a value, or remove it"
         return f"no merge configuration: {key} in {where}: {first['msg']}"
@@ -226,9 +249,16 @@ def _in_words(error: ValidationError) -> str:
     return f"{key} is no key of a merge in {where}; {hint}"
 
 
+def _spot(keys: Sequence[Any]) -> str:
+    """Write keys and numbers of items as a path, such as `models[0].parameters`."""
+    parts = (f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
+    return "".join(parts).removeprefix(".")
+
+
 def closest(name: str, names: Collection[str]) -> str | None:
     """Return the name that is most similar to a misspelt one, if any is."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    swapped = [each for each in names if sorted(each) == sorted(name)]
+    close = swapped or difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     return close[0] if close else None
 
 
@@ -310,6 +340,15 @@ def slices_of(config: MergeConfiguration) -> Iterator[Inputs]:
                 ranges=tuple(ranges),
             )
             first_layer += ranges[0][1] - ranges[0][0]
+
+
+def entries_of(data: Mapping[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """Yield the models of a YAML, given as plain data, in the order of `slices_of`."""
+    for module in (data.get("modules") or {"": data}).values():
+        if module.get("models"):
+            yield module["models"]
+        for entry in module.get("slices") or ():
+            yield entry["sources"]
 
 
 def models(config: MergeConfiguration) -> list[ModelReference]:

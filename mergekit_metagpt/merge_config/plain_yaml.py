@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import reduce
@@ -15,8 +15,7 @@ from pydantic import BaseModel
 
 from mergekit_metagpt import __version__
 from mergekit_metagpt.checkpoints.identity import digest_of
-from mergekit_metagpt.checkpoints.opening import already_open
-from mergekit_metagpt.checkpoints.stored import layer_key
+from mergekit_metagpt.checkpoints.stored import dtype_name, layer_key
 from mergekit_metagpt.merge_config import merge_yaml
 from mergekit_metagpt.merge_config.jobs import Job
 from mergekit_metagpt.merge_config.plan import Coefficients, coefficients
@@ -24,7 +23,6 @@ from mergekit_metagpt.method.parameters import own_parameters
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
-    from mergekit.config import MergeConfiguration
 
 # The place of a weight: module, slice, model, and the tensor's name in that model.
 _Place = tuple[str, int, "ModelReference", str]
@@ -74,26 +72,28 @@ def export(job: Job, weighted: Sequence[Coefficients] | None = None) -> Exported
     data = {**first, "base_model": dump.get("base_model"), **dump, **first}
     if data["base_model"] is None:  # every slice has its own
         del data["base_model"]
-    for given, source in _sources(config, data):
-        if given.model != given.base:
-            of_source = {
+    parts = merge_yaml.slices_of(config)
+    for part, entries in zip(parts, merge_yaml.entries_of(data), strict=True):
+        for model, entry in zip(part.models, entries, strict=True):
+            if model == part.base:
+                continue
+            own = {
                 name: share
-                for (module, number, model, name), share in weights.items()
-                if given.module in (None, module)
-                and (number, model) == (given.slice_number, given.model)
+                for (module, number, of_model, name), share in weights.items()
+                if part.module in ("", module)
+                and (number, of_model) == (part.slice_number, model)
             }
-            weight = weight_setting(of_source) if of_source else 0.0
-            source.setdefault("parameters", {})["weight"] = weight
+            weight = weight_setting(own) if own else 0.0
+            entry.setdefault("parameters", {})["weight"] = weight
     scales = {t.planned.name: t.scale for t in weighted if t.shares}
     if keeps_length:
         data.setdefault("parameters", {})["lambda"] = weight_setting(scales)
-    changes = [] if inner else _set_precision(data, config, weighted)
+    changes = [] if inner else _set_precision(data, job, weighted)
 
     from mergekit.config import ConfigYamlDumper
 
     body = yaml.dump(data, Dumper=ConfigYamlDumper, sort_keys=False, width=88)
-    _verify(body, weights, scales if keeps_length else {})
-    return Exported(_comment(config, weighted, changes) + body, tuple(changes))
+    return Exported(_comment(job, weighted, changes) + body, tuple(changes))
 
 
 def weight_setting(values: Mapping[str, float]) -> float | list[dict[str, Any]]:
@@ -112,6 +112,8 @@ def weight_setting(values: Mapping[str, float]) -> float | list[dict[str, Any]]:
         >>> weight_setting({"h.1.w": 0.5, "h.1.b": 0.5, "h.11.w": 0.25, "h.11.b": 0.25})
         [{'filter': 'h.11.', 'value': 0.25}, {'value': 0.5}]
     """
+    from mergekit.config import ConditionalParameter, evaluate_setting
+
     default, _ = Counter(values.values()).most_common(1)[0]
     of_layer: dict[str, set[float]] = {}
     for name, value in values.items():
@@ -123,7 +125,12 @@ def weight_setting(values: Mapping[str, float]) -> float | list[dict[str, Any]]:
         if value != default:
             filters[f"{key}." if uniform else name] = value
     ordered = sorted(filters.items(), key=lambda item: (-len(item[0]), item[0]))
-    if any(_first(ordered, name, default) != v for name, v in values.items()):
+    setting = [ConditionalParameter(filter=part, value=v) for part, v in ordered]
+    setting.append(ConditionalParameter(value=default))
+    if any(
+        evaluate_setting(name, setting, validate=float) != value
+        for name, value in values.items()
+    ):
         # A filter matches another name too: give every name a filter.
         ordered = sorted(values.items(), key=lambda item: (-len(item[0]), item[0]))
     if not ordered:
@@ -132,10 +139,6 @@ def weight_setting(values: Mapping[str, float]) -> float | list[dict[str, Any]]:
         *({"filter": part, "value": value} for part, value in ordered),
         {"value": default},
     ]
-
-
-def _first(filters: Sequence[tuple[str, float]], name: str, default: float) -> float:
-    return next((value for part, value in filters if part in name), default)
 
 
 def _kept_parameters(method: str) -> set[str]:
@@ -149,15 +152,9 @@ def _kept_parameters(method: str) -> set[str]:
 
 
 def dumped(value: Any) -> Any:
-    """Return a configuration as plain data, without values that are defaults.
+    """Return mergekit's configuration as plain data, without values that are defaults.
 
     mergekit's own function fails for paths with spaces.
-
-    Args:
-        value: mergekit's configuration, or a part of it.
-
-    Returns:
-        mappings, lists and single values.
     """
     from mergekit.common import ModelReference
 
@@ -190,55 +187,23 @@ def kept(data: Any, names: Collection[str]) -> Any:
     return copy
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A model in a slice; `module` is None if the configuration has no modules."""
-
-    module: str | None
-    slice_number: int
-    model: ModelReference
-    base: ModelReference | None
-
-
-def _sources(
-    config: MergeConfiguration, data: dict[str, Any]
-) -> Iterator[tuple[_Source, dict[str, Any]]]:
-    """Yield every model of a configuration, and its entry in the dumped data."""
-    for name, module in (config.modules or {None: config}).items():
-        dump = data if name is None else data["modules"][name]
-        listed = zip(module.models or (), dump.get("models", ()), strict=True)
-        for entry, written in listed:
-            yield _Source(name, 0, entry.model, config.base_model), written
-        cuts = zip(module.slices or (), dump.get("slices", ()), strict=True)
-        for number, (cut, written) in enumerate(cuts):
-            base = cut.base_model or config.base_model
-            for entry, source in zip(cut.sources, written["sources"], strict=True):
-                yield _Source(name, number, entry.model, base), source
-
-
 def _set_precision(
-    data: dict[str, Any], config: MergeConfiguration, weighted: Sequence[Coefficients]
+    data: dict[str, Any], job: Job, weighted: Sequence[Coefficients]
 ) -> list[str]:
     """Let task_arithmetic compute as `metagpt` does; report remaining differences."""
-    stored: Counter[torch.dtype] = Counter()
+    from mergekit.common import dtype_from_name
+
+    config, stored = job.config, Counter[torch.dtype]()
     of_output: dict[str, torch.dtype] = {}
     for tensor in weighted:
-        at, sizes = tensor.planned, []
-        dtypes = []
-        for model, name in at.input_names.items():
-            checkpoint = already_open(model)
-            held = checkpoint.tensors.get(name) if checkpoint else None
-            if held is not None:
-                dtypes.append(held.dtype)
-                sizes.append(held.numel)
-        if dtypes:
-            of_output[at.name] = reduce(torch.promote_types, dtypes)
-            stored[of_output[at.name]] += max(sizes)
+        names = tensor.planned.input_names
+        inputs = (job.opened[model].tensors.get(n) for model, n in names.items())
+        if held := [each for each in inputs if each is not None]:
+            dtype = reduce(torch.promote_types, (each.dtype for each in held))
+            of_output[tensor.planned.name] = dtype
+            stored[dtype] += max(each.numel for each in held)
 
-    def named(dtype: torch.dtype) -> str:
-        return str(dtype).removeprefix("torch.")
-
-    common = named(stored.most_common(1)[0][0]) if stored else "float32"
+    common = dtype_name(stored.most_common(1)[0][0]) if stored else "float32"
     wide = config.dtype == "float64" or (
         config.dtype is None and torch.float64 in stored
     )
@@ -246,20 +211,23 @@ def _set_precision(
     data["out_dtype"] = config.out_dtype or config.dtype or common
     changes = []
     if config.dtype is None and config.out_dtype is None:
-        others = [name for name, dtype in of_output.items() if named(dtype) != common]
+        others = [
+            name for name, dtype in of_output.items() if dtype_name(dtype) != common
+        ]
         if others:
             changes.append(
                 f"stored precisions differ: all tensors come out as {common}, which "
                 f"most elements have; metagpt keeps {len(others)} others, such as "
-                f"{others[0]} as {named(of_output[others[0]])}"
+                f"{others[0]} as {dtype_name(of_output[others[0]])}"
             )
-    if config.dtype and config.out_dtype and _coarser(config.dtype, config.out_dtype):
+    first, last = map(dtype_from_name, (config.dtype, config.out_dtype))
+    if first and last and torch.finfo(first).eps > torch.finfo(last).eps:
         changes.append(
             f"metagpt rounds its result to {config.dtype} before it is written as "
             f"{config.out_dtype}; here it is written as it is"
         )
     if config.dtype not in (None, "float32", "float64"):
-        finer = sorted({named(d) for d in stored if named(d) != config.dtype})
+        finer = sorted({dtype_name(d) for d in stored if dtype_name(d) != config.dtype})
         if finer:
             changes.append(
                 f"metagpt rounds inputs to {config.dtype} before it merges; here "
@@ -268,46 +236,8 @@ def _set_precision(
     return changes
 
 
-def _coarser(one: str, other: str) -> bool:
-    from mergekit.common import dtype_from_name
-
-    steps = [torch.finfo(dtype_from_name(name)).eps for name in (one, other)]
-    return steps[0] > steps[1]
-
-
-def _verify(
-    body: str, weights: Mapping[_Place, float], scales: Mapping[str, float]
-) -> None:
-    """Let mergekit evaluate the weights of the YAML, and compare each of them."""
-    from mergekit.config import evaluate_setting
-
-    config = merge_yaml.read(body)
-    settings = {
-        (part.module, part.slice_number, model): levels
-        for part in merge_yaml.slices_of(config)
-        for model, levels in zip(part.models, part.settings, strict=True)
-    }
-
-    def compare(what: str, name: str, given: Any, expected: float) -> None:
-        value = evaluate_setting(name, given, validate=float)
-        if value != expected:
-            raise RuntimeError(
-                f"the exported YAML gives {name} the {what} {value}, not {expected}: "
-                "a defect of mergekit-metagpt, please report it"
-            )
-
-    parameters = config.parameters or {}
-    for name, scale in scales.items():
-        compare("lambda", name, parameters["lambda"], scale)
-    for (module, number, model, name), weight in weights.items():
-        levels = settings.get((module, number, model)) or settings["", number, model]
-        given = next(level["weight"] for level in levels if "weight" in level)
-        compare(f"weight of {model}", name, given, weight)
-
-
-def _comment(
-    config: MergeConfiguration, tensors: Sequence[Coefficients], changes: Sequence[str]
-) -> str:
+def _comment(job: Job, tensors: Sequence[Coefficients], changes: Sequence[str]) -> str:
+    config = job.config
     weighted = any({*tensor.planned.weights.values()} - {1} for tensor in tensors)
     powers = {tensor.planned.settings.power for tensor in tensors}
     power = f"{powers.pop():g}" if len(powers) == 1 else "p"
@@ -318,10 +248,8 @@ def _comment(
         f"lambda_t = {term} / sum_k {term.replace('_t', '_k')}, measured on",
     ]
     for model in dict.fromkeys(m for t in tensors for m in t.planned.task.model_order):
-        checkpoint = already_open(model)
-        if checkpoint is not None:
-            digest = digest_of(checkpoint.identity)
-            lines.append(f"  {model} (SHA-256 of samples: {digest[:16]})")
+        digest = digest_of(job.opened[model].identity)
+        lines.append(f"  {model} (SHA-256 of samples: {digest[:16]})")
     used = [p.name for p in own_parameters() if p.name != "lambda"]
     given = {
         name: value

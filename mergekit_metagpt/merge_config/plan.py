@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -94,6 +95,12 @@ class Coefficients:
     error: float | None = None
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of the packages on which the bits of a merge depend."""
+    packages = ("mergekit-metagpt", "mergekit", "torch", "transformers")
+    return {package: version(package) for package in packages}
+
+
 class _Planner(MergePlanner):
     """mergekit's planner, which also notes module, slice and names of each tensor."""
 
@@ -125,42 +132,25 @@ class _Planner(MergePlanner):
 
 
 def plan_merge(config: MergeConfiguration, options: MergeOptions) -> list[Planned]:
-    """Plan a merge as mergekit does, without executing any of it.
+    """Plan every output tensor as mergekit does; execute none, and change no argument.
 
-    Args:
-        config: mergekit's configuration; not changed.
-        options: mergekit's options.
-
-    Returns:
-        every output tensor.
-
-    Raises:
-        ValueError: the inputs do not fit each other.
+    Raises a ValueError if the inputs do not fit each other.
     """
-    planner, _ = _plan(config, options)
-    return planner.planned
+    return _plan(config, options)[0]
 
 
 def tasks(config: MergeConfiguration, options: MergeOptions) -> list[Task[Any]]:
     """Return the tasks that mergekit would execute for a merge, in its order.
 
-    Args:
-        config: mergekit's configuration; not changed.
-        options: mergekit's own.
-
-    Returns:
-        a `SaveTensor` for every output tensor, and what follows them.
-
-    Raises:
-        ValueError: the inputs do not fit each other.
+    They are a `SaveTensor` for every output tensor, and what follows them. Raises a
+    ValueError if the inputs do not fit each other.
     """
-    _, planned = _plan(config, options)
-    return planned
+    return _plan(config, options)[1]
 
 
 def _plan(
     config: MergeConfiguration, options: MergeOptions
-) -> tuple[_Planner, list[Task[Any]]]:
+) -> tuple[list[Planned], list[Task[Any]]]:
     from mergekit.architecture import get_architecture_info
     from mergekit.merge import _model_out_config
 
@@ -178,7 +168,8 @@ def _plan(
                 config, architecture, trust_remote_code=options.trust_remote_code
             ),
         )
-        return planner, planner.plan_to_disk(out_path="")
+        tasks = planner.plan_to_disk(out_path="")
+        return planner.planned, tasks
 
 
 def names_in(planned: Sequence[Planned], model: ModelReference) -> set[str]:
@@ -187,20 +178,10 @@ def names_in(planned: Sequence[Planned], model: ModelReference) -> set[str]:
 
 
 def coefficients(planned: Sequence[Planned]) -> list[Coefficients]:
-    """Find the coefficients that a merge by MetaGPT will use, without merging.
+    """Find the coefficients of every output tensor of our methods, without merging.
 
     Tensors are read only under `granularity: tensor`, and if they are optional, to see
-    which models have them.
-
-    Args:
-        planned: every output tensor of a merge by one of our methods.
-
-    Returns:
-        the coefficients of every output tensor.
-
-    Raises:
-        ValueError: as the merge itself.
-        OSError: as the merge itself.
+    which models have them. Raises a ValueError or OSError as the merge itself.
     """
     of_tensors: dict[int, Coefficients] = {}
     reading: dict[Task[Any], int] = {}
@@ -266,12 +247,6 @@ def mergekits_errors() -> Iterator[None]:
     """Turn errors of mergekit and torch, whatever their type, into ValueErrors.
 
     Errors in this package's own code are raised unchanged.
-
-    Yields:
-        while they run.
-
-    Raises:
-        ValueError: the message, as mergekit's.
     """
     try:
         yield
@@ -294,8 +269,7 @@ def already_warned(
     if not warned:
         return nullcontext()
     watch = merge_methods.get(config.merge_method).watch
-    context: AbstractContextManager[None] = watch.already_warned()
-    return context
+    return watch.already_warned()
 
 
 @contextmanager
@@ -346,23 +320,21 @@ def run(
     source: str,
     warned: bool,
 ) -> None:
-    """Run mergekit's merge.
+    """Run mergekit's merge into the folder `out`, with the YAML for the model card.
 
-    Args:
-        config: mergekit's configuration.
-        out: folder for the merged model.
-        options: mergekit's own.
-        source: the YAML, for the model card.
-        warned: whether all warnings on the coefficients were logged already.
+    `warned` says whether all warnings on the coefficients were logged already.
     """
+    patched = patch("mergekit.merge.MultiGPUExecutor", _KeepingAllResults)
+    with already_warned(config, warned=warned), patched:
+        _run(config, out, options, source)
+
+
+def _run(
+    config: MergeConfiguration, out: str, options: MergeOptions, source: str
+) -> None:
     from mergekit.merge import run_merge
 
-    with (
-        already_warned(config, warned=warned),
-        mergekits_errors(),
-        _without_its_own_noise(),
-        patch("mergekit.merge.MultiGPUExecutor", _KeepingAllResults),
-    ):
+    with mergekits_errors(), _without_its_own_noise():
         run_merge(config, out, options, config_source=source)
 
 
@@ -378,21 +350,8 @@ def run_without_tensors(
 ) -> None:
     """Let mergekit write configuration, tokenizer and card of a merge, but no tensors.
 
-    Args:
-        config: mergekit's configuration.
-        out: folder for them.
-        options: mergekit's own.
-        source: the YAML, for the model card.
-
-    Raises:
-        ValueError: mergekit cannot make them.
-        OSError: a file cannot be written.
+    Raises a ValueError if mergekit cannot make them; an OSError if a file cannot be
+    written.
     """
-    from mergekit.merge import run_merge
-
-    with (
-        mergekits_errors(),
-        _without_its_own_noise(),
-        patch("mergekit.merge.MergePlanner", _WithoutTensors),
-    ):
-        run_merge(config, out, options, config_source=source)
+    with patch("mergekit.merge.MergePlanner", _WithoutTensors):
+        _run(config, out, options, source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -33,20 +34,11 @@ def check_plan(
     opened: Mapping[ModelReference, Checkpoint],
     options: MergeOptions,
 ) -> list[Planned]:
-    """Check that mergekit can write every tensor of a merge by any method.
+    """Check that mergekit can write every tensor of a merge by any method; plan it.
 
-    Args:
-        config: mergekit's configuration.
-        opened: headers of base and models. An adapter, which mergekit would merge into
-            its base first, is planned as the base.
-        options: mergekit's options.
-
-    Returns:
-        mergekit's plan.
-
-    Raises:
-        ValueError: an input lacks a tensor or has it in another shape; weights would be
-            lost; a precision is unknown; mergekit refuses the merge.
+    An adapter, which mergekit would merge into its base first, is planned as the base.
+    Raises a ValueError if an input lacks a tensor or has it in another shape; weights
+    would be lost; a precision is unknown; mergekit refuses the merge.
     """
     adapted = {
         model: part.base
@@ -167,9 +159,13 @@ def _misshapen(
 ) -> str:
     """The error of a tensor whose shape is not the base's."""
     hint = "Models can be merged only with the shapes of their base: leave this one out"
+    axis = tensor.task.output_weight.vocabulary_axis
     if 0 in shape:
         hint = "It was saved without values, as sharded training may do: save it whole"
-    elif _differ_only_in(shape, expected, tensor.task.output_weight.vocabulary_axis):
+    elif axis is not None and all(
+        len({*sizes}) == 1 or at == axis
+        for at, sizes in enumerate(itertools.zip_longest(shape, expected))
+    ):
         hint = (
             "The vocabularies differ in size: give tokenizer_source: base (or union), "
             "so that mergekit matches their tokens"
@@ -178,14 +174,6 @@ def _misshapen(
         f"{tensor.name} is {list(shape)} in {model.label}, in the base "
         f"{list(expected)}. {hint}"
     )
-
-
-def _differ_only_in(
-    one: tuple[int, ...], other: tuple[int, ...], axis: int | None
-) -> bool:
-    if axis is None:
-        return False
-    return one[:axis] + one[axis + 1 :] == other[:axis] + other[axis + 1 :]
 
 
 def _check_parameters(

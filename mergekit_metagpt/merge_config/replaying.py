@@ -20,7 +20,7 @@ from mergekit.io.tasks import GatherTensors, SaveTensor
 
 from mergekit_metagpt.checkpoints.layouts import stored_as
 from mergekit_metagpt.checkpoints.opening import open_checkpoint
-from mergekit_metagpt.checkpoints.stored import StoredTensor
+from mergekit_metagpt.checkpoints.stored import StoredTensor, dtype_name
 from mergekit_metagpt.merge_config import plan
 from mergekit_metagpt.merge_config.jobs import Job
 from mergekit_metagpt.method.composed import RANDOM
@@ -74,15 +74,8 @@ class Result:
 def open_result(folder: Path) -> Result:
     """Open a merged model, reading headers only.
 
-    Args:
-        folder: its folder.
-
-    Returns:
-        its headers.
-
-    Raises:
-        ValueError: it holds no weights.
-        OSError: a file is missing, truncated or corrupt.
+    Raises a ValueError if it holds no weights; an OSError if a file is missing,
+    truncated or corrupt.
     """
     from mergekit.common import ModelReference
 
@@ -103,13 +96,8 @@ def open_result(folder: Path) -> Result:
 def headers_differ(job: Job, result: Result) -> Iterator[Difference]:
     """Compare the headers of a merged model with the plan of the merge.
 
-    Args:
-        job: the merge.
-        result: the merged model.
-
-    Yields:
-        planned tensors that are missing or have another shape or precision, and tensors
-        that are not planned.
+    Yields planned tensors that are missing or have another shape or precision, and
+    tensors that are not planned.
     """
     expected = set(job.expected)
     for tensor in job.planned:
@@ -128,14 +116,12 @@ def headers_differ(job: Job, result: Result) -> Iterator[Difference]:
         ):
             yield Difference(name, f"is {list(held.shape)}, expected {list(shape)}")
         elif held.dtype != dtype:
-            yield Difference(name, f"is {_named(held.dtype)}, expected {_named(dtype)}")
+            yield Difference(
+                name, f"is {dtype_name(held.dtype)}, expected {dtype_name(dtype)}"
+            )
     planned = {tensor.name for tensor in job.planned}
     for name in sorted(result.headers.keys() - planned):
         yield Difference(name, "is not in the plan")
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _header(
@@ -285,7 +271,7 @@ class _Comparison:
 def _difference(
     name: str, stored: torch.Tensor, replayed: torch.Tensor
 ) -> Difference | None:
-    headers = [f"{_named(t.dtype)} {list(t.shape)}" for t in (stored, replayed)]
+    headers = [f"{dtype_name(t.dtype)} {list(t.shape)}" for t in (stored, replayed)]
     if headers[0] != headers[1]:
         return Difference(name, f"is {headers[0]}, replayed {headers[1]}")
     bits = _BITS[stored.dtype.itemsize]

@@ -27,13 +27,7 @@ def check_tokenizer(
 ) -> None:
     """Let mergekit make the tokenizer now that it would make after the merge.
 
-    Args:
-        planned: mergekit's plan.
-        config: mergekit's configuration.
-        opened: headers of base and models.
-
-    Raises:
-        ValueError: mergekit cannot make the tokenizer or its chat template.
+    Raises a ValueError if it cannot make the tokenizer or its chat template.
     """
     from importlib.resources import files
 
@@ -82,15 +76,7 @@ def _narrow(
 
 
 def check_copied_tokenizer(config: MergeConfiguration, options: MergeOptions) -> None:
-    """Refuse a merge whose base has no tokenizer for mergekit to copy.
-
-    Args:
-        config: mergekit's configuration.
-        options: mergekit's options.
-
-    Raises:
-        ValueError: the base has no tokenizer that can be loaded.
-    """
+    """Raise a ValueError if the base has no tokenizer for mergekit to copy."""
     from mergekit.merge import _get_donor_model
     from transformers import AutoTokenizer
 

@@ -88,18 +88,26 @@ def degenerate(
     out = []
     if (weight := _equal(shares[meant], weights[meant], len(rows))) is not None:
         out.append(f"weight: {weight} for {models[meant]} (an equal share)")
-    if power > 1 and sq_norms is not None:
-        milder = coefficients(sq_norms, weights, 1.0).tolist()
-        if STARVED / len(rows) <= milder[one] <= DOMINANT:
-            out.append(f"power: 1 ({milder[meant]:.2%} for it)")
+    for milder in (1.0, 0.0):
+        if sq_norms is None or power <= milder:
+            break
+        changed = coefficients(sq_norms, weights, milder).tolist()
+        if STARVED / len(rows) <= changed[one] <= DOMINANT:
+            out.append(f"power: {milder:g} ({changed[meant]:.2%} for it)")
+            break
     if whole is not None and (names := mostly_embeddings(whole, exclude, largest)):
         causes.append("a resized or reordered vocabulary")
         out.append(f"exclude: {names}")
     ways = f". Ways out: {' or '.join(out)}" if out else ""
     return (
-        f"{models[one]}{moved} {gets} {shares[one]:.2%} of the merge ({where}). Usual "
-        f"causes: {', '.join(causes)}{ways}"
+        f"{models[one]}{moved} {gets} {_percent(shares[one])} of the merge ({where}). "
+        f"Usual causes: {', '.join(causes)}{ways}"
     )
+
+
+def _percent(share: float) -> str:
+    """Write a share with two decimals, or with as many as show that it is not 0."""
+    return f"{share:.2%}" if share >= 5e-5 or not share else f"{share * 100:.1e}%"
 
 
 def _moved(sq_norm: float, other_sq_norm: float, other: Hashable) -> str:
@@ -299,6 +307,15 @@ def far(base: Hashable, model: Hashable, relative_norm: float) -> str | None:
         f"the tensors of {model} are typically {relative_norm:.2f} of their norm away "
         f"from those of {base}; fine-tunes move a few hundredths (models trained apart "
         "are about 1.4 away). Is it a fine-tune of this base?"
+    )
+
+
+def coarser_base(base: Hashable, model: Hashable, coarse: str, fine: str) -> str:
+    """Report a model that is compared in the coarser precision of its base."""
+    return (
+        f"{model} is stored in {fine} and the base {base} in {coarse}: they are "
+        f"compared in {coarse}, where a change of less than half a rounding step "
+        f"counts as none. If the base was also published in {fine}, use that"
     )
 
 

@@ -67,12 +67,7 @@ class Announcer:
         return new
 
     def warn(self, kind: Hashable, message: str | None) -> None:
-        """Log a warning, unless there is none or one of this kind was logged.
-
-        Args:
-            kind: the kind of warning.
-            message: the warning, or None.
-        """
+        """Log a warning, unless there is none or one of this kind was logged."""
         if message and not self.warned and self.first_of("warning", kind):
             log(logging.WARNING, "%s", message)
 
@@ -93,18 +88,9 @@ class Announcer:
     ) -> None:
         """Log the coefficients: one line for each set of models, and a table at INFO.
 
-        Args:
-            base: id of the base.
-            models: ids of the K models.
-            shares: their coefficients before `lambda` scales them, summing to 1.
-            sq_norms: their squared norms, or None if they were not measured.
-            where: the pool of tensors, in words.
-            settings: settings of the closed form.
-            scale: the factor on the sum.
-            errors: standard errors of the coefficients; None if they are exact.
-            weight: weight of each model in the configuration; shown if it is not 1.
-            varying: whether the configuration sets parameters tensor by tensor.
-            visible: whether to log the line, at WARNING (in merges from files).
+        `shares` sum to 1: `scale` is the factor on their sum. `sq_norms` is None if
+        nothing was measured, `errors` if shares are exact. `where` is the pool, in
+        words. The line is at WARNING, if `visible` (in merges from files).
         """
         if visible and self.first_of("coefficients", base, tuple(models)):
             line = ", ".join(

@@ -71,17 +71,10 @@ def of_group(group: TensorGroup, settings: Settings) -> Measured | None:
 
 
 def of_tensors(group: TensorGroup) -> torch.Tensor:
-    """Measure n_t on the tensors of one group.
+    """Measure n_t on the tensors of one group: shape `(K,)`, float64, on the CPU.
 
-    Args:
-        group: the inputs of one output tensor.
-
-    Returns:
-        shape `(K,)`, float64, on the CPU; differentiable if an input is.
-
-    Raises:
-        TypeError: an input is not floating point.
-        ValueError: a weight is NaN or infinite.
+    Differentiable if an input is. Raises a TypeError if an input is not floating point,
+    a ValueError if a weight is NaN or infinite.
     """
     for entry in group.entries:
         if not entry.tensor.is_floating_point():
@@ -100,13 +93,9 @@ def of_tensors(group: TensorGroup) -> torch.Tensor:
 
 
 def gram_of(group: TensorGroup) -> torch.Tensor:
-    """Compute inner products of the task vectors of one group.
+    """Compute <tau_s, tau_t> of one group, which `of_tensors` has checked.
 
-    Args:
-        group: the inputs of one output tensor, which `of_tensors` has checked.
-
-    Returns:
-        shape `(K, K)`, float64, on the CPU; differentiable if an input is.
+    Shape `(K, K)`, float64, on the CPU; differentiable if an input is.
     """
     tuned = [entry.tensor for entry in group.non_base]
     gram = squared_norms.gram_matrix(base_of(group).tensor, tuned)
@@ -154,21 +143,21 @@ def _of_checkpoints(group: TensorGroup, settings: Settings) -> Measured | None:
     pooled = result.pool("layer", settings.exclude)
     if not any(key in pooled.members for key in keys):
         return None
-    norms = torch.zeros(len(keys), dtype=torch.float64, device="cpu")
-    covariance = norms.new_zeros(len(keys), len(keys))
-    for at, key in enumerate(keys):
-        if key not in pooled.members:
-            continue
-        row = pooled.rows[key]
-        norms[at] = pooled.sq_norms[row, at]
-        if pooled.covariances is not None:
-            # Layers with different names were sampled independently.
-            same = torch.tensor([key == other for other in keys], device="cpu")
-            covariance[at] = pooled.covariances.sq_norms[row, at] * same
+    columns, covariance = range(len(keys)), None
+    if pooled.covariances is not None:
+        covariance = torch.zeros(
+            len(keys), len(keys), dtype=torch.float64, device="cpu"
+        )
+        for at, key in enumerate(keys):
+            if key in pooled.members:
+                # Layers with different names were sampled independently.
+                same = torch.tensor([key == other for other in keys], device="cpu")
+                own = pooled.covariances.sq_norms[pooled.rows[key], at]
+                covariance[at] = own * same
     return Measured(
-        norms,
-        gram=pooled.products(keys, range(len(keys))) if keep else None,
-        covariance=None if pooled.covariances is None else covariance,
+        pooled.of_models(keys, columns),
+        gram=pooled.products(keys, columns) if keep else None,
+        covariance=covariance,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-import torch
 from mergekit.merge_methods.base import TensorGroup
 
 from mergekit_metagpt.method.group_norms import Measured, gram_of, of_tensors
@@ -19,45 +18,22 @@ def of_call(
 ) -> list[Measured | None]:
     """Measure n_t for every group of one call, pooled over the groups of the call.
 
-    Entries that share storage, in the base and in the model, count once.
-
-    Args:
-        groups: all tensors of the model, or some.
-        settings: settings for each group.
-
-    Returns:
-        n_t of each group's pool, or None if norms do not matter; differentiable
-        if inputs are.
-
-    Raises:
-        TypeError: an input is not floating point.
-        ValueError: a weight is NaN or infinite.
+    Entries that share storage, in the base and in the model, count once. None stands
+    where norms do not matter. Differentiable if inputs are. Raises as `of_tensors`.
     """
     keep = any(setting.keeps_length for setting in settings)
     result, columns = _measured(groups, gram=keep)
     answers: list[Measured | None] = []
     for at, (group, setting) in enumerate(zip(groups, settings, strict=True)):
         pooled = result.pool(setting.granularity, setting.exclude)
-        norms = pooled.sq_norms.reshape(len(pooled.keys), len(result.models))
-        own, keys = [], []
-        at_columns = [columns[base_of(group).id, entry.id] for entry in group.non_base]
-        for column in at_columns:
-            name = result.counted_as[column][_name(group, at)]
-            key = pooled.key_of(name)
-            keys.append(key)
-            measured = bool(pooled.members.get(key))
-            own.append(norms[pooled.rows[key], column] if measured else None)
-        if not setting.needs_norms or all(value is None for value in own):
+        models = [columns[base_of(group).id, entry.id] for entry in group.non_base]
+        counted = (result.counted_as[column][_name(group, at)] for column in models)
+        keys = [pooled.key_of(name) for name in counted]
+        if not setting.needs_norms or not any(map(pooled.members.get, keys)):
             answers.append(None)
             continue
-        zero = torch.zeros((), dtype=torch.float64, device="cpu")
-        keeps = setting.keeps_length
-        answers.append(
-            Measured(
-                torch.stack([zero if n is None else n for n in own]),
-                gram=pooled.products(keys, at_columns) if keeps else None,
-            )
-        )
+        gram = pooled.products(keys, models) if setting.keeps_length else None
+        answers.append(Measured(pooled.of_models(keys, models), gram=gram))
     return answers
 
 

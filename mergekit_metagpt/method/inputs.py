@@ -30,16 +30,11 @@ def are_references(ids: Sequence[Hashable]) -> bool:
 
 
 def check_headers(ids: Sequence[Hashable], base: Hashable) -> None:
-    """Check from headers that the inputs that are open fit the base.
+    """Check from headers that the inputs of a slice, as far as open, fit the base.
 
-    Args:
-        ids: the inputs of a slice, including the base.
-        base: the base.
-
-    Raises:
-        ValueError: a model is quantised, does not fit the base, or its config.json
-            does not fit what it stores.
-        OSError: a file is missing, truncated, or changed since it was opened.
+    Raises a ValueError if a model is quantised, does not fit the base, or its
+    config.json does not fit what it stores; an OSError if a file is missing, truncated,
+    or changed since it was opened.
     """
     from mergekit_metagpt.checkpoints import opening, pairs
 
@@ -50,33 +45,22 @@ def check_headers(ids: Sequence[Hashable], base: Hashable) -> None:
     reference = opened.pop(base)
     if reference is None:
         return
-    reference.verify_unchanged()
     models = [model for model in opened.values() if model is not None]
-    pairs.check_distinct(reference, models)
-    for model in models:
-        model.verify_unchanged()
-        pairs.check_pair(reference, model)
+    for checkpoint in (reference, *models):
+        checkpoint.verify_unchanged()
+    pairs.check_family(reference, models)
 
 
 def require_absent(missing: Sequence[Hashable], name: str) -> None:
-    """Refuse to merge a tensor without models that have it.
+    """Refuse to merge a tensor without models that have it, by a RuntimeError.
 
     mergekit leaves out models that lack an optional tensor. Under `--multi-gpu` it may
     lose inputs between its threads, too, and would merge without them.
-
-    Args:
-        missing: models without this tensor, according to mergekit.
-        name: name of the tensor.
-
-    Raises:
-        RuntimeError: a model has it.
     """
-    if not missing:
-        return
-    from mergekit_metagpt.checkpoints.opening import already_open
+    from mergekit_metagpt.checkpoints import opening
 
     for model in missing:
-        checkpoint = already_open(model)
+        checkpoint = opening.already_open(model)
         stored = checkpoint.tensors.get(name) if checkpoint else None
         if stored is not None and stored.name == name:
             raise RuntimeError(
@@ -89,14 +73,9 @@ def require_absent(missing: Sequence[Hashable], name: str) -> None:
 def not_written(
     base: Hashable, names: Collection[str]
 ) -> tuple[Collection[str], list[str]]:
-    """Find the weights of an open base that a merge does not write.
+    """Find the weights of an open base that are not among the `names` written.
 
-    Args:
-        base: the base of the merge.
-        names: names of all tensors that mergekit writes.
-
-    Returns:
-        names of these weights, and warnings for the beginning of the merge.
+    Returns their names, and warnings for the beginning of the merge.
     """
     from mergekit.io.tasks import LoaderCache
 
@@ -120,14 +99,7 @@ def is_unchanged(group: TensorGroup) -> bool:
 
 
 def require_finite(group: TensorGroup) -> None:
-    """Refuse NaN and infinity, except for infinities that no model changed.
-
-    Args:
-        group: the inputs of one output tensor.
-
-    Raises:
-        ValueError: a model has NaN or infinity, and the merge would get it.
-    """
+    """Refuse NaN and infinity by a ValueError, but for infinities that none changed."""
     if is_unchanged(group):
         return
     for entry in group.entries:
@@ -139,14 +111,7 @@ def require_finite(group: TensorGroup) -> None:
 
 
 def require_unchanged(group: TensorGroup) -> None:
-    """Check that the files of a group have not changed since mergekit opened them.
-
-    Args:
-        group: the inputs of one output tensor in a merge from files.
-
-    Raises:
-        OSError: a file has changed, or is gone.
-    """
+    """Raise an OSError if a file of a group has changed since mergekit opened it."""
     from mergekit_metagpt.checkpoints import opening
 
     for entry in group.entries:
@@ -158,13 +123,7 @@ def require_same_layer(group: TensorGroup) -> None:
     """Check that a tensor is from the layer of its output name, by a few elements.
 
     `slices:` may move a layer to another index. The method sees only the output's name,
-    under which the scan has the norms of another layer.
-
-    Args:
-        group: the inputs of one output tensor in a merge from files.
-
-    Raises:
-        ValueError: the tensors are from another layer of their checkpoints.
+    under which the scan has the norms of another layer: a ValueError.
     """
     from mergekit_metagpt.checkpoints import opening
 

@@ -73,15 +73,9 @@ class MetaGPTMerge(GroupMergeMethod):
     ) -> None:
         """Check the inputs of a slice, or of a tensor that is planned or merged.
 
-        Args:
-            input_ids: the inputs, including the base.
-            base_id: the base.
-            group_name: the slice or tensor, for messages.
-
-        Raises:
-            ValueError: there is no base, it is not among the inputs, only the base is
-                configured, or a model does not fit the base.
-            OSError: a file is missing, truncated or has changed.
+        Raises a ValueError if there is no base, it is not among the inputs, only the
+        base is configured, or a model does not fit the base; an OSError if a file is
+        missing, truncated or has changed.
         """
         if base_id is None:
             raise ValueError(no_base(self.spec.name, group_name))
@@ -180,9 +174,8 @@ class MetaGPTMerge(GroupMergeMethod):
     ) -> None:
         """Refuse a merge in which all weights are 0; for one tensor, that is legal."""
         for group, weight in zip(groups, weights, strict=True):
-            if not bool(weight.any()) and self.watch.every_weight_is_zero(
-                inputs.base_of(group).id
-            ):
+            plan = self.watch.of(inputs.base_of(group).id)
+            if plan and plan.largest_weight == 0 and not bool(weight.any()):
                 raise ValueError(all_zero())
 
     def _warn_of_losses(self, base: Hashable) -> None:
@@ -215,10 +208,11 @@ class MetaGPTMerge(GroupMergeMethod):
         """Shares of the models, summing to 1, or to 0 if the base is kept."""
         models = [entry.id for entry in group.non_base]
         base, where = inputs.base_of(group).id, settings.pool(group.metadata.name)
-        announcer = self._announcer(base)
+        announcer, plan = self._announcer(base), self.watch.of(base)
         sq_norms = measured.sq_norms if measured else None
+        norms = None if sq_norms is None else sq_norms.detach().tolist()
         shares = settings.shares(sq_norms, weight)
-        errors = None
+        each, errors = shares.detach().tolist(), None
         if measured and measured.covariance is not None:
             errors = settings.share_errors(
                 measured.sq_norms, measured.covariance, weight
@@ -234,31 +228,30 @@ class MetaGPTMerge(GroupMergeMethod):
             warning = advice.left_out(base, unmoved, settings.power, where)
             announcer.warn("left out", warning)
         if measured and measured.whole and announcer.first_of("whole", tuple(models)):
-            left = plan.unwritten if (plan := self.watch.of(base)) else ()
-            for text in advice.whole_model(
-                base, models, measured.whole, settings.exclude, left
-            ):
+            left, whole = plan.unwritten if plan else (), measured.whole
+            texts = advice.whole_model(base, models, whole, settings.exclude, left)
+            for text in texts:
                 announcer.warn(text, text)
         announcer.coefficients(
             base,
             models,
-            shares.detach().tolist(),
-            None if sq_norms is None else sq_norms.detach().tolist(),
+            each,
+            norms,
             where,
             settings=settings,
             scale=settings.factor(shares, measured.gram if measured else None).item(),
             errors=errors,
             weight=weight.tolist(),
-            varying=self.watch.parameters_vary(base),
+            varying=bool(plan and plan.parameters_vary),
             visible=self.from_files,
         )
         warning = advice.degenerate(
             base,
             models,
-            shares.detach().tolist(),
+            each,
             weight.tolist(),
             where,
-            sq_norms=None if sq_norms is None else sq_norms.detach().tolist(),
+            sq_norms=norms,
             power=settings.power,
             whole=measured.whole if measured else None,
             exclude=settings.exclude,

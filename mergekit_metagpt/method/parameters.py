@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec, TensorGroup
-from pydantic import ValidationError
+from pydantic import Field, FiniteFloat, ValidationError
+
+Granularity = Literal["model", "layer", "tensor"]
+Weight = Annotated[FiniteFloat, Field(ge=0)]
+Scale = FiniteFloat | Literal["keep"]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -22,23 +28,9 @@ class CheckedParameter(ParameterSpec):
     saw: Callable[[str, Any], None] = lambda name, value: None
 
     def validate(self, value: Any) -> Any:
-        """Convert a value to the parameter's type, if it is legal.
-
-        Args:
-            value: the value from the YAML.
-
-        Returns:
-            the converted value.
-
-        Raises:
-            ValueError: it has another type or is illegal.
-        """
-        # Imported here, so that `import mergekit` does not load it.
-        from mergekit_metagpt.method.settings import require_legal
-
+        """Convert a value of the YAML; a ValueError names what would be legal."""
         try:
             checked = super().validate(value)
-            require_legal(self.name, checked)
         except ValidationError as error:
             raise ValueError(
                 f"{self.name} is {value!r}; expected {self.legal}"
@@ -52,62 +44,73 @@ def own_parameters(
 ) -> tuple[CheckedParameter, ...]:
     """Return the parameters of `metagpt`; see `CheckedParameter` for `saw`."""
     shared = ParameterScope.SHARED
+    parameter = functools.partial(CheckedParameter, saw=saw)
     return (
-        CheckedParameter(
+        parameter(
             "granularity",
-            str,
+            Granularity,
             shared,
             default="model",
             description="tensors over which squared norms are pooled",
             legal="'model', 'layer' or 'tensor'",
-            saw=saw,
         ),
-        CheckedParameter(
+        parameter(
             "weight",
-            float,
+            Weight,
             ParameterScope.NON_BASE,
             default=1.0,
             description="importance of a model, before norms are taken into account",
             legal="a finite number >= 0",
-            saw=saw,
         ),
-        CheckedParameter(
+        parameter(
             "power",
-            float,
+            FiniteFloat,
             shared,
             default=2.0,
             description="exponent of the norms: 2 is MetaGPT, 0 the plain average",
             legal="a finite number",
-            saw=saw,
         ),
-        CheckedParameter(
+        parameter(
             "lambda",
-            float | Literal["keep"],
+            Scale,
             shared,
             default=1.0,
             description="scale of the merged task vector; keep restores its length",
             legal="a finite number or 'keep'",
-            saw=saw,
         ),
-        CheckedParameter(
+        parameter(
             "exclude",
             str,
             shared,
             default="",
             description="comma-separated parts of tensor names that do not count",
             legal="a string of comma-separated parts of tensor names",
-            saw=saw,
         ),
-        CheckedParameter(
+        parameter(
             "sample",
-            float,
+            Share,
             shared,
             default=1.0,
             description="share of the weights from which norms are estimated",
             legal="a number above 0 and at most 1",
-            saw=saw,
         ),
     )
+
+
+def checked(name: str, value: Any) -> Any:
+    """Convert the value of a parameter of `metagpt`, or refuse it by a ValueError."""
+    (parameter,) = (p for p in own_parameters() if p.name == name)
+    return parameter.validate(value)
+
+
+def checked_weight(model: object, value: Any) -> float:
+    """Convert the weight of a model; unlike mergekit, name the model in the error."""
+    try:
+        weight: float = checked("weight", value)
+    except ValueError as error:
+        said = str(error).removeprefix("weight ")
+        raise ValueError(f"weight of {model} {said}") from error
+    return weight
 
 
 def no_base(method: str, place: str | None) -> str:
@@ -180,14 +183,6 @@ def require_one_sample(shares: Iterable[float], granularities: Iterable[str]) ->
 
 
 def weights_of(group: TensorGroup, bound: dict[str, Any]) -> torch.Tensor:
-    """Return the weights of a group's models.
-
-    Args:
-        group: the inputs of one output tensor.
-        bound: parameters resolved by mergekit, by name.
-
-    Returns:
-        w_t, shape `(K,)`, float64, in the order of the non-base entries.
-    """
+    """Return w_t of a group's models, shape `(K,)`, float64, as mergekit bound it."""
     values = bound["weight"].values_for(group.non_base)
     return torch.tensor(values, dtype=torch.float64, device="cpu")

@@ -52,6 +52,21 @@ class Plan:
         """Whether an output tensor may have another name than those it is made of."""
         return any(not str(name).endswith("[0]") for name in self.slices)
 
+    @property
+    def parameters_vary(self) -> bool:
+        """Whether parameters differ by tensor."""
+        # Slices may have different numbers of models.
+        counts = {len(values) for values in self.of_tensors}
+        sets = {frozenset(values) for values in self.of_tensors}
+        return len(sets) > 1 or len(counts) < len(self.of_tensors)
+
+
+class _Here(threading.local):
+    """What the calls on one thread belong to."""
+
+    plan: Plan | None = None
+    warned = False
+
 
 class PlanWatch:
     """Watches one method's validation calls, which mergekit makes in a fixed order.
@@ -63,18 +78,12 @@ class PlanWatch:
     """
 
     def __init__(self) -> None:
-        self._here = threading.local()
+        self._here = _Here()
         self._by_base: dict[Hashable, Plan] = {}
 
     @contextmanager
     def already_warned(self) -> Iterator[None]:
-        """Log no warnings in merges that this thread plans in this context.
-
-        For callers that have logged all warnings themselves.
-
-        Yields:
-            while the merge is planned and runs.
-        """
+        """Log no warnings in merges that this thread plans meanwhile: they were."""
         self._here.warned = True
         try:
             yield
@@ -83,17 +92,17 @@ class PlanWatch:
 
     def of(self, base: Hashable) -> Plan | None:
         """Return the latest plan with this base, of this thread if there is one."""
-        own = getattr(self._here, "plan", None)
+        own = self._here.plan
         return own if own and base in own.bases else self._by_base.get(base)
 
     def saw_slice(
         self, name: str | None, models: Sequence[Hashable], base: Hashable
     ) -> None:
         """Note a slice; a repeated or missing name begins a new plan."""
-        plan = getattr(self._here, "plan", None)
+        plan = self._here.plan
         if plan is None or not plan.reading_slices or {name, None} & plan.slices:
-            warned = getattr(self._here, "warned", False)
-            plan = self._here.plan = Plan(announcer=Announcer(warned=warned))
+            announcer = Announcer(warned=self._here.warned)
+            plan = self._here.plan = Plan(announcer=announcer)
         plan.slices.add(name)
         plan.bases.add(base)
         plan.has_models |= any(model != base for model in models)
@@ -101,7 +110,7 @@ class PlanWatch:
 
     def saw_value(self, name: str, value: Any) -> None:
         """Note the value of a parameter for the next tensor."""
-        plan = getattr(self._here, "plan", None)
+        plan = self._here.plan
         if plan is None:
             return
         plan.values.append((name, value))
@@ -111,21 +120,13 @@ class PlanWatch:
     def saw_tensor(
         self, name: str, ids: Sequence[Hashable], base: Hashable
     ) -> list[Hashable]:
-        """Note that a tensor's task is built, after its parameters were resolved.
+        """Note a tensor and its inputs, after its parameters were resolved.
 
-        Args:
-            name: name of the output tensor.
-            ids: its inputs.
-            base: base of its inputs.
-
-        Returns:
-            inputs that it had when its task was built and has no more.
-
-        Raises:
-            ValueError: no slice has a model beside its base; or `sample` differs from
-                other tensors', or has no effect.
+        Returns the inputs that it had when its task was built and has no more. Raises a
+        ValueError if no slice has a model beside its base, or `sample` differs from
+        other tensors' or has no effect.
         """
-        plan = getattr(self._here, "plan", None)
+        plan = self._here.plan
         if plan is None:
             return []
         # There are no values if the same tensor is validated again.
@@ -143,18 +144,3 @@ class PlanWatch:
         planned = plan.inputs.setdefault(name, tuple(ids))
         lost = [model for model in planned if model not in ids]
         return [] if plan.moves_layers else lost
-
-    def parameters_vary(self, base: Hashable) -> bool:
-        """Whether parameters differ by tensor in the plan with this base."""
-        plan = self.of(base)
-        if plan is None:
-            return False
-        # Slices may have different numbers of models.
-        counts = {len(values) for values in plan.of_tensors}
-        sets = {frozenset(values) for values in plan.of_tensors}
-        return len(sets) > 1 or len(counts) < len(plan.of_tensors)
-
-    def every_weight_is_zero(self, base: Hashable) -> bool:
-        """Whether all weights of the plan with this base are 0."""
-        plan = self.of(base)
-        return plan is not None and plan.largest_weight == 0

@@ -1,11 +1,11 @@
-"""Settings of the closed form and their legal values; turns squared norms to shares."""
+"""Settings of the closed form, which turn squared norms to shares."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from mergekit_metagpt.arithmetic.closed_form import (
     coefficients,
@@ -13,35 +13,8 @@ from mergekit_metagpt.arithmetic.closed_form import (
     restoring,
 )
 from mergekit_metagpt.arithmetic.standard_errors import of_coefficients
+from mergekit_metagpt.method.parameters import Granularity, Scale, Share
 from mergekit_metagpt.scanning.pools import is_excluded, pool_key
-
-Granularity = Literal["model", "layer", "tensor"]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Scale = Finite | Literal["keep"]
-Share = Annotated[float, Field(gt=0, le=1)]
-
-_LEGAL: dict[str, TypeAdapter[Any]] = {
-    "granularity": TypeAdapter(Granularity),
-    "weight": TypeAdapter(Weight),
-    "power": TypeAdapter(Finite),
-    "lambda": TypeAdapter(Scale),
-    "exclude": TypeAdapter(str),
-    "sample": TypeAdapter(Share),
-}
-
-
-def require_legal(name: str, value: Any) -> None:
-    """Refuse an illegal value of a parameter.
-
-    Args:
-        name: of a parameter of `metagpt`.
-        value: in its type.
-
-    Raises:
-        ValidationError: it is not legal.
-    """
-    _LEGAL[name].validate_python(value)
 
 
 def split_exclude(text: str) -> tuple[str, ...]:
@@ -55,7 +28,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     granularity: Granularity = "model"
-    power: Finite = 2.0
+    power: FiniteFloat = 2.0
     exclude: tuple[str, ...] = ()
     scale: Scale = Field(default=1.0, description="`lambda` of the YAML")
     sample: Share = Field(
@@ -126,15 +99,10 @@ class Settings(BaseModel):
     def share_errors(
         self, sq_norms: torch.Tensor, covariance: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        """Return the standard errors of shares from estimated squared norms.
+        """Return standard errors of shares, shape `(K,)`, from estimates of n_t.
 
-        Args:
-            sq_norms: estimates of n_t, shape `(K,)`, float64.
-            covariance: their covariances, shape `(K, K)`.
-            weight: w_t, shape `(K,)`, float64.
-
-        Returns:
-            shape `(K,)`, float64.
+        `covariance` of the estimates has shape `(K, K)`; `sq_norms` and `weight` are as
+        in `shares`.
         """
         shares = self.shares(sq_norms, weight)
         return of_coefficients(sq_norms, covariance, shares, self.power)

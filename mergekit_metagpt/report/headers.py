@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.layouts import counterparts
-from mergekit_metagpt.checkpoints.pairs import check_distinct, check_pair
+from mergekit_metagpt.checkpoints.pairs import check_family
 from mergekit_metagpt.checkpoints.remote import Glimpse
 from mergekit_metagpt.merge_config.families import Family
 from mergekit_metagpt.report import schema
@@ -77,8 +77,7 @@ def _misfit(base: Glimpse | None, model: Glimpse) -> str | None:
     if model.quantised or base is None:
         return model.quantised
     try:
-        check_distinct(base.checkpoint, [model.checkpoint])
-        check_pair(base.checkpoint, model.checkpoint)
+        check_family(base.checkpoint, [model.checkpoint])
     except ValueError as error:
         return str(error)
     return None

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
-from mergekit_metagpt.checkpoints.pairs import check_distinct, check_pair
+from mergekit_metagpt.checkpoints.pairs import check_family
 from mergekit_metagpt.checkpoints.unwritten import left_out
 from mergekit_metagpt.merge_config.families import Family
-from mergekit_metagpt.merge_config.plan import Coefficients, Planned, names_in
+from mergekit_metagpt.merge_config.plan import (
+    Coefficients,
+    Planned,
+    names_in,
+    versions,
+)
 from mergekit_metagpt.method import advice
 from mergekit_metagpt.method.parameters import require_named
 from mergekit_metagpt.report import schema, weighing
-from mergekit_metagpt.report.inventory import describe, unshared
+from mergekit_metagpt.report.inventory import describe, precisions, unshared
 from mergekit_metagpt.report.parts import PARTS, part_of
 from mergekit_metagpt.scanning.once import measure
 from mergekit_metagpt.scanning.results import ScanResult
@@ -64,9 +68,7 @@ def inspect(
     for family in families:
         models = of_base.setdefault(family.base, [])
         models += [model for model in family.models if model not in models]
-        check_distinct(opened[family.base], [opened[m] for m in family.models])
-        for model in family.models:
-            check_pair(opened[family.base], opened[model])
+        check_family(opened[family.base], [opened[m] for m in family.models])
         names = [n for m in (family.base, *family.models) for n in opened[m].names]
         require_named(family.settings.exclude, names)
     scans = {
@@ -91,12 +93,6 @@ def inspect(
             for family in families
         ),
     )
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of this package, mergekit, torch and transformers."""
-    packages = ("mergekit-metagpt", "mergekit", "torch", "transformers")
-    return {package: version(package) for package in packages}
 
 
 def require_near(report: schema.Report) -> None:
@@ -174,12 +170,14 @@ def _family(
         else names_in(planned, model)
         for model in (family.base, *family.models)
     }
-    adapted = any(opened[model].adapter for model in family.models)
+    loaded = [opened[model] for model in family.models]
+    adapted = any(model.adapter for model in loaded)
     read = not adapted or bool(whole.base_sq_norms.any())
+    reported = [pool.reported for pool in pools]
+    moved = [pool for pool in reported if any(pool.sq_norms)] or reported
     models = []
-    for k, reference in enumerate(family.models):
-        model = opened[reference]
-        coefficients = [pool.reported.coefficients[k] for pool in pools] or [alone[k]]
+    for k, (reference, model) in enumerate(zip(family.models, loaded, strict=True)):
+        coefficients = [pool.coefficients[k] for pool in moved] or [alone[k]]
         sq_norm = float(whole.sq_norms[k])
         sq_norms = _by_name(result, result.sq_norms[:, k])
         models.append(
@@ -234,12 +232,13 @@ def _family(
         note=advice.base_listed(family.base, family.base_weight)
         if family.base_listed
         else None,
-        pools=tuple(pool.reported for pool in pools),
+        pools=tuple(reported),
         layers=tuple(
             pool.reported for pool in weighing.pools_of(family, result, "layer")
         ),
         warnings=(
-            *_adapter_warnings(base, [opened[model] for model in family.models]),
+            *_adapter_warnings(base, loaded),
+            *_precision_warnings(base, loaded),
             *([base.warning] if base.warning else ()),
             *filter(None, _warnings(family, result, models, pools, left)),
         ),
@@ -275,6 +274,17 @@ def _adapter_warnings(base: Checkpoint, models: Sequence[Checkpoint]) -> Iterato
     for label, adapter in adapters.items():
         if any(factors.copy for factors in adapter.factors.values()):
             yield advice.copied_embeddings(label)
+
+
+def _precision_warnings(
+    base: Checkpoint, models: Sequence[Checkpoint]
+) -> Iterator[str]:
+    """Warn of models that are stored more finely than their base."""
+    for model in models:
+        if base.tensors and not model.adapter:
+            coarse, fine = (next(iter(precisions(each))) for each in (base, model))
+            if getattr(torch, coarse).itemsize < getattr(torch, fine).itemsize:
+                yield advice.coarser_base(base.label, model.label, coarse, fine)
 
 
 def _at(errors: torch.Tensor | None, model: int) -> float | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.identity import digest_of, fingerprint, hub_revision
 from mergekit_metagpt.checkpoints.layouts import counterparts, sources
-from mergekit_metagpt.checkpoints.stored import StoredTensor
+from mergekit_metagpt.checkpoints.stored import StoredTensor, dtype_name
 from mergekit_metagpt.checkpoints.unwritten import left_out
 from mergekit_metagpt.report import schema
 from mergekit_metagpt.report.parts import natural
@@ -45,7 +45,7 @@ def precisions(model: Checkpoint) -> dict[str, int]:
     """Count the elements of each stored dtype, by its name, the largest first."""
     counts: dict[str, int] = {}
     for tensor in model.tensors.values():
-        name = str(tensor.dtype).removeprefix("torch.")
+        name = dtype_name(tensor.dtype)
         counts[name] = counts.get(name, 0) + tensor.numel
     return dict(sorted(counts.items(), key=lambda count: -count[1]))
 

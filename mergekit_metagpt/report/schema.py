@@ -129,7 +129,8 @@ class Model(Stored):
         "where it differs by tensor"
     )
     coefficient_range: tuple[float, float] = Field(
-        description="the smallest and the largest of any pool or tensor"
+        description="the smallest and the largest of any pool or tensor, without pools "
+        "in which no model moved"
     )
     weight: float = Field(description="importance w_t")
     weight_by_hand: str | None = Field(

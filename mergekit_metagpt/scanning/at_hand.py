@@ -44,19 +44,10 @@ def measure_states(
     *,
     gram: bool = False,
 ) -> ScanResult:
-    """Measure state dicts with the bits of a merge in memory.
+    """Measure the floating-point tensors of state dicts with the bits of a merge.
 
-    Args:
-        base: theta_0.
-        models: the K fine-tunes.
-        gram: also compute inner products.
-
-    Returns:
-        squared norms of the floating-point tensors that base and models share.
-
-    Raises:
-        ValueError: shapes differ, a tensor is not of floating point where the base's
-            is, or a weight is NaN or infinite.
+    Raises a ValueError if shapes differ, a tensor is not of floating point where the
+    base's is, or a weight is NaN or infinite.
     """
     rows = []
     for name in sorted(base):
@@ -65,7 +56,16 @@ def measure_states(
         if not tensor.is_floating_point() or not tuned:
             continue
         for k, other in tuned.items():
-            _check(name, k, tensor, other)
+            if not other.is_floating_point():
+                raise ValueError(
+                    f"{name} of model {k} is {other.dtype}; expected floating point, "
+                    "as in the base"
+                )
+            if other.shape != tensor.shape:
+                raise ValueError(
+                    f"{name} is {list(other.shape)} in model {k}, in the base "
+                    f"{list(tensor.shape)}; expected equal shapes"
+                )
         flat = [other.to(tensor.device) for other in tuned.values()]
         norms = squared_norms.sq_norms(tensor, flat)
         if not bool(torch.isfinite(norms).all()):
@@ -84,19 +84,6 @@ def measure_states(
         )
     labels = [f"model {k}" for k in range(len(models))]
     return result_of(rows, labels, base="base", gram=gram)
-
-
-def _check(name: str, k: int, base: torch.Tensor, tensor: torch.Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(
-            f"{name} of model {k} is {tensor.dtype}; expected floating point, as in "
-            "the base"
-        )
-    if tensor.shape != base.shape:
-        raise ValueError(
-            f"{name} is {list(tensor.shape)} in model {k}, in the base "
-            f"{list(base.shape)}; expected equal shapes"
-        )
 
 
 def _unchanged(

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
+from mergekit_metagpt.scanning import ranks
 
 LOG = logging.getLogger("mergekit_metagpt")
 VARIABLE = "MERGEKIT_METAGPT_CACHE"
@@ -30,18 +31,21 @@ YOUNG_S = 2.0
 # An entry is written under this prefix; an old one was left by a killed process.
 UNFINISHED = ".metagpt-"
 ABANDONED_S = 3600.0
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+# Read back only with exactly these fields and types.
+STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 class Content(BaseModel):
-    """What is stored, read back only if it has exactly these fields and types."""
+    """What is stored."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = STRICT
+    kind: ClassVar[str]
 
 
-class _Entry(Content):
+class _Entry(BaseModel):
     """The first line of a file, which describes the content below it."""
 
+    model_config = STRICT
     format: Literal[3] = 3
     key: str
     kind: str
@@ -57,7 +61,8 @@ class ChunkLosses(Content):
     tokens predicted in it, and `bytes` its length.
     """
 
-    losses: list[Finite]
+    kind = "losses"
+    losses: list[FiniteFloat]
     tokens: list[int]
     bytes: list[int]
 
@@ -65,13 +70,12 @@ class ChunkLosses(Content):
 class TaskScores(Content):
     """A model's scores on each document of a task, by metric."""
 
-    documents: dict[str, list[Finite]]
+    kind = "scores"
+    documents: dict[str, list[FiniteFloat]]
     higher_is_better: dict[str, bool]
 
 
 C = TypeVar("C", bound=Content)
-M = TypeVar("M", ChunkLosses, TaskScores)
-_KINDS = {ChunkLosses: "losses", TaskScores: "scores"}
 
 
 def folder() -> Path | None:
@@ -92,36 +96,7 @@ def folder() -> Path | None:
     return home / "mergekit-metagpt"
 
 
-def read_measured(
-    schema: type[M], models: Sequence[Checkpoint], about: str
-) -> M | None:
-    """Look up the losses or scores of a model, or of a merge.
-
-    Args:
-        schema: `ChunkLosses` for losses on a text, `TaskScores` for scores on a task.
-        models: the model, or all inputs of the merge.
-        about: everything else they depend on: merge, text or task, settings, versions.
-
-    Returns:
-        the losses or scores, or None if they are not in the cache.
-    """
-    return read_entry(_KINDS[schema], models[0], models[1:], schema, about)
-
-
-def write_measured(models: Sequence[Checkpoint], about: str, measured: M) -> None:
-    """Store the losses or scores of a model, or of a merge.
-
-    Args:
-        models: as for `read_measured`.
-        about: as for `read_measured`.
-        measured: losses on a text, or scores on a task.
-    """
-    write_entry(_KINDS[type(measured)], models[0], models[1:], measured, about)
-
-
-def _place(
-    kind: str, base: Checkpoint, models: Sequence[Checkpoint], about: str
-) -> Path | None:
+def _place(kind: str, models: Sequence[Checkpoint], about: str) -> Path | None:
     """The file of an entry, or None if the cache is off."""
     home = folder()
     if home is None:
@@ -130,39 +105,33 @@ def _place(
     key = hashlib.sha256(
         json.dumps([FORMAT, kind, [version(package) for package in packages]]).encode()
     )
-    for checkpoint in (base, *models):
+    for checkpoint in models:
         key.update(checkpoint.digest.encode())
     key.update(about.encode())
     return home / f"{key.hexdigest()}.json"
 
 
 def read_entry(
-    kind: str,
-    base: Checkpoint,
-    models: Sequence[Checkpoint],
-    schema: type[C],
-    about: str = "",
+    schema: type[C], models: Sequence[Checkpoint], about: str = ""
 ) -> C | None:
-    """Look up an entry.
+    """Look up a measurement of some models.
 
     Args:
-        kind: of the content.
-        base: the base, or a model that was measured alone.
-        models: the models, in the order of the measurement.
         schema: of the content.
+        models: base and models in the order of the measurement, or a single model.
         about: everything else that the content depends on.
 
     Returns:
         the content, or None if there is no usable entry.
     """
     try:
-        place = _place(kind, base, models, about)
+        place = _place(schema.kind, models, about)
         if place is None or place.stat().st_size > MOST_BYTES:
             return None
         head, _, payload = place.read_bytes().partition(b"\n")
         entry = _Entry.model_validate_json(head)
-        checksum = hashlib.sha256(payload).hexdigest()
-        if (entry.key, entry.kind, entry.checksum) != (place.stem, kind, checksum):
+        expected = place.stem, schema.kind, hashlib.sha256(payload).hexdigest()
+        if (entry.key, entry.kind, entry.checksum) != expected:
             raise ValueError("it belongs to other models, or its content has changed")
         content = schema.model_validate_json(payload)
     except FileNotFoundError:
@@ -170,39 +139,33 @@ def read_entry(
     except (OSError, ValueError, ValidationError) as error:
         LOG.info("cache entry not used: %s", error)
         return None
-    LOG.info("%s of %s taken from %s", kind, ", ".join(entry.models), place)
+    LOG.info("%s of %s taken from %s", entry.kind, ", ".join(entry.models), place)
     return content
 
 
 def write_entry(
-    kind: str,
-    base: Checkpoint,
-    models: Sequence[Checkpoint],
-    content: Content,
-    about: str = "",
+    content: Content, models: Sequence[Checkpoint], about: str = ""
 ) -> None:
-    """Store an entry, unless a model file was changed just now.
+    """Store a measurement on rank 0, unless a model file was changed just now.
 
     Args:
-        kind: of the content.
-        base: as for `read_entry`.
-        models: as for `read_entry`.
         content: to be stored.
+        models: as for `read_entry`.
         about: as for `read_entry`.
     """
     try:
-        place = _place(kind, base, models, about)
-        youngest = max(
-            file.modified_ns for model in (base, *models) for file in model.identity
-        )
-        if place is None or time.time() - youngest / 1e9 < YOUNG_S:
+        place = _place(content.kind, models, about)
+        youngest = max(file.modified_ns for model in models for file in model.identity)
+        young = time.time() - youngest / 1e9 < YOUNG_S
+        if place is None or young or not ranks.leads():
             return
         payload = content.model_dump_json().encode()
+        base, *others = (model.label for model in models)
         entry = _Entry(
             key=place.stem,
-            kind=kind,
-            base=base.label,
-            models=[model.label for model in models],
+            kind=content.kind,
+            base=base,
+            models=others,
             checksum=hashlib.sha256(payload).hexdigest(),
         )
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -226,7 +189,7 @@ def _trim(home: Path) -> None:
         if time.time() - file.lstat().st_mtime > ABANDONED_S:
             file.unlink(missing_ok=True)
     files = sorted(home.glob("*.json"), key=lambda file: file.lstat().st_mtime)
-    for file in files[: max(0, len(files) - MOST_ENTRIES)]:
+    for file in files[:-MOST_ENTRIES]:
         file.unlink(missing_ok=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,12 +18,14 @@ from mergekit_metagpt.checkpoints.stored import (
     Factors,
     StoredTensor,
     layer_key,
+    not_finite,
 )
 from mergekit_metagpt.scanning.pieces import Files
 from mergekit_metagpt.scanning.results import ScanResult
-from mergekit_metagpt.scanning.threads import default_workers, run
+from mergekit_metagpt.scanning.threads import run
 
-_Matrices = tuple[torch.Tensor, torch.Tensor]
+# See `Crossing.of`.
+Products = Callable[[torch.Tensor, Sequence[torch.Tensor], slice], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,13 @@ class Term:
         pair = (self.factors.down, self.factors.up)
         return sum(factor.numel * factor.dtype.itemsize for factor in pair)
 
-    def matrices(self, files: Files, *, transposed: bool = False) -> _Matrices:
+    def matrices(
+        self, files: Files, *, transposed: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the factors of s B A, or of its transpose, in float64.
 
-        Args:
-            files: those of the scan.
-            transposed: whether the transpose is wanted, relative to `Factors.sides`.
-
-        Returns:
-            shapes `(E, m, r)` and `(E, r, n)`; the first holds the scale.
-
-        Raises:
-            OSError: the file is missing, truncated or corrupt.
+        Shapes `(E, m, r)` and `(E, r, n)`; the first holds the scale. `transposed` is
+        relative to `Factors.sides`.
         """
         factors = self.factors
         down, up = (self._read(files, side) for side in (factors.down, factors.up))
@@ -82,16 +79,9 @@ def terms_of(
 ) -> dict[str, list[Term]]:
     """Sort what adapters add by the weight that it is added to.
 
-    Args:
-        adapters: A of them.
-        counted_as: for the names that their base has, those under which they count;
-            None without a base.
-
-    Returns:
-        the terms of each counted weight; of a tied one, all that are added to it.
-
-    Raises:
-        ValueError: two adapters mean one weight by names that only a base can match.
+    `counted_as` has, for the names of their base, those under which they count; it is
+    None without a base. To a tied weight, several terms are added. Raises a ValueError
+    if two adapters mean one weight by names that only a base can match.
     """
     terms: dict[str, list[Term]] = {}
     for number, model in enumerate(adapters):
@@ -142,12 +132,9 @@ def _check_ties(terms: Mapping[str, Sequence[Term]]) -> None:
     """Refuse embeddings and a head that may be one weight."""
     every = [term for found in terms.values() for term in found]
     embeddings = [term for term in every if term.factors.embedding]
-    heads = [
-        term
-        for term in every
-        if not term.factors.embedding and layer_key(term.name) == term.name
-    ]
-    for term in heads:
+    for term in every:
+        if term.factors.embedding or layer_key(term.name) != term.name:
+            continue
         for other in embeddings:
             if _shape(term) == _shape(other):
                 raise ValueError(
@@ -187,39 +174,24 @@ def scan_adapters(
 ) -> ScanResult:
     """Measure adapters from their factors: ||s B A||^2 and <s_1 B_1 A_1, s_2 B_2 A_2>.
 
-    Args:
-        base: the base.
-        adapters: A adapters of it.
-        own: the base measured against itself, for its tensors and their norms; None
-            where it is not at hand, or not to be read.
-        workers: threads; the CPUs at hand if None.
-
-    Returns:
-        the result, with inner products. Without `own`, the norms of the base are 0.
-
-    Raises:
-        ValueError: adapters do not fit each other or the base, or hold NaN.
-        OSError: a file cannot be read.
+    `own` is the base measured against itself, for its tensors and their norms; without
+    it, the norms of the base are 0 in the result. Raises a ValueError if adapters do
+    not fit each other or the base, or hold NaN; an OSError if a file cannot be read.
     """
-    for model in adapters:
-        model.verify_unchanged()
     counted = None if own is None else own.counted_as[0]
     terms, count = terms_of(adapters, counted), len(adapters)
-    workers = workers or default_workers()
     names = sorted({*terms, *(own.names if own else ())})
     row = {name: at for at, name in enumerate(names)}
     gram = torch.zeros(len(names), count, count, dtype=torch.float64, device="cpu")
-    with Files(workers) as files:
+    with Files(adapters, workers) as files:
         if own is not None:
             _check_copies(base, terms, files)
         tasks = [
             (sum(t.bytes for t in found), functools.partial(_gram, found, files, count))
             for found in terms.values()
         ]
-        for name, products in zip(terms, run(tasks, workers), strict=True):
+        for name, products in zip(terms, run(tasks, files.threads), strict=True):
             gram[row[name]] = products
-    for model in adapters:
-        model.verify_unchanged()
     base_sq_norms = gram.new_zeros(len(names), count)
     if own is None:
         counted_as: tuple[Mapping[str, str], ...] = tuple(
@@ -246,7 +218,9 @@ def _gram(terms: Sequence[Term], files: Files, count: int) -> torch.Tensor:
     lefts, rights = zip(*(term.matrices(files) for term in terms), strict=True)
     of_terms = low_rank.gram_of_products(lefts, rights)
     if not bool(torch.isfinite(of_terms).all()):
-        raise ValueError(_not_finite(terms, files))
+        _require_finite(terms, files)
+        first = terms[0]
+        raise ValueError(squared_norms.too_far(f"{first.name} of {first.owner.label}"))
     owners = torch.tensor([term.model for term in terms], device="cpu")
     gram = of_terms.new_zeros(count, count)
     return gram.index_put_(
@@ -254,16 +228,11 @@ def _gram(terms: Sequence[Term], files: Files, count: int) -> torch.Tensor:
     )
 
 
-def _not_finite(terms: Sequence[Term], files: Files) -> str:
-    """What to say of factors whose products are not finite."""
+def _require_finite(terms: Sequence[Term], files: Files) -> None:
     for term in terms:
         for stored in (term.factors.down, term.factors.up):
             if not bool(torch.isfinite(files.readers.read(stored)).all()):
-                return (
-                    f"{stored.name} of {term.owner.label} holds NaN or infinity (in "
-                    f"{stored.file}); a merge would spread it. Repair or replace it"
-                )
-    return squared_norms.too_far(f"{terms[0].name} of {terms[0].owner.label}")
+                raise not_finite(term.owner.label, stored)
 
 
 def _with_stacks(
@@ -310,39 +279,6 @@ def _check_copies(
                 )
 
 
-@dataclass(frozen=True)
-class Products:
-    """What adapters add to one tensor: the number and factors of each."""
-
-    adapters: int
-    matrices: Sequence[tuple[int, _Matrices]]
-
-    def with_taus(
-        self,
-        base: torch.Tensor,
-        tuned: Sequence[torch.Tensor],
-        columns: int,
-        piece: slice,
-    ) -> torch.Tensor:
-        """Inner products on a piece of the flattened tensor.
-
-        Args:
-            base: the piece of theta_0.
-            tuned: those of K fine-tunes.
-            columns: length of the tensor's last axis.
-            piece: its elements.
-
-        Returns:
-            <tau_t, s B A>, shape `(K, A)`, float64.
-        """
-        added = torch.zeros(
-            self.adapters, base.numel(), dtype=torch.float64, device="cpu"
-        )
-        for model, (left, right) in self.matrices:
-            added[model] += low_rank.piece_of_product(left, right, columns, piece)
-        return squared_norms.products_with(base, tuned, added)
-
-
 @dataclass
 class Crossing:
     """Inner products of full fine-tunes and adapters, summed while the former are read.
@@ -362,13 +298,9 @@ class Crossing:
     _terms: dict[str, list[tuple[Term, bool]]] = field(default_factory=dict)
 
     def begin(self, counted_as: Mapping[str, str]) -> None:
-        """Sort the adapters' terms by tensor.
+        """Sort the adapters' terms by the names under which the base's tensors count.
 
-        Args:
-            counted_as: the names under which the base's tensors count.
-
-        Raises:
-            ValueError: it is not known which way round a square weight is stored.
+        Raises a ValueError if nobody knows which way round a square weight is stored.
         """
         for name, found in terms_of(self.adapters, counted_as).items():
             self._terms[name] = [
@@ -376,15 +308,12 @@ class Crossing:
                 for term in found
             ]
 
-    def of(self, name: str, files: Files) -> Products | None:
-        """Read the factors of a tensor.
+    def of(self, name: str, columns: int, files: Files) -> Products | None:
+        """Read the factors of a tensor whose flattened overlap has rows of `columns`.
 
-        Args:
-            name: under which it counts.
-            files: those of the scan.
-
-        Returns:
-            what is added to it, or None where no adapter adds anything.
+        Returns a function of a piece of theta_0, of those of K fine-tunes, and of the
+        elements that these are: <tau_t, s B A>, shape `(K, A)`, float64. None where no
+        adapter adds anything.
         """
         if name not in self._terms:
             return None
@@ -392,47 +321,40 @@ class Crossing:
             (term.model, term.matrices(files, transposed=transposed))
             for term, transposed in self._terms[name]
         ]
-        return Products(len(self.adapters), matrices)
+
+        def products(
+            base: torch.Tensor, tuned: Sequence[torch.Tensor], piece: slice
+        ) -> torch.Tensor:
+            shape = len(self.adapters), base.numel()
+            added = torch.zeros(shape, dtype=torch.float64, device="cpu")
+            for model, (left, right) in matrices:
+                added[model] += low_rank.piece_of_product(left, right, columns, piece)
+            return squared_norms.products_with(base, tuned, added)
+
+        return products
 
     def add_stacks(self, models: Sequence[Checkpoint], files: Files) -> None:
-        """Sum over the stacks of experts that the base stores one by one.
-
-        Args:
-            models: the K fine-tunes.
-            files: those of the scan.
-
-        Raises:
-            OSError: a file cannot be read.
-        """
+        """Sum over the stacks of experts that base and fine-tunes store one by one."""
         for name in self._terms:
             stored = stored_as(self.base, name)
-            added = self.of(name, files)
-            if not isinstance(stored, ConvertedTensor) or added is None:
+            if not isinstance(stored, ConvertedTensor):
                 continue
-            base = files.readers.read(stored)
+            columns = stored.shape[-1]
+            added = self.of(name, columns, files)
+            assert added is not None
+            base = files.readers.read(stored).reshape(-1)
             for member, model in enumerate(models):
                 own = stored_as(model, name)
                 if own is None or own.shape != stored.shape:
                     continue  # of a model that lacks these experts
-                tuned, step = files.readers.read(own).reshape(-1), base.shape[-1] << 8
-                for start in range(0, base.numel(), step):
-                    piece = slice(start, min(start + step, base.numel()))
-                    found = added.with_taus(
-                        base.reshape(-1)[piece],
-                        [tuned[piece]],
-                        base.shape[-1],
-                        piece,
-                    )
+                tuned = files.readers.read(own).reshape(-1)
+                for start in range(0, base.numel(), columns << 8):
+                    piece = slice(start, min(start + (columns << 8), base.numel()))
+                    found = added(base[piece], [tuned[piece]], piece)
                     self.add(name, [member], found)
 
     def add(self, name: str, members: Sequence[int], sums: torch.Tensor) -> None:
-        """Add what was summed over a tensor, or over a part of it.
-
-        Args:
-            name: of the tensor.
-            members: numbers of the fine-tunes.
-            sums: shape `(len(members), A)`.
-        """
+        """Add sums over a part of a tensor for k fine-tunes, shape `(k, A)`."""
         for member, row in zip(members, sums, strict=True):
             known = self.found.get((name, member))
             self.found[name, member] = row if known is None else known + row
@@ -446,17 +368,11 @@ def joined(
     *,
     gram: bool,
 ) -> ScanResult:
-    """Put fine-tunes and adapters of one base together.
+    """Put fine-tunes, if any, and adapters of one base together.
 
-    Args:
-        full: of the K fine-tunes, with inner products if these are wanted; or None.
-        of_adapters: of the A adapters.
-        found: their inner products, from a `Crossing`.
-        order: for each model of the answer, its place among fine-tunes, then adapters.
-        gram: whether inner products are wanted.
-
-    Returns:
-        the result of all of them.
+    `found` are their inner products, from a `Crossing`. `order` is, for each model of
+    the result, its place among first fine-tunes, then adapters. With `gram`, results
+    and answer have inner products.
     """
     parts = [of_adapters] if full is None else [full, of_adapters]
     result = ScanResult.joined(parts)

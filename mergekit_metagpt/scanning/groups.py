@@ -13,6 +13,7 @@ from mergekit_metagpt.arithmetic import in_parts, squared_norms
 from mergekit_metagpt.arithmetic.in_parts import scratch
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.pairs import Alignment, SharedTensor
+from mergekit_metagpt.checkpoints.stored import not_finite
 from mergekit_metagpt.scanning.factors import Crossing
 from mergekit_metagpt.scanning.pieces import Files
 from mergekit_metagpt.scanning.results import ScanResult
@@ -106,8 +107,10 @@ class Group:
         Inner products need the pieces of all models at once; squared norms are summed
         for a few models at a time.
         """
-        added = crossing.of(self.name, files) if crossing and self.gram else None
-        columns = self.pairs[0].shape[-1] if self.pairs[0].shape else 1
+        added = None
+        if crossing and self.gram:
+            columns = self.pairs[0].shape[-1] if self.pairs[0].shape else 1
+            added = crossing.of(self.name, columns, files)
         base = files.source(self.pairs[0], self.pairs[0].base)
         tuned = [files.source(pair, pair.model) for pair in self.pairs]
         together = len(tuned) if self.gram else min(len(tuned), BATCH)
@@ -137,7 +140,7 @@ class Group:
                         products = squared_norms.gram_matrix(reference, read)
                         gram = products if gram is None else gram + products
                         if added is not None:
-                            more = added.with_taus(reference, read, columns, piece)
+                            more = added(reference, read, piece)
                             cross = more if cross is None else cross + more
                         continue
                     sums = squared_norms.flat_sq_norms(reference, read)
@@ -156,14 +159,8 @@ def groups_of(alignments: Sequence[Alignment], *, gram: bool) -> list[Group]:
     """Group the pairs of all models, in reverse order of their names.
 
     mergekit merges tensors in the order of their names. So the tensors that it reads
-    first were scanned last, and are still in the page cache.
-
-    Args:
-        alignments: what each of K models shares with the base.
-        gram: whether inner products are needed.
-
-    Returns:
-        the groups; of one name, the group with inner products comes first.
+    first were scanned last, and are still in the page cache. Of one name, the group
+    with inner products comes first.
     """
     shapes: dict[tuple[str, str], dict[tuple[int, ...], list[int]]] = {}
     pairs: dict[tuple[str, int], SharedTensor] = {}
@@ -259,20 +256,10 @@ def total(
     models: Sequence[Checkpoint],
     files: Files,
 ) -> Sums:
-    """Add up the sums over all segments of a group.
+    """Add up the sums over all segments of a group, in order.
 
-    Args:
-        parts: sums of the segments, in order.
-        group: the group.
-        base: the base.
-        models: all models of the scan.
-        files: the files of the scan.
-
-    Returns:
-        the sums; zeros if base and models have the same infinities, as in masks.
-
-    Raises:
-        ValueError: a weight is NaN or infinite.
+    They are zeros if base and models have the same infinities, as in masks. Raises a
+    ValueError if a weight is NaN or infinite otherwise.
     """
     sums = sum(parts[1:], parts[0])
     if bool(torch.isfinite(sums.sq_norms).all()):
@@ -300,26 +287,15 @@ def require_equal(
     pair: SharedTensor,
     owners: tuple[Checkpoint, Checkpoint],
 ) -> None:
-    """Explain a squared norm that is not finite, by naming the tensor and the model.
+    """Explain a squared norm that is not finite by a ValueError with tensor and model.
 
-    Equal values are accepted: masks, for example, hold infinities that do not change.
-
-    Args:
-        first: values of the base.
-        second: values of the model, in the same places.
-        pair: the tensor that they are part of.
-        owners: base and model.
-
-    Raises:
-        ValueError: the values differ.
+    Equal values of base and model, in the same places, are accepted: masks, for
+    example, hold infinities that do not change.
     """
     if torch.equal(first, second):
         return
     sides = (pair.base, pair.model)
     for owner, stored, values in zip(owners, sides, (first, second), strict=True):
         if not bool(torch.isfinite(values).all()):
-            raise ValueError(
-                f"{stored.name} of {owner.label} holds NaN or infinity (in "
-                f"{stored.file}); a merge would spread it. Repair or replace it"
-            )
+            raise not_finite(owner.label, stored)
     raise ValueError(squared_norms.too_far(f"{pair.name} of {owners[1].label}"))

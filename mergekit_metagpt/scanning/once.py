@@ -74,7 +74,7 @@ def measure(
         models: K fine-tunes of it, or adapters.
         gram: whether inner products are needed; with None they are returned if an
             earlier scan left them in the cache.
-        workers: number of threads; see `Files.of` for the default.
+        workers: number of threads; see `Files` for the default.
         sample: estimate from a sample, unless there is an earlier exact scan. Later
             requests in this process get the same estimates: a merge has one result.
 
@@ -175,7 +175,6 @@ def _measured(
     pairs = ranks.from_leader(
         lambda: [None if only_estimates else _known(base, model) for model in models]
     )
-    leads = ranks.leads()
     missing = [at for at, pair in enumerate(pairs) if pair is None]
     if gram is not False and not missing:
         result = ScanResult.joined([pair for pair in pairs if pair is not None])
@@ -193,11 +192,9 @@ def _measured(
         new = _scanned(base, [models[at] for at in scanned], bool(gram), workers)
         for row, at in enumerate(scanned):
             pairs[at] = pair = replace(new.select([row]), gram=None)
-            if leads:
-                scan_cache.write_pair(base, models[at], pair)
+            scan_cache.write_pair(base, models[at], pair)
         if gram:
-            if leads:
-                scan_cache.write_gram(base, models, new)
+            scan_cache.write_gram(base, models, new)
             return new
     return ScanResult.joined([pair for pair in pairs if pair is not None])
 
@@ -229,14 +226,12 @@ def _scanned(
         if own is None:
             own = replace(result.select([len(tuned)]), gram=None)
             _PAIRS[base.identity, base.identity] = own
-            if ranks.leads():
-                scan_cache.write_pair(base, base, own)
+            scan_cache.write_pair(base, base, own)
         result = result.select(range(len(tuned))) if full else None
     exact = factors.scan_adapters(
         base, adapters, own if base.tensors else None, workers=workers
     )
-    place = {at: number for number, at in enumerate([*full, *added])}
-    order = [place[at] for at in range(len(models))]
+    order = [[*full, *added].index(at) for at in range(len(models))]
     products = crossing.found if crossing else {}
     return factors.joined(result, exact, products, order, gram=gram)
 

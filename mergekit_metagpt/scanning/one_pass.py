@@ -29,7 +29,7 @@ def scan_checkpoints(
         base: the base.
         models: K fine-tunes of it.
         gram: also sum inner products.
-        workers: number of threads; see `Files.of` for the default.
+        workers: number of threads; see `Files` for the default.
         crossing: adapters with which inner products are summed too, if `gram`.
 
     Returns:
@@ -40,9 +40,7 @@ def scan_checkpoints(
             rank sees other models.
         OSError: a file cannot be read or has changed since it was opened.
     """
-    with Files.of((base, *models), workers) as files:
-        for checkpoint in (base, *models):
-            checkpoint.verify_unchanged()
+    with Files((base, *models), workers) as files:
         if sharers := ranks.group():
             # Sums over other files would be wrong, and would be kept in rank 0's cache.
             sharers.require_same([at.digest for at in (base, *models)], "models")
@@ -68,8 +66,6 @@ def scan_checkpoints(
                 crossing.add(group.name, group.members, sums.cross)
         if crossing:
             crossing.add_stacks(models, files)
-        for checkpoint in (base, *models):
-            checkpoint.verify_unchanged()
     return table.result(base, models, alignments)
 
 

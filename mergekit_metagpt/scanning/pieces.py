@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import TypeGuard
 
 import torch
 
@@ -20,11 +20,7 @@ from mergekit_metagpt.checkpoints.files import Readers
 from mergekit_metagpt.checkpoints.layouts import Stored
 from mergekit_metagpt.checkpoints.pairs import SharedTensor
 from mergekit_metagpt.checkpoints.ranges import AT_ONCE, RemoteFile, places_in
-from mergekit_metagpt.checkpoints.stored import (
-    ConvertedTensor,
-    StoredTensor,
-    corrupt,
-)
+from mergekit_metagpt.checkpoints.stored import StoredTensor, corrupt
 from mergekit_metagpt.scanning.threads import default_workers
 
 # A thread keeps at most OPEN_FILES files open, and all threads together at most 1/SHARE
@@ -32,15 +28,6 @@ from mergekit_metagpt.scanning.threads import default_workers
 # costs less than reading the piece.
 OPEN_FILES = 16
 SHARE = 4
-
-
-def can_stream(stored: StoredTensor | ConvertedTensor) -> bool:
-    """Whether a tensor's elements lie one after the other in a file."""
-    return (
-        isinstance(stored, StoredTensor)
-        and stored.file.suffix == ".safetensors"
-        and hasattr(os, "preadv")
-    )
 
 
 class Streams:
@@ -69,15 +56,9 @@ class Streams:
                     os.close(files.popitem()[1])
 
     def read(self, stored: StoredTensor, start: int, into: memoryview) -> None:
-        """Fill a buffer with consecutive elements of a tensor that can be streamed.
+        """Fill a buffer with consecutive elements of a tensor, from `start` on.
 
-        Args:
-            stored: the tensor, from `read_header`.
-            start: its first element to be read.
-            into: bytes to be written to, as many as these elements have.
-
-        Raises:
-            OSError: the file is missing, truncated or corrupt.
+        Raises an OSError if the file is missing, truncated or corrupt.
         """
         first, size = self._place(stored)
         at = start * stored.dtype.itemsize
@@ -85,7 +66,7 @@ class Streams:
             raise ValueError(f"{stored.name} has {size} bytes; asked for more")
         position, filled = first + at, 0
         if stored.file in self.remote:
-            self.remote[stored.file].read_into(position, into)
+            into[:] = self.remote[stored.file].read(position, position + len(into) - 1)
             return
         handle = self._handle(stored.file)
         while filled < len(into):
@@ -179,16 +160,9 @@ class Source:
     def read(self, piece: slice, room: torch.Tensor) -> torch.Tensor:
         """Return a piece of the flattened overlap.
 
-        Args:
-            piece: which elements.
-            room: a buffer of at least as many bytes as the piece has.
-
-        Returns:
-            the elements, flat, in `room` or mapped from the file: not to be written
-            to, nor used once `room` is reused.
-
-        Raises:
-            OSError: the file is missing, truncated or corrupt.
+        It is in `room`, a buffer of at least as many bytes, or mapped from the file:
+        not to be written to, nor used once `room` is reused. Raises an OSError if the
+        file is missing, truncated or corrupt.
         """
         if self.streamed is None:
             assert self.whole is not None
@@ -208,63 +182,50 @@ class Source:
 class Files:
     """The files of one scan: read piece by piece where possible, else mapped.
 
+    As a context, it raises an OSError if one has changed since it was opened, at the
+    beginning and at the end.
+
     Args:
-        threads: number of threads that read.
-        remote: readers of the files on the hub.
+        checkpoints: base and models.
+        workers: threads; by default one per CPU, more for files on the hub.
     """
 
     def __init__(
-        self, threads: int = 1, remote: Mapping[Path, RemoteFile] | None = None
+        self, checkpoints: Sequence[Checkpoint] = (), workers: int | None = None
     ) -> None:
-        self.threads = threads
-        self.readers = Readers()
-        self.streams = Streams(threads, remote)
-
-    @classmethod
-    def of(cls, checkpoints: Sequence[Checkpoint], workers: int | None = None) -> Files:
-        """Prepare the files of a base and its models for a scan.
-
-        Args:
-            checkpoints: base and models.
-            workers: threads; by default one per CPU, more for files on the hub.
-
-        Returns:
-            the files, to be used as a context.
-        """
+        self._checkpoints = checkpoints
         remote = {path: file for c in checkpoints for path, file in c.remote.items()}
-        return cls(workers or (AT_ONCE if remote else default_workers()), remote)
+        self.threads = workers or (AT_ONCE if remote else default_workers())
+        self.readers = Readers()
+        self.streams = Streams(self.threads, remote)
 
     def __enter__(self) -> Files:
+        self._verify_unchanged()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         self.streams.close()
+        if kind is None:
+            self._verify_unchanged()
 
-    def in_parts(self, stored: Stored) -> bool:
+    def _verify_unchanged(self) -> None:
+        for checkpoint in self._checkpoints:
+            checkpoint.verify_unchanged()
+
+    def in_parts(self, stored: Stored) -> TypeGuard[StoredTensor]:
         """Whether a tensor can be read in parts, from a local file or from the hub."""
-        return can_stream(stored) or stored.file in self.streams.remote
+        local = stored.file.suffix == ".safetensors" and hasattr(os, "preadv")
+        lies = local or stored.file in self.streams.remote
+        return lies and isinstance(stored, StoredTensor)
 
     def source(self, pair: SharedTensor, stored: Stored) -> Source:
-        """Prepare one side of a shared tensor for reading.
+        """Prepare one side of a pair, `pair.base` or `pair.model`, for reading.
 
-        Args:
-            pair: the tensor.
-            stored: the side, `pair.base` or `pair.model`.
-
-        Returns:
-            what its pieces are read from.
-
-        Raises:
-            OSError: the file is missing, truncated or corrupt.
+        Raises an OSError if the file is missing, truncated or corrupt; a ValueError if
+        it is on the hub, and the tensor is not in one piece.
         """
         # The overlap is contiguous if only the first axis is cut.
-        in_order = stored.shape[1:] == pair.shape[1:]
-        if isinstance(stored, StoredTensor) and in_order and self.in_parts(stored):
+        if self.in_parts(stored) and stored.shape[1:] == pair.shape[1:]:
             return Source(stored.dtype, streamed=(self.streams, stored))
         if stored.file in self.streams.remote:
             raise ValueError(

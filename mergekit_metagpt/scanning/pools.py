@@ -36,19 +36,7 @@ def pool_key(name: str, granularity: str) -> str:
 
 
 def is_excluded(name: str, exclude: Sequence[str]) -> bool:
-    """Whether a tensor's name contains one of the excluded parts.
-
-    Args:
-        name: of a tensor.
-        exclude: parts of names.
-
-    Returns:
-        True if it does not count.
-
-    Example:
-        >>> is_excluded("model.embed_tokens.weight", ["embed_tokens"])
-        True
-    """
+    """Whether a tensor's name contains one of the excluded parts."""
     return any(part in name for part in exclude)
 
 
@@ -70,11 +58,8 @@ def exclude_for(names: Collection[str], others: Collection[str]) -> str:
     for name in sorted(names):
         layer = layer_key(name)
         within = name.removeprefix(f"{layer}.")
-        short = [f"{layer}.", within] if layer != name else [_module(name)]
+        module = name.removesuffix(".weight").rpartition(".")[2]
+        short = [f"{layer}.", within] if layer != name else [module]
         apart = (part for part in short if not any(part in other for other in others))
         parts.append(next(apart, name))
     return ",".join(sorted({*parts}))
-
-
-def _module(name: str) -> str:
-    return name.removesuffix(".weight").rpartition(".")[2]

@@ -81,11 +81,7 @@ def owners(sizes: Sequence[int], ranks: int) -> list[int]:
 def timeout() -> float:
     """Return after how many seconds a rank without progress is given up.
 
-    Returns:
-        seconds.
-
-    Raises:
-        ValueError: the environment says something else than a positive number.
+    Raises a ValueError if the environment has something else than a positive number.
     """
     given = os.environ.get(VARIABLE, "")
     try:
@@ -162,7 +158,7 @@ class Group:
         self._failure: str | None = None
         self._ended = threading.Event()
         self._here = _Peer.here()
-        self._peers = [self._here]
+        self._peers = {rank: self._here}
         if size > 1:
             self._introduce()
             threading.Thread(target=self._watch, daemon=True).start()
@@ -175,7 +171,7 @@ class Group:
     @property
     def me(self) -> str:
         """This rank, for messages."""
-        return f"rank {self.rank} of {self.size} on {self._here.host}"
+        return self._named(self.rank)
 
     def _named(self, rank: int) -> str:
         return f"rank {rank} of {self.size} on {self._peers[rank].host}"
@@ -191,21 +187,19 @@ class Group:
             while not self._store.check(keys):
                 if time.monotonic() > until:
                     missing = [n for n, k in enumerate(keys) if not self._has(k)]
-                    self.fail(self._missed(missing))
+                    self.fail(
+                        f"rank {', '.join(map(str, missing[:10]))} of {self.size} did "
+                        f"not come within {self._limit:g} s ({len(missing)} missing in "
+                        f"all). See that all nodes start, and reach {self._address}; "
+                        f"{VARIABLE} sets the seconds"
+                    )
                     if self.leads:
                         time.sleep(1)
                 if self._has(_FAILED):
                     raise ValueError(self._store.get(_FAILED).decode())
                 time.sleep(0.05)
-            self._peers = [_loaded(peer) for peer in self._store.multi_get(keys)]
-
-    def _missed(self, missing: Sequence[int]) -> str:
-        numbers = ", ".join(map(str, missing[:10]))
-        return (
-            f"rank {numbers} of {self.size} did not come within {self._limit:g} s "
-            f"({len(missing)} missing in all). See that all nodes start, and reach "
-            f"{self._address}; {VARIABLE} sets the seconds"
-        )
+            peers = self._store.multi_get(keys)
+            self._peers = {rank: _loaded(peer) for rank, peer in enumerate(peers)}
 
     def _has(self, key: str) -> bool:
         return bool(self._store.check([key]))
@@ -242,14 +236,7 @@ class Group:
             raise ValueError(self._failure)
 
     def fail(self, cause: str) -> str:
-        """Let all ranks end; the first that says why is heard.
-
-        Args:
-            cause: names rank and cause.
-
-        Returns:
-            the cause that all ranks are told.
-        """
+        """Let all ranks end; return the cause that all are told, the first one's."""
         from torch.distributed import DistError
 
         if self._failure is None:
@@ -264,13 +251,17 @@ class Group:
 
         A launcher ends all ranks of a node as soon as one of them has ended.
         """
-        for rank, peer in enumerate(self._peers):
-            if peer.is_gone(self._here) and not self._left(rank):
-                return self.fail(self._gone(rank))
-        return self.fail(
+        return self._fail_if_gone() or self.fail(
             f"{self.me} was asked to end (SIGTERM): by its launcher, a time limit or "
             "another job"
         )
+
+    def _fail_if_gone(self) -> str | None:
+        """Let all ranks end if one of this node has, other than by `leave`."""
+        for rank, peer in self._peers.items():
+            if peer.is_gone(self._here) and not self._left(rank):
+                return self.fail(self._gone(rank))
+        return None
 
     def _left(self, rank: int) -> bool:
         from torch.distributed import DistError
@@ -287,16 +278,9 @@ class Group:
         )
 
     def share(self, value: T) -> T:
-        """Return rank 0's value on all ranks.
+        """Return rank 0's value on all ranks; others may pass anything.
 
-        Args:
-            value: of rank 0; others may pass anything.
-
-        Returns:
-            it, pickled and unpickled on other ranks.
-
-        Raises:
-            ValueError: another rank has failed.
+        Raises a ValueError if another rank has failed.
         """
         if self.size == 1:
             return value
@@ -311,16 +295,9 @@ class Group:
         return shared
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, on all ranks.
+        """Return the values of all ranks, in their order, on all ranks.
 
-        Args:
-            value: of this rank.
-
-        Returns:
-            one for each rank, in their order.
-
-        Raises:
-            ValueError: another rank has failed.
+        Raises a ValueError if another rank has failed.
         """
         if self.size == 1:
             return [value]
@@ -334,15 +311,7 @@ class Group:
         return [_loaded(text) for text in texts]
 
     def require_same(self, value: object, what: str) -> None:
-        """Refuse ranks of which one has something else than rank 0.
-
-        Args:
-            value: of this rank.
-            what: names it, for the message.
-
-        Raises:
-            ValueError: a value differs; another rank has failed.
-        """
+        """Raise a ValueError if the value of a rank is not rank 0's."""
         first, *others = self.gather(value)
         for rank, other in enumerate(others, start=1):
             if other != first:
@@ -363,14 +332,11 @@ class Group:
         try:
             self._store.set(f"bye/{self.rank}", "")
             if self.leads:
-                keys = [f"bye/{rank}" for rank in range(self.size)]
                 until = time.monotonic() + 10 * BEAT_S
-                while not self._store.check(keys) and time.monotonic() < until:
-                    if all(
-                        self._left(rank) or peer.is_gone(self._here)
-                        for rank, peer in enumerate(self._peers)
-                    ):
-                        break
+                while time.monotonic() < until and not all(
+                    self._left(rank) or peer.is_gone(self._here)
+                    for rank, peer in self._peers.items()
+                ):
                     time.sleep(0.05)
         except DistError:
             pass  # who hosts the store has left
@@ -414,10 +380,8 @@ class Group:
             if self._has(_FAILED):
                 self._failure = self._store.get(_FAILED).decode()
                 return
-            for rank, peer in enumerate(self._peers):
-                if peer.is_gone(self._here) and not self._left(rank):
-                    self.fail(self._gone(rank))
-                    return
+            if self._fail_if_gone():
+                return
             keys = [f"beat/{rank}" for rank in heard]
             beats = self._store.multi_get(keys)
         except DistError:
@@ -434,19 +398,15 @@ class Group:
             silent = now - last.beat_at > self._silence
             stuck = now - last.steps_at > self._limit
             if (silent or stuck) and not self._left(rank):
-                self.fail(self._given_up(rank, silent=silent))
+                why = (
+                    f"was not heard of for {self._silence:g} s: its node or the "
+                    "network is down"
+                    if silent
+                    else f"made no progress for {self._limit:g} s: see whether its "
+                    f"file system answers. {VARIABLE} sets the seconds"
+                )
+                self.fail(f"{self._named(rank)} {why}")
                 return
-
-    def _given_up(self, rank: int, *, silent: bool) -> str:
-        if silent:
-            return (
-                f"{self._named(rank)} was not heard of for {self._silence:g} s: its "
-                "node or the network is down"
-            )
-        return (
-            f"{self._named(rank)} made no progress for {self._limit:g} s: see whether "
-            f"its file system answers. {VARIABLE} sets the seconds"
-        )
 
 
 def join() -> Group | None:
@@ -493,11 +453,11 @@ def join() -> Group | None:
             wait_for_workers=False,
         )
     except dist.DistError as error:
-        host = socket.gethostname()
+        host, said = socket.gethostname(), str(error).partition("\n")[0]
         raise ValueError(
             f"rank {rank} of {size} on {host} cannot "
             f"{'listen on' if hosts else 'reach rank 0 at'} {address}: "
-            f"{str(error).splitlines()[0]}"
+            f"{said or type(error).__name__}"
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     own = dist.PrefixStore(f"metagpt/{attempt}", store)  # type: ignore[attr-defined]
@@ -526,11 +486,7 @@ _SHARING: list[Group | None] = []
 def sharing(group: Group | None) -> Iterator[None]:
     """Let a group share the scans that all of its ranks ask for, in the same order.
 
-    Args:
-        group: of this rank; None where each process scans for itself.
-
-    Yields:
-        meanwhile.
+    With None, each process scans for itself.
     """
     before = _SHARING[:]
     _SHARING.append(group)
@@ -557,14 +513,7 @@ def leads() -> bool:
 
 
 def from_leader(function: Callable[[], T]) -> T:
-    """Call a function on rank 0 of the group that shares scans; all get its result.
-
-    Args:
-        function: what it is.
-
-    Returns:
-        the result; without a group, that of this process.
-    """
+    """Call a function on rank 0 of the group that shares scans; all get its result."""
     sharers = group()
     if sharers is None:
         return function()
@@ -577,9 +526,6 @@ def leader_first() -> Iterator[None]:
     """Let rank 0 of the group that shares scans go first, and the others after it.
 
     For work that leaves files behind of which the others make use.
-
-    Yields:
-        when it is this rank's turn.
     """
     sharers = group()
     if sharers is not None and not sharers.leads:

@@ -48,6 +48,17 @@ class Pooled:
         """Return the pool of a tensor, by the name under which it counts."""
         return pool_key(name, self.granularity)
 
+    def of_models(self, keys: Sequence[str], models: Sequence[int]) -> torch.Tensor:
+        """Return ||tau_t||^2 in one pool, shape `(k,)`; arguments as for `products`."""
+        by_pool = self.sq_norms.reshape(-1, self.sq_norms.shape[-1])
+        zero = by_pool.new_zeros(())
+        return torch.stack(
+            [
+                by_pool[self.rows[key], column] if self.members.get(key) else zero
+                for key, column in zip(keys, models, strict=True)
+            ]
+        )
+
     def products(self, keys: Sequence[str], models: Sequence[int]) -> torch.Tensor:
         """Return inner products in one pool, whose name may differ between models.
 
@@ -176,8 +187,8 @@ class ScanResult:
                 lambda of_pairs: of_pairs[tensors][:, models][:, :, models],
             )
             sampled = replace(sampled, covariances=covariances)
-        return ScanResult(
-            base=self.base,
+        return replace(
+            self,
             models=tuple(self.models[k] for k in rows),
             names=tuple(self.names[n] for n in kept),
             sq_norms=self.sq_norms[tensors][:, models],
@@ -185,7 +196,6 @@ class ScanResult:
             counted_as=tuple(self.counted_as[k] for k in rows),
             layers=tuple(self.layers[k] for k in rows),
             gram=None if gram is None else gram[tensors][:, models][:, :, models],
-            vocabulary=self.vocabulary,
             sampled=sampled,
         )
 
@@ -205,9 +215,7 @@ class ScanResult:
         sums = torch.zeros(2, len(names), count, dtype=torch.float64, device="cpu")
         first = 0
         for result in results:
-            rows = torch.tensor(
-                [row[n] for n in result.names], dtype=torch.long, device="cpu"
-            )
+            rows = [row[name] for name in result.names]
             columns = slice(first, first + len(result.models))
             sums[0, rows, columns] = result.sq_norms
             sums[1, rows, columns] = result.base_sq_norms

@@ -16,7 +16,6 @@ from mergekit_metagpt.arithmetic.standard_errors import Covariances
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.layouts import Stored
 from mergekit_metagpt.checkpoints.pairs import align, same_bits
-from mergekit_metagpt.checkpoints.stored import StoredTensor
 from mergekit_metagpt.scanning.groups import (
     PIECE,
     Group,
@@ -100,7 +99,7 @@ class _Plan:
     longest: int
 
     def length(self, group: Group) -> int:
-        """Return the number of elements of a block, a power of two."""
+        """The number of elements of a block, a power of two."""
         fitting = max(BLOCK, group.pairs[0].numel // PARTS)
         return min(self.longest, 1 << (fitting.bit_length() - 1))
 
@@ -203,27 +202,13 @@ def _read(source: Source, blocks: Sequence[int], length: int = BLOCK) -> torch.T
     return values
 
 
-@dataclass(frozen=True)
-class _Blocks:
-    """Sums over each of n blocks; all float64.
-
-    Attributes:
-        sq_norms: ||tau_t||^2, shape `(n, K)`.
-        base: ||theta_0||^2, shape `(n,)`.
-        gram: <tau_s, tau_t>, shape `(n, K, K)`, or None.
-    """
-
-    sq_norms: torch.Tensor
-    base: torch.Tensor
-    gram: torch.Tensor | None
-
-
 def _sums_of_blocks(
     stratum: _Stratum,
     files: Files,
     owners: tuple[Checkpoint, Sequence[Checkpoint]],
     blocks: Sequence[int],
-) -> _Blocks:
+) -> Sums:
+    """Sums over each of n blocks: as `Sums`, with a leading axis of length n."""
     group, length = stratum.group, stratum.length
     base = _read(files.source(group.pairs[0], group.pairs[0].base), blocks, length)
     tuned = [
@@ -242,10 +227,10 @@ def _sums_of_blocks(
         # Base and models have the same infinities, which do not count, as in a scan.
         zeros = (torch.zeros_like(values) for values in (sq_norms, squares, gram))
         sq_norms, squares, gram = zeros
-    return _Blocks(sq_norms, squares, gram if group.gram else None)
+    return Sums(sq_norms, squares, gram if group.gram else None)
 
 
-def _estimate(parts: Sequence[_Blocks], count: int) -> tuple[Sums, Covariances]:
+def _estimate(parts: Sequence[Sums], count: int) -> tuple[Sums, Covariances]:
     """Estimate the sums over all `count` blocks, and the covariances of the estimates.
 
     For a simple random sample of b of B blocks, Cov(x, y) = B^2 (1 - b/B) S_xy / b,
@@ -292,10 +277,8 @@ def _note(into: Covariances, row: int, group: Group, own: Covariances) -> None:
 
 def _same(files: Files, first: Stored, second: Stored) -> bool:
     """Whether a head equals its embedding in a few blocks."""
-    streamed = isinstance(first, StoredTensor) and isinstance(second, StoredTensor)
-    if not (streamed and all(map(files.in_parts, (first, second)))):
+    if not (files.in_parts(first) and files.in_parts(second)):
         return same_bits(first, second, files.readers)
-    assert isinstance(first, StoredTensor) and isinstance(second, StoredTensor)
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     sides = [Source(s.dtype, streamed=(files.streams, s)) for s in (first, second)]
@@ -329,7 +312,7 @@ def sample_checkpoints(
         models: K fine-tunes of it.
         sample: how much to read.
         gram: also estimate inner products.
-        workers: number of threads; see `Files.of` for the default.
+        workers: number of threads; see `Files` for the default.
 
     Returns:
         unbiased estimates; exact values, without `sampled`, if everything was read.
@@ -339,9 +322,7 @@ def sample_checkpoints(
             was read is NaN or infinite.
         OSError: a file cannot be read or has changed since it was opened.
     """
-    with Files.of((base, *models), workers) as files:
-        for checkpoint in (base, *models):
-            checkpoint.verify_unchanged()
+    with Files((base, *models), workers) as files:
         same = functools.cache(functools.partial(_same, files))
         alignments = [align(base, model, files.readers, same) for model in models]
         groups = groups_of(alignments, gram=gram)
@@ -349,16 +330,15 @@ def sample_checkpoints(
         priced = groups if sample.share is None else groups_of(alignments, gram=False)
         plan = _plan(sample, priced)
         strata = [_stratum(group, plan, sample.seed) for group in groups]
-        tasks: list[tuple[int, Callable[[], Sums | _Blocks]]] = []
+        tasks: list[tuple[int, Callable[[], Sums]]] = []
         for stratum in strata:
-            group = stratum.group
+            group, owners = stratum.group, (base, models)
             for part in stratum.parts():
-                work: Callable[[], Sums | _Blocks]
                 if isinstance(part, slice):
                     elements = part.stop - part.start
                     work = functools.partial(group.sums, files, part)
                 else:
-                    elements, owners = len(part) * stratum.length, (base, models)
+                    elements = len(part) * stratum.length
                     work = functools.partial(
                         _sums_of_blocks, stratum, files, owners, part
                     )
@@ -367,10 +347,10 @@ def sample_checkpoints(
         table = Table.empty(groups, len(models), gram=gram)
         covariances = Covariances.zeros(len(table.names), len(models), gram=gram)
         for stratum in strata:
-            group = stratum.group
-            parts = [next(results) for _ in stratum.parts()]
-            whole = [part for part in parts if isinstance(part, Sums)]
-            blocks = [part for part in parts if isinstance(part, _Blocks)]
+            group, parts = stratum.group, [*stratum.parts()]
+            found = list(zip(parts, results, strict=False))
+            whole = [sums for part, sums in found if isinstance(part, slice)]
+            blocks = [sums for part, sums in found if not isinstance(part, slice)]
             if whole:
                 sums = total(whole, group, base, models, files)
             if blocks:
@@ -379,8 +359,6 @@ def sample_checkpoints(
                 sums = estimate + sums if whole else estimate
                 _note(covariances, table.rows[group.name], group, covariance)
             table.add(group, sums)
-        for checkpoint in (base, *models):
-            checkpoint.verify_unchanged()
     result = table.result(base, models, alignments)
     if all(stratum.blocks is None for stratum in strata):
         return result

@@ -26,16 +26,10 @@ def default_workers() -> int:
 
 
 def run(tasks: Sequence[tuple[int, Callable[[], T]]], workers: int) -> list[T]:
-    """Run tasks on threads, each of which runs torch on one thread; show progress.
+    """Run tasks on threads, each of which runs torch on one; return results in order.
 
-    The bar appears if stderr is a terminal, and on rank 0 only.
-
-    Args:
-        tasks: for each task the bytes that it reads, and a function to call.
-        workers: number of threads.
-
-    Returns:
-        the results, in the order of the tasks.
+    Of each task, `tasks` has the bytes that it reads, and a function to call. A bar
+    shows the progress on rank 0, if stderr is a terminal.
     """
     import tqdm
 
@@ -51,7 +45,7 @@ def run(tasks: Sequence[tuple[int, Callable[[], T]]], workers: int) -> list[T]:
         unit="B",
         unit_scale=True,
         file=sys.stderr,
-        disable=None if group is None or group.leads else True,
+        disable=None if ranks.leads() else True,
         leave=False,
     )
     with executor, bar:
