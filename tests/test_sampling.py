@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mergekit_metagpt.arithmetic import squared_norms, standard_errors
+from mergekit_metagpt.arithmetic import standard_errors
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.files import Readers
 from mergekit_metagpt.checkpoints.opening import open_checkpoint
@@ -297,16 +297,6 @@ def test_a_head_that_is_its_embedding_counts_once(tmp_path: Path) -> None:
     states[1]["lm_head.weight"] = states[1]["lm_head.weight"] + 1
     base, *models = write(tmp_path / "untied", states)
     assert len(sample_checkpoints(base, models, Sample(share=0.1)).names) == 2
-
-
-def test_products_of_rows_by_one_liners() -> None:
-    draw = torch.Generator().manual_seed(0)
-    base, *tuned = (torch.randn(5, 7, generator=draw) for _ in range(4))
-    tuned[1] = tuned[1].bfloat16()
-    found = squared_norms.gram_of_rows(base, tuned)
-    for row in range(5):
-        expected = squared_norms.gram_matrix(base[row], [t[row] for t in tuned])
-        torch.testing.assert_close(found[row], expected, rtol=1e-12, atol=1e-15)
 
 
 def test_the_delta_method_by_a_small_step() -> None:

@@ -268,29 +268,3 @@ def products_with(
         for k, tau in _task_vectors(base[chunk], pieces):
             products[k] += others[:, chunk] @ tau
     return products
-
-
-def gram_of_rows(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Compute the Gram matrix of the task vectors for every row of a matrix.
-
-    G_rij = <tau_i[r], tau_j[r]>, with the same differences as `sq_norms`.
-
-    Args:
-        base: shape `(R, n)`, contiguous, of at most `CHUNK` elements, on the CPU.
-        tuned: K tensors of the base's shape.
-
-    Returns:
-        shape `(R, K, K)`, float64.
-
-    Example:
-        >>> gram_of_rows(torch.zeros(2, 1), [torch.tensor([[1.0], [3.0]])])
-        tensor([[[1.]],
-        <BLANKLINE>
-                [[9.]]], dtype=torch.float64)
-    """
-    taus = torch.empty(len(tuned), *base.shape, dtype=torch.float64, device="cpu")
-    flat = [tensor.reshape(-1) for tensor in tuned]
-    for k, tau in _task_vectors(base.reshape(-1), flat):
-        taus[k].view(-1).copy_(tau)
-    by_row = taus.transpose(0, 1)
-    return by_row @ by_row.mT

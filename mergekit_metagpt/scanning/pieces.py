@@ -188,14 +188,20 @@ class Files:
     Args:
         checkpoints: base and models.
         workers: threads; by default one per CPU, more for files on the hub.
+        at_least: threads by default, for short reads, each of which waits for the disk.
     """
 
     def __init__(
-        self, checkpoints: Sequence[Checkpoint] = (), workers: int | None = None
+        self,
+        checkpoints: Sequence[Checkpoint] = (),
+        workers: int | None = None,
+        *,
+        at_least: int = 1,
     ) -> None:
         self._checkpoints = checkpoints
         remote = {path: file for c in checkpoints for path, file in c.remote.items()}
-        self.threads = workers or (AT_ONCE if remote else default_workers())
+        by_default = AT_ONCE if remote else max(default_workers(), at_least)
+        self.threads = workers or by_default
         self.readers = Readers()
         self.streams = Streams(self.threads, remote)
 

@@ -41,6 +41,8 @@ LEAST = 2
 MOST_READS = 4000
 # Blocks read by one task, at most; few, since over a network it waits for each.
 TOGETHER = 8
+# Threads that read local files, at least: each waits for the disk at every block.
+THREADS = 8
 # Blocks in which a stored head is compared with its embedding.
 COMPARED = 16
 # Steps of the bisection for the share that a budget allows.
@@ -214,8 +216,14 @@ def _sums_of_blocks(
     tuned = [
         _read(files.source(pair, pair.model), blocks, length) for pair in group.pairs
     ]
-    gram = squared_norms.gram_of_rows(base, tuned)
-    sq_norms = gram.diagonal(dim1=-2, dim2=-1).clone()
+    rows = [(first, rest) for first, *rest in zip(base, *tuned, strict=True)]
+    gram = None
+    if group.gram:
+        gram = torch.stack([squared_norms.gram_matrix(*row) for row in rows])
+        sq_norms = gram.diagonal(dim1=-2, dim2=-1).clone()
+    else:
+        norms = [squared_norms.flat_sq_norms(*row) for row in rows]
+        sq_norms = torch.tensor(norms, dtype=torch.float64, device="cpu")
     squares = base.double().square().sum(dim=1)
     if not bool(torch.isfinite(sq_norms).all()):
         first, models = owners
@@ -225,9 +233,9 @@ def _sums_of_blocks(
                 model = models[group.members[at]]
                 require_equal(base, tuned[at], pair=pair, owners=(first, model))
         # Base and models have the same infinities, which do not count, as in a scan.
-        zeros = (torch.zeros_like(values) for values in (sq_norms, squares, gram))
-        sq_norms, squares, gram = zeros
-    return Sums(sq_norms, squares, gram if group.gram else None)
+        sq_norms, squares = torch.zeros_like(sq_norms), torch.zeros_like(squares)
+        gram = None if gram is None else torch.zeros_like(gram)
+    return Sums(sq_norms, squares, gram)
 
 
 def _estimate(parts: Sequence[Sums], count: int) -> tuple[Sums, Covariances]:
@@ -322,7 +330,7 @@ def sample_checkpoints(
             was read is NaN or infinite.
         OSError: a file cannot be read or has changed since it was opened.
     """
-    with Files((base, *models), workers) as files:
+    with Files((base, *models), workers, at_least=THREADS) as files:
         same = functools.cache(functools.partial(_same, files))
         alignments = [align(base, model, files.readers, same) for model in models]
         groups = groups_of(alignments, gram=gram)
