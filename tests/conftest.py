@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
 
 import mergekit_metagpt
-from tests.families import State, cast, llama_state, run_command, tuned, write_model
+from mergekit_metagpt.scanning import cache, once
+from tests.families import (
+    State,
+    cast,
+    llama_state,
+    merge_config,
+    run_command,
+    tuned,
+    write_model,
+)
+from tests.hub import Hub, point_to, serving
+from tests.oracle import assert_merged_exactly, naive_lambdas
 from tests.stand_ins import Shelf, shelf_in
+
+Refused = Callable[..., str]
 
 
 @dataclass(frozen=True)
@@ -22,6 +38,49 @@ class Family:
     models: tuple[Path, ...]
     base_state: State
     states: tuple[State, ...]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Folders of the base and the models."""
+        return (self.base, *self.models)
+
+    @property
+    def all_states(self) -> tuple[State, ...]:
+        """What the base and the models store."""
+        return (self.base_state, *self.states)
+
+    def config(self, *own: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+        """A merge in float64, with some parameters of each model's own."""
+        settings = {"dtype": "float64", **settings}
+        config = merge_config(self.base, self.models, **settings)
+        for entry, values in zip(config.get("models", []), own, strict=False):
+            entry["parameters"] = values
+        return config
+
+    def lambdas(self, **settings: Any) -> Callable[[str], torch.Tensor]:
+        """The oracle's lambda, by the name of a tensor."""
+        return lambda n: naive_lambdas(n, self.base_state, self.states, **settings)
+
+    def assert_merged(
+        self,
+        merged: State,
+        lambdas: Callable[[str], torch.Tensor] | None = None,
+        **settings: Any,
+    ) -> None:
+        """Check a merge in float64, by lambda of each tensor or by settings."""
+        lambdas = lambdas or self.lambdas(**settings)
+        assert_merged_exactly(merged, self.base_state, self.states, lambdas)
+
+
+def write_family(
+    folder: Path, base: State, states: Sequence[State], **options: Any
+) -> Family:
+    """Write a base and its fine-tunes, each as a checkpoint `m0`, `m1`, ..."""
+    first, *others = (
+        write_model(folder / f"m{k}", state, **options)
+        for k, state in enumerate((base, *states))
+    )
+    return Family(first, tuple(others), base, tuple(states))
 
 
 def make_family(
@@ -135,6 +194,44 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, and a process that has measured nothing."""
+    folder = tmp_path / "scans"
+    monkeypatch.setenv(cache.VARIABLE, str(folder))
+    for name in ("_PAIRS", "_REQUESTS", "_SAMPLES", "_FAILURES"):
+        monkeypatch.setattr(once, name, {})
+    return folder
+
+
+@pytest.fixture
+def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub without repositories, asked by a user without a token."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with serving(Hub()) as hub:
+        point_to(hub.address, monkeypatch)
+        yield hub
+        close_session()
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run a command that ends with exit status 2; return the line that says why."""
+
+    def run(*arguments: str | Path) -> str:
+        capsys.readouterr()
+        assert run_command(*arguments) == 2
+        lines = capsys.readouterr().err.splitlines()
+        (line,) = (line for line in lines if "Error: " in line)
+        assert line == lines[-1]
+        return line[line.index("Error: ") :]
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

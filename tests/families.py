@@ -210,6 +210,14 @@ def console_script(
     )
 
 
+def forget() -> None:
+    """Forget what was measured, as a new process would."""
+    from mergekit_metagpt.scanning import once
+
+    for known in (once._PAIRS, once._REQUESTS, once._SAMPLES, once._FAILURES):
+        known.clear()
+
+
 def said(caplog: pytest.LogCaptureFixture, part: str) -> list[str]:
     """What the package logged at WARNING or above and holds the given words."""
     return [

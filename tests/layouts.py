@@ -187,15 +187,20 @@ class Trio:
         return [self.folders[kind][k] for k, kind in enumerate(layouts)]
 
 
-def save_trio(folder: Path, name: str) -> Trio:
-    """Make a model with random weights and two with noise, saved in both layouts."""
+def make_model(name: str) -> Any:
+    """A model with random weights."""
     import transformers
 
     model_class, config_class, sizes = CLASSES[name]
-    config = getattr(transformers, config_class)(**sizes)
+    config = getattr(transformers, config_class)(**sizes, architectures=[model_class])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = getattr(transformers, model_class)(config)
+        return getattr(transformers, model_class)(config)
+
+
+def save_trio(folder: Path, name: str) -> Trio:
+    """Make a model with random weights and two with noise, saved in both layouts."""
+    model = make_model(name)
     start = {n: t.detach().clone() for n, t in model.named_parameters()}
     folders: dict[bool, list[Path]] = {ORIGINAL: [], LOADED: []}
     states = []

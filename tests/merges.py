@@ -17,7 +17,14 @@ from mergekit.graph import Executor
 from mergekit.multigpu_executor import MultiGPUExecutor
 
 from tests.families import State, merge_config, read_model, run_mergekit
-from tests.oracle import Oracle, assert_lambdas, assert_merged
+from tests.matrix import Row
+from tests.oracle import (
+    GRANULARITIES,
+    Oracle,
+    assert_lambdas,
+    assert_merged,
+    assert_sq_norms,
+)
 
 
 def write_merge(
@@ -61,6 +68,30 @@ def assert_merges_exactly(
     exact = oracle.as_dtype(torch.float64)
     assert_merged(merged, oracle, granularity, handed_over=exact)
     return merged
+
+
+def assert_works(
+    row: Row,
+    config: Mapping[str, Any],
+    out: Path,
+    oracle: Oracle,
+    *options: str,
+    scanned: Sequence[Path] = (),
+) -> dict[str, State]:
+    """Check the merges that a row describes; return them by granularity.
+
+    n_t of the scanned checkpoints, the base first, is checked too.
+    """
+    with row.expect():
+        if scanned:
+            assert_sq_norms(oracle, scanned[0], scanned[1:])
+        assert_merges_exactly(config, out, oracle, *options)
+        return {
+            granularity: assert_merges(
+                config, out, oracle, *options, granularity=granularity
+            )
+            for granularity in GRANULARITIES
+        }
 
 
 def task_arithmetic(config: Mapping[str, Any]) -> dict[str, Any]:

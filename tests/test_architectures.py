@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.conftest import Family, write_family
 from tests.families import (
     State,
     llama_state,
@@ -25,6 +25,7 @@ from tests.merges import (
     assert_merges,
     assert_merges_exactly,
     assert_task_arithmetic_fails,
+    assert_works,
     merge_files,
     task_arithmetic,
     with_granularity,
@@ -45,13 +46,11 @@ pytestmark = [
 ]
 
 
-# transformers' class, its configuration, and what that takes.
-
-# How a checkpoint is saved: in the layout that transformers 4 wrote, or as loaded.
+Trios = Callable[[str], Trio]
 
 
 @pytest.fixture(scope="session")
-def trios(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trio]:
+def trios(tmp_path_factory: pytest.TempPathFactory) -> Trios:
     """Make each architecture's checkpoints when they are first asked for."""
     made: dict[str, Trio] = {}
 
@@ -120,7 +119,7 @@ def assert_architecture(
 
 
 @covers(*ARCHITECTURES)
-def test_architectures(row: Row, tmp_path: Path, trios: Callable[[str], Trio]) -> None:
+def test_architectures(row: Row, tmp_path: Path, trios: Trios) -> None:
     name, variants = ARCHITECTURES[row.name]
     trio = trios(name)
     for number, layouts in enumerate(variants):
@@ -129,33 +128,30 @@ def test_architectures(row: Row, tmp_path: Path, trios: Callable[[str], Trio]) -
 
 
 @covers("Qwen2.5-VL: language model, projector and vision tower")
-def test_stored_names(row: Row, tmp_path: Path, trios: Callable[[str], Trio]) -> None:
+def test_stored_names(row: Row, tmp_path: Path, trios: Trios) -> None:
     """mergekit's definition of this model has the names that transformers 4 wrote."""
     folders = trios("Qwen2.5-VL").paths(SAME)
     assert_architecture(row, tmp_path, folders, [read_model(f) for f in folders])
 
 
 @covers("GPT-2, base stored under the names of older checkpoints")
-def test_older_names(row: Row, tmp_path: Path, trios: Callable[[str], Trio]) -> None:
+def test_older_names(row: Row, tmp_path: Path, trios: Trios) -> None:
+    from transformers import AutoConfig
+
     trio = trios("GPT-2")
     base, *models = trio.paths(SAME)
     older = {
         name.removeprefix("transformer."): tensor
         for name, tensor in trio.states[0].items()
     }
-    folder = write_model(tmp_path / "older", older, config_of(base))
+    config = AutoConfig.from_pretrained(base)
+    folder = write_model(tmp_path / "older", older, config)
     assert_architecture(row, tmp_path, [folder, *models], trio.states)
-
-
-def config_of(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder)
 
 
 @covers("BERT encoder (`BertModel`)", "Qwen2-VL")
 def test_architectures_that_mergekit_cannot_merge(
-    row: Row, tmp_path: Path, trios: Callable[[str], Trio]
+    row: Row, tmp_path: Path, trios: Trios
 ) -> None:
     folders = trios(row.name.split(" (")[0]).paths(SAME)
     config = merge_config(folders[0], folders[1:])
@@ -165,9 +161,7 @@ def test_architectures_that_mergekit_cannot_merge(
 
 
 @covers("`BertModel` by `mergekit-pytorch`")
-def test_bare_files_of_a_model(
-    row: Row, tmp_path: Path, trios: Callable[[str], Trio]
-) -> None:
+def test_bare_files_of_a_model(row: Row, tmp_path: Path, trios: Trios) -> None:
     trio = trios("BERT encoder")
     files = [folder / "model.safetensors" for folder in trio.paths(SAME)]
     oracle = Oracle(trio.states[0], trio.states[1:])
@@ -179,9 +173,7 @@ def test_bare_files_of_a_model(
 
 
 @covers("LLaVA, as `save_pretrained` writes it")
-def test_llava_loses_its_language_model(
-    row: Row, tmp_path: Path, trios: Callable[[str], Trio]
-) -> None:
+def test_llava_loses_its_language_model(row: Row, tmp_path: Path, trios: Trios) -> None:
     """mergekit's translation of LLaVA's names is wrong under transformers 5."""
     trio = trios("LLaVA")
     folders = trio.paths(SAME)
@@ -200,9 +192,7 @@ def test_llava_loses_its_language_model(
 
 
 @covers("LLaVA, base and models in different layouts")
-def test_llava_in_different_layouts(
-    row: Row, tmp_path: Path, trios: Callable[[str], Trio]
-) -> None:
+def test_llava_in_different_layouts(row: Row, tmp_path: Path, trios: Trios) -> None:
     trio = trios("LLaVA")
     for layouts in (FROM_ORIGINAL, FROM_LOADED):
         folders = trio.paths(layouts)
@@ -215,44 +205,28 @@ def test_llava_in_different_layouts(
     torch.testing.assert_close(theirs[name], only)
 
 
-@dataclass(frozen=True)
-class Deep:
-    """A Llama of three layers and three fine-tunes of it."""
-
-    base: Path
-    models: tuple[Path, ...]
-    states: tuple[State, ...]
-
-    @property
-    def folders(self) -> tuple[Path, ...]:
-        return (self.base, *self.models)
-
-    def moved(self, maps: Sequence[Sequence[int]]) -> Oracle:
-        """The oracle of what is handed over: for each checkpoint its layers in turn."""
-        states = []
-        for state, layers in zip(self.states, maps, strict=False):
-            moved = {n: t for n, t in state.items() if ".layers." not in n}
-            for number, layer in enumerate(layers):
-                start = f"model.layers.{layer}."
-                moved |= {
-                    n.replace(start, f"model.layers.{number}.", 1): t
-                    for n, t in state.items()
-                    if n.startswith(start)
-                }
-            states.append(moved)
-        return Oracle(states[0], states[1:])
-
-
 @pytest.fixture(scope="session")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Deep:
-    """Checkpoints in float32, so that the bound tells every lambda."""
-    folder = tmp_path_factory.mktemp("deep")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Three layers in float32, so that the bound tells every lambda."""
     base = llama_state()
-    states = (base, *(tuned(base, k + 1, 0.01 * (k + 1)) for k in range(3)))
-    base_folder, *models = (
-        write_model(folder / f"m{k}", state) for k, state in enumerate(states)
-    )
-    return Deep(base_folder, tuple(models), states)
+    states = [tuned(base, k, 0.01 * k) for k in (1, 2, 3)]
+    return write_family(tmp_path_factory.mktemp("deep"), base, states)
+
+
+def moved(family: Family, maps: Sequence[Sequence[int]]) -> Oracle:
+    """The oracle of what is handed over: for each checkpoint its layers in turn."""
+    states = []
+    for state, layers in zip(family.all_states, maps, strict=False):
+        handed = {n: t for n, t in state.items() if ".layers." not in n}
+        for number, layer in enumerate(layers):
+            start = f"model.layers.{layer}."
+            handed |= {
+                n.replace(start, f"model.layers.{number}.", 1): t
+                for n, t in state.items()
+                if n.startswith(start)
+            }
+        states.append(handed)
+    return Oracle(states[0], states[1:])
 
 
 def sources(folders: Sequence[Path], *ranges: tuple[int, int]) -> list[dict[str, Any]]:
@@ -269,43 +243,47 @@ def sources(folders: Sequence[Path], *ranges: tuple[int, int]) -> list[dict[str,
     "`models:` with the base among them",
     "`slices:` in which layers stay in place",
 )
-def test_the_same_merge_in_other_words(row: Row, tmp_path: Path, deep: Deep) -> None:
+def test_the_same_merge_in_other_words(row: Row, tmp_path: Path, deep: Family) -> None:
     config = merge_config(deep.base, deep.models)
     if row.name == "`models:` with the base among them":
         config = merge_config(deep.base, [deep.models[0], deep.base, *deep.models[1:]])
     elif row.name.startswith("`slices:`"):
         halves = [
-            {"sources": sources(deep.folders, layers)} for layers in ((0, 1), (1, 3))
+            {"sources": sources(deep.paths, layers)} for layers in ((0, 1), (1, 3))
         ]
         config = merge_config(deep.base, [], slices=halves)
-    oracle = Oracle(deep.states[0], deep.states[1:])
-    assert_sq_norms(oracle, deep.base, deep.models)
-    with row.expect():
-        for granularity in GRANULARITIES:
-            assert_merges(config, tmp_path, oracle, granularity=granularity)
-            assert_merges_exactly(config, tmp_path, oracle, granularity=granularity)
+    oracle = Oracle(deep.base_state, deep.states)
+    assert_works(row, config, tmp_path, oracle, scanned=deep.paths)
 
 
-def frankenmerge(deep: Deep) -> dict[str, Any]:
+def frankenmerge(deep: Family) -> dict[str, Any]:
     """Layers 0, 1, 1, 2 of all checkpoints."""
-    slices = [{"sources": sources(deep.folders, layers)} for layers in ((0, 2), (1, 3))]
+    ranges = ((0, 2), (1, 3))
+    slices = [{"sources": sources(deep.paths, layers)} for layers in ranges]
     return merge_config(deep.base, [], slices=slices)
 
 
-@covers("`slices:` that move layers, `granularity: model` and `tensor`")
-def test_layers_that_move(row: Row, tmp_path: Path, deep: Deep) -> None:
-    stored = Oracle(deep.states[0], deep.states[1:])
-    given = deep.moved([(0, 1, 1, 2)] * 4)
+def assert_merges_moved(
+    row: Row, config: dict[str, Any], out: Path, stored: Oracle, given: Oracle
+) -> None:
+    """Check merges of layers that are handed over in other places."""
     with row.expect():
         for granularity, measured in (("model", stored), ("tensor", given)):
-            config = with_granularity(frankenmerge(deep), granularity)
-            merged = run_mergekit(config, tmp_path / granularity)
+            config = with_granularity(config, granularity)
+            merged = run_mergekit(config, out / granularity)
             assert_merged(merged, measured, granularity, handed_over=given)
+
+
+@covers("`slices:` that move layers, `granularity: model` and `tensor`")
+def test_layers_that_move(row: Row, tmp_path: Path, deep: Family) -> None:
+    stored = Oracle(deep.base_state, deep.states)
+    given = moved(deep, [(0, 1, 1, 2)] * 4)
+    assert_merges_moved(row, frankenmerge(deep), tmp_path, stored, given)
 
 
 @covers("`slices:` that move layers, `granularity: layer`")
 def test_layers_that_move_have_no_layer_norms(
-    row: Row, tmp_path: Path, deep: Deep
+    row: Row, tmp_path: Path, deep: Family
 ) -> None:
     with row.expect():
         config = with_granularity(frankenmerge(deep), "layer")
@@ -313,43 +291,26 @@ def test_layers_that_move_have_no_layer_norms(
 
 
 @covers("a slice of different layers of its sources, `model` and `tensor`")
-def test_different_layers_of_the_sources(row: Row, tmp_path: Path, deep: Deep) -> None:
-    slices = [{"sources": sources(deep.folders[:3], (0, 2), (1, 3), (0, 2))}]
+def test_different_layers_of_the_sources(
+    row: Row, tmp_path: Path, deep: Family
+) -> None:
+    slices = [{"sources": sources(deep.paths[:3], (0, 2), (1, 3), (0, 2))}]
     config = merge_config(deep.base, [], slices=slices)
-    stored = Oracle(deep.states[0], deep.states[1:3])
-    given = deep.moved([(0, 1), (1, 2), (0, 1)])
-    with row.expect():
-        for granularity, measured in (("model", stored), ("tensor", given)):
-            merged = run_mergekit(
-                with_granularity(config, granularity), tmp_path / granularity
-            )
-            assert_merged(merged, measured, granularity, handed_over=given)
-
-
-def parts(merged: State) -> list[State]:
-    """What the first and the second of two slices wrote: the second has layer 2."""
-    second = ("model.layers.2.", "model.norm.", "lm_head.")
-    return [
-        {n: t for n, t in merged.items() if n.startswith(second) == last}
-        for last in (False, True)
-    ]
-
-
-def of_part(part: State, *states: State) -> Oracle:
-    first, *others = ({name: state[name] for name in part} for state in states)
-    return Oracle(first, others)
+    stored = Oracle(deep.base_state, deep.states[:2])
+    given = moved(deep, [(0, 1), (1, 2), (0, 1)])
+    assert_merges_moved(row, config, tmp_path, stored, given)
 
 
 @covers("`slices:` with different models", "`slices:` with a `base_model` of their own")
-def test_slices_of_their_own(row: Row, tmp_path: Path, deep: Deep) -> None:
+def test_slices_of_their_own(row: Row, tmp_path: Path, deep: Family) -> None:
     """The ratio is taken over the models of the slice at hand."""
     chosen = [(0, 1, 2), (0, 3, 1)]
     slices: list[dict[str, Any]] = [{}, {}]
     if row.name.endswith("of their own"):
         chosen[1] = (3, 1, 2)
-        slices = [{"base_model": str(deep.folders[first])} for first, *_ in chosen]
+        slices = [{"base_model": str(deep.paths[first])} for first, *_ in chosen]
     for entry, numbers, layers in zip(slices, chosen, ((0, 2), (2, 3)), strict=True):
-        entry["sources"] = sources([deep.folders[k] for k in numbers], layers)
+        entry["sources"] = sources([deep.paths[k] for k in numbers], layers)
     base = None if "base_model" in slices[0] else deep.base
     config = merge_config(base, [], slices=slices)
     with row.expect():
@@ -357,22 +318,29 @@ def test_slices_of_their_own(row: Row, tmp_path: Path, deep: Deep) -> None:
             merged = run_mergekit(
                 with_granularity(config, granularity), tmp_path / granularity
             )
-            for part, numbers in zip(parts(merged), chosen, strict=True):
-                states = [deep.states[k] for k in numbers]
-                stored = Oracle(states[0], states[1:])
-                given = of_part(part, *states)
+            second = ("model.layers.2.", "model.norm.", "lm_head.")
+            for numbers, is_second in zip(chosen, (False, True), strict=True):
+                part = {
+                    name: tensor
+                    for name, tensor in merged.items()
+                    if name.startswith(second) == is_second
+                }
+                base, *models = (deep.all_states[k] for k in numbers)
+                handed = [{n: state[n] for n in part} for state in (base, *models)]
+                given = Oracle(handed[0], handed[1:])
+                stored = Oracle(base, models)
                 assert_merged(part, stored, granularity, handed_over=given)
 
 
 @covers("`slices:` without the base among their sources")
-def test_slices_without_the_base(row: Row, tmp_path: Path, deep: Deep) -> None:
+def test_slices_without_the_base(row: Row, tmp_path: Path, deep: Family) -> None:
     slices = [{"sources": sources(deep.models, (0, 3))}]
     with row.expect():
         run_mergekit(merge_config(deep.base, [], slices=slices), tmp_path / "out")
 
 
 @covers("`modules:` with `models:`", "`modules:` with `slices:`")
-def test_modules(row: Row, tmp_path: Path, trios: Callable[[str], Trio]) -> None:
+def test_modules(row: Row, tmp_path: Path, trios: Trios) -> None:
     trio = trios("LLaVA")
     folders = trio.paths(FUSED)
     layers = {
@@ -388,15 +356,11 @@ def test_modules(row: Row, tmp_path: Path, trios: Callable[[str], Trio]) -> None
             given = {"sources": sources(folders, (0, count))}
             modules[name] = {"slices": [given]}
     config = merge_config(folders[0], [], modules=modules)
-    oracle = Oracle(trio.states[0], trio.states[1:])
-    with row.expect():
-        for granularity in GRANULARITIES:
-            assert_merges(config, tmp_path, oracle, granularity=granularity)
-            assert_merges_exactly(config, tmp_path, oracle, granularity=granularity)
+    assert_works(row, config, tmp_path, Oracle(trio.states[0], trio.states[1:]))
 
 
 @covers("parameters with filters and gradients")
-def test_filters_and_gradients(row: Row, tmp_path: Path, deep: Deep) -> None:
+def test_filters_and_gradients(row: Row, tmp_path: Path, deep: Family) -> None:
     config = merge_config(deep.base, deep.models[:2])
     # The first model fades out towards the last layer, but for its attention.
     config["models"][0]["parameters"] = {
@@ -405,7 +369,7 @@ def test_filters_and_gradients(row: Row, tmp_path: Path, deep: Deep) -> None:
     config["parameters"] = {
         "granularity": [{"filter": "mlp", "value": "tensor"}, {"value": "model"}]
     }
-    oracle = Oracle(deep.states[0], deep.states[1:3])
+    oracle = Oracle(deep.base_state, deep.states[:2])
     fading = {"0": 1.0, "1": 0.5, "2": 0.0}
     with row.expect():
         merged = run_mergekit({**config, "dtype": "float64"}, tmp_path / "out")
@@ -424,7 +388,7 @@ def test_filters_and_gradients(row: Row, tmp_path: Path, deep: Deep) -> None:
             torch.testing.assert_close(tensor, base + shift, rtol=0, atol=1e-14)
 
 
-def test_unchanged_layouts_agree(trios: Callable[[str], Trio]) -> None:
+def test_unchanged_layouts_agree(trios: Trios) -> None:
     """Both ways of saving hold the same weights: the tests above compare layouts."""
     trio = trios("Mixtral")
     original, loaded = (read_model(trio.folders[k][0]) for k in (ORIGINAL, LOADED))

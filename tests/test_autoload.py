@@ -43,26 +43,12 @@ AT_TORCH = {"mergekit_metagpt", "mergekit_metagpt.autoload"}
 AT_REGISTRY = AT_TORCH | {
     f"mergekit_metagpt.{name}"
     for name in (
-        "arithmetic",
-        "arithmetic.closed_form",
-        "arithmetic.compiled",
-        "arithmetic.in_parts",
-        "arithmetic.scaled_sums",
-        "arithmetic.squared_norms",
-        "checkpoints",
-        "checkpoints.stored",
-        "method",
-        "method.advice",
-        "method.announcing",
-        "method.composed",
-        "method.group_norms",
-        "method.inputs",
-        "method.metagpt",
-        "method.parameters",
-        "method.plan_watch",
-        "method.registration",
-        "scanning",
-        "scanning.pools",
+        *("arithmetic", "arithmetic.closed_form", "arithmetic.compiled"),
+        *("arithmetic.in_parts", "arithmetic.scaled_sums", "arithmetic.squared_norms"),
+        *("checkpoints", "checkpoints.stored", "method", "method.advice"),
+        *("method.announcing", "method.composed", "method.group_norms"),
+        *("method.inputs", "method.metagpt", "method.parameters"),
+        *("method.plan_watch", "method.registration", "scanning", "scanning.pools"),
     )
 }
 # The compiled loops, where they were built.

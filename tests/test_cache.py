@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -13,46 +13,39 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 import mergekit_metagpt
 from mergekit_metagpt.checkpoints.identity import fingerprint
-from mergekit_metagpt.commands.cli import main
 from mergekit_metagpt.scanning import cache, once
 from mergekit_metagpt.scanning.results import ScanResult
-from tests.conftest import Family, make_family
+from tests.conftest import Family, make_family, write_family
+from tests.families import forget, run_command
 from tests.oracle import assert_same_bits, naive_sq_norms
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 LONG_AGO = 1_600_000_000
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache directory of the test's own."""
-    folder = tmp_path / "cache"
-    monkeypatch.setenv(cache.VARIABLE, str(folder))
-    return folder
+Scans = list[list[str]]
 
 
 @pytest.fixture
-def aged(tmp_path: Path) -> Family:
-    """A family whose files are old enough to be remembered."""
-    made = make_family(tmp_path / "family")
-    age(made.base, *made.models)
-    return made
+def aged(own_cache: Path, tmp_path: Path) -> Family:
+    """A family whose files are old enough to be remembered, and an empty cache."""
+    return age(make_family(tmp_path / "family"))
 
 
-def age(*folders: Path) -> None:
-    for folder in folders:
+def age(family: Family) -> Family:
+    for folder in family.paths:
         for number, file in enumerate(sorted(folder.iterdir())):
             os.utime(file, (LONG_AGO + number, LONG_AGO + number))
+    return family
 
 
 @pytest.fixture
-def scans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
-    """The models of every scan that reads weights; each test is a new process."""
-    seen: list[list[str]] = []
+def scans(monkeypatch: pytest.MonkeyPatch) -> Scans:
+    """The models of every scan that reads weights."""
+    seen: Scans = []
     scan_files = once.scan_checkpoints
 
     def counted(base: Any, models: Any, **options: Any) -> Any:
@@ -60,15 +53,12 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
         return scan_files(base, models, **options)
 
     monkeypatch.setattr(once, "scan_checkpoints", counted)
-    monkeypatch.setattr(once, "_PAIRS", {})
-    monkeypatch.setattr(once, "_REQUESTS", {})
-    yield seen
+    return seen
 
 
 def scan(family: Family, *, gram: bool = False) -> ScanResult:
     """Scan as a new process would: nothing is known but what lies on disk."""
-    once._PAIRS.clear()
-    once._REQUESTS.clear()
+    forget()
     fingerprint.cache_clear()
     return mergekit_metagpt.scan(family.base, family.models, gram=gram)
 
@@ -84,29 +74,21 @@ def assert_same_results(first: ScanResult, second: ScanResult) -> None:
 
 @pytest.mark.parametrize("gram", [False, True])
 def test_a_second_scan_reads_no_weights_and_gives_the_same_bits(
-    gram: bool, home: Path, aged: Family, scans: list[list[str]]
+    gram: bool, own_cache: Path, aged: Family, scans: Scans
 ) -> None:
     first = scan(aged, gram=gram)
-    assert len(scans) == 1 and len(list(home.iterdir())) == 3 + gram
+    assert len(scans) == 1 and len(list(own_cache.iterdir())) == 3 + gram
     assert_same_results(first, scan(aged, gram=gram))
     assert len(scans) == 1
 
 
-def test_a_merge_finds_what_inspect_measured(
-    home: Path, aged: Family, scans: list[list[str]]
-) -> None:
-    models = [str(model) for model in aged.models]
-    done = CliRunner().invoke(main, ["inspect", "--base", str(aged.base), *models])
-    assert done.exit_code == 0, done.output
+def test_a_merge_finds_what_inspect_measured(aged: Family, scans: Scans) -> None:
+    assert run_command("inspect", "--base", *aged.paths) == 0
     scan(aged)
     assert len(scans) == 1
 
 
-def test_only_new_models_are_scanned(
-    home: Path, aged: Family, scans: list[list[str]]
-) -> None:
-    once._PAIRS.clear()
-    once._REQUESTS.clear()
+def test_only_new_models_are_scanned(aged: Family, scans: Scans) -> None:
     mergekit_metagpt.scan(aged.base, aged.models[:2])
     result = scan(aged)
     assert scans[1] == [str(aged.models[2])]
@@ -132,9 +114,8 @@ def change_a_sample(file: Path) -> None:
 def test_a_changed_file_is_measured_anew(
     change: Callable[[Path], None],
     of_base: bool,
-    home: Path,
     aged: Family,
-    scans: list[list[str]],
+    scans: Scans,
 ) -> None:
     scan(aged)
     folder = aged.base if of_base else aged.models[1]
@@ -145,7 +126,7 @@ def test_a_changed_file_is_measured_anew(
 
 
 def test_ties_of_the_configuration_are_part_of_the_key(
-    home: Path, aged: Family, scans: list[list[str]]
+    aged: Family, scans: Scans
 ) -> None:
     scan(aged)
     file = aged.base / "config.json"
@@ -156,7 +137,7 @@ def test_ties_of_the_configuration_are_part_of_the_key(
 
 
 def test_another_version_measures_anew(
-    home: Path, aged: Family, scans: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    aged: Family, scans: Scans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scan(aged)
     monkeypatch.setattr(cache, "version", lambda package: "0.0.0")
@@ -165,13 +146,12 @@ def test_another_version_measures_anew(
 
 
 def test_the_same_files_elsewhere_are_known(
-    home: Path, aged: Family, scans: list[list[str]], tmp_path: Path
+    aged: Family, scans: Scans, tmp_path: Path
 ) -> None:
     first = scan(aged)
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "family", moved)  # keeps modification times
-    once._PAIRS.clear()
-    once._REQUESTS.clear()
+    forget()
     models = [moved / model.name for model in aged.models]
     second = mergekit_metagpt.scan(moved / "base", models)
     assert len(scans) == 1
@@ -179,7 +159,7 @@ def test_the_same_files_elsewhere_are_known(
 
 
 def test_snapshots_of_the_hub_are_known_by_their_hashes_alone(
-    home: Path, aged: Family, scans: list[list[str]], tmp_path: Path
+    aged: Family, scans: Scans, tmp_path: Path
 ) -> None:
     for folder in (aged.base, *aged.models):
         blobs = tmp_path / "hub" / folder.name / "blobs"
@@ -195,13 +175,21 @@ def test_snapshots_of_the_hub_are_known_by_their_hashes_alone(
     assert len(scans) == 1
 
 
-def test_young_files_are_not_remembered(
-    home: Path, aged: Family, scans: list[list[str]]
-) -> None:
+def test_young_files_are_not_remembered(aged: Family, scans: Scans) -> None:
     next(aged.models[0].glob("*.safetensors")).touch()
     scan(aged)
     scan(aged)
     assert scans[1:] == [[str(aged.models[0])]]
+
+
+def test_weights_whose_squares_exceed_float64_are_not_remembered(
+    own_cache: Path, scans: Scans, tmp_path: Path
+) -> None:
+    """JSON has no infinity, which is the squared norm of the base."""
+    base, model = (torch.tensor([1e200, x], dtype=torch.float64) for x in (0.0, 1.0))
+    family = age(write_family(tmp_path / "huge", {"w": base}, [{"w": model}]))
+    assert scan(family).sq_norms.tolist() == scan(family).sq_norms.tolist() == [[1.0]]
+    assert len(scans) == 2 and not own_cache.exists()
 
 
 def spoil(change: Callable[[dict[str, Any]], Any]) -> Callable[[bytes], bytes]:
@@ -245,35 +233,34 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_entry_is_measured_anew_and_replaced(
-    damage: str, home: Path, aged: Family, scans: list[list[str]]
+    damage: str, own_cache: Path, aged: Family, scans: Scans
 ) -> None:
     first = scan(aged)
-    kept = {file: file.read_bytes() for file in home.iterdir()}
+    kept = {file: file.read_bytes() for file in own_cache.iterdir()}
     for file, data in kept.items():
         file.write_bytes(DAMAGE[damage](data))
     assert_same_results(first, scan(aged))
     assert len(scans) == 2
-    assert {file: file.read_bytes() for file in home.iterdir()} == kept
+    assert {file: file.read_bytes() for file in own_cache.iterdir()} == kept
 
 
-@pytest.mark.parametrize("matrix", ["gram"])
 def test_a_damaged_gram_matrix_is_measured_anew(
-    matrix: str, home: Path, aged: Family, scans: list[list[str]]
+    own_cache: Path, aged: Family, scans: Scans
 ) -> None:
     first = scan(aged, gram=True)
-    for file in home.iterdir():
+    for file in own_cache.iterdir():
         data = file.read_bytes()
         if b'"kind":"gram"' in data:
-            file.write_bytes(spoil(lambda content: content[matrix].popitem())(data))
+            file.write_bytes(spoil(lambda content: content["gram"].popitem())(data))
     assert_same_results(first, scan(aged, gram=True))
     assert len(scans) == 2
 
 
 def test_an_entry_that_is_too_large_is_not_read(
-    home: Path, aged: Family, scans: list[list[str]]
+    own_cache: Path, aged: Family, scans: Scans
 ) -> None:
     scan(aged)
-    for file in home.iterdir():
+    for file in own_cache.iterdir():
         with file.open("r+b") as stream:
             stream.truncate(cache.MOST_BYTES + 1)  # sparse
     scan(aged)
@@ -282,7 +269,7 @@ def test_an_entry_that_is_too_large_is_not_read(
 
 @pytest.mark.parametrize("value", ["0", "/dev/null/no/folder"])
 def test_without_a_cache_everything_works(
-    value: str, aged: Family, scans: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    value: str, aged: Family, scans: Scans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(cache.VARIABLE, value)
     assert_same_results(scan(aged), scan(aged))
@@ -302,7 +289,7 @@ def test_the_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert cache.folder() is None
 
 
-def test_many_writers_at_once(home: Path, aged: Family, scans: list[list[str]]) -> None:
+def test_many_writers_at_once(own_cache: Path, aged: Family, scans: Scans) -> None:
     def scan_once(number: int) -> ScanResult:
         return mergekit_metagpt.scan(aged.base, aged.models)
 
@@ -310,26 +297,26 @@ def test_many_writers_at_once(home: Path, aged: Family, scans: list[list[str]]) 
         results = list(executor.map(scan_once, range(16)))
     for result in results[1:]:
         assert_same_results(results[0], result)
-    assert len(list(home.iterdir())) == 3, "no temporary file is left"
+    assert len(list(own_cache.iterdir())) == 3, "no temporary file is left"
     scan(aged)
-    assert len(list(home.glob("*.json"))) == 3
+    assert len(list(own_cache.glob("*.json"))) == 3
 
 
 def test_the_oldest_entries_go(
-    home: Path, aged: Family, scans: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    own_cache: Path, aged: Family, scans: Scans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "MOST_ENTRIES", 2)
     scan(aged)
-    assert len(list(home.iterdir())) == 2
+    assert len(list(own_cache.iterdir())) == 2
 
 
 def test_what_killed_writes_left_goes_in_time(
-    home: Path, aged: Family, scans: list[list[str]]
+    own_cache: Path, aged: Family, scans: Scans
 ) -> None:
     """A young one may belong to a process at work; what is not ours stays."""
-    home.mkdir(mode=0o700)
+    own_cache.mkdir(mode=0o700)
     old, young, foreign = (
-        home / name
+        own_cache / name
         for name in (f"{cache.UNFINISHED}a", f"{cache.UNFINISHED}b", ".netrc")
     )
     for file in (old, young, foreign):
@@ -339,40 +326,45 @@ def test_what_killed_writes_left_goes_in_time(
     scan(aged)
     assert not old.exists() and young.exists() and foreign.exists()
     assert cache.clear() == 3
-    assert [file.name for file in home.iterdir()] == [foreign.name]
+    assert [file.name for file in own_cache.iterdir()] == [foreign.name]
 
 
 def test_entries_are_private_and_small_and_hold_no_weights(
-    home: Path, aged: Family, scans: list[list[str]]
+    own_cache: Path, aged: Family, scans: Scans
 ) -> None:
     scan(aged, gram=True)
-    assert home.stat().st_mode & 0o077 == 0
-    assert sum(file.stat().st_size for file in home.iterdir()) < 20_000
-    for file in home.iterdir():
+    assert own_cache.stat().st_mode & 0o077 == 0
+    assert sum(file.stat().st_size for file in own_cache.iterdir()) < 20_000
+    for file in own_cache.iterdir():
         assert file.stat().st_mode & 0o077 == 0
 
 
 def test_the_command_shows_and_clears(
-    home: Path, aged: Family, scans: list[list[str]]
+    own_cache: Path,
+    aged: Family,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def said(*arguments: str) -> str:
-        done = CliRunner().invoke(main, ["cache", *arguments], env={"COLUMNS": "400"})
-        assert done.exit_code == 0, done.output
-        return done.output
+    monkeypatch.setenv("COLUMNS", "400")
 
-    assert said() == f"{home}: 0 entries, 0.0 MB\n"
+    def said(*arguments: str) -> str:
+        assert run_command("cache", *arguments) == 0
+        return capsys.readouterr().out
+
+    assert said() == f"{own_cache}: 0 entries, 0.0 MB\n"
     scan(aged, gram=True)
-    (home / "foreign.json").write_text("not ours")
+    (own_cache / "foreign.json").write_text("not ours")
     shown = said()
-    assert shown.startswith(f"{home}: 5 entries, 0.0 MB\n")
+    assert shown.startswith(f"{own_cache}: 5 entries, 0.0 MB\n")
     assert shown.count("squared norms") == 3 and shown.count("inner products") == 1
     assert str(aged.models[2]) in shown and "not readable" in shown
-    assert said("--clear") == f"Removed 5 entries from {home}.\n"
-    assert said() == f"{home}: 0 entries, 0.0 MB\n"
+    assert said("--clear") == f"Removed 5 entries from {own_cache}.\n"
+    assert said() == f"{own_cache}: 0 entries, 0.0 MB\n"
 
 
 def test_the_command_says_that_the_cache_is_off(
-    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(cache.VARIABLE, "0")
-    assert CliRunner().invoke(main, ["cache"]).output == "The cache is off.\n"
+    assert run_command("cache") == 0
+    assert capsys.readouterr().out == "The cache is off.\n"

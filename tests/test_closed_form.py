@@ -13,7 +13,6 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-import mergekit_metagpt
 from mergekit_metagpt.arithmetic.closed_form import coefficients, contributes, cosines
 from tests.oracle import assert_same_bits, assert_unchanged, exact_coefficients
 
@@ -66,10 +65,6 @@ def test_any_sequence_of_numbers(kind: Callable[[list[float]], Any]) -> None:
     for wrong in ([[1.0]], 1.0):
         with pytest.raises(ValueError, match="expected one value per model"):
             coefficients(wrong)  # type: ignore[arg-type]
-
-
-def test_the_package_exports_this_function() -> None:
-    assert mergekit_metagpt.coefficients is coefficients
 
 
 @pytest.mark.parametrize("power", POWERS)
@@ -149,10 +144,10 @@ def test_a_weight_of_zero_takes_a_model_out(power: float) -> None:
     assert marks.tolist() == [False, True, True]
 
 
-def test_a_lone_model_has_the_whole_scale_whatever_its_norm() -> None:
-    for n in (TINIEST, 1.0, HUGEST):
-        for power in (-7.0, 0.0, 2.0):
-            assert coefficients(f64(n), power=power, scale=0.3).tolist() == [0.3]
+@pytest.mark.parametrize("power", [-7.0, 0.0, 2.0])
+@pytest.mark.parametrize("n", [TINIEST, 1.0, HUGEST])
+def test_a_lone_model_has_the_whole_scale(n: float, power: float) -> None:
+    assert coefficients(f64(n), power=power, scale=0.3).tolist() == [0.3]
     assert coefficients(f64(0.0), power=0.0).tolist() == [1.0]
 
 
@@ -234,12 +229,9 @@ def test_extreme_weights_do_not_overflow_either(power: float) -> None:
     for weight in ([HUGEST, HUGEST, 1.0], [TINIEST, TINIEST, TINIEST], [1e-300, 1, 1]):
         found = coefficients(f64(1, 2, 4), f64(*weight), power)
         assert_coefficients(found, [1, 2, 4], weight, power)
-
-
-def test_weight_and_norm_may_cancel_beyond_the_range_of_doubles() -> None:
-    for size in (1e200, 1e300):
-        norms, weight = [1 / size, size], [size, 1 / size]
-        assert_coefficients(coefficients(f64(*norms), f64(*weight)), norms, weight)
+    norms, weight = [1e-300, 1e300], [1e300, 1e-300]  # which cancel each other
+    found = coefficients(f64(*norms), f64(*weight), power)
+    assert_coefficients(found, norms, weight, power)
 
 
 # --- autograd ------------------------------------------------------------------------
@@ -268,12 +260,6 @@ def test_gradients_stay_finite_with_models_left_out(power: float) -> None:
     assert torch.isfinite(weight.grad).all()
 
 
-def test_no_graph_is_recorded_without_need() -> None:
-    assert not coefficients(f64(1, 3)).requires_grad
-    with torch.no_grad():
-        assert not coefficients(f64(1, 3).requires_grad_()).requires_grad
-
-
 # --- cosines -------------------------------------------------------------------------
 
 
@@ -283,7 +269,7 @@ def random_gram(count: int, length: int, seed: int = 0) -> torch.Tensor:
     return taus @ taus.T
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 12])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 12])
 def test_cosines_follow_the_formula(count: int) -> None:
     gram = random_gram(count, 20, seed=count)
     with assert_unchanged([gram]):
@@ -320,10 +306,6 @@ def test_cosines_of_extreme_norms(size: float) -> None:
 def test_only_square_matrices_have_cosines(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"square.*got shape.*expected"):
         cosines(torch.ones(shape, dtype=F64))
-
-
-def test_cosines_of_no_models() -> None:
-    assert cosines(torch.zeros(0, 0, dtype=F64)).shape == (0, 0)
 
 
 # --- properties ----------------------------------------------------------------------

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from mergekit import merge_methods
@@ -16,22 +14,20 @@ from mergekit.merge_methods import (
     PerGroupValues,
     TensorGroup,
     merge_state_dicts,
-    merge_tensors,
 )
 
-import mergekit_metagpt
 from mergekit_metagpt.method.composed import COMPOSED
 from tests import matrix
 from tests.conftest import Family, make_family
-from tests.families import State, merge_config, run_mergekit
+from tests.families import merge_config, run_mergekit
 from tests.matrix import Row, covers
 from tests.oracle import (
     GRANULARITIES,
     Oracle,
-    assert_same_bits,
     assert_same_states,
     assert_unchanged,
     naive_coefficients,
+    naive_merge,
 )
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -71,10 +67,6 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Weights]:
     yield seen
 
 
-def inner_of(method: str) -> str:
-    return method.strip("`").removeprefix("metagpt_")
-
-
 def settings_for(method: str) -> dict[str, Any]:
     """Those of `SETTINGS` that a method of mergekit has."""
     known = {parameter.name for parameter in merge_methods.get(method).spec.parameters}
@@ -111,7 +103,7 @@ def with_explicit_weights(
 
 @covers(*NAMES)
 def test_in_the_graph(row: Row, tmp_path: Path, trio: Family, passed: Weights) -> None:
-    method = inner_of(row.name)
+    method = row.name.strip("`").removeprefix("metagpt_")
     with row.expect():
         for granularity in GRANULARITIES:
             passed.clear()
@@ -135,7 +127,7 @@ def test_in_the_graph(row: Row, tmp_path: Path, trio: Family, passed: Weights) -
 def test_in_memory(
     trio: Family, passed: Weights, method: str, granularity: str
 ) -> None:
-    states = dict(zip(("base", "a", "b", "c"), inputs_of(trio), strict=True))
+    states = dict(zip(("base", "a", "b", "c"), trio.all_states, strict=True))
     settings = settings_for(method)
     with assert_unchanged(t for state in states.values() for t in state.values()):
         torch.manual_seed(5)
@@ -152,10 +144,6 @@ def test_in_memory(
         states, method, base="base", parameters={**settings, "weight": weight}
     )
     assert_same_states(ours, theirs)
-
-
-def inputs_of(family: Family) -> list[State]:
-    return [family.base_state, *family.states]
 
 
 @pytest.mark.parametrize("method", COMPOSED)
@@ -205,34 +193,28 @@ def test_every_task_arithmetic_method_of_mergekit_is_composed() -> None:
 def test_the_registered_object_does_the_work() -> None:
     for name in COMPOSED:
         composed = merge_methods.get(f"metagpt_{name}")
+        ours, theirs = composed.spec, composed.inner.spec
         assert composed.inner is merge_methods.get(name)
-        assert composed.spec.contract == composed.inner.spec.contract
-        assert (
-            composed.spec.optional_tensor_policy
-            == composed.inner.spec.optional_tensor_policy
-        )
+        assert ours.contract == theirs.contract
+        assert ours.optional_tensor_policy == theirs.optional_tensor_policy
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.25, 1.0, 2.0])
 def test_lambda_is_applied_once(trio: Family, passed: Weights, scale: float) -> None:
     parameters = {"lambda": scale, "density": 1.0}
     merged = merge_state_dicts(
-        inputs_of(trio),
+        trio.all_states,
         "metagpt_dare_linear",
         base=0,
         parameters=parameters,
         dtype=torch.float64,
     )
     assert_passed(passed, trio, "model")
-    oracle = Oracle(trio.base_state, trio.states)
-    for name, tensor in merged.items():
-        base = trio.base_state[name].double()
-        lambdas = oracle.lambdas(name).tolist()
-        shift = sum(
-            share * (state[name].double() - base)
-            for share, state in zip(lambdas, trio.states, strict=True)
-        )
-        torch.testing.assert_close(tensor, base + scale * shift, rtol=1e-12, atol=1e-15)
+    lambdas = trio.lambdas(scale=scale)
+    for name, base in trio.base_state.items():
+        tensors = [state[name] for state in trio.states]
+        exact = naive_merge(base, tensors, lambdas(name))
+        torch.testing.assert_close(merged[name], exact, rtol=1e-12, atol=1e-15)
 
 
 def test_weight_power_and_exclude_shape_the_weights(
@@ -240,65 +222,20 @@ def test_weight_power_and_exclude_shape_the_weights(
 ) -> None:
     importance = [1.0, 0.0, 3.0]
     merge_state_dicts(
-        inputs_of(trio),
+        trio.all_states,
         "metagpt_ties",
         base=0,
         parameters={"weight": importance, "power": 1.0, "exclude": "embed, lm_head"},
     )
     kept = [
         {n: t for n, t in state.items() if "embed" not in n and "lm_head" not in n}
-        for state in inputs_of(trio)
+        for state in trio.all_states
     ]
     sq_norms = Oracle(kept[0], kept[1:]).sq_norms
     expected = naive_coefficients(sq_norms, importance, power=1.0)
     for values in passed.values():
         found = torch.tensor(list(values.values()), dtype=torch.float64)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("method", COMPOSED)
-def test_one_tensor_in_memory(trio: Family, passed: Weights, method: str) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
-    tensors = [state[name] for state in inputs_of(trio)]
-    torch.manual_seed(1)
-    ours = merge_tensors(tensors, f"metagpt_{method}", base_index=0, name=name)
-    weights = passed[name]
-    torch.manual_seed(1)
-    theirs = merge_tensors(
-        tensors, method, base_index=0, name=name, parameters={"weight": weights}
-    )
-    assert_same_bits(ours, theirs)
-    only = Oracle(
-        {name: tensors[0]}, [{name: tensor} for tensor in tensors[1:]]
-    ).lambdas(name)
-    found = torch.tensor(list(weights.values()), dtype=torch.float64)
-    torch.testing.assert_close(found, only, rtol=1e-12, atol=0)
-
-
-def random_states() -> tuple[Any, ...]:
-    return (
-        torch.get_rng_state().tolist(),
-        random.getstate(),
-        numpy.random.get_state()[1],
-    )
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_random_state_is_left_alone(
-    tmp_path: Path, trio: Family, granularity: str
-) -> None:
-    config = merge_config(
-        trio.base, trio.models, parameters={"granularity": granularity}
-    )
-    before = random_states()
-    mergekit_metagpt.scan(trio.base, trio.models, gram=True)
-    run_mergekit(config, tmp_path / "out")
-    merge_state_dicts(
-        inputs_of(trio), "metagpt", base=0, parameters={"granularity": granularity}
-    )
-    after = random_states()
-    assert before[:2] == after[:2]
-    assert (before[2] == after[2]).all()
 
 
 def test_random_draws_differ_between_seeds(tmp_path: Path, trio: Family) -> None:

@@ -296,27 +296,19 @@ def test_words_on_compositions(results: Results) -> None:
     assert below == ["breadcrumbs", "breadcrumbs ties"]
 
 
-def score(results: Results, method: str, kind: str) -> float:
-    return fmean(
-        getattr(results.averages(seed, mixture, method), kind)
-        for seed in results.seeds
-        for mixture in results.gentle
-    )
-
-
 def test_words_on_scores(results: Results) -> None:
-    from tables import COMPOSED
+    def score(method: str, kind: str = "absolute") -> float:
+        return fmean(
+            getattr(results.averages(seed, mixture, method), kind)
+            for seed in results.seeds
+            for mixture in results.gentle
+        )
 
-    own = score(results, "metagpt", "absolute")
     others = [m for m in ("base", *results.methods) if m != "metagpt"]
-    assert all(score(results, method, "absolute") < own for method in others)
-    assert score(results, "metagpt", "normalised") > score(
-        results, "average", "normalised"
-    )
+    assert all(score(method) < score("metagpt") for method in others)
+    assert score("metagpt", "normalised") > score("average", "normalised")
     for method in ("ties", "dare linear"):
-        better = score(results, f"metagpt + {method}", "absolute")
-        assert better > score(results, method, "absolute")
-    assert all(score(results, f"metagpt + {m}", "absolute") < own for m in COMPOSED)
+        assert score(f"metagpt + {method}") > score(method)
     k = results.domains.index("markup")
     for model, percent in (("base", 4), ("markup_long", 95)):
         scores = [results.models[seed, model]["score"][k] for seed in results.seeds]
@@ -324,11 +316,11 @@ def test_words_on_scores(results: Results) -> None:
 
 
 def test_words_on_forgetting(results: Results) -> None:
-    lost = {
-        model: fmean(results.models[seed, model]["loss"][0] for seed in results.seeds)
+    lost = [
+        fmean(results.models[seed, model]["loss"][0] for seed in results.seeds)
         for model in ("base", "code_long", "arithmetic_long", "markup_long")
-    }
-    assert list(lost) == sorted(lost, key=lambda model: lost[model])
+    ]
+    assert lost == sorted(lost)
     for mixture in results.mixtures:
         of_metagpt, of_average = (
             fmean(results.merges[s, mixture, method]["loss"][0] for s in results.seeds)

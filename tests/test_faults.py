@@ -15,21 +15,20 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 import mergekit_metagpt
 from mergekit_metagpt.arithmetic import scaled_sums, squared_norms
 from mergekit_metagpt.checkpoints.files import Readers, read_header
 from mergekit_metagpt.commands import merging, placing
-from mergekit_metagpt.commands.cli import main
 from mergekit_metagpt.scanning import one_pass
 from tests.broken import snapshot
 from tests.conftest import Family, make_family
-from tests.families import merge_config, read_model, run_mergekit, tuned
+from tests.families import merge_config, read_model, run_command, run_mergekit, tuned
 from tests.long import killed
 from tests.long.forked import FULL, INTERRUPT, KILL, TERMINATE
 from tests.long.killed import QUIET, Place, disturbed
+from tests.merges import write_merge
 from tests.oracle import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -187,20 +186,13 @@ def pair(tmp_path: Path) -> Family:
 @pytest.fixture
 def job(pair: Family, tmp_path: Path) -> Path:
     """A YAML that merges them."""
-    file = tmp_path / "work" / "merge.yml"
-    file.parent.mkdir()
-    file.write_text(yaml.safe_dump(merge_config(pair.base, pair.models)))
-    return file
+    (tmp_path / "work").mkdir()
+    return write_merge(tmp_path / "work" / "merge.yml", pair.base, pair.models)
 
 
 def merge(file: Path, *options: str) -> int:
     """Run our command; return its exit status."""
-    out = file.with_name("out")
-    with pytest.raises(SystemExit) as ended:
-        arguments = ["merge", str(file), str(out), *QUIET, *options]
-        main.main(arguments, prog_name="mergekit-metagpt")
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
+    return run_command("merge", file, file.with_name("out"), *QUIET, *options)
 
 
 def rewrite(folder: Path, family: Family, seed: int = 9) -> None:
@@ -214,7 +206,7 @@ def rewrite(folder: Path, family: Family, seed: int = 9) -> None:
 
 
 def before(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, act: Callable[[], None]
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, act: Callable[[], object]
 ) -> None:
     """Let something happen right before the first call of a function."""
     found, done = getattr(owner, name), []
@@ -249,16 +241,12 @@ def test_a_model_that_is_replaced_or_removed_is_noticed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = pair.models[1]
-
-    def change() -> None:
-        if what == "replaced":
-            rewrite(model, pair)
-        elif what == "removed":
-            shutil.rmtree(model)
-        else:
-            next(model.glob("*.safetensors")).unlink()
-
-    before(monkeypatch, *MOMENTS[moment], change)
+    changes: dict[str, Callable[[], object]] = {
+        "replaced": lambda: rewrite(model, pair),
+        "a shard removed": next(model.glob("*.safetensors")).unlink,
+        "removed": lambda: shutil.rmtree(model),
+    }
+    before(monkeypatch, *MOMENTS[moment], changes[what])
     found = snapshot(job.parent)
     assert merge(job) == 2
     said = capsys.readouterr().err
@@ -340,12 +328,8 @@ def test_shards_of_two_versions_are_noticed_without_a_scan(
 ) -> None:
     """The model is replaced after its first tensors were merged."""
     config = merge_config(pair.base, pair.models, parameters=parameters)
-    before(
-        monkeypatch,
-        scaled_sums,
-        "merged_and_finite",
-        lambda: rewrite(pair.models[1], pair),
-    )
+    owner, name = MOMENTS["while tensors are merged"]
+    before(monkeypatch, owner, name, lambda: rewrite(pair.models[1], pair))
     with pytest.raises(OSError, match="has changed since"):
         run_mergekit(config, tmp_path / "out")
 
@@ -405,10 +389,10 @@ def test_a_worker_without_memory_ends_the_scan(
 def test_out_of_memory_is_said_in_one_line(
     job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def starved(*args: Any) -> None:
+    def starve() -> None:
         raise MemoryError
 
-    monkeypatch.setattr(squared_norms, "flat_sq_norms", starved)
+    before(monkeypatch, squared_norms, "flat_sq_norms", starve)
     assert merge(job) == 2
     said = capsys.readouterr().err
     assert said.startswith("Error: ") and "memory" in said and said.count("\n") == 1
@@ -461,12 +445,20 @@ def prepare(out: Path, place: str) -> list[str]:
     return ["--force"] if place == "old" else []
 
 
-@pytest.mark.parametrize("place", ["new", "empty", "old"])
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merges that draw nothing, which takes most of their time."""
+    monkeypatch.setattr(merging, "report_figure", lambda report, file: file.touch())
+
+
+every_place = pytest.mark.parametrize("place", ["new", "empty", "old"])
+
+
+@every_place
 def test_control_c_before_any_line_of_the_merge(
-    place: str, job: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, job: Path, without_figures: None
 ) -> None:
     """At the output lies what lay there, or the whole model; beside it nothing."""
-    monkeypatch.setattr(merging, "report_figure", lambda report, file: file.touch())
     out = job.with_name("out")
     options = prepare(out, place)
     found = snapshot(job.parent)
@@ -485,12 +477,11 @@ def test_control_c_before_any_line_of_the_merge(
     assert any(seen) and not all(seen)
 
 
-@pytest.mark.parametrize("place", ["new", "empty", "old"])
+@every_place
 def test_control_c_during_any_rename(
-    place: str, job: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, job: Path, without_figures: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The system has done it by the time that Python hears of the key."""
-    monkeypatch.setattr(merging, "report_figure", lambda report, file: file.touch())
     out, rename, done = job.with_name("out"), Path.rename, 0
 
     def noted(self: Path, target: Path) -> Path:

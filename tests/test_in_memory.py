@@ -69,17 +69,18 @@ def tuned_of(models: Models) -> list[State]:
     return [state for model, state in models.items() if model != "base"]
 
 
-OPTIONS = {"base", "dtype", "out_dtype"}
-
-
-def merge(models: Models, **options: Any) -> State:
+def merge(
+    models: Models,
+    *,
+    base: Hashable | None = "base",
+    dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    **parameters: Any,
+) -> State:
     """Merge, and check on the way that the inputs stay as they are."""
-    parameters = {k: v for k, v in options.items() if k not in OPTIONS}
-    rest = {k: v for k, v in options.items() if k in OPTIONS}
+    options = {"base": base, "dtype": dtype, "out_dtype": out_dtype}
     with assert_unchanged([t for state in models.values() for t in state.values()]):
-        return merge_state_dicts(
-            models, "metagpt", parameters=parameters, **{"base": "base", **rest}
-        )
+        return merge_state_dicts(models, "metagpt", parameters=parameters, **options)
 
 
 def lambdas_of(models: Models, **settings: Any) -> Lambdas:
@@ -137,15 +138,6 @@ def test_one_call_with_some_tensors_is_a_model_of_these() -> None:
     assert not torch.allclose(lambdas_of(part)(first), lambdas_of(relatives())(first))
 
 
-@pytest.mark.parametrize("at", [0, 1, 3])
-def test_the_base_may_stand_anywhere(at: int) -> None:
-    models = relatives()
-    order = list(models)[1:]
-    order.insert(at, "base")
-    moved = {model: models[model] for model in order}
-    assert_same_states(merge(moved), merge(models))
-
-
 @every_granularity
 @pytest.mark.parametrize("name", [None, "model.layers.3.mlp.weight", "odd name"])
 @pytest.mark.parametrize("ids", [None, ["x", "y", "z"]])
@@ -183,12 +175,6 @@ def test_power_weight_and_lambda_enter_as_in_the_formula(power: float) -> None:
 def test_weight_by_order_or_by_id(weight: Any) -> None:
     models = relatives()
     assert_merged(merge(models, weight=weight), models, weight=[1.0, 2.0, 0.0])
-
-
-def test_a_weight_for_all_changes_nothing() -> None:
-    expected = merge(relatives())
-    for name, tensor in merge(relatives(), weight=7.0).items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -300,15 +286,8 @@ def test_a_shared_parameter_counts_once(
         )
     assert list(merged) == ["embed", "body", "head", "steps"]
     assert_same_bits(merged.pop("steps"), torch.tensor(3))
-    assert_norms(merged, base, states, counted)
     if all(tied):
         assert_same_bits(merged["embed"], merged["head"])
-
-
-def assert_norms(
-    merged: State, base: State, states: list[State], counted: list[tuple[str, ...]]
-) -> None:
-    """Check that lambda is the share of these tensors' squared norms."""
     norms = [
         sum(naive_sq_norm(base[name], state[name]) for name in names)
         for state, names in zip(states, counted, strict=True)
@@ -391,13 +370,9 @@ def test_copies_count_twice() -> None:
 
 
 def test_the_same_model_twice_is_two_models() -> None:
-    models = relatives(2)
+    models = relatives(2, F32)
     models["again"] = models["tuned0"]
-    merged = merge(models)
-    for name, tensor in merged.items():
-        states = [state[name] for state in tuned_of(models)]
-        lambdas = lambdas_of(models)(name)
-        assert_within_bound(tensor, models["base"][name], states, lambdas)
+    assert_merged(merge(models), models)
 
 
 def test_a_tied_head_looks_up_the_embeddings_pool() -> None:
@@ -517,14 +492,10 @@ def test_a_model_of_buffers_only() -> None:
 
 @every_granularity
 def test_an_integer_tensor_is_no_weight(granularity: str) -> None:
+    counters = [torch.tensor([1, 2]), torch.tensor([3, 4])]
+    options = {"name": "counter", "parameters": {"granularity": granularity}}
     with pytest.raises(TypeError, match=r"counter of 0 .*int64"):
-        merge_tensors(
-            [torch.tensor([1, 2]), torch.tensor([3, 4])],
-            "metagpt",
-            base_index=0,
-            name="counter",
-            parameters={"granularity": granularity},
-        )
+        merge_tensors(counters, "metagpt", base_index=0, **options)
 
 
 # --- dtypes --------------------------------------------------------------------------
@@ -618,10 +589,6 @@ def test_an_untouched_model_counts_by_the_sign_of_power(
     rest = naive_coefficients(naive_sq_norms(base, states), power=power) * (1 - share)
     models["same"] = {n: t.clone() for n, t in base.items()}
     merged = merge(models, power=power)
-    lambdas = torch.cat([rest, torch.tensor([share], dtype=F64)])
-    for name, tensor in merged.items():
-        given = [state[name] for state in tuned_of(models)]
-        assert_within_bound(tensor, base[name], given, lambdas)
     found = solved_coefficients(merged, base, states)
     torch.testing.assert_close(found, rest, rtol=1e-9, atol=0)
     assert len(said(caplog, "left out")) == (power < 0)
@@ -690,10 +657,10 @@ def test_bad_parameters_that_no_file_can_hold(
         merge(relatives(), **{parameter: value})
 
 
-@pytest.mark.parametrize("weight", [0.0, PerGroupValues([0.0] * 6)])
+@pytest.mark.parametrize("weight", [0.0, [0, 0.0, 0], PerGroupValues([0.0] * 6)])
 @every_granularity
 def test_no_weight_at_all_is_an_error(weight: Any, granularity: str) -> None:
-    with pytest.raises(ValueError, match="weight is 0"):
+    with pytest.raises(ValueError, match="weight is 0 for every model"):
         merge(relatives(), weight=weight, granularity=granularity)
 
 
@@ -727,14 +694,6 @@ def test_gradients_reach_every_input_also_through_lambda(
     assert torch.autograd.gradcheck(merged, inputs)
 
 
-def test_gradients_of_one_tensor_alone() -> None:
-    states = families.relatives(3, shapes={"w": (2, 3)})
-    tensors = [state["w"].requires_grad_() for state in states]
-    assert torch.autograd.gradcheck(
-        lambda *values: merge_tensors(values, "metagpt", base_index=1), tensors
-    )
-
-
 def test_gradients_with_an_untouched_model_and_shared_storage() -> None:
     base, model = families.relatives(1, shapes={"w": (2, 2)})
     inputs = [base["w"].requires_grad_(), model["w"].requires_grad_()]
@@ -745,19 +704,6 @@ def test_gradients_with_an_untouched_model_and_shared_storage() -> None:
         return merge_state_dicts(states, "metagpt", base=0)["head"]
 
     assert torch.autograd.gradcheck(merged, inputs)
-
-
-@pytest.mark.parametrize("dtype", ORDER)
-def test_with_gradients_or_without_the_same_within_the_bound(
-    dtype: torch.dtype,
-) -> None:
-    models = relatives(dtype=dtype)
-    for owner in ("base", "tuned2"):
-        for tensor in models[owner].values():
-            tensor.requires_grad_()
-    merged = {name: tensor.detach() for name, tensor in merge(models).items()}
-    with torch.no_grad():
-        assert_merged(merged, models)
 
 
 def test_tensors_on_a_device_are_merged_there(device: torch.device) -> None:
@@ -799,14 +745,9 @@ def test_ids_that_stand_for_no_checkpoint(
     assert_merged_as_in_memory(ids, granularity=granularity)
 
 
-def references(family: Family) -> list[ModelReference]:
-    return opened(family.base, *family.models)
-
-
 def in_memory_under(ids: Iterable[Hashable]) -> Models:
     """Tensors that no file holds, under the given ids."""
-    states = relatives().values()
-    return dict(zip(ids, states, strict=False))
+    return dict(zip(ids, relatives().values(), strict=False))
 
 
 def assert_merged_as_in_memory(ids: Sequence[Hashable], **parameters: Any) -> None:
@@ -816,43 +757,51 @@ def assert_merged_as_in_memory(ids: Sequence[Hashable], **parameters: Any) -> No
     assert_same_states(merged, plain)
 
 
+def references(family: Family, folder: Path | None = None) -> list[ModelReference]:
+    return opened(*family.paths)
+
+
+def replaced(family: Family, folder: Path) -> list[ModelReference]:
+    """Open files, one of which is then replaced, and one removed."""
+    folders = [
+        shutil.copytree(path, folder / str(number))
+        for number, path in enumerate(family.paths)
+    ]
+    ids = opened(*folders)
+    merge_methods.get("metagpt").validate_inputs(ids, ids[0])
+    write_model(folders[1], {"w": torch.ones(3)})
+    shutil.rmtree(folders[2])
+    return ids
+
+
+def unfit(family: Family, folder: Path) -> list[ModelReference]:
+    """Open files of another model, and of a quantised one."""
+    stranger = write_model(folder / "stranger", {"w": torch.ones(3)})
+    codes = {"model.norm.weight": torch.ones(3, dtype=torch.int8)}
+    quantised = write_model(folder / "quantised", codes)
+    return opened(family.base, stranger, quantised)
+
+
 @every_granularity
-def test_memory_wins_over_open_files(family: Family, granularity: str) -> None:
-    assert_merged_as_in_memory(references(family), granularity=granularity)
+@pytest.mark.parametrize("files", [references, replaced, unfit])
+def test_memory_wins_over_open_files(
+    files: Callable[[Family, Path], list[ModelReference]],
+    granularity: str,
+    family: Family,
+    tmp_path: Path,
+) -> None:
+    assert_merged_as_in_memory(files(family, tmp_path), granularity=granularity)
 
 
 def test_memory_wins_over_files_with_the_same_names(family: Family) -> None:
     ids = references(family)
     changed = [
         {n: (t.double() * (k + 1) + 0.01 * k).to(BF16) for n, t in state.items()}
-        for k, state in enumerate([family.base_state, *family.states])
+        for k, state in enumerate(family.all_states)
     ]
     expected = merge_state_dicts(changed, "metagpt", base=0)
     merged = merge(dict(zip(ids, changed, strict=True)), base=ids[0])
     assert_same_states(merged, expected)
-
-
-def test_what_happens_to_the_files_does_not_matter_in_memory(
-    family: Family, tmp_path: Path
-) -> None:
-    folders = [
-        shutil.copytree(folder, tmp_path / str(number))
-        for number, folder in enumerate((family.base, *family.models))
-    ]
-    ids = opened(*folders)
-    merge_methods.get("metagpt").validate_inputs(ids, ids[0])
-    write_model(folders[1], {"w": torch.ones(3)})
-    shutil.rmtree(folders[2])
-    assert_merged_as_in_memory(ids)
-
-
-def test_files_that_do_not_fit_do_not_matter_in_memory(
-    family: Family, tmp_path: Path
-) -> None:
-    stranger = write_model(tmp_path / "stranger", {"w": torch.ones(3)})
-    codes = {"model.norm.weight": torch.ones(3, dtype=torch.int8)}
-    quantised = write_model(tmp_path / "quantised", codes)
-    assert_merged_as_in_memory(opened(family.base, stranger, quantised))
 
 
 def test_one_tensor_under_references_of_open_files(family: Family) -> None:
@@ -900,7 +849,7 @@ def test_merges_in_memory_leave_merges_from_files_alone(
         ids = references(family)
         models = in_memory_under(ids)
         merge(models, base=ids[0], weight=[1.0, 0.0, 0.0])
-        with pytest.raises(ValueError, match="weight is 0"):
+        with pytest.raises(ValueError, match="weight is 0 for every model"):
             merge(models, base=ids[0], weight=0.0)
         buffers_only(ids)
         caplog.clear()
@@ -932,9 +881,8 @@ def test_a_merge_in_memory_does_not_hide_what_is_wrong_with_the_next(
 def test_input_groups_are_not_kept_alive() -> None:
     models = relatives(2)
     merged = merge(models)
-    watched = [
-        weakref.ref(tensor) for state in models.values() for tensor in state.values()
-    ]
+    tensors = (t for state in models.values() for t in state.values())
+    watched = [weakref.ref(tensor) for tensor in tensors]
     del models
     gc.collect()
     assert not [ref for ref in watched if ref() is not None]

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests import matrix
-from tests.adapters import PEFT_WARNS, naive_adapted, write_adapters
+from tests.adapters import PEFT_WARNS, Adapted, naive_adapted, write_adapters
+from tests.conftest import Family, write_family
 from tests.families import (
     State,
     cast,
@@ -25,11 +26,13 @@ from tests.families import (
     tuned,
     write_model,
 )
+from tests.layouts import make_model
 from tests.matrix import Row, covers
 from tests.merges import (
     assert_merges,
     assert_merges_exactly,
     assert_task_arithmetic_fails,
+    assert_works,
     with_granularity,
 )
 from tests.oracle import (
@@ -37,6 +40,7 @@ from tests.oracle import (
     Oracle,
     assert_merged,
     assert_same_bits,
+    assert_same_states,
     assert_sq_norms,
     assert_within_bound,
 )
@@ -48,28 +52,20 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TIES = {HEAD: EMBEDDING}
 
 
-@pytest.fixture(scope="session")
-def base_state() -> State:
-    """A random base in float32."""
-    return llama_state()
+States = list[State]
 
 
 @pytest.fixture(scope="session")
-def states(base_state: State) -> list[State]:
-    """Three fine-tunes of it at different distances, in float32."""
-    return [tuned(base_state, k + 1, size) for k, size in enumerate((0.01, 0.02, 0.03))]
+def states() -> States:
+    """A random base and three fine-tunes at different distances, in float32."""
+    base = llama_state()
+    sizes = (0.01, 0.02, 0.03)
+    return [base, *(tuned(base, k + 1, size) for k, size in enumerate(sizes))]
 
 
-def write_all(folder: Path, base: State, models: Sequence[State]) -> dict[str, Any]:
-    """Write safetensors checkpoints; return the configuration that merges them."""
-    return merge_config(
-        write_model(folder / "base", base),
-        [write_model(folder / f"m{k}", state) for k, state in enumerate(models)],
-    )
-
-
-def models_of(config: Mapping[str, Any]) -> list[str]:
-    return [entry["model"] for entry in config["models"]]
+def plainly(family: Family) -> dict[str, Any]:
+    """The configuration that merges a family, and nothing else."""
+    return merge_config(family.base, family.models)
 
 
 def write_pickles(
@@ -102,23 +98,17 @@ Write = Callable[[Path, State, int], Path]
 
 
 def safetensors(*shards: int) -> Write:
-    def write(folder: Path, state: State, number: int) -> Path:
-        return write_model(folder, state, shards=shards[number])
-
-    return write
+    return lambda folder, state, at: write_model(folder, state, shards=shards[at])
 
 
 def pickles(*shards: int, old_format: bool = False) -> Write:
-    def write(folder: Path, state: State, number: int) -> Path:
-        return write_pickles(
-            folder, state, shards=shards[number], old_format=old_format
-        )
-
-    return write
+    return lambda folder, state, at: write_pickles(
+        folder, state, shards=shards[at], old_format=old_format
+    )
 
 
-def mixed(folder: Path, state: State, number: int) -> Path:
-    return write_pickles(folder, state) if number else write_model(folder, state)
+def safetensors_and_pickles(folder: Path, state: State, at: int) -> Path:
+    return write_pickles(folder, state) if at else write_model(folder, state)
 
 
 LAZY = ("--lazy-unpickle",)
@@ -138,17 +128,17 @@ LAYOUTS: dict[str, tuple[Write, tuple[tuple[str, ...], ...]]] = {
         pickles(1, 1, 1, 1, old_format=True),
         ((),),
     ),
-    "base as safetensors, models as pickles": (mixed, ((),)),
+    "base as safetensors, models as pickles": (safetensors_and_pickles, ((),)),
 }
 
 
 @pytest.fixture(scope="session")
 def reference(
-    tmp_path_factory: pytest.TempPathFactory, base_state: State, states: list[State]
+    tmp_path_factory: pytest.TempPathFactory, states: States
 ) -> dict[str, State]:
     """The merge of one safetensors file each, by granularity."""
     folder = tmp_path_factory.mktemp("reference")
-    config = write_all(folder, base_state, states)
+    config = plainly(write_family(folder, states[0], states[1:]))
     return {
         granularity: run_mergekit(
             with_granularity(config, granularity), folder / granularity
@@ -159,30 +149,19 @@ def reference(
 
 @covers(*LAYOUTS)
 def test_files(
-    row: Row,
-    tmp_path: Path,
-    base_state: State,
-    states: list[State],
-    reference: dict[str, State],
+    row: Row, tmp_path: Path, states: States, reference: dict[str, State]
 ) -> None:
     write, variants = LAYOUTS[row.name]
     folders = [
-        write(tmp_path / f"model{number}", state, number)
-        for number, state in enumerate([base_state, *states])
+        write(tmp_path / f"model{at}", state, at) for at, state in enumerate(states)
     ]
-    oracle = Oracle(base_state, states)
+    oracle = Oracle(states[0], states[1:])
     config = merge_config(folders[0], folders[1:])
-    assert_sq_norms(oracle, folders[0], folders[1:])
-    with row.expect():
-        for options in variants:
-            out = tmp_path / f"out{len(options)}"
-            assert_merges_exactly(config, out, oracle, *options)
-            for granularity in GRANULARITIES:
-                merged = assert_merges(
-                    config, out, oracle, *options, granularity=granularity
-                )
-                for name, tensor in merged.items():
-                    assert_same_bits(tensor, reference[granularity][name])
+    for options in variants:
+        out = tmp_path / f"out{len(options)}"
+        merged = assert_works(row, config, out, oracle, *options, scanned=folders)
+        for granularity, expected in reference.items():
+            assert_same_states(merged[granularity], expected)
 
 
 def with_head(state: State, kind: str, seed: int) -> State:
@@ -203,56 +182,49 @@ HEAD_PAIRS = {
 
 
 @covers(*HEAD_PAIRS)
-def test_heads(
-    row: Row, tmp_path: Path, base_state: State, states: list[State]
-) -> None:
+def test_heads(row: Row, tmp_path: Path, states: States) -> None:
     of_base, of_model = HEAD_PAIRS[row.name]
     for third in matrix.HEAD_KINDS:
-        base = with_head(base_state, of_base, 10)
-        models = [with_head(states[0], of_model, 11), with_head(states[1], third, 12)]
+        base, *models = (
+            with_head(state, kind, seed)
+            for state, kind, seed in zip(
+                states, (of_base, of_model, third), (10, 11, 12), strict=False
+            )
+        )
         oracle = Oracle(base, models, TIES)
         folder = tmp_path / third
-        config = write_all(folder, base, models)
-        assert_sq_norms(oracle, config["base_model"], models_of(config))
+        family = write_family(folder, base, models)
+        assert_sq_norms(oracle, family.base, family.models)
+        kinds = GRANULARITIES if third == "its own" else ("model",)
         with row.expect():
-            assert_merges_exactly(config, folder, oracle)
-            if third == "its own":
-                assert_merges_exactly(config, folder, oracle, granularity="layer")
-                assert_merges_exactly(config, folder, oracle, granularity="tensor")
+            for granularity in kinds:
+                config = plainly(family)
+                assert_merges_exactly(config, folder, oracle, granularity=granularity)
 
 
-def test_a_copied_head_changes_no_lambda(
-    base_state: State, states: list[State]
-) -> None:
+def test_a_copied_head_changes_no_lambda(states: States) -> None:
     """The oracle itself counts a tied head once, however it is stored."""
     found = []
     for kinds in (["absent"] * 3, ["a copy of the embedding", *["absent"] * 2]):
-        tied = [
+        base, *models = (
             with_head(state, kind, 0)
-            for state, kind in zip([base_state, *states[:2]], kinds, strict=True)
-        ]
-        found.append(Oracle(tied[0], tied[1:], TIES).sq_norms)
+            for state, kind in zip(states, kinds, strict=False)
+        )
+        found.append(Oracle(base, models, TIES).sq_norms)
     assert torch.equal(*found)
 
 
 @covers("head that shares its embedding's memory in a pickle")
-def test_head_in_shared_memory(
-    row: Row, tmp_path: Path, base_state: State, states: list[State]
-) -> None:
-    shared = [{**state, HEAD: state[EMBEDDING]} for state in (base_state, *states)]
+def test_head_in_shared_memory(row: Row, tmp_path: Path, states: States) -> None:
+    shared = [{**state, HEAD: state[EMBEDDING]} for state in states]
     folders = []
     for number, state in enumerate(shared):
         folders.append(tmp_path / f"m{number}")
         llama_config().save_pretrained(folders[-1])
         torch.save(state, folders[-1] / "pytorch_model.bin")
     oracle = Oracle(shared[0], shared[1:], TIES)
-    assert_sq_norms(oracle, folders[0], folders[1:])
     config = merge_config(folders[0], folders[1:])
-    with row.expect():
-        for granularity in GRANULARITIES:
-            assert_merges_exactly(
-                config, tmp_path / "out", oracle, granularity=granularity
-            )
+    assert_works(row, config, tmp_path / "out", oracle, scanned=folders)
 
 
 DTYPES = {
@@ -275,51 +247,44 @@ MIXTURES = {
 }
 
 
-@covers(*MIXTURES)
-def test_precisions(
-    row: Row, tmp_path: Path, base_state: State, states: list[State]
+def assert_works_as_stored(
+    row: Row, out: Path, base: State, models: Sequence[State]
 ) -> None:
+    """Check merges of checkpoints in their own precisions."""
+    family, oracle = write_family(out, base, models), Oracle(base, models)
+    scanned = family.paths
+    assert_works(row, plainly(family), out, oracle, scanned=scanned)
+
+
+@covers(*MIXTURES)
+def test_precisions(row: Row, tmp_path: Path, states: States) -> None:
     of_base, of_models = MIXTURES[row.name]
-    base = cast(base_state, of_base)
-    models = [
-        cast(state, dtype) for state, dtype in zip(states, of_models, strict=False)
-    ]
-    oracle = Oracle(base, models)
-    config = write_all(tmp_path, base, models)
-    assert_sq_norms(oracle, config["base_model"], models_of(config))
-    with row.expect():
-        assert_merges_exactly(config, tmp_path, oracle)
-        for granularity in GRANULARITIES:
-            assert_merges(config, tmp_path, oracle, granularity=granularity)
+    base, *models = (
+        cast(state, dtype)
+        for state, dtype in zip(states, (of_base, *of_models), strict=False)
+    )
+    assert_works_as_stored(row, tmp_path, base, models)
 
 
 @covers("several precisions within one checkpoint")
 def test_precisions_within_a_checkpoint(
-    row: Row, tmp_path: Path, base_state: State, states: list[State]
+    row: Row, tmp_path: Path, states: States
 ) -> None:
-    def mix(state: State, start: int) -> State:
-        order = [torch.bfloat16, torch.float32, torch.float16]
-        return {
+    order = [torch.bfloat16, torch.float32, torch.float16]
+    base, *models = (
+        {
             name: tensor.to(order[(start + k) % 3])
             for k, (name, tensor) in enumerate(state.items())
         }
-
-    base, models = mix(base_state, 0), [mix(s, k) for k, s in enumerate(states)]
-    oracle = Oracle(base, models)
-    config = write_all(tmp_path, base, models)
-    assert_sq_norms(oracle, config["base_model"], models_of(config))
-    with row.expect():
-        assert_merges_exactly(config, tmp_path, oracle)
-        for granularity in GRANULARITIES:
-            assert_merges(config, tmp_path, oracle, granularity=granularity)
+        for start, state in zip((0, 0, 1, 2), states, strict=True)
+    )
+    assert_works_as_stored(row, tmp_path, base, models)
 
 
 @covers("`dtype`")
-def test_dtype(
-    row: Row, tmp_path: Path, base_state: State, states: list[State]
-) -> None:
-    config = write_all(tmp_path, base_state, states)
-    stored = Oracle(base_state, states)
+def test_dtype(row: Row, tmp_path: Path, states: States) -> None:
+    config = plainly(write_family(tmp_path, states[0], states[1:]))
+    stored = Oracle(states[0], states[1:])
     with row.expect():
         for name, dtype in DTYPES.items():
             given = stored.as_dtype(dtype)
@@ -334,48 +299,32 @@ def test_dtype(
 
 
 @covers("`out_dtype`", "`dtype` and `out_dtype`")
-def test_out_dtype(
-    row: Row, tmp_path: Path, base_state: State, states: list[State]
-) -> None:
-    config = write_all(tmp_path, cast(base_state, torch.bfloat16), states)
+def test_out_dtype(row: Row, tmp_path: Path, states: States) -> None:
+    base = cast(states[0], torch.bfloat16)
+    config = plainly(write_family(tmp_path, base, states[1:]))
     if row.name != "`out_dtype`":
         config["dtype"] = "float32"
     plain = run_mergekit(config, tmp_path / "plain")
     with row.expect():
         for name, dtype in DTYPES.items():
             merged = run_mergekit({**config, "out_dtype": name}, tmp_path / name)
-            assert merged.keys() == plain.keys()
-            for key, tensor in merged.items():
-                assert_same_bits(tensor, plain[key].to(dtype))
+            assert_same_states(merged, cast(plain, dtype))
 
 
 POOLER = "bert.pooler.dense.weight"
 
 
 @pytest.fixture(scope="session")
-def bert_states() -> list[State]:
-    """A sequence classifier, whose pooler mergekit takes for optional, and two more."""
-    from transformers import BertForSequenceClassification
+def bert() -> Any:
+    """A sequence classifier, whose pooler mergekit takes for optional."""
+    return make_model("BERT with a classifier")
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = BertForSequenceClassification(bert_config())
-    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+@pytest.fixture(scope="session")
+def bert_states(bert: Any) -> States:
+    """Its weights, and those of two fine-tunes."""
+    base = {name: tensor.clone() for name, tensor in bert.state_dict().items()}
     return [base, *(tuned(base, k + 1, 0.01 * (k + 1)) for k in range(2))]
-
-
-def bert_config() -> Any:
-    from transformers import BertConfig
-
-    return BertConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        architectures=["BertForSequenceClassification"],
-    )
 
 
 LACKING = {
@@ -386,22 +335,21 @@ LACKING = {
 
 
 @covers(*LACKING)
-def test_optional_tensors(row: Row, tmp_path: Path, bert_states: list[State]) -> None:
+def test_optional_tensors(
+    row: Row, tmp_path: Path, bert: Any, bert_states: States
+) -> None:
     states = [dict(state) for state in bert_states]
     for number in LACKING[row.name]:
         del states[number][POOLER]
-    folders = [
-        write_model(tmp_path / f"m{number}", state, bert_config())
-        for number, state in enumerate(states)
-    ]
-    config = merge_config(folders[0], folders[1:])
+    family = write_family(tmp_path, states[0], states[1:], config=bert.config)
+    config = plainly(family)
     if row.verdict != matrix.WORKS:
         assert_task_arithmetic_fails(config, tmp_path, "Base input is not present")
         with row.expect():
             run_mergekit(config, tmp_path / "out")
         return
     oracle = Oracle(states[0], states[1:])
-    assert_sq_norms(oracle, folders[0], folders[1:])
+    assert_sq_norms(oracle, family.base, family.models)
     with row.expect():
         for granularity in GRANULARITIES:
             merged = assert_merges_exactly(
@@ -412,23 +360,20 @@ def test_optional_tensors(row: Row, tmp_path: Path, bert_states: list[State]) ->
 
 
 @covers("buffer of integers, as in older BERT checkpoints")
-def test_integers(row: Row, tmp_path: Path, bert_states: list[State]) -> None:
+def test_integers(row: Row, tmp_path: Path, bert: Any, bert_states: States) -> None:
     name = "bert.embeddings.position_ids"
     positions = torch.arange(32)[None]
     oracle = Oracle(bert_states[0], bert_states[1:])
     with row.expect():
         for holders in ((0, 1, 2), (0, 2)):
             folder = tmp_path / str(len(holders))
-            folders = [
-                write_model(
-                    folder / f"m{number}",
-                    {**state, name: positions} if number in holders else state,
-                    bert_config(),
-                )
+            base, *models = (
+                {**state, name: positions} if number in holders else state
                 for number, state in enumerate(bert_states)
-            ]
-            assert_sq_norms(oracle, folders[0], folders[1:])
-            merged = run_mergekit(merge_config(folders[0], folders[1:]), folder / "out")
+            )
+            family = write_family(folder, base, models, config=bert.config)
+            assert_sq_norms(oracle, family.base, family.models)
+            merged = run_mergekit(plainly(family), folder / "out")
             assert_same_bits(merged.pop(name), positions)
             assert_merged(merged, oracle)
 
@@ -439,6 +384,11 @@ ADAPTERS: dict[str, tuple[dict[str, Any], float]] = {
     "LoRA that carries biases": ({"bias": "all"}, 8 / 4),
     "LoRA that carries whole modules": ({"modules_to_save": ["lm_head"]}, 8 / 4),
 }
+
+
+def copies_of(cache: Path, adapted: Adapted) -> list[Path]:
+    """The merged copies of adapters in mergekit's cache."""
+    return [next(cache.glob(f"*_{adapter.name}_*")) for adapter in adapted.adapters]
 
 
 @PEFT_WARNS
@@ -453,66 +403,46 @@ def test_adapters(row: Row, tmp_path: Path) -> None:
         write_model(tmp_path / "whole", whole, adapted.config),
     ]
     config = merge_config(adapted.base, models)
-    with row.expect():
-        options = ("--lora-merge-cache", str(cache))
-        run_mergekit(config, tmp_path / "first", *options)
-        states = [cached_state(cache, adapter) for adapter in adapted.adapters]
-        for state, adapter in zip(states, adapted.adapters, strict=True):
-            expected = naive_adapted(adapted.state, adapter, scale)
-            assert state.keys() == expected.keys()
-            for name, tensor in state.items():
-                torch.testing.assert_close(tensor, expected[name])
-        if settings.get("bias"):
-            name = "model.layers.0.self_attn.k_proj.bias"
-            assert not torch.equal(states[0][name], adapted.state[name])
-        oracle = Oracle(adapted.state, [*states, whole])
-        copies = [copy_of(cache, adapter) for adapter in adapted.adapters]
-        assert_sq_norms(oracle, adapted.base, [*copies, models[-1]])
-        assert_merges_exactly(config, tmp_path, oracle, *options)
-        for granularity in GRANULARITIES:
-            assert_merges(config, tmp_path, oracle, *options, granularity=granularity)
-
-
-def copy_of(cache: Path, adapter: Path) -> Path:
-    """The merged copy of an adapter in mergekit's cache."""
-    (folder,) = cache.glob(f"*_{adapter.name}_*")
-    return folder
-
-
-def cached_state(cache: Path, adapter: Path) -> State:
-    """What mergekit's cache of merged adapters holds of one."""
-    return read_model(copy_of(cache, adapter))
+    options = ("--lora-merge-cache", str(cache))
+    run_mergekit(config, tmp_path / "first", *options)
+    copies = copies_of(cache, adapted)
+    states = [read_model(copy) for copy in copies]
+    for state, adapter in zip(states, adapted.adapters, strict=True):
+        expected = naive_adapted(adapted.state, adapter, scale)
+        assert state.keys() == expected.keys()
+        for name, tensor in state.items():
+            torch.testing.assert_close(tensor, expected[name])
+    if settings.get("bias"):
+        name = "model.layers.0.self_attn.k_proj.bias"
+        assert not torch.equal(states[0][name], adapted.state[name])
+    oracle = Oracle(adapted.state, [*states, whole])
+    assert_sq_norms(oracle, adapted.base, [*copies, models[-1]])
+    assert_works(row, config, tmp_path, oracle, *options)
 
 
 @PEFT_WARNS
-@covers("`--lora-merge-dtype`")
-def test_precision_of_adapted_models(row: Row, tmp_path: Path) -> None:
+@covers("`--lora-merge-dtype`", "adapter on the base, `base_model: base+adapter`")
+def test_precision_of_adapted_models_and_adapted_bases(
+    row: Row, tmp_path: Path
+) -> None:
     adapted = write_adapters(tmp_path)
     cache = tmp_path / "cache"
+    options = ["--lora-merge-cache", str(cache)]
+    base: Path | str = adapted.base
     models = [f"{adapted.base}+{adapter}" for adapter in adapted.adapters]
-    options = ("--lora-merge-cache", str(cache), "--lora-merge-dtype", "bfloat16")
-    config = merge_config(adapted.base, models)
-    with row.expect():
-        run_mergekit(config, tmp_path / "first", *options)
-        states = [cached_state(cache, adapter) for adapter in adapted.adapters]
+    if row.name == "`--lora-merge-dtype`":
+        options += ["--lora-merge-dtype", "bfloat16"]
+    else:
+        base, *models = (*models, str(adapted.base))
+    config = merge_config(base, models)
+    run_mergekit(config, tmp_path / "first", *options)
+    states = [read_model(copy) for copy in copies_of(cache, adapted)]
+    if row.name == "`--lora-merge-dtype`":
         assert {t.dtype for s in states for t in s.values()} == {torch.bfloat16}
         oracle = Oracle(adapted.state, states)
-        assert_merges(config, tmp_path, oracle, *options)
-        assert_merges_exactly(config, tmp_path, oracle, *options)
-
-
-@PEFT_WARNS
-@covers("adapter on the base, `base_model: base+adapter`")
-def test_adapted_base(row: Row, tmp_path: Path) -> None:
-    adapted = write_adapters(tmp_path)
-    cache = tmp_path / "cache"
-    options = ("--lora-merge-cache", str(cache))
-    base, model = (f"{adapted.base}+{adapter}" for adapter in adapted.adapters)
-    config = merge_config(base, [model, adapted.base])
-    with row.expect():
-        run_mergekit(config, tmp_path / "first", *options)
-        states = [cached_state(cache, adapter) for adapter in adapted.adapters]
+    else:
         oracle = Oracle(states[0], [states[1], adapted.state])
+    with row.expect():
         assert_merges(config, tmp_path, oracle, *options)
         assert_merges_exactly(config, tmp_path, oracle, *options)
 
@@ -581,10 +511,11 @@ def aligned(speakers: Sequence[Speaker], vocabulary: Sequence[str]) -> list[Stat
             for token in vocabulary:
                 row = speaker.row(name, token)
                 if row is None:
+                    row = speakers[0].row(name, token)
+                if row is None:
                     known = [s.row(name, token) for s in speakers]
                     having = [r for r in known if r is not None]
-                    row = having[0] if known[0] is not None else sum(having)
-                    row = row if known[0] is not None else row / len(having)
+                    row = sum(having) / len(having)
                 rows.append(row)
             state[name] = torch.stack(rows)
         states.append(state)
@@ -605,26 +536,21 @@ def speakers(tmp_path_factory: pytest.TempPathFactory) -> list[Speaker]:
     ]
 
 
-def read_vocabulary(folder: Path) -> list[str]:
-    """The tokens of a written tokenizer, by row."""
-    from transformers import AutoTokenizer
-
-    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
-    return sorted(vocabulary, key=vocabulary.__getitem__)
-
-
 def assert_merges_aligned(
     row: Row, config: Mapping[str, Any], tmp_path: Path, speakers: Sequence[Speaker]
 ) -> list[str]:
     """Check merges of aligned embeddings; return the vocabulary of the result."""
+    from transformers import AutoTokenizer
+
     stored = Oracle(speakers[0].state, [s.state for s in speakers[1:]])
-    assert_sq_norms(stored, config["base_model"], models_of(config))
+    assert_sq_norms(stored, speakers[0].folder, [s.folder for s in speakers[1:]])
     tokens: list[str] = []
     with row.expect():
         for granularity in GRANULARITIES:
             out = tmp_path / granularity
             merged = run_mergekit(with_granularity(config, granularity), out)
-            tokens = read_vocabulary(out)
+            vocabulary = AutoTokenizer.from_pretrained(out).get_vocab()
+            tokens = sorted(vocabulary, key=vocabulary.__getitem__)
             states = aligned(speakers, tokens)
             given = Oracle(states[0], states[1:])
             # Under `tensor`, n_t is that of the tensors which mergekit hands over.
@@ -702,10 +628,11 @@ def test_resized_vocabularies(
         with row.expect():
             run_mergekit(config, tmp_path / "out")
         return
-    states = [dict(speaker.state) for speaker in speakers]
-    for state in states:
-        for name in (EMBEDDING, HEAD):
-            state[name] = state[name][: len(WORDS)]
+    shared = slice(len(WORDS))
+    states = [
+        {n: t[shared] if n in (EMBEDDING, HEAD) else t for n, t in s.state.items()}
+        for s in speakers
+    ]
     oracle = Oracle(states[0], states[1:])
     assert_sq_norms(oracle, folders[0], folders[1:])
     with row.expect():

@@ -713,7 +713,8 @@ model.norm.weight          0.0000 (0.0000)  0.0000 (0.0000)
 lm_head.weight             0.0000 (0.0000)  0.0000 (0.0000)
 
 Warning: ./b takes 100.00% of the merge (model.embed_tokens.weight, and 1 more of 6 \
-pools). Usual causes: a LoRA beside full fine-tunes, a wrong base (here ./base)
+pools). Usual causes: a LoRA beside full fine-tunes, a wrong base (here ./base). \
+Ways out: power: 0 (50.00% for it)
 Warning: embeddings hold 100% of ||tau||^2 of ./b: if its vocabulary was resized or \
 reordered, keep them out with exclude: embed_tokens,lm_head
 Norms are 2.00 to 1 apart. Below 2 to 1, MetaGPT and the plain average were close in \

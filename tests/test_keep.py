@@ -18,22 +18,26 @@ from mergekit.merge_methods.base import TensorGroup
 
 from mergekit_metagpt.arithmetic.closed_form import restoring
 from mergekit_metagpt.method import advice
-from tests.conftest import Family
+from mergekit_metagpt.scanning import once
+from tests.conftest import Family, Refused, write_family
 from tests.families import (
     State,
     llama_state,
-    merge_config,
     run_command,
     run_mergekit,
     said,
     tuned,
-    write_model,
 )
-from tests.oracle import assert_merged_exactly, naive_lambdas, naive_pool
+from tests.merges import write_merge
+from tests.oracle import GRANULARITIES, naive_pool
+from tests.stand_ins import naive_keep
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
-GRANULARITIES = ["model", "layer", "tensor"]
 EMBED = "model.embed_tokens.weight"
+EXPERIMENTS = Path(__file__).parents[1] / "docs" / "experiments"
+QUIET = ("--no-copy-tokenizer", "--quiet")
+
+every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
 
 
 @pytest.fixture(scope="module")
@@ -47,65 +51,37 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Family:
         if k == 1:  # so that pools differ
             moved = {n: t if "layers.1" in n else alike[n] for n, t in moved.items()}
         states.append(moved)
-    folder = tmp_path_factory.mktemp("trio")
-    paths = [write_model(folder / f"m{k}", s) for k, s in enumerate((base, *states))]
-    return Family(paths[0], tuple(paths[1:]), base, tuple(states))
+    return write_family(tmp_path_factory.mktemp("trio"), base, states)
 
 
-def naive_keep(
-    name: str, family: Family, shares: torch.Tensor, granularity: str, exclude: str = ""
-) -> float:
-    """s of a tensor's pool, from task vectors in one long row."""
-    names = [
-        other
-        for other in family.base_state
+def factor(family: Family, name: str, **settings: Any) -> float:
+    """s of a tensor's pool."""
+    granularity, exclude = settings.get("granularity", "model"), settings.get("exclude")
+    pool = {
+        other: tensor
+        for other, tensor in family.base_state.items()
         if naive_pool(other, granularity) == naive_pool(name, granularity)
-        and not (exclude and exclude in other)
-    ]
-    if not names:
-        return 1.0
-    rows = [
-        torch.cat(
-            [(s[n].double() - family.base_state[n].double()).ravel() for n in names]
-        )
-        for s in family.states
-    ]
-    merged = sum(share * row for share, row in zip(shares, rows, strict=True))
-    inputs = sum(share * row.norm() for share, row in zip(shares, rows, strict=True))
-    return float(inputs / merged.norm())
+        and not any(part in other for part in exclude or ())
+    }
+    shares = family.lambdas(**settings)(name)
+    return naive_keep([pool, *family.states], shares) if pool else 1.0
 
 
 def lambdas(family: Family, name: str, **settings: Any) -> torch.Tensor:
-    granularity = settings.get("granularity", "model")
-    exclude = settings.pop("exclude", "")
-    given = {**settings, "exclude": [exclude] if exclude else []}
-    shares = naive_lambdas(name, family.base_state, family.states, **given)
-    return shares * naive_keep(name, family, shares, granularity, exclude)
+    return family.lambdas(**settings)(name) * factor(family, name, **settings)
 
 
-def keeping(family: Family, **settings: Any) -> dict[str, Any]:
-    method = settings.pop("merge_method", "metagpt")
+def keeping(family: Family, method: str = "metagpt", **settings: Any) -> dict[str, Any]:
     parameters = {"lambda": "keep", **settings}
-    return merge_config(
-        family.base,
-        family.models,
-        merge_method=method,
-        parameters=parameters,
-        dtype="float64",
-    )
+    return family.config(merge_method=method, parameters=parameters)
 
 
 def assert_kept(merged: State, family: Family, **settings: Any) -> None:
-    assert_merged_exactly(
-        merged,
-        family.base_state,
-        family.states,
-        lambda name: lambdas(family, name, **settings),
-    )
+    family.assert_merged(merged, lambda name: lambdas(family, name, **settings))
 
 
 @pytest.mark.parametrize("power", [2.0, 0.0])
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@every_granularity
 def test_the_length_of_each_pool_is_kept(
     tmp_path: Path, trio: Family, granularity: str, power: float
 ) -> None:
@@ -115,14 +91,14 @@ def test_the_length_of_each_pool_is_kept(
 
 
 def test_what_is_excluded_has_no_length(tmp_path: Path, trio: Family) -> None:
-    settings = {"granularity": "layer", "exclude": "embed_tokens"}
-    merged = run_mergekit(keeping(trio, **settings), tmp_path / "out")
-    assert_kept(merged, trio, **settings)
+    config = keeping(trio, granularity="layer", exclude="embed_tokens")
+    merged = run_mergekit(config, tmp_path / "out")
+    assert_kept(merged, trio, granularity="layer", exclude=["embed_tokens"])
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@every_granularity
 def test_tensors_in_memory(trio: Family, granularity: str) -> None:
-    states = (trio.base_state, *trio.states)
+    states = trio.all_states
     settings = {"granularity": granularity}
     merged = merge_methods.merge_state_dicts(
         states,
@@ -136,10 +112,8 @@ def test_tensors_in_memory(trio: Family, granularity: str) -> None:
 
 def test_gradients_flow_through_the_length() -> None:
     generator = torch.Generator().manual_seed(0)
-    tensors = [
-        torch.randn(3, generator=generator, dtype=torch.float64, requires_grad=True)
-        for _ in range(3)
-    ]
+    drawn = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    tensors = [row.clone().requires_grad_() for row in drawn]
 
     def merged(*given: torch.Tensor) -> torch.Tensor:
         group = TensorGroup.from_tensors(given, base_index=0, name="w")
@@ -150,12 +124,11 @@ def test_gradients_flow_through_the_length() -> None:
 
 
 def test_a_composed_method_gets_the_number(tmp_path: Path, trio: Family) -> None:
-    config = keeping(trio, merge_method="metagpt_dare_linear", density=1.0)
+    config = keeping(trio, method="metagpt_dare_linear", density=1.0)
     merged = run_mergekit(config, tmp_path / "out", "--random-seed", "0")
     assert_kept(merged, trio)
-    shares = naive_lambdas(EMBED, trio.base_state, trio.states)
-    number = naive_keep(EMBED, trio, shares, "model")
-    config = keeping(trio, merge_method="metagpt_ties", density=0.5)
+    number = factor(trio, EMBED)
+    config = keeping(trio, method="metagpt_ties", density=0.5)
     kept = run_mergekit(config, tmp_path / "kept")
     config["parameters"]["lambda"] = number
     for name, tensor in run_mergekit(config, tmp_path / "number").items():
@@ -164,30 +137,26 @@ def test_a_composed_method_gets_the_number(tmp_path: Path, trio: Family) -> None
 
 def test_some_tensors_may_keep_it(tmp_path: Path, trio: Family) -> None:
     values = [{"filter": "mlp", "value": "keep"}, {"value": 0.5}]
-    config = keeping(trio, **{"lambda": values})
-    merged = run_mergekit(config, tmp_path / "out")
-
-    def expected(name: str) -> torch.Tensor:
-        shares = naive_lambdas(name, trio.base_state, trio.states)
-        return lambdas(trio, name) if "mlp" in name else 0.5 * shares
-
-    assert_merged_exactly(merged, trio.base_state, trio.states, expected)
+    merged = run_mergekit(keeping(trio, **{"lambda": values}), tmp_path / "out")
+    half = trio.lambdas(scale=0.5)
+    trio.assert_merged(
+        merged, lambda name: lambdas(trio, name) if "mlp" in name else half(name)
+    )
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@every_granularity
 @pytest.mark.parametrize("method", ["metagpt", "metagpt_ties"])
 def test_an_export_has_numbers(
     tmp_path: Path, trio: Family, granularity: str, method: str
 ) -> None:
-    config = keeping(trio, granularity=granularity, merge_method=method)
+    config = keeping(trio, granularity=granularity, method=method)
     ours = run_mergekit(config, tmp_path / "ours")
     plain = tmp_path / "plain.yml"
     assert run_command("export", tmp_path / "ours.yml", plain) == 0
     document = yaml.safe_load(plain.read_text())
     number = document["parameters"]["lambda"]
     if granularity == "model":
-        shares = naive_lambdas(EMBED, trio.base_state, trio.states)
-        assert number == pytest.approx(naive_keep(EMBED, trio, shares, "model"))
+        assert number == pytest.approx(factor(trio, EMBED))
     else:
         assert len({entry["value"] for entry in number}) > 3
     assert "keep" not in plain.read_text()
@@ -198,11 +167,10 @@ def test_an_export_has_numbers(
 def test_a_merge_scans_once_says_it_and_is_verified(
     tmp_path: Path,
     trio: Family,
+    own_cache: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from mergekit_metagpt.scanning import once
-
     scans = []
     original = once.scan_checkpoints
 
@@ -210,24 +178,19 @@ def test_a_merge_scans_once_says_it_and_is_verified(
         scans.append(options["gram"])
         return original(*arguments, **options)
 
-    monkeypatch.setenv("MERGEKIT_METAGPT_CACHE", "0")
     monkeypatch.setattr(once, "scan_checkpoints", counted)
-    monkeypatch.setattr(once, "_REQUESTS", {})
-    monkeypatch.setattr(once, "_PAIRS", {})
     file, out = tmp_path / "merge.yml", tmp_path / "out"
     file.write_text(yaml.safe_dump(keeping(trio)))
-    options = ("--no-copy-tokenizer", "--quiet")
-    assert run_command("merge", file, out, *options) == 0
+    assert run_command("merge", file, out, *QUIET) == 0
     assert scans == [True]
-    shares = naive_lambdas(EMBED, trio.base_state, trio.states)
-    number = naive_keep(EMBED, trio, shares, "model")
+    number = factor(trio, EMBED)
     (line,) = said(caplog, "coefficients of the whole model")
-    assert f"their sum scaled by lambda {number:.4g} (keep)" in line
+    assert f"lambda {number:.4g} (keep)" in line
     report = json.loads((out / "metagpt.json").read_text())["families"][0]
     assert report["settings"]["scale"] == "keep"
     assert report["pools"][0]["keep"] == pytest.approx(number)
     card = (out / "README.md").read_text()
-    assert f"scaled by `lambda: keep` ({number:.4g})" in card
+    assert f"`lambda: keep` ({number:.4g})" in card
     assert " times as far as these models did on average, before `lambda`." in card
     console = ("mergekit-metagpt compare", "ACE", "keep` would")
     assert not any(words in card for words in console)
@@ -236,18 +199,19 @@ def test_a_merge_scans_once_says_it_and_is_verified(
 
 
 def test_what_cancels_has_no_length_to_keep(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = {name: tensor.double() for name, tensor in llama_state().items()}
-    paths = [write_model(tmp_path / "base", base)]
-    for sign in (1.0, -1.0):
-        moved = {name: tensor + sign * 2.0**-9 for name, tensor in base.items()}
-        paths.append(write_model(tmp_path / f"m{sign}", moved))
+    states = [
+        {name: tensor + step for name, tensor in base.items()}
+        for step in (2.0**-9, -(2.0**-9))
+    ]
+    family = write_family(tmp_path, base, states)
+    keep = {"lambda": "keep"}
     file = tmp_path / "merge.yml"
-    config = merge_config(paths[0], paths[1:], parameters={"lambda": "keep"})
-    file.write_text(yaml.safe_dump(config))
-    assert run_command("merge", file, tmp_path / "out", "--no-copy-tokenizer") == 2
-    assert "cancel each other" in capsys.readouterr().err.splitlines()[-1]
+    write_merge(file, family.base, family.models, parameters=keep)
+    said = refused("merge", file, tmp_path / "out", "--no-copy-tokenizer")
+    assert "cancel each other" in said
     assert run_command("inspect", file) == 0
     assert "`lambda: keep` cannot make up" in capsys.readouterr().out
 
@@ -260,30 +224,23 @@ def test_where_nothing_moved_there_is_nothing_to_scale() -> None:
     assert restoring(shares + 0.5, gram) == 1
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@every_granularity
 def test_inspect_tells_lengths_and_disparity(
     tmp_path: Path, trio: Family, granularity: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "found.json"
-    config = merge_config(trio.base, trio.models)
-    config["parameters"] = {"granularity": granularity}
-    file = tmp_path / "merge.yml"
-    file.write_text(yaml.safe_dump(config))
+    out, file = tmp_path / "found.json", tmp_path / "merge.yml"
+    settings = {"granularity": granularity}
+    write_merge(file, trio.base, trio.models, parameters=settings)
     assert run_command("inspect", file, "--json", out) == 0
     (family,) = json.loads(out.read_text())["families"]
+    shares = trio.lambdas(**settings)
     merged = torch.cat(
         [
             sum(
-                share * (state[name].double() - trio.base_state[name].double()).ravel()
-                for share, state in zip(
-                    naive_lambdas(
-                        name, trio.base_state, trio.states, granularity=granularity
-                    ),
-                    trio.states,
-                    strict=True,
-                )
+                share * (state[name].double() - base.double()).ravel()
+                for share, state in zip(shares(name), trio.states, strict=True)
             )
-            for name in trio.base_state
+            for name, base in trio.base_state.items()
         ]
     )
     lengths = family["lengths"]
@@ -294,8 +251,8 @@ def test_inspect_tells_lengths_and_disparity(
     gamma = float(logs.var(correction=0) / logs.mean() ** 2)
     assert lengths["gamma"] == pytest.approx(gamma)
     if granularity == "model":
-        shares = [model["coefficient"] for model in family["models"]]
-        inputs = sum(s * n for s, n in zip(shares, norms, strict=True))
+        found = [model["coefficient"] for model in family["models"]]
+        inputs = sum(s * n for s, n in zip(found, norms, strict=True))
         assert lengths["inputs"] == pytest.approx(inputs)
         assert lengths["inputs"] / lengths["merged"] == pytest.approx(
             family["pools"][0]["keep"]
@@ -306,15 +263,11 @@ def test_inspect_tells_lengths_and_disparity(
 
 
 def test_a_merge_without_inner_products_tells_norms_alone(
-    tmp_path: Path, trio: Family, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, trio: Family, own_cache: Path
 ) -> None:
-    from mergekit_metagpt.scanning import once
-
-    monkeypatch.setenv("MERGEKIT_METAGPT_CACHE", "0")
-    monkeypatch.setattr(once, "_REQUESTS", {})
-    file, out = tmp_path / "merge.yml", tmp_path / "out"
-    file.write_text(yaml.safe_dump(merge_config(trio.base, trio.models)))
-    assert run_command("merge", file, out, "--no-copy-tokenizer", "--quiet") == 0
+    out = tmp_path / "out"
+    file = write_merge(tmp_path / "merge.yml", trio.base, trio.models)
+    assert run_command("merge", file, out, *QUIET) == 0
     (family,) = json.loads((out / "metagpt.json").read_text())["families"]
     assert family["lengths"]["merged"] is family["pools"][0]["keep"] is None
     assert family["lengths"]["disparity"] > 1
@@ -323,8 +276,7 @@ def test_a_merge_without_inner_products_tells_norms_alone(
 
 def test_advice_says_what_the_experiment_measured() -> None:
     """Its thresholds and counts follow from the records of the experiment."""
-    file = Path(__file__).parents[1] / "docs" / "experiments" / "results.json"
-    raw = json.loads(file.read_text())
+    raw = json.loads((EXPERIMENTS / "results.json").read_text())
     models = {(m["seed"], m["model"]): m for m in raw["models"]}
     merges = {(m["seed"], m["mixture"], m["method"]): m["loss"] for m in raw["merges"]}
     domain = {
@@ -368,14 +320,11 @@ def test_advice_says_what_the_experiment_measured() -> None:
 
 
 def real_outcomes() -> Iterator[tuple[float, float, float]]:
-    """Disparity of a mixture of the real model, and what MetaGPT and `power: 1` lose.
+    """For each mixture of the real model and seed: its disparity, and two losses.
 
-    Yields:
-        for each mixture and seed the disparity, MetaGPT's loss above the average's, and
-        that of `power: 1` above MetaGPT's.
+    These are MetaGPT's above the average's, and that of `power: 1` above MetaGPT's.
     """
-    file = Path(__file__).parents[1] / "docs" / "experiments" / "real_model.json"
-    found = json.loads(file.read_text())
+    found = json.loads((EXPERIMENTS / "real_model.json").read_text())
     domain = {
         name: plan["domain"]
         for plan in found["setting"]["plans"]

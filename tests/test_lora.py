@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from huggingface_hub import constants
 
 import mergekit_metagpt
 from mergekit_metagpt.merge_config import families
@@ -29,14 +27,17 @@ from tests.adapters import (
     write_adapters,
     write_tuned,
 )
+from tests.conftest import Refused
 from tests.families import (
     State,
+    forget,
     merge_config,
     read_model,
     run_command,
     run_mergekit,
 )
-from tests.hub import Hub, point_to, serving
+from tests.hub import Hub
+from tests.merges import write_merge
 from tests.processes import PACKAGE, ask_python
 
 pytestmark = [
@@ -89,12 +90,13 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 EACH = pytest.mark.parametrize("name", SETTINGS)
 
 
-@pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that has measured nothing."""
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "scans"))
-    for name in ("_PAIRS", "_REQUESTS", "_FAILURES"):
-        monkeypatch.setattr(once, name, {})
+Q_PROJ: dict[str, Any] = {"target_modules": ["q_proj"]}
+LAYER_0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def write_llama(folder: Path, *settings: dict[str, Any]) -> Tuned:
+    """Write a Llama and its adapters, of its queries where nothing else is said."""
+    return write_tuned(folder, architectures()["llama"], *(settings or [Q_PROJ]))
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +121,18 @@ def measured_alone(adapters: Sequence[Path]) -> ScanResult:
 
 
 def gram_of(taus: Sequence[State]) -> torch.Tensor:
-    flat = torch.stack(
-        [torch.cat([t.reshape(-1) for t in tau.values()]) for tau in taus]
-    )
+    rows = [torch.cat([t.reshape(-1) for t in tau.values()]) for tau in taus]
+    flat = torch.stack(rows)
     return flat @ flat.T
+
+
+def summed(family: Tuned, weights: Sequence[float]) -> State:
+    """The base with the weighted task vectors."""
+    taus = taus_of(family)
+    return {
+        name: before + sum(w * tau[name] for w, tau in zip(weights, taus, strict=True))
+        for name, before in distinct(loaded(family.base)).items()
+    }
 
 
 def assert_gram(result: ScanResult, taus: Sequence[State]) -> None:
@@ -192,8 +202,7 @@ def test_beside_a_full_fine_tune(
     result = mergekit_metagpt.scan(family.base, models, gram=True)
     assert_gram(result, taus)
     # From the cache, nothing is read again.
-    once._PAIRS.clear()
-    once._REQUESTS.clear()
+    forget()
     monkeypatch.setattr(once, "scan_checkpoints", None)
     monkeypatch.setattr(once.factors, "scan_adapters", None)
     again = mergekit_metagpt.scan(family.base, models, gram=True)
@@ -227,9 +236,7 @@ def write_single_experts(base: Path, folder: Path, **config: Any) -> Path:
     return folder
 
 
-def test_experts_that_are_adapted_one_by_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_experts_that_are_adapted_one_by_one(tmp_path: Path, refused: Refused) -> None:
     family = write_tuned(tmp_path, architectures()["mixtral"], {"r": 2, **STACK})
     single = write_single_experts(family.base, tmp_path / "single")
     taus = taus_of(Tuned(family.base, (single,)))
@@ -239,13 +246,10 @@ def test_experts_that_are_adapted_one_by_one(
         (single, family.adapters[0]),
         ("--base", family.base, single, family.adapters[0]),
     ):
-        assert run_command("inspect", *models) == 2
-        said = capsys.readouterr().err.splitlines()[-1]
+        said = refused("inspect", *models)
         assert "the experts as one stack: how these overlap is not known" in said
     scaled = write_single_experts(family.base, tmp_path / "rs", use_rslora=True)
-    assert run_command("inspect", scaled) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "adapts experts one by one with use_rslora" in said
+    assert "experts one by one with use_rslora" in refused("inspect", scaled)
 
 
 # ---- PEFT's call ---------------------------------------------------------------------
@@ -278,13 +282,25 @@ def combined_by(lines: str, base: Path) -> State:
     return combined
 
 
-def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, Any]:
+@pytest.fixture
+def printed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[str, Any]]:
     """The script that `inspect --peft -` prints and nothing else, and the report."""
-    file = Path(str(arguments[-1]))
-    assert run_command("inspect", *arguments[:-1], "--peft", "-", "--json", file) == 0
-    text = capsys.readouterr().out
-    assert text.startswith("from peft import")
-    return text, json.loads(file.read_text())
+    monkeypatch.chdir(tmp_path)
+
+    def run(*models: Path) -> tuple[str, Any]:
+        options = ("--peft", "-", "--json", "report.json")
+        assert run_command("inspect", *models, *options) == 0
+        text = capsys.readouterr().out
+        assert text.startswith("from peft import")
+        return text, json.loads(Path("report.json").read_text())
+
+    return run
+
+
+def coefficients_of(report: Any) -> list[float]:
+    return [model["coefficient"] for model in report["families"][0]["models"]]
 
 
 COMBINED: dict[str, tuple[str, list[dict[str, Any]]]] = {
@@ -329,86 +345,66 @@ COMBINED: dict[str, tuple[str, list[dict[str, Any]]]] = {
 @pytest.mark.parametrize("case", COMBINED)
 @pytest.mark.parametrize("kind", ["cat", "svd"])
 def test_the_printed_call_gives_the_sum(
-    case: str,
-    kind: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    case: str, kind: str, tmp_path: Path, printed: Callable[..., tuple[str, Any]]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     name, settings = COMBINED[case]
     family = write_tuned(tmp_path, architectures()[name], *settings)
-    lines, report = printed(capsys, *family.adapters, tmp_path / "report.json")
+    lines, report = printed(*family.adapters)
     if kind == "svd":
         (rank,) = re.findall(r"svd_rank=(\d+)", lines)
         lines = lines.replace('"cat"', f'"svd", svd_rank={rank}')
-    models = report["families"][0]["models"]
-    weights = [model["coefficient"] for model in models]
+    weights = coefficients_of(report)
     assert math.isclose(sum(weights), 1)
-    taus, base = taus_of(family), distinct(loaded(family.base))
     combined = combined_by(lines, family.base)
-    for weight, before in base.items():
-        tau = sum(w * tau[weight] for w, tau in zip(weights, taus, strict=True))
-        torch.testing.assert_close(combined[weight], before + tau, rtol=1e-6, atol=1e-6)
+    for weight, expected in summed(family, weights).items():
+        torch.testing.assert_close(combined[weight], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_folders_named_as_parts_of_modules(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, printed: Callable[..., tuple[str, Any]]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    settings = [{"r": 4, "target_modules": ["q_proj"]}] * 3
-    family = write_tuned(tmp_path, architectures()["llama"], *settings)
+    family = write_llama(tmp_path, Q_PROJ, Q_PROJ, Q_PROJ)
+    names = ("0", "weight", "q_proj")
     adapters = [
         adapter.rename(tmp_path / name)
-        for adapter, name in zip(
-            family.adapters, ("0", "weight", "q_proj"), strict=True
-        )
+        for adapter, name in zip(family.adapters, names, strict=True)
     ]
-    lines, _ = printed(capsys, *adapters, tmp_path / "report.json")
+    lines, _ = printed(*adapters)
     combined_by(lines, family.base)  # compares what is saved with the sum
 
 
 def test_linear_is_not_the_sum(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, printed: Callable[..., tuple[str, Any]]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    settings = [{"r": 4, "target_modules": ["q_proj"]}] * 2
-    family = write_tuned(tmp_path, architectures()["llama"], *settings)
-    lines, report = printed(capsys, *family.adapters, tmp_path / "report.json")
-    base, taus = distinct(loaded(family.base)), taus_of(family)
-    weights = [m["coefficient"] for m in report["families"][0]["models"]]
+    family = write_llama(tmp_path, Q_PROJ, Q_PROJ)
+    lines, report = printed(*family.adapters)
+    expected = summed(family, coefficients_of(report))
 
     def off(kind: str) -> float:
         combined = combined_by(lines.replace('"cat"', f'"{kind}"'), family.base)
-        squares = 0.0
-        for name, before in base.items():
-            tau = sum(w * t[name] for w, t in zip(weights, taus, strict=True))
-            squares += float((combined[name] - before - tau).square().sum())
-        return math.sqrt(squares)
+        return math.sqrt(
+            sum(float((combined[n] - t).square().sum()) for n, t in expected.items())
+        )
 
-    length = math.sqrt(float(gram_of(taus).diagonal().max()))
+    length = math.sqrt(float(gram_of(taus_of(family)).diagonal().max()))
     assert off("cat") < 1e-6 * length
     assert off("linear") > 0.1 * length
 
 
 def test_lambda_scales_the_weights(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, printed: Callable[..., tuple[str, Any]]
 ) -> None:
-    settings = [{"r": 4, "target_modules": ["q_proj"]}] * 2
-    family = write_tuned(tmp_path, architectures()["llama"], *settings)
-    config = {
-        "merge_method": "metagpt",
-        "base_model": str(family.base),
-        "models": [{"model": f"{family.base}+{at}"} for at in family.adapters],
-        "parameters": {"lambda": 1.5},
-    }
-    (tmp_path / "merge.yml").write_text(json.dumps(config))
-    lines, report = printed(capsys, tmp_path / "merge.yml", tmp_path / "report.json")
+    family = write_llama(tmp_path, Q_PROJ, Q_PROJ)
+    file = write_merge(
+        tmp_path / "merge.yml",
+        family.base,
+        [f"{family.base}+{adapter}" for adapter in family.adapters],
+        parameters={"lambda": 1.5},
+    )
+    lines, report = printed(file)
     (weights,) = re.findall(r"weights=\[(.*)\]", lines)
-    models = report["families"][0]["models"]
-    assert list(map(float, weights.split(", "))) == [
-        1.5 * model["coefficient"] for model in models
-    ]
+    expected = [1.5 * coefficient for coefficient in coefficients_of(report)]
+    assert list(map(float, weights.split(", "))) == expected
     assert report["refused"] is None
     assert report["families"][0]["base"]["not_written"]["count"] == 0
     assert 'adapters=["adapter0_1", "adapter1_2"]' in lines
@@ -424,33 +420,33 @@ NOT_COMBINED: dict[str, tuple[str, list[dict[str, Any]], Sequence[str], str]] = 
     "layers": (
         "llama",
         [
-            {"target_modules": ["q_proj"], "layers_to_transform": [0]},
-            {"target_modules": ["q_proj"]},
+            {**Q_PROJ, "layers_to_transform": [0]},
+            Q_PROJ,
         ],
         (),
         "another layers_to_transform than",
     ),
     "tied embeddings": (
         "llama",
-        [{"target_modules": ["q_proj"], "ensure_weight_tying": True}],
+        [{**Q_PROJ, "ensure_weight_tying": True}],
         (),
         "has ensure_weight_tying",
     ),
     "a pattern and a list": (
         "llama",
-        [{"target_modules": [".*q_proj"]}, {"target_modules": ".*q_proj"}],
+        [Q_PROJ, {"target_modules": ".*q_proj"}],
         (),
         "is a pattern and that of",
     ),
     "by layer": (
         "llama",
-        [{"target_modules": ["q_proj"]}, {"target_modules": ["q_proj"]}],
+        [Q_PROJ, Q_PROJ],
         ("--granularity", "layer"),
         "Give --granularity model",
     ),
     "beside JSON": (
         "llama",
-        [{"target_modules": ["q_proj"]}],
+        [Q_PROJ],
         ("--json", "-"),
         "--json and --peft are both -",
     ),
@@ -459,14 +455,11 @@ NOT_COMBINED: dict[str, tuple[str, list[dict[str, Any]], Sequence[str], str]] = 
 
 @pytest.mark.parametrize("case", NOT_COMBINED)
 def test_what_peft_cannot_combine_is_refused(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, tmp_path: Path, refused: Refused
 ) -> None:
     name, settings, options, words = NOT_COMBINED[case]
-    if case == "a pattern and a list":
-        settings = [{"target_modules": ["q_proj"]}, settings[1]]
     family = write_tuned(tmp_path, architectures()[name], *settings)
-    assert run_command("inspect", *family.adapters, "--peft", "-", *options) == 2
-    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert words in refused("inspect", *family.adapters, "--peft", "-", *options)
 
 
 # ---- merges --------------------------------------------------------------------------
@@ -474,42 +467,37 @@ def test_what_peft_cannot_combine_is_refused(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_merge_agrees_within_the_rounding_of_its_copies(
-    dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    family = write_tuned(tmp_path, architectures()["llama"], *SETTINGS["llama"])
-    config = merge_config(
-        family.base, [f"{family.base}+{adapter}" for adapter in family.adapters]
-    )
-    file = tmp_path / "merge.yml"
-    file.write_text(yaml.safe_dump(config))
-    assert run_command("inspect", file, "--json", tmp_path / "exact.json") == 0
-    options = ("--lora-merge-cache", str(tmp_path / "cache"))
+    family = write_llama(tmp_path, *SETTINGS["llama"])
+    models = [f"{family.base}+{adapter}" for adapter in family.adapters]
+    file = write_merge(tmp_path / "merge.yml", family.base, models)
+
+    def inspected(*options: str) -> Any:
+        report = tmp_path / "report.json"
+        assert run_command("inspect", file, "--json", report, "--force", *options) == 0
+        return json.loads(report.read_text())["families"][0]
+
+    exact, copies = inspected(), tmp_path / "copies"
     name = str(dtype).removeprefix("torch.")
-    run_mergekit(config, tmp_path / "out", *options, "--lora-merge-dtype", name)
-    (exact,) = json.loads((tmp_path / "exact.json").read_text())["families"]
-    copies = [
-        next((tmp_path / "cache").glob(f"*_{adapter.name}_*"))
-        for adapter in family.adapters
-    ]
-    of_copies = mergekit_metagpt.scan(family.base, copies).pool("model")
+    options = ("--lora-merge-cache", str(copies), "--lora-merge-dtype", name)
+    merged = run_mergekit(merge_config(family.base, models), tmp_path / "out", *options)
+    places = [next(copies.glob(f"*_{at.name}_*")) for at in family.adapters]
+    of_copies = mergekit_metagpt.scan(family.base, places).pool("model").sq_norms
     # With the folder of the copies, `inspect` measures what the merge measured.
-    (place, report) = (tmp_path / "cache", tmp_path / "copies.json")
-    options = ("--lora-merge-cache", place, "--lora-merge-dtype", name)
-    assert run_command("inspect", file, *options, "--json", report) == 0
-    (measured,) = json.loads(report.read_text())["families"]
-    assert [m["sq_norm"] for m in measured["models"]] == of_copies.sq_norms.tolist()
+    measured = inspected(*options)["models"]
+    assert [model["sq_norm"] for model in measured] == of_copies.tolist()
     unit = torch.finfo(dtype).eps / 2
     low, high = [], []
-    for k, model in enumerate(exact["models"]):
-        norm = math.sqrt(float(of_copies.sq_norms[k]))
+    for model, sq_norm in zip(exact["models"], of_copies.tolist(), strict=True):
         # Task vector and sum are rounded once each, of the second order no more than
         # a hundredth of that; B A in float32.
         bound = 1.01 * unit * (exact["base"]["norm"] + 2 * model["norm"])
         bound += 1e-5 * model["norm"]
-        assert abs(norm - model["norm"]) <= bound
+        assert abs(math.sqrt(sq_norm) - model["norm"]) <= bound
         low.append(max(0.0, model["norm"] - bound) ** 2)
         high.append((model["norm"] + bound) ** 2)
-    shares = of_copies.sq_norms / of_copies.sq_norms.sum()
+    shares = of_copies / of_copies.sum()
     for k, model in enumerate(exact["models"]):
         others = [j for j in range(len(low)) if j != k]
         least = low[k] / (low[k] + sum(high[j] for j in others))
@@ -517,58 +505,45 @@ def test_the_merge_agrees_within_the_rounding_of_its_copies(
         assert least <= float(shares[k]) <= most
         assert least <= model["coefficient"] <= most
     if dtype == torch.float32:
-        merged = read_model(tmp_path / "out")
-        taus, base = taus_of(family), distinct(loaded(family.base))
-        for weight, before in base.items():
-            tau = sum(
-                m["coefficient"] * t[weight]
-                for m, t in zip(exact["models"], taus, strict=True)
-            )
+        weights = [model["coefficient"] for model in exact["models"]]
+        for weight, expected in summed(family, weights).items():
             torch.testing.assert_close(
-                merged[weight].double(), before + tau, rtol=1e-5, atol=1e-5
+                merged[weight].double(), expected, rtol=1e-5, atol=1e-5
             )
 
 
 def test_settings_by_tensor_need_merged_copies(
-    tuned: Callable[[str], Tuned], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tuned: Callable[[str], Tuned], tmp_path: Path, refused: Refused
 ) -> None:
     family = tuned("llama")
-    models = [f"{family.base}+{adapter}" for adapter in family.adapters]
-    config = merge_config(family.base, models)
-    config["parameters"] = {"power": [{"filter": "mlp", "value": 1}, {"value": 2}]}
-    file = tmp_path / "merge.yml"
-    file.write_text(yaml.safe_dump(config))
-    assert run_command("inspect", file) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
+    file = write_merge(
+        tmp_path / "merge.yml",
+        family.base,
+        [f"{family.base}+{adapter}" for adapter in family.adapters],
+        parameters={"power": [{"filter": "mlp", "value": 1}, {"value": 2}]},
+    )
+    said = refused("inspect", file)
     assert "has a LoRA adapter; give --lora-merge-cache FOLDER" in said
-    assert run_command("inspect", file, "--lora-merge-cache", tmp_path / "cache") == 0
+    assert run_command("inspect", file, "--lora-merge-cache", tmp_path / "copies") == 0
 
 
 # ---- the hub -------------------------------------------------------------------------
 
 
 @pytest.fixture
-def hub(
-    tuned: Callable[[str], Tuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Hub]:
+def hub(tuned: Callable[[str], Tuned], empty_hub: Hub) -> Hub:
     """Base and adapters on a hub."""
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     family = tuned("llama")
-    with serving(Hub()) as made:
-        point_to(made.address, monkeypatch)
-        made.add("org/base", family.base)
-        for number, adapter in enumerate(family.adapters):
-            made.add(f"org/adapter{number}", adapter)
-        yield made
+    empty_hub.add("org/base", family.base)
+    for number, adapter in enumerate(family.adapters):
+        empty_hub.add(f"org/adapter{number}", adapter)
+    return empty_hub
 
 
 def test_adapters_on_the_hub(
     hub: Hub,
     tuned: Callable[[str], Tuned],
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
     tmp_path: Path,
 ) -> None:
     exact = gram_of(taus_of(tuned("llama"))).diagonal().tolist()
@@ -591,18 +566,12 @@ def test_adapters_on_the_hub(
     # Of the base, no weights were read.
     large = [asked for asked in hub.asked if "/org/base/" in asked.path]
     assert sum(asked.range is not None for asked in large) <= 4
-    assert run_command("inspect", "--remote", "org/none", "org/adapter0") == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "org/none is not on " in said
-    assert run_command("inspect", "--remote", "none.yml") == 2
-    assert "none.yml" in capsys.readouterr().err
+    assert "org/none is not on " in refused("inspect", "--remote", "org/none")
+    assert "none.yml" in refused("inspect", "--remote", "none.yml")
 
 
 def test_adapters_beside_models_that_are_sampled_are_refused(
-    hub: Hub,
-    tuned: Callable[[str], Tuned],
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+    hub: Hub, tuned: Callable[[str], Tuned], refused: Refused, tmp_path: Path
 ) -> None:
     model = loaded(tuned("llama").base).float()
     with torch.no_grad():
@@ -610,8 +579,7 @@ def test_adapters_beside_models_that_are_sampled_are_refused(
     model.save_pretrained(tmp_path / "full")
     hub.add("org/full", tmp_path / "full")
     models = ("--base", "org/base", "org/full", "org/adapter0")
-    assert run_command("inspect", "--remote", *models) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
+    said = refused("inspect", "--remote", *models)
     assert "org/full would be estimated from a sample" in said
 
 
@@ -629,17 +597,14 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", ODD)
 def test_what_has_more_than_factors_is_refused_or_merged(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings, words = ODD[case]
     name = "qwen2" if case == "biases of factors" else "llama"  # it needs biases
-    family = write_tuned(
-        tmp_path, architectures()[name], {"target_modules": ["q_proj"], **settings}
-    )
+    family = write_tuned(tmp_path, architectures()[name], {**Q_PROJ, **settings})
     (adapter,) = family.adapters
     for models in ((adapter,), ("--base", family.base, adapter)):
-        assert run_command("inspect", *models) == 2
-        said = capsys.readouterr().err.splitlines()[-1]
+        said = refused("inspect", *models)
         assert words in said and "--lora-merge-cache FOLDER" in said
     options = ("--lora-merge-cache", tmp_path / "cache", "--json", "-")
     assert run_command("inspect", "--base", family.base, adapter, *options) == 0
@@ -657,24 +622,19 @@ def rewritten(
     """Change what an adapter stores, and its configuration."""
     from safetensors.torch import load_file, save_file
 
-    file, settings = (
-        folder / "adapter_model.safetensors",
-        folder / "adapter_config.json",
-    )
+    file = folder / "adapter_model.safetensors"
+    settings = folder / "adapter_config.json"
     if change is not None:
         save_file(change(load_file(file)), file)
     settings.write_text(json.dumps({**json.loads(settings.read_text()), **config}))
 
 
-Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
-
-
 def without_a_factor(state: State) -> State:
-    return {name: t for name, t in state.items() if name != f"{Q_PROJ}.lora_B.weight"}
+    return {name: t for name, t in state.items() if name != f"{LAYER_0}.lora_B.weight"}
 
 
 def with_nan(state: State) -> State:
-    state[f"{Q_PROJ}.lora_A.weight"][0, 0] = float("nan")
+    state[f"{LAYER_0}.lora_A.weight"][0, 0] = float("nan")
     return state
 
 
@@ -683,7 +643,7 @@ def with_a_whole_weight(state: State) -> State:
 
 
 def with_a_convolution(state: State) -> State:
-    name = f"{Q_PROJ}.lora_A.weight"
+    name = f"{LAYER_0}.lora_A.weight"
     return {**state, name: state[name][:, :, None, None].clone()}
 
 
@@ -709,52 +669,41 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_adapters_are_named(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_broken_adapters_are_named(case: str, tmp_path: Path, refused: Refused) -> None:
     spoil, words = BROKEN[case]
-    family = write_tuned(
-        tmp_path, architectures()["llama"], {"target_modules": ["q_proj"]}
-    )
-    spoil(family.adapters[0])
-    assert run_command("inspect", family.adapters[0]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert words in said and str(family.adapters[0]) in said
+    (adapter,) = write_llama(tmp_path).adapters
+    spoil(adapter)
+    said = refused("inspect", adapter)
+    assert words in said and str(adapter) in said
 
 
 def test_adapters_that_do_not_fit_are_refused(
-    tuned: Callable[[str], Tuned], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tuned: Callable[[str], Tuned], tmp_path: Path, refused: Refused
 ) -> None:
     llama, other = tuned("llama"), tuned("gpt2")
-
-    def said(*models: object) -> str:
-        assert run_command("inspect", *models) == 2
-        return capsys.readouterr().err.splitlines()[-1]
-
-    foreign = said("--base", llama.base, other.adapters[0])
-    assert "which" in foreign and "does not store. Does it belong to this" in foreign
     wide = architectures()["llama"]
     wide.hidden_size, wide.head_dim = 64, 16
-    larger = write_tuned(tmp_path, wide, {"target_modules": ["q_proj"]})
-    misfit = said("--base", llama.base, larger.adapters[0])
+    larger = write_tuned(tmp_path, wide, Q_PROJ)
+    one, wider = llama.adapters[0], larger.adapters[0]
+    foreign = refused("inspect", "--base", llama.base, other.adapters[0])
+    assert "does not store. Does it belong to this" in foreign
+    misfit = refused("inspect", "--base", llama.base, wider)
     assert "as [64, 64], which is [32, 32] in" in misfit
-    assert "Do they have one base?" in said(llama.adapters[0], larger.adapters[0])
-    assert "is no LoRA adapter, and no base" in said(llama.adapters[0], llama.base)
-    assert "is given twice" in said(llama.adapters[0], llama.adapters[0])
+    assert "Do they have one base?" in refused("inspect", one, wider)
+    assert "is no LoRA adapter, and no base" in refused("inspect", one, llama.base)
+    assert "is given twice" in refused("inspect", one, one)
 
     def renamed(state: State) -> State:
         return {n.replace("model.layers", "text.layers"): t for n, t in state.items()}
 
-    rewritten(larger.adapters[0], renamed)
-    assert "adapt layers of other names" in said(llama.adapters[0], larger.adapters[0])
+    rewritten(wider, renamed)
+    assert "adapt layers of other names" in refused("inspect", one, wider)
 
 
 def test_a_copy_of_the_embeddings_must_be_that_of_the_base(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    family = write_tuned(
-        tmp_path, architectures()["llama"], {"target_modules": ["embed_tokens"]}
-    )
+    family = write_llama(tmp_path, {"target_modules": ["embed_tokens"]})
     (adapter,) = family.adapters
     assert run_command("inspect", adapter) == 0
     assert "stores a copy of its base's embeddings" in capsys.readouterr().out
@@ -765,8 +714,8 @@ def test_a_copy_of_the_embeddings_must_be_that_of_the_base(
         return {n: t + 1 if "base_layer" in n else t for n, t in state.items()}
 
     rewritten(adapter, moved)
-    assert run_command("inspect", "--base", family.base, adapter) == 2
-    assert "which is not that of" in capsys.readouterr().err.splitlines()[-1]
+    said = refused("inspect", "--base", family.base, adapter)
+    assert "which is not that of" in said
     assert_measured_as_a_copy(family, tmp_path, capsys)
 
 
@@ -788,8 +737,7 @@ def assert_measured_as_a_copy(
 def test_whole_weights_beside_factors_are_measured_as_a_copy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"target_modules": ["q_proj"]}
-    family = write_tuned(tmp_path, architectures()["llama"], settings)
+    family = write_llama(tmp_path)
     rewritten(family.adapters[0], with_a_whole_weight)
     assert_measured_as_a_copy(family, tmp_path, capsys)
 
@@ -851,8 +799,7 @@ def test_what_a_merge_of_adapters_says_next_is_true(
 ) -> None:
     adapted = write_adapters(tmp_path)
     models = [f"{adapted.base}+{adapter}" for adapter in adapted.adapters]
-    file = tmp_path / "merge.yml"
-    file.write_text(yaml.safe_dump(merge_config(str(adapted.base), models)))
+    file = write_merge(tmp_path / "merge.yml", adapted.base, models)
     out, copies = tmp_path / "out", tmp_path / "copies"
     options = ("--lora-merge-cache", copies, "--no-copy-tokenizer", "--quiet")
     assert run_command("merge", file, out, *options) == 0

@@ -18,7 +18,8 @@ from tests.conftest import make_family
 from tests.families import State, merge_config, read_model
 from tests.long import rank_jobs
 from tests.long.forked import FULL, KILL
-from tests.long.rank_jobs import SEED, Place, assert_same_tensors, free_port
+from tests.long.rank_jobs import SEED, Place, free_port
+from tests.oracle import assert_same_states
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_the_same_bits_as_one_process(size: int, place: Place, expected: State) 
     with place.work():
         all_ended = place.ranks(size, place.merge())
         assert [ended.status for ended in all_ended] == [0] * size, all_ended
-        assert_same_tensors(read_model(place.out), expected)
+        assert_same_states(read_model(place.out), expected)
         first, *others = all_ended
         assert first.said.count("coefficients of the whole model") == 1
         assert "Wrote " in first.said
@@ -103,7 +104,7 @@ def test_methods_that_draw_and_methods_of_mergekit(method: str, place: Place) ->
     with place.work():
         all_ended = place.ranks(2, place.merge(*SEED))
         assert [ended.status for ended in all_ended] == [0, 0], all_ended
-        assert_same_tensors(read_model(place.out), reference)
+        assert_same_states(read_model(place.out), reference)
 
 
 def test_inspect_and_a_cache_of_rank_0_alone(place: Place, tmp_path: Path) -> None:
@@ -195,7 +196,7 @@ def test_a_killed_rank_is_named_and_resume_goes_on(
             stream.write(b"?")
         all_ended = place.ranks(2, place.merge("--resume"))
         assert [ended.status for ended in all_ended] == [0, 0], all_ended
-        assert_same_tensors(read_model(place.out), expected)
+        assert_same_states(read_model(place.out), expected)
         versions = {version_of(path) for path in place.out.glob("*.safetensors")}
         assert versions >= {kept[name] for name in kept if name != damaged}
         assert kept[damaged] not in versions
@@ -351,7 +352,7 @@ def test_two_nodes_by_torchrun(place: Place, expected: State) -> None:
         said = [node.communicate(timeout=300)[0] for node in nodes]
         assert [node.returncode for node in nodes] == [0, 0], said
         assert sum(text.count("Wrote ") for text in said) == 1
-        assert_same_tensors(read_model(place.out), expected)
+        assert_same_states(read_model(place.out), expected)
 
 
 def test_numbers_are_skipped_as_mergekit_draws_them() -> None:

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,39 +22,33 @@ from mergekit_metagpt.scanning.groups import groups_of
 from mergekit_metagpt.scanning.one_pass import scan_checkpoints
 from mergekit_metagpt.scanning.results import ScanResult
 from mergekit_metagpt.scanning.sampling import BLOCK, Sample, sample_checkpoints
-from tests.families import State, run_command, write_model
+from tests.families import State, forget, run_command, write_model
 from tests.oracle import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 DRAWS = 200
-Noise = Callable[[str, torch.Tensor, int, torch.Generator], torch.Tensor]
+Draw = torch.Generator
+Noise = Callable[[str, torch.Tensor, int, Draw], torch.Tensor]
+Shapes = dict[str, tuple[int, int]]
 
 
-def random(
-    name: str, base: torch.Tensor, model: int, draw: torch.Generator
-) -> torch.Tensor:
+def random(name: str, base: torch.Tensor, model: int, draw: Draw) -> torch.Tensor:
     return 0.01 * (model + 1) * torch.randn(base.shape, generator=draw)
 
 
-def heavy_rows(
-    name: str, base: torch.Tensor, model: int, draw: torch.Generator
-) -> torch.Tensor:
+def heavy_rows(name: str, base: torch.Tensor, model: int, draw: Draw) -> torch.Tensor:
     """One row in fifteen moved ten times as far as the others."""
     heavy = torch.rand(base.shape[0], generator=draw) < 1 / 15
     return random(name, base, model, draw) * (1 + 9 * heavy.float())[:, None]
 
 
-def by_expert(
-    name: str, base: torch.Tensor, model: int, draw: torch.Generator
-) -> torch.Tensor:
+def by_expert(name: str, base: torch.Tensor, model: int, draw: Draw) -> torch.Tensor:
     """Experts that saw very different numbers of tokens."""
     size = math.exp(float(torch.randn((), generator=draw)))
     return size * random(name, base, model, draw)
 
 
-def low_rank(
-    name: str, base: torch.Tensor, model: int, draw: torch.Generator
-) -> torch.Tensor:
+def low_rank(name: str, base: torch.Tensor, model: int, draw: Draw) -> torch.Tensor:
     """Rank two, in a third of the matrices."""
     if int(name.split(".")[2]) % 3 != model % 3:
         return torch.zeros_like(base)
@@ -61,7 +56,7 @@ def low_rank(
     return 0.01 * left @ torch.randn(2, base.shape[1], generator=draw)
 
 
-CASES: dict[str, tuple[dict[str, tuple[int, int]], Noise, float]] = {
+CASES: dict[str, tuple[Shapes, Noise, float]] = {
     "random": (
         {f"model.layers.{n}.mlp.up_proj.weight": (256, 640) for n in range(4)},
         random,
@@ -81,7 +76,7 @@ CASES: dict[str, tuple[dict[str, tuple[int, int]], Noise, float]] = {
 }
 
 
-def states_of(shapes: dict[str, tuple[int, int]], noise: Noise) -> list[State]:
+def states_of(shapes: Shapes, noise: Noise) -> list[State]:
     draw = torch.Generator().manual_seed(7)
     base = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
     common = {n: 0.005 * torch.randn(t.shape, generator=draw) for n, t in base.items()}
@@ -98,6 +93,9 @@ def write(folder: Path, states: list[State], shards: int = 1) -> list[Checkpoint
     ]
 
 
+PAIRS = ([0, 0, 1], [1, 2, 2])  # of three models
+
+
 def truth(states: list[State]) -> dict[str, torch.Tensor]:
     """What is estimated, by one-liners in float64."""
     base, *models = (
@@ -112,34 +110,26 @@ def truth(states: list[State]) -> dict[str, torch.Tensor]:
         "norms": n.sqrt(),
         "relative": (n / (base @ base)).sqrt(),
         "coefficients": n / n.sum(),
-        "cosines": (gram / torch.outer(n, n).sqrt())[[0, 0, 1], [1, 2, 2]],
+        "cosines": (gram / torch.outer(n, n).sqrt())[PAIRS],
     }
 
 
-def estimates(result: ScanResult) -> tuple[dict[str, torch.Tensor], ...]:
-    """The estimates of a whole model, and their standard errors."""
-    pooled = result.pool("model")
+def estimates(result: ScanResult) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The estimates of a whole model, each with its standard errors."""
+    pooled: Any = result.pool("model")
     n = pooled.sq_norms
     shares = n / n.sum()
-    assert pooled.cosines is not None and pooled.covariances is not None
-    assert pooled.cosine_errors is not None
-    values = {
-        "sq_norms": n,
-        "norms": n.sqrt(),
-        "relative": (n / pooled.base_sq_norms).sqrt(),
-        "coefficients": shares,
-        "cosines": pooled.cosines[[0, 0, 1], [1, 2, 2]],
+    of_shares = standard_errors.of_coefficients(
+        n, pooled.covariances.sq_norms, shares, 2.0
+    )
+    relative = (n / pooled.base_sq_norms).sqrt()
+    return {
+        "sq_norms": (n, pooled.sq_norm_errors),
+        "norms": (n.sqrt(), pooled.norm_errors),
+        "relative": (relative, pooled.relative_norm_errors),
+        "coefficients": (shares, of_shares),
+        "cosines": (pooled.cosines[PAIRS], pooled.cosine_errors[PAIRS]),
     }
-    errors = {
-        "sq_norms": pooled.sq_norm_errors,
-        "norms": pooled.norm_errors,
-        "relative": pooled.relative_norm_errors,
-        "coefficients": standard_errors.of_coefficients(
-            n, pooled.covariances.sq_norms, shares, 2.0
-        ),
-        "cosines": pooled.cosine_errors[[0, 0, 1], [1, 2, 2]],
-    }
-    return values, errors  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(
@@ -153,18 +143,14 @@ def test_standard_errors_hold_what_they_promise(
     shapes, noise, share = CASES[case]
     states = states_of(shapes, noise)
     base, *models = write(tmp_path, states)
-    expected = truth(states)
-    draws = [
-        estimates(
-            sample_checkpoints(
-                base, models, Sample(share=share, seed=seed), gram=True, workers=1
-            )
-        )
-        for seed in range(DRAWS)
-    ]
-    for what, value in expected.items():
-        estimate = torch.stack([values[what] for values, _ in draws])
-        error = torch.stack([errors[what] for _, errors in draws])
+    draws = []
+    for seed in range(DRAWS):
+        sample = Sample(share=share, seed=seed)
+        found = sample_checkpoints(base, models, sample, gram=True, workers=1)
+        draws.append(estimates(found))
+    for what, value in truth(states).items():
+        columns = zip(*(draw[what] for draw in draws), strict=True)
+        estimate, error = (torch.stack(column) for column in columns)
         covered = ((estimate - value).abs() <= 2 * error).double().mean(dim=0)
         assert covered.min() >= 0.9, (what, covered)
         of_mean = estimate.std(dim=0) / math.sqrt(DRAWS)
@@ -203,10 +189,13 @@ def small_family(folder: Path) -> tuple[list[State], list[Checkpoint]]:
 
 
 @pytest.mark.parametrize("gram", [False, True])
-def test_a_share_of_one_is_an_exact_scan(gram: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sample", [Sample(share=1.0), Sample(budget=10**9)])
+def test_a_sample_of_all_weights_is_an_exact_scan(
+    sample: Sample, gram: bool, tmp_path: Path
+) -> None:
     _, (base, *models) = small_family(tmp_path)
     exact = scan_checkpoints(base, models, gram=gram)
-    whole = sample_checkpoints(base, models, Sample(share=1.0), gram=gram)
+    whole = sample_checkpoints(base, models, sample, gram=gram)
     assert whole.sampled is None
     assert_same_bits(whole.sq_norms, exact.sq_norms)
     assert_same_bits(whole.base_sq_norms, exact.base_sq_norms)
@@ -221,11 +210,8 @@ def assert_same(first: ScanResult, second: ScanResult) -> None:
     assert_same_bits(first.base_sq_norms, second.base_sq_norms)
     assert first.gram is not None and second.gram is not None
     assert_same_bits(first.gram, second.gram)
-    for one, other in zip(
-        vars(first.sampled.covariances).values(),
-        vars(second.sampled.covariances).values(),
-        strict=True,
-    ):
+    covariances = (vars(result.sampled.covariances) for result in (first, second))
+    for one, other in zip(*(found.values() for found in covariances), strict=True):
         assert_same_bits(one, other)
 
 
@@ -274,13 +260,6 @@ def test_a_budget_is_used_and_not_exceeded(budget: int, tmp_path: Path) -> None:
     result = sample_checkpoints(base, models, Sample(budget=budget))
     assert result.sampled is not None
     assert budget - BLOCK * 16 < result.sampled.bytes_read <= budget
-
-
-def test_a_budget_beyond_all_weights_is_an_exact_scan(tmp_path: Path) -> None:
-    _, (base, *models) = small_family(tmp_path)
-    result = sample_checkpoints(base, models, Sample(budget=10**9))
-    assert result.sampled is None
-    assert_same_bits(result.sq_norms, scan_checkpoints(base, models).sq_norms)
 
 
 def test_a_budget_that_buys_nothing_is_refused(tmp_path: Path) -> None:
@@ -338,15 +317,6 @@ def test_the_delta_method_by_a_small_step() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
-@pytest.fixture
-def remembering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, and a process that has measured nothing."""
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
-    for name in ("_PAIRS", "_REQUESTS", "_SAMPLES", "_FAILURES"):
-        monkeypatch.setattr(once, name, {})
-    return tmp_path / "cache"
-
-
 def old_family(folder: Path) -> list[Path]:
     states, _ = small_family(folder)
     for at in range(len(states)):
@@ -356,7 +326,7 @@ def old_family(folder: Path) -> list[Path]:
 
 
 def test_the_cache_tells_a_sample_from_a_scan(
-    remembering: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, *models = map(open_checkpoint, old_family(tmp_path / "family"))
     sample = Sample(share=0.3)
@@ -379,10 +349,9 @@ def test_the_cache_tells_a_sample_from_a_scan(
     assert read == [other]
     exact = once.measure(base, models, gram=True)
     assert exact.sampled is None
-    for forget in (False, True):  # what this process holds, then what the disk does
-        if forget:
-            for known in (once._REQUESTS, once._PAIRS, once._SAMPLES):
-                known.clear()
+    for anew in (False, True):  # what this process holds, then what the disk does
+        if anew:
+            forget()
         served = once.measure(base, models, gram=True, sample=Sample(share=0.2))
         assert served.sampled is None
         assert_same_bits(served.sq_norms, exact.sq_norms)
@@ -390,7 +359,7 @@ def test_the_cache_tells_a_sample_from_a_scan(
 
 
 def test_a_refused_budget_does_not_refuse_a_scan(
-    remembering: Path, tmp_path: Path
+    own_cache: Path, tmp_path: Path
 ) -> None:
     _, (base, *models) = small_family(tmp_path / "family")
     with pytest.raises(ValueError, match="budget"):
@@ -399,7 +368,7 @@ def test_a_refused_budget_does_not_refuse_a_scan(
 
 
 def test_inspect_prints_estimates_with_their_errors(
-    remembering: Path,
+    own_cache: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

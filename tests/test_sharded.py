@@ -29,12 +29,12 @@ from tests.families import (
 )
 from tests.merges import pretend_devices
 from tests.oracle import (
-    assert_same_bits,
     assert_same_states,
     naive_coefficients,
     naive_sq_norms,
 )
 
+pytestmark = pytest.mark.timeout(60)
 DEVICES = 4
 LAYERS = {"layer_range": [0, 3]}
 
@@ -122,7 +122,7 @@ def test_islands_are_those_of_task_arithmetic(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("mergekit.merge.MultiGPUExecutor", Planned)
-    everyone = [family.base, *family.models]
+    everyone = family.paths
     settings: dict[str, Any] = {"parameters": {"weight": 0.5}, "dtype": "float32"}
     if form == "slices":
         sources = [{"model": str(model), **LAYERS} for model in everyone]
@@ -145,7 +145,6 @@ def test_islands_are_those_of_task_arithmetic(
 # ---- the run
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("granularity", ["model", "layer", "tensor"])
 def test_sharded_merge_has_the_bits_of_the_single_one(
     granularity: str,
@@ -197,7 +196,6 @@ def test_sharded_merge_has_the_bits_of_the_single_one(
         )
 
 
-@pytest.mark.timeout(60)
 def test_error_of_the_scan_is_raised_once(
     fresh_family: Family,
     tmp_path: Path,
@@ -230,7 +228,6 @@ def test_error_of_the_scan_is_raised_once(
     assert_same_states(merged, run_mergekit(well, tmp_path / "well"))
 
 
-@pytest.mark.timeout(60)
 def test_error_of_one_model_is_not_kept_for_another(
     fresh_family: Family, tmp_path: Path
 ) -> None:
@@ -264,7 +261,6 @@ def at_once(*calls: Callable[[], Any]) -> list[Any]:
         return [future.result() for future in [pool.submit(start, c) for c in calls]]
 
 
-@pytest.mark.timeout(60)
 def test_two_merges_at_once(fresh_family: Family, tmp_path: Path, scans: Scans) -> None:
     """Two merges that share the base and one model; that pair is scanned once."""
     configs = [
@@ -292,22 +288,6 @@ def test_two_merges_at_once(fresh_family: Family, tmp_path: Path, scans: Scans) 
         assert_same_states(threaded[n], single)
 
 
-@pytest.mark.timeout(60)
-def test_two_scans_of_different_bases_at_once(tmp_path: Path) -> None:
-    families = [make_family(tmp_path / "a"), make_family(tmp_path / "b", sizes=(0.1,))]
-    alone = [scan(family.base, family.models, gram=True) for family in families]
-    found = at_once(
-        *(
-            lambda family=family: scan(family.base, family.models, gram=True)
-            for family in families
-        )
-    )
-    for first, second in zip(alone, found, strict=True):
-        assert_same_bits(first.sq_norms, second.sq_norms)
-        assert_same_bits(first.gram, second.gram)
-
-
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("what", ["scan", "run", "failing run"])
 def test_torch_threads_are_left_as_they_were(what: str, family: Family) -> None:
     """Of this thread, one that runs beside the scans, and those started later."""

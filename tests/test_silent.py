@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from tests.adapters import PEFT_WARNS, write_adapters
 from tests.broken import snapshot
+from tests.conftest import Refused
 from tests.families import (
     State,
     llama_config,
@@ -34,28 +34,30 @@ from tests.stand_ins import write_tokenizer
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 QUIET = ("--no-copy-tokenizer", "--quiet")
+MERGE = ("merge", "c.yml", "out", *QUIET)
+MODELS = ("./a", "./b")
+CONFIG = merge_config("./base", MODELS)
 
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with `base`, `a` and `b`."""
+    """The current folder, with `base`, `a` and `b`, and `c.yml` that merges them."""
     base = llama_state()
     for name, state in (("base", base), ("a", tuned(base, 1)), ("b", tuned(base, 2))):
         write_model(tmp_path / name, state)
     monkeypatch.chdir(tmp_path)
+    write_merge(tmp_path / "c.yml", "./base", MODELS)
     return tmp_path
-
-
-def refused(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command says that ends with exit status 2."""
-    capsys.readouterr()
-    assert run_command(*arguments) == 2
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def report_of(*arguments: str) -> Any:
     assert run_command("inspect", *arguments, "--json", "report.json", "--force") == 0
     return json.loads(Path("report.json").read_text())
+
+
+def warnings_of(*arguments: str) -> list[str]:
+    found: list[str] = report_of(*arguments)["families"][0]["warnings"]
+    return found
 
 
 # ---- one model under two names
@@ -64,28 +66,28 @@ def report_of(*arguments: str) -> Any:
 @pytest.mark.parametrize("spelling", ["./a/", "{work}/a", "./link", "./hard"])
 @pytest.mark.parametrize("of", ["a", "base"])
 def test_one_model_under_two_names(
-    spelling: str, of: str, work: Path, capsys: pytest.CaptureFixture[str]
+    spelling: str, of: str, work: Path, refused: Refused
 ) -> None:
     (work / "link").symlink_to(work / of)
     shutil.copytree(work / of, work / "hard", copy_function=os.link)
     other = spelling.format(work=work).replace("/a", f"/{of}")
-    write_merge(work / "c.yml", "./base", ["./a", "./b", other])
+    write_merge(work / "c.yml", "./base", [*MODELS, other])
     for command in (["inspect", "c.yml"], ["export", "c.yml", "-"]):
-        assert other in refused(*command, capsys=capsys)
-    message = refused("merge", "c.yml", "out", *QUIET, capsys=capsys)
-    assert ("the base" if of == "base" else "the same files") in message
+        assert other in refused(*command)
+    assert ("the base" if of == "base" else "the same files") in refused(*MERGE)
     with pytest.raises(ValueError, match=r"another name|the same files"):
-        run_mergekit(merge_config("./base", ["./a", "./b", other]), work / "theirs")
+        run_mergekit(merge_config("./base", [*MODELS, other]), work / "theirs")
 
 
 def test_copies_are_called_identical(
     work: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(work / "a", work / "copy")
-    write_merge(work / "c.yml", "./base", ["./a", "./b", "./copy"])
-    warnings = report_of("c.yml")["families"][0]["warnings"]
+    models = [*MODELS, "./copy"]
+    write_merge(work / "c.yml", "./base", models)
+    warnings = warnings_of("c.yml")
     assert any("./a and ./copy are identical" in text for text in warnings)
-    run_mergekit(merge_config("./base", ["./a", "./b", "./copy"]), work / "out")
+    run_mergekit(merge_config("./base", models), work / "out")
     assert len(said(caplog, "./a and ./copy are identical")) == 1
     assert not said(caplog, "./b and")
 
@@ -94,25 +96,19 @@ def test_copies_are_called_identical(
 
 
 def test_a_base_that_was_trained_apart(
-    work: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    work: Path, refused: Refused, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_model(work / "stranger", llama_state(seed=7))
-    config = write_merge(work / "c.yml", "./stranger", ["./a", "./b"])
-    for command in (["merge", "c.yml", "out", *QUIET], ["export", "c.yml", "e.yml"]):
-        message = refused(*command, capsys=capsys)
+    write_merge(work / "c.yml", "./stranger", MODELS)
+    for command in (MERGE, ("export", "c.yml", "e.yml")):
+        message = refused(*command)
         assert "./stranger" in message and "--allow-crimes" in message
         assert not Path(command[2]).exists()
         assert run_command(*command, "--allow-crimes") == 0
     caplog.clear()
-    run_mergekit(merge_config("./stranger", ["./a", "./b"]), work / "theirs")
-    assert (
-        len(said(caplog, "of ./a are typically 1."))
-        == len(said(caplog, "of ./b are"))
-        == 1
-    )
-    assert config.exists()
+    run_mergekit(merge_config("./stranger", MODELS), work / "theirs")
+    for model in MODELS:
+        assert len(said(caplog, f"of {model} are typically 1.")) == 1
 
 
 # ---- what counts without being written
@@ -127,17 +123,14 @@ def test_layers_that_are_not_written_and_count(
         if name == "a":
             state["model.layers.3.proj.weight"] += 0.1
         write_model(work / name, state)
-    write_merge(work / "c.yml", "./base", ["./a", "./b"])
-    warnings = report_of("c.yml")["families"][0]["warnings"]
+    warnings = warnings_of("c.yml")
     (text,) = (text for text in warnings if "does not write" in text and "./a" in text)
     exclude = text.rpartition("exclude: ")[2]
     assert exclude == "model.layers.3."
-    run_mergekit(merge_config("./base", ["./a", "./b"]), work / "out")
+    run_mergekit(CONFIG, work / "out")
     assert said(caplog, "./a, and count") == [text]
-    assert not any(
-        "does not write" in text
-        for text in report_of("c.yml", "--exclude", exclude)["families"][0]["warnings"]
-    )
+    without = warnings_of("c.yml", "--exclude", exclude)
+    assert not any("does not write" in text for text in without)
 
 
 # ---- embeddings, whatever they are called
@@ -166,7 +159,7 @@ def test_embeddings_are_known_by_the_architecture(work: Path) -> None:
     states: dict[str, State] = {"base": base, "a": moved, "b": tuned(base, 2, 1e-4)}
     for name, state in states.items():
         write_model(work / name, state, config)
-    warnings = report_of("--base", "./base", "./a", "./b")["families"][0]["warnings"]
+    warnings = warnings_of("c.yml")
     (text,) = (text for text in warnings if "embeddings hold" in text)
     assert text.endswith("exclude: embed_in")
 
@@ -178,13 +171,12 @@ def test_infinities_that_base_and_models_share(work: Path) -> None:
     """GPT-NeoX's masks of -1e9 are infinite in float16; nothing is learned there."""
     base = llama_state()
     mask = {"model.layers.0.self_attn.masked_bias": torch.tensor(-torch.inf)}
-    expected = report_of("--base", "./base", "./a", "./b")["families"][0]["models"]
+    expected = report_of("c.yml")["families"][0]["models"]
     for name, seed in (("base", 0), ("a", 1), ("b", 2)):
         state = tuned(base, seed) if seed else base
         write_model(work / name, {**state, **mask})
     for options in ((), ("--exclude", "masked_bias")):
-        report = report_of("--base", "./base", "./a", "./b", *options)
-        found = report["families"][0]["models"]
+        found = report_of("c.yml", *options)["families"][0]["models"]
         assert [m["sq_norm"] for m in found] == [m["sq_norm"] for m in expected]
 
 
@@ -199,12 +191,13 @@ def test_infinities_are_kept_where_mergekit_writes_them(
         state[name] = torch.full_like(state[name], -torch.inf)
         write_model(work / model, state)
     settings = {"granularity": granularity}
-    write_merge(work / "c.yml", "./base", ["./a", "./b"], parameters=settings)
-    assert run_command("merge", "c.yml", "out", *QUIET) == 0
+    write_merge(work / "c.yml", "./base", MODELS, parameters=settings)
+    assert run_command(*MERGE) == 0
     assert_same_bits(read_model(work / "out")[name], states["base"][name])
 
 
-def test_an_overflow_is_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("method", ["metagpt", "metagpt_ties"])
+def test_an_overflow_is_refused(method: str, work: Path, refused: Refused) -> None:
     """`rescale` divides by what is left: float16 ends at 65504."""
     base = {n: t.to(torch.float16) for n, t in llama_state().items()}
     for name, seed in (("base", 0), ("a", 1), ("b", 2)):
@@ -212,19 +205,11 @@ def test_an_overflow_is_refused(work: Path, capsys: pytest.CaptureFixture[str]) 
         if seed:
             state["lm_head.weight"] += 30000.0
         write_model(work / name, state)
-    settings = {"lambda": 3.0}
-    for method in ("metagpt", "metagpt_ties"):
-        write_merge(
-            work / "c.yml",
-            "./base",
-            ["./a", "./b"],
-            merge_method=method,
-            parameters=settings,
-        )
-        command = ("merge", "c.yml", "out", *QUIET, "--allow-crimes")
-        message = refused(*command, capsys=capsys)
-        assert "lm_head.weight" in message and "dtype: float32" in message
-        assert not Path("out").exists()
+    options = {"merge_method": method, "parameters": {"lambda": 3.0}}
+    write_merge(work / "c.yml", "./base", MODELS, **options)
+    message = refused(*MERGE, "--allow-crimes")
+    assert "lm_head.weight" in message and "dtype: float32" in message
+    assert not Path("out").exists()
 
 
 # ---- tokenizers
@@ -244,19 +229,19 @@ OF_A = {"kind": "model_token", "model": "./a"}
     ],
 )
 def test_tokens_that_are_not_there(
-    token: str, source: Any, said: str, work: Path, capsys: pytest.CaptureFixture[str]
+    token: str, source: Any, said: str, work: Path, refused: Refused
 ) -> None:
     """A token that no model has is a defect of mergekit: it has no id in any."""
     for name in ("base", "a", "b"):
         write_tokenizer(work / name, ["<unk>", *map(str, range(95))], [])
     tokens = {token: {"source": source, "force": True}}
     tokenizer = {"source": "base", "tokens": tokens}
-    write_merge(work / "c.yml", "./base", ["./a", "./b"], tokenizer=tokenizer)
+    write_merge(work / "c.yml", "./base", MODELS, tokenizer=tokenizer)
     if not said:
         assert run_command("merge", "c.yml", "out", "--quiet") == 0
         return
     before = snapshot(work)
-    message = refused("merge", "c.yml", "out", "--quiet", capsys=capsys)
+    message = refused("merge", "c.yml", "out", "--quiet")
     assert "cannot make the tokenizer" in message and said in message
     assert snapshot(work) == before
 
@@ -265,15 +250,13 @@ def test_tokens_that_are_not_there(
 
 
 def test_an_error_of_another_type_is_called_mergekits(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """mergekit's definition of BertModel ends in a TypeError."""
     base, *models = save_trio(tmp_path / "trio", "BERT encoder").folders[ORIGINAL]
     file = write_merge(tmp_path / "c.yml", base, models)
-    out = tmp_path / "out"
-    message = refused("merge", str(file), str(out), *QUIET, capsys=capsys)
+    message = refused("merge", file, tmp_path / "out", *QUIET)
     assert message.startswith("Error: mergekit: TypeError: ")
-    capsys.readouterr()
     assert run_command("inspect", str(file)) == 0
     assert "mergekit: TypeError: " in capsys.readouterr().out
 
@@ -283,14 +266,13 @@ def test_an_error_of_another_type_is_called_mergekits(
 
 @PEFT_WARNS
 def test_a_retrained_adapter_and_one_that_does_not_fit(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     adapted = write_adapters(tmp_path)
     first, second = (f"{adapted.base}+{adapter}" for adapter in adapted.adapters)
     cache = ("--lora-merge-cache", "cache")
-    config = merge_config(adapted.base, [first, second])
-    Path("merge.yml").write_text(yaml.safe_dump(config))
+    write_merge(Path("merge.yml"), adapted.base, [first, second])
     command = ("export", "merge.yml", "-", *cache)
     assert run_command(*command) == 0
     assert run_command(*command) == 0
@@ -301,7 +283,7 @@ def test_a_retrained_adapter_and_one_that_does_not_fit(
     os.utime(tmp_path / "new", ns=times)
     (tmp_path / "new").replace(weights)  # as rsync does
     assert run_command("inspect", "merge.yml") == 0  # from the adapter as it is now
-    message = refused(*command, capsys=capsys)
+    message = refused(*command)
     assert first in message and "Remove that folder" in message
     (stale,) = (p for p in Path("cache").iterdir() if str(p) in message)
     shutil.rmtree(stale)
@@ -310,7 +292,7 @@ def test_a_retrained_adapter_and_one_that_does_not_fit(
     weights.write_bytes(b"damaged")
     shutil.rmtree(stale)
     for _ in range(2):
-        assert first in refused(*command, capsys=capsys)
+        assert first in refused(*command)
         assert not stale.exists()
 
 
@@ -334,11 +316,10 @@ def test_a_dequantised_model_is_merged_and_its_configuration_warned_of(
 ) -> None:
     config = llama_config(quantization_config={"quant_method": "gptq", "bits": 4})
     write_model(work / "base", llama_state(), config)
-    write_merge(work / "c.yml", "./base", ["./a", "./b"])
-    assert run_command("merge", "c.yml", "out", *QUIET) == 0
+    assert run_command(*MERGE) == 0
     assert len(said(caplog, "quantization_config")) == 1
     caplog.clear()
-    run_mergekit(merge_config("./base", ["./a", "./b"]), work / "theirs")
+    run_mergekit(CONFIG, work / "theirs")
     assert len(said(caplog, "quantization_config")) == 1
     assert not any(t.isnan().any() for t in read_model(work / "theirs").values())
 
@@ -347,15 +328,14 @@ def test_a_dequantised_model_is_merged_and_its_configuration_warned_of(
 
 
 def test_a_merged_folder_tells_its_coefficients(work: Path) -> None:
-    run_mergekit(merge_config("./base", ["./a", "./b"]), work / "out")
+    run_mergekit(CONFIG, work / "out")
     assert report_of("./out") == report_of("./out/mergekit_config.yml")
 
 
 def test_a_model_that_changed_after_the_merge_is_named(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_merge(work / "c.yml", "./base", ["./a", "./b"])
-    assert run_command("merge", "c.yml", "out", *QUIET) == 0
+    assert run_command(*MERGE) == 0
     assert run_command("inspect", "out") == 0
     assert "after this merge" not in capsys.readouterr().out
     write_model(work / "b", tuned(llama_state(), seed=9))
@@ -368,31 +348,28 @@ def test_a_model_that_changed_after_the_merge_is_named(
 
 
 def test_in_a_merged_folder_the_earlier_measurements_are_named(
-    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    work: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
-    write_merge(work / "c.yml", "./base", ["./a", "./b"])
-    assert run_command("merge", "c.yml", "out", *QUIET) == 0
+    assert run_command(*MERGE) == 0
     monkeypatch.chdir(work / "out")
-    message = refused("inspect", "mergekit_config.yml", capsys=capsys)
+    message = refused("inspect", "mergekit_config.yml")
     assert "metagpt.json has the earlier measurements" in message
 
 
-def test_a_merged_folder_in_the_place_of_its_yaml(
-    work: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_mergekit(merge_config("./base", ["./a", "./b"]), work / "out")
-    message = refused("export", "out", "plain.yml", capsys=capsys)
+def test_a_merged_folder_in_the_place_of_its_yaml(work: Path, refused: Refused) -> None:
+    run_mergekit(CONFIG, work / "out")
+    message = refused("export", "out", "plain.yml")
     assert "out is a folder" in message
     assert message.endswith("Did you mean out/mergekit_config.yml?")
 
 
 def test_inspect_tells_of_a_chat_template_that_merge_would_refuse(
-    work: Path, capsys: pytest.CaptureFixture[str]
+    work: Path, refused: Refused
 ) -> None:
-    write_merge(work / "c.yml", "./base", ["./a", "./b"], chat_template="chatlm")
+    write_merge(work / "c.yml", "./base", MODELS, chat_template="chatlm")
     reason = report_of("c.yml")["refused"]
     assert "chatml" in reason
-    assert reason in refused("merge", "c.yml", "out", *QUIET, capsys=capsys)
+    assert reason in refused(*MERGE)
 
 
 # ---- layers that are not there
@@ -400,12 +377,12 @@ def test_inspect_tells_of_a_chat_template_that_merge_would_refuse(
 
 @pytest.mark.parametrize("layers", [[0, -1], [0, 40], [2, 1]])
 def test_layers_that_are_not_there(
-    layers: list[int], work: Path, capsys: pytest.CaptureFixture[str]
+    layers: list[int], work: Path, refused: Refused
 ) -> None:
-    names = ("./base", "./a", "./b")
-    sources = [{"model": name, "layer_range": layers} for name in names]
+    everyone = ("./base", *MODELS)
+    sources = [{"model": name, "layer_range": layers} for name in everyone]
     write_merge(work / "c.yml", "./base", [], slices=[{"sources": sources}])
-    message = refused("merge", "c.yml", "out", *QUIET, capsys=capsys)
+    message = refused(*MERGE)
     assert f"is {layers}; expected two numbers from 0 to 3" in message
     assert report_of("c.yml")["refused"] in message
 
@@ -427,6 +404,5 @@ def test_a_tensor_that_a_model_has_is_not_merged_without_it(
         return None if lost else execute(self)
 
     monkeypatch.setattr(LoadTensor, "execute", lossy)
-    config = merge_config("./base", ["./a", "./b"], merge_method=method)
     with pytest.raises(RuntimeError, match=rf"lost {name} of \./b"):
-        run_mergekit(config, work / "out")
+        run_mergekit({**CONFIG, "merge_method": method}, work / "out")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,24 +92,6 @@ def assert_close(
     torch.testing.assert_close(found, expected, rtol=rtol, atol=0)
 
 
-def assert_lambda(
-    merged: State,
-    base: State,
-    models: Sequence[State],
-    expected: torch.Tensor,
-    names: Iterable[str] | None = None,
-) -> None:
-    """Check the coefficients that a float64 merge used on the given tensors."""
-    assert_close(solved_coefficients(merged, base, models, names), expected)
-
-
-def names_with(state: State, part: str) -> list[str]:
-    """Names that contain a part; there are some."""
-    found = [name for name in state if part in name]
-    assert found
-    return found
-
-
 def sources(models: Iterable[Path], start: int, stop: int, **more: Any) -> Any:
     """One slice of a configuration, the same layers of every model."""
     entries = [{"model": str(m), "layer_range": [start, stop]} for m in models]
@@ -155,7 +137,7 @@ def test_1_measured_as_stored_or_under_tensor_as_handed_over(
     coarse = cast(cast(base, torch.bfloat16), torch.float32)
     near = {name: tensor * (1 + 2.0**-10) for name, tensor in coarse.items()}
     far = {name: tensor.clone() for name, tensor in coarse.items()}
-    for name in names_with(far, "proj"):
+    for name in (name for name in far if "proj" in name):
         far[name].view(-1)[::512] *= 1.125
     first, *others = written(tmp_path, coarse, near, far)
     config = merge_config(first, others, dtype="bfloat16")
@@ -209,7 +191,7 @@ def test_1_memo_belongs_to_the_files(
     write_model(paths[1], changed[0])
     merged = run_mergekit(config, tmp_path / "two")
     expected = naive_coefficients(naive_sq_norms(base, changed))
-    assert_lambda(merged, base, changed, expected)
+    assert_close(solved_coefficients(merged, base, changed), expected)
 
 
 # 2. A weight counts once.
@@ -219,16 +201,14 @@ def headless(state: State) -> State:
     return {name: tensor for name, tensor in state.items() if name != HEAD}
 
 
-def with_head(state: State, kind: str) -> State:
-    """The state with its head absent, or a copy of its embedding."""
-    return headless(state) | ({HEAD: state[EMBED]} if kind == "copy" else {})
+def with_copied_head(state: State) -> State:
+    return {**state, HEAD: state[EMBED].clone()}
 
 
 def test_2_a_head_that_differs_in_one_bit_is_its_own(
     tmp_path: Path, base: State, models: States
 ) -> None:
-    first, second = (with_head(state, "copy") for state in (base, models[0]))
-    second[HEAD] = second[HEAD].clone()
+    first, second = map(with_copied_head, (base, models[0]))
     second[HEAD].view(torch.int32)[7, 7] ^= 1
     expected = naive_sq_norms(first, [second])
     assert_close(scanned(tmp_path, first, second), expected)
@@ -265,22 +245,6 @@ def test_2_equal_tensors_that_nothing_ties_count_each(
     assert_close(scanned(tmp_path, base, model), [3 * 32 * 0.25])
 
 
-@pytest.mark.parametrize("kinds", list(itertools.product(["absent", "copy"], repeat=3)))
-def test_2_stored_once_twice_or_in_one_checkpoint_only_the_same_lambda(
-    tmp_path: Path, base: State, models: States, kinds: tuple[str, ...]
-) -> None:
-    states = map(with_head, (base, *models[:2]), kinds)
-    first, *others = written(tmp_path, *states)
-    merged = run_mergekit(
-        merge_config(first, others, dtype="float64"), tmp_path / "out"
-    )
-    bare = headless(base)
-    expected = naive_coefficients(naive_sq_norms(bare, models[:2]))
-    assert_lambda(merged, base, models[:2], expected, bare)
-    if HEAD in merged:
-        assert_same_bits(merged[HEAD], merged[EMBED])
-
-
 # 3. Measured at the coarser of the two stored precisions.
 
 
@@ -303,20 +267,17 @@ def test_3_an_untouched_weight_contributes_exactly_zero(
 
 
 def resized(state: State, rows: int) -> State:
-    """The state with a vocabulary of another size; new rows are far from all others."""
-    new = {}
-    for name in (EMBED, HEAD):
-        more = torch.full((max(0, rows - len(state[name])), 32), 5.0)
-        new[name] = torch.cat([state[name][:rows], more.to(state[name].dtype)])
-    return {**state, **new}
+    """The state with a larger vocabulary; new rows are far from all others."""
+    more = torch.full((rows - len(state[EMBED]), 32), 5.0)
+    return state | {n: torch.cat([state[n], more]) for n in (EMBED, HEAD)}
 
 
-@pytest.mark.parametrize("kind", ["absent", "copy"])
+@pytest.mark.parametrize("head", [headless, with_copied_head])
 def test_4_the_rows_that_both_have_of_a_tied_head_count_once(
-    tmp_path: Path, base: State, models: States, kind: str
+    tmp_path: Path, base: State, models: States, head: Callable[[State], State]
 ) -> None:
-    other = with_head(resized(models[0], 101), kind)
-    found = scanned(tmp_path, with_head(base, "copy"), other)
+    other = head(resized(models[0], 101))
+    found = scanned(tmp_path, with_copied_head(base), other)
     assert_close(found, naive_sq_norms(headless(base), models[:1]))
 
 
@@ -505,7 +466,7 @@ def test_6_power_zero_looks_at_no_norm_and_scans_nothing(
     merged = run_mergekit(config, tmp_path / "out")
     assert not measured
     third = torch.full((2,), 1 / 3, dtype=torch.float64)
-    assert_lambda(merged, base, models[:2], third)
+    assert_close(solved_coefficients(merged, base, models[:2]), third)
 
 
 @pytest.mark.parametrize("power", [2.0, -1.0, -2.0])
@@ -516,7 +477,7 @@ def test_6_a_model_with_zero_gets_nothing_and_negative_power_says_so(
     config = merge_config(first, others, dtype="float64", parameters={"power": power})
     merged = run_mergekit(config, tmp_path / "out")
     expected = naive_coefficients(naive_sq_norms(base, models[:2]), power=power)
-    assert_lambda(merged, base, models[:2], expected)
+    assert_close(solved_coefficients(merged, base, models[:2]), expected)
     warnings = said(caplog, "left out")
     named = [[str(other) in warning for other in others] for warning in warnings]
     assert named == [[False, True, False]] * (power < 0)
@@ -583,15 +544,14 @@ def test_7_one_warning_names_a_model_that_takes_nearly_all_or_nothing(
     run_mergekit(merge_config(first, others), tmp_path / "out")
     assert said(caplog, "of the whole model")
     warnings = said(caplog, DEGENERATE)
-    assert len(warnings) == len(culprits)
+    named = [
+        [k for k, other in enumerate(others) if warning.startswith(f"{other} ")]
+        for warning in warnings
+    ]
+    assert named == ([culprits] if culprits else [])
     for warning in warnings:
-        assert [
-            k for k, o in enumerate(others) if warning.startswith(f"{o} ")
-        ] == culprits
-        for cause in ("LoRA", "full fine-tune", "wrong base"):
-            assert cause in warning
-        for way_out in ("power: 1", "weight: "):
-            assert way_out in warning
+        for words in ("LoRA", "wrong base", "power: 1", "weight: "):
+            assert words in warning
         assert "vocabulary" not in warning and "exclude" not in warning
 
 

@@ -19,7 +19,6 @@ from mergekit_metagpt.scanning.groups import SEGMENT
 from tests.oracle import naive_coefficients
 
 NAME = "w"
-SHIFT = 1.0  # what every marked element differs by
 
 # More than 2^31, no multiple of a chunk.
 NUMEL = 2**31 + 3 * in_parts.CHUNK + 5

@@ -19,7 +19,6 @@ from tests.conftest import make_family
 from tests.families import State, merge_config, read_model
 from tests.long.forked import Ended, Forks, Job
 from tests.long.killed import NO_FIGURE, QUIET
-from tests.oracle import assert_same_bits
 
 # Small enough that each rank writes several files.
 SHARDS = ("--out-shard-size", "20K")
@@ -49,13 +48,6 @@ OURS: dict[str, dict[str, Any]] = {
     "metagpt_breadcrumbs": {"density": 0.5},
     "metagpt_breadcrumbs_ties": {"density": 0.5},
 }
-
-
-def assert_same_tensors(first: State, second: State) -> None:
-    """Check that two models have the same tensors, with the same bits."""
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert_same_bits(tensor, second[name])
 
 
 def free_port() -> int:

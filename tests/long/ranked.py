@@ -24,9 +24,9 @@ from tests.long.rank_jobs import (
     SEED,
     THEIRS,
     Place,
-    assert_same_tensors,
     place,
 )
+from tests.oracle import assert_same_states
 
 
 def every_method(found: Place) -> int:
@@ -40,7 +40,7 @@ def every_method(found: Place) -> int:
             with found.work():
                 all_ended = found.ranks(size, found.merge(*SEED))
                 assert {ended.status for ended in all_ended} == {0}, all_ended
-                assert_same_tensors(read_model(found.out), reference)
+                assert_same_states(read_model(found.out), reference)
             count += 1
     for settings in (
         {"granularity": "layer"},
@@ -53,7 +53,7 @@ def every_method(found: Place) -> int:
         with found.work():
             all_ended = found.ranks(4, found.merge())
             assert {ended.status for ended in all_ended} == {0}, all_ended
-            assert_same_tensors(read_model(found.out), reference)
+            assert_same_states(read_model(found.out), reference)
         count += 1
     return count
 
@@ -85,7 +85,7 @@ def kill_at_random(found: Place, count: int, number: int, seed: int) -> Counter[
                         assert f"rank {victim} " in ended.said, all_ended
                 all_ended = found.ranks(4, found.merge("--resume"))
                 assert {ended.status for ended in all_ended} == {0}, all_ended
-            assert_same_tensors(read_model(found.out), reference)
+            assert_same_states(read_model(found.out), reference)
             assert [path.name for path in found.out.parent.iterdir()] == ["out"]
     return outcomes
 
@@ -102,7 +102,7 @@ def adapters(found: Place) -> None:
     with found.work():
         all_ended = found.ranks(3, found.merge(*copies))
         assert {ended.status for ended in all_ended} == {0}, all_ended
-        assert_same_tensors(read_model(found.out), reference)
+        assert_same_states(read_model(found.out), reference)
 
 
 def other_outputs(found: Place) -> None:
@@ -114,14 +114,14 @@ def other_outputs(found: Place) -> None:
         for options in ((), ("--force",), ("--force", "--async-write")):
             all_ended = found.ranks(2, found.merge(*options))
             assert {ended.status for ended in all_ended} == {0}, all_ended
-            assert_same_tensors(read_model(found.out), reference)
+            assert_same_states(read_model(found.out), reference)
     with found.work():
         all_ended = found.ranks(2, found.merge("--no-safe-serialization"))
         assert {ended.status for ended in all_ended} == {0}, all_ended
         pickles: State = {}
         for file in found.out.glob("*.bin"):
             pickles.update(torch.load(file))
-        assert_same_tensors(pickles, reference)
+        assert_same_states(pickles, reference)
 
 
 def tokenizers(found: Place, family: demo.Family) -> None:
@@ -147,7 +147,7 @@ def tokenizers(found: Place, family: demo.Family) -> None:
                 seen.append((files, read_model(found.out)))
         assert "tokenizer.json" in seen[0][0]
         assert seen[0][0] == seen[1][0]
-        assert_same_tensors(seen[0][1], seen[1][1])
+        assert_same_states(seen[0][1], seen[1][1])
 
 
 def compare(found: Place, family: demo.Family) -> None:
