@@ -141,7 +141,7 @@ FILTERED: list[tuple[list[Any], Callable[[str], str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("setting", "expected"), FILTERED, ids=str)
+@pytest.mark.parametrize(("setting", "expected"), FILTERED)
 def test_filters_and_gradients_choose_the_pool_of_each_tensor(
     tmp_path: Path, uneven: Family, setting: Any, expected: Callable[[str], str]
 ) -> None:
