@@ -353,12 +353,14 @@ def test_the_command_shows_and_clears(
 
     assert said() == f"{own_cache}: 0 entries, 0.0 MB\n"
     scan(aged, gram=True)
+    (own_cache / f"{'0' * 64}.json").write_text("damaged")
     (own_cache / "foreign.json").write_text("not ours")
     shown = said()
     assert shown.startswith(f"{own_cache}: 5 entries, 0.0 MB\n")
     assert shown.count("squared norms") == 3 and shown.count("inner products") == 1
     assert str(aged.models[2]) in shown and "not readable" in shown
     assert said("--clear") == f"Removed 5 entries from {own_cache}.\n"
+    assert (own_cache / "foreign.json").exists()
     assert said() == f"{own_cache}: 0 entries, 0.0 MB\n"
 
 

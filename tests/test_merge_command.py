@@ -305,6 +305,30 @@ def test_what_fails_when_all_weights_are_written_loses_none(
         assert not (work / "out").exists()
 
 
+def test_a_folder_that_another_run_has_filled_is_left_to_it(
+    work: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergekit_metagpt.merge_config import plan
+
+    merged = plan.run
+
+    def filled(*args: Any, **kwargs: Any) -> None:
+        merged(*args, **kwargs)
+        (work / "out").mkdir()
+        (work / "out" / "config.json").write_text("theirs")
+
+    monkeypatch.setattr(plan, "run", filled)
+    printed = cli("merge", "merge.yml", "out", *QUIET, status=2)
+    assert "out exists and is not empty" in printed.err
+    assert (work / "out" / "config.json").read_text() == "theirs"
+    assert (work / "out.unfinished" / "metagpt.json").is_file()
+
+
+def test_threads_that_cannot_be(work: Path, cli: Cli) -> None:
+    said = cli.refused("merge", "merge.yml", "out", "--num-threads", "0")
+    assert "--num-threads is 0" in said
+
+
 def test_a_folder_that_another_run_has_taken_over_is_left_to_it(
     work: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,14 @@ def test_a_power_that_does_not_help_is_no_way_out() -> None:
     assert "weight: 1000 for m1 " in said and "power: 0 (50.00% for it)" in said
 
 
+def test_a_model_that_equals_the_base_is_named_so() -> None:
+    norms = [0.0, 1.0, 1.0]
+    said = advice.degenerate(
+        "b", ["m0", "m1", "m2"], [0, 0.5, 0.5], [1] * 3, "here", sq_norms=norms
+    )
+    assert said is not None and said.startswith("m0 equals the base b (here)")
+
+
 def test_a_share_that_is_not_zero_does_not_look_like_it() -> None:
     said = advice.degenerate(
         "b", ["m0", "m1", "m2"], [4e-6, 0.5, 0.5], [1, 1, 1], "here"

@@ -301,6 +301,12 @@ def test_a_complete_merge_has_nothing_to_resume(place: Place) -> None:
         (ended,) = place.ranks(1, place.merge("--resume"))
         assert ended.status == 2 and "is not empty" in errors(ended)[0]
         place.config()
+        weights = place.out / "model.safetensors"
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:-100])
+        (ended,) = place.ranks(1, place.merge("--resume"))
+        assert ended.status == 2 and "is not empty" in errors(ended)[0]
+        weights.write_bytes(whole)
         (place.out / "config.json").unlink()
         (ended,) = place.ranks(1, place.merge("--resume"))
         assert ended.status == 2 and "is not empty" in errors(ended)[0]

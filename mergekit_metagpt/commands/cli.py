@@ -200,6 +200,8 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     flags = " --random-seed N" if read.merge_method in checks.RANDOM_METHODS else ""
     if any(model.lora for model in merge_yaml.models(read)):
         flags += " --lora-merge-cache FOLDER"
+        if options.lora_merge_dtype:
+            flags += f" --lora-merge-dtype {options.lora_merge_dtype}"
     then = f"It needs no plugin: mergekit-yaml {name} ./merged{flags}"
     write_yaml(out, exported.text, then=then)
 
@@ -523,6 +525,9 @@ def _merge_command() -> click.Command:
         The YAML, the headers of all models and the weights are checked before mergekit
         starts. OUT appears only once it is complete. Needs no autoload.
         """
+        threads = merge_options.num_threads
+        if threads is not None and threads < 1:
+            raise ValueError(f"--num-threads is {threads}; expected a number >= 1")
         merged = True
         with together.as_rank(resumable=resume) as group:
             if group is None:
@@ -540,8 +545,9 @@ def _merge_command() -> click.Command:
         if not merged:
             click.echo(
                 printable(
-                    f"{out} is complete, a merge of {config}: there is nothing to "
-                    "resume. To merge again, give --force"
+                    f"{out} is complete, and its YAML is {config}: there is nothing to "
+                    "resume. To merge again, as after a change of models or options, "
+                    "give --force"
                 ),
                 err=True,
             )
@@ -554,6 +560,8 @@ def _merge_command() -> click.Command:
         copy = shlex.quote(str(Path(out) / "mergekit_config.yml"))
         folder = merge_options.lora_merge_cache
         flags = f" --lora-merge-cache {shlex.quote(folder)}" if folder else ""
+        if folder and merge_options.lora_merge_dtype:
+            flags += f" --lora-merge-dtype {merge_options.lora_merge_dtype}"
         click.echo(
             printable(
                 f"Wrote {out} ({size / 1e6:,.1f} MB). Its coefficients are in "

@@ -158,6 +158,8 @@ def merge(
                 plan.run(
                     config, str(made), options, source=text, warned=prepared.warned
                 )
+            if not force:  # another run may have filled it meanwhile
+                placing.require_empty(out, parent.name)
         except (ValueError, OSError) as late:
             if unwritten(made, prepared.job):
                 raise
@@ -233,5 +235,5 @@ def _keep(made: Path, out: Path, late: Exception) -> str:
     return (
         f"{late}. All merged weights are written and kept in {kept}"
         + (f", without {' and '.join(missing)}" if missing else "")
-        + ". Copy the files that are missing from the base, and rename the folder"
+        + ". Copy what is missing from the base, and rename the folder"
     )

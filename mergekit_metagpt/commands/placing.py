@@ -40,8 +40,14 @@ def require_free(
             raise ValueError(
                 f"{out} holds {path}, which this merge reads; choose another folder"
             )
+    if not force:
+        require_empty(out, ignoring)
+
+
+def require_empty(out: Path, ignoring: str | None) -> None:
+    """Refuse an output folder that holds anything but what is ignored."""
     names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if not force and names - {ignoring}:
+    if names - {ignoring}:
         raise ValueError(f"{out} exists and is not empty; choose another, or --force")
 
 

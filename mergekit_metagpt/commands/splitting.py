@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergekit_metagpt.commands import merging, placing, shards
-from mergekit_metagpt.merge_config import checks, dividing, jobs, merge_yaml, plan
+from mergekit_metagpt.merge_config import (
+    checks,
+    dividing,
+    jobs,
+    merge_yaml,
+    plan,
+    replaying,
+)
 from mergekit_metagpt.scanning import once, ranks
 
 if TYPE_CHECKING:
@@ -109,8 +116,12 @@ def _place(out: Path) -> Path:
 
 
 def _is_complete(out: Path, text: str, folder: Path) -> bool:
-    """Whether `out` is the merge of this YAML, and no file waits to be used."""
+    """Whether `out` is a whole model with this YAML, and no file waits to be used."""
     copy = out / "mergekit_config.yml"
+    try:
+        replaying.open_result(out)
+    except (OSError, ValueError):  # missing, cut short or corrupt
+        return False
     return (
         (out / "config.json").is_file()  # comes last
         and copy.is_file()

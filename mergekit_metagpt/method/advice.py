@@ -73,6 +73,11 @@ def degenerate(
         one, other, gets = smallest, largest, "gets only"
     else:
         return None
+    if sq_norms is not None and not sq_norms[one]:
+        return (
+            f"{models[one]} equals the base {base} ({where}): it has no task vector "
+            "and gets nothing of the merge"
+        )
     moved = ""
     if sq_norms is not None and power != 0:
         moved = _moved(sq_norms[one], sq_norms[other], models[other])
