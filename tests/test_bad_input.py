@@ -309,6 +309,12 @@ PARAMETERS = [
         mergekit="weight is -1; expected a finite number >= 0",
     ),
     Row(
+        "density-in-per-cent",
+        broken.settings(merge_method="metagpt_ties", parameters={"density": 50}),
+        ours="density is 50; expected a number from 0 to 1…",
+        mergekit=None,
+    ),
+    Row(
         "power-infinite",
         broken.parameters(power=float("inf")),
         ours="power is inf; expected a finite number",
@@ -414,6 +420,11 @@ KEYS = [
             "key-with-swapped-letters",
             broken.settings(modles=[]),
             "modles is no key of a merge in the YAML; did you mean models?",
+        ),
+        (
+            "key-of-another-name",
+            broken.settings(base="./base"),
+            "base is no key of a merge in the YAML; did you mean base_model?",
         ),
         (
             "key-misspelt",

@@ -223,8 +223,9 @@ def convert(config: str, out: str, base: str | None, force: bool) -> None:
 
     from mergekit_metagpt.merge_config import checks, converting, merge_yaml
 
+    text = merge_yaml.text_of(Path(config))
     try:
-        converted = converting.convert(merge_yaml.text_of(Path(config)), base)
+        converted = converting.convert(text, base)
     except ValueError as error:
         raise ValueError(f"{config}: {error}") from error
     for change in converted.changes:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergekit_metagpt.merge_config.merge_yaml import (
     Inputs,
@@ -34,6 +34,20 @@ RANDOM_METHODS = tuple(f"metagpt_{name}" for name in RANDOM)
 # Methods of mergekit that convert to `metagpt` itself, and all that convert.
 _ALIKE = ("task_arithmetic", "linear", "model_stock", "sce")
 CONVERTIBLE = (*_ALIKE, *COMPOSED)
+
+
+def _require_densities(level: Mapping[str, Any]) -> None:
+    """Refuse a density such as 50, by which mergekit would drop nothing."""
+    for density in values_of(level.get("density", 1)):
+        try:
+            legal = 0 <= float(density) <= 1
+        except (TypeError, ValueError):
+            legal = False
+        if not legal:
+            raise ValueError(
+                f"density is {density!r}; expected a number from 0 to 1, the share of "
+                "elements that are kept"
+            )
 
 
 def recipe_for(method: str) -> str | None:
@@ -89,6 +103,8 @@ def check_yaml(config: MergeConfiguration, file: str | Path = "OLD.yml") -> None
                     f"exclude is the list {exclude!r}, of which mergekit would pick "
                     "one entry; expected one string, comma-separated"
                 )
+            if config.merge_method != "metagpt":  # which has no density
+                _require_densities(level)
             granularities = values_of(level.get("granularity"))
             if part.moves_layers and "layer" in granularities:
                 raise ValueError(

@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
 
 Settings = Mapping[str, Any]
+_EXPECTED = "expected a merge YAML"
+# Keys that are meant by what people write in their place.
+_MEANT = {
+    "base": "base_model",
+    "method": "merge_method",
+    "name": "model",
+    "path": "model",
+}
 # What PyYAML says of a line in the wrong column, or of a key without a colon.
 _MISPLACED = (
     *("found '<block", "found '-'", "found '?'", "mapping values"),
@@ -70,7 +78,13 @@ def text_of(file: Path) -> str:
     is not text.
     """
     require_file(file, "a merge YAML")
-    return file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8; {_EXPECTED}") from error
+    if file.name == "config.json":
+        raise ValueError(f"{file} is the configuration of a model; {_EXPECTED}")
+    return text
 
 
 def require_file(file: Path, expected: str) -> None:
@@ -244,7 +258,8 @@ def _in_words(error: ValidationError) -> str:
         )
     inner = (OutputSliceDefinition, InputSliceDefinition, ConditionalParameter)
     schemas = inner if above else (MergeConfiguration,)
-    meant = closest(str(key), {name for each in schemas for name in each.model_fields})
+    names = {name for each in schemas for name in each.model_fields}
+    meant = _MEANT.get(key) if _MEANT.get(key) in names else closest(str(key), names)
     hint = f"did you mean {meant}?" if meant else "mergekit would ignore it. Remove it"
     return f"{key} is no key of a merge in {where}; {hint}"
 
