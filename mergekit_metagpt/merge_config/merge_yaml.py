@@ -259,7 +259,8 @@ def _in_words(error: ValidationError) -> str:
     inner = (OutputSliceDefinition, InputSliceDefinition, ConditionalParameter)
     schemas = inner if above else (MergeConfiguration,)
     names = {name for each in schemas for name in each.model_fields}
-    meant = _MEANT.get(key) if _MEANT.get(key) in names else closest(str(key), names)
+    other = _MEANT.get(str(key))
+    meant = other if other in names else closest(str(key), names)
     hint = f"did you mean {meant}?" if meant else "mergekit would ignore it. Remove it"
     return f"{key} is no key of a merge in {where}; {hint}"
 
