@@ -112,8 +112,8 @@ def read_file(file: Path) -> tuple[str, MergeConfiguration]:
     `read`, with the name of the file, or if a model's path seems to be relative to
     another folder than the current one.
     """
+    text = text_of(file)
     try:
-        text = text_of(file)
         config = read(text)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
