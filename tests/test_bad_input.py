@@ -512,7 +512,7 @@ YAML = [
     text(
         "not-utf-8",
         "merge_method: metagpt # é\n".encode("latin-1"),
-        ": …",
+        " is not text in UTF-8; expected a merge YAML",
         "'utf-8' codec can't decode byte 0xe9 in position 24: …",
     ),
     Row(
