@@ -5,16 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec, TensorGroup
-from pydantic import Field, FiniteFloat, ValidationError
+from pydantic import ValidationError
 
 Granularity = Literal["model", "layer", "tensor"]
-Weight = Annotated[FiniteFloat, Field(ge=0)]
-Scale = FiniteFloat | Literal["keep"]
-Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,12 @@ class CheckedParameter(ParameterSpec):
 
     def validate(self, value: Any) -> Any:
         """Convert a value of the YAML; a ValueError names what would be legal."""
+        # Imported here, so that `import mergekit` does not load pydantic's fields.
+        from mergekit_metagpt.method.settings import require_legal
+
         try:
             checked = super().validate(value)
+            require_legal(self.name, checked)
         except ValidationError as error:
             raise ValueError(
                 f"{self.name} is {value!r}; expected {self.legal}"
@@ -56,7 +57,7 @@ def own_parameters(
         ),
         parameter(
             "weight",
-            Weight,
+            float,
             ParameterScope.NON_BASE,
             default=1.0,
             description="importance of a model, before norms are taken into account",
@@ -64,7 +65,7 @@ def own_parameters(
         ),
         parameter(
             "power",
-            FiniteFloat,
+            float,
             shared,
             default=2.0,
             description="exponent of the norms: 2 is MetaGPT, 0 the plain average",
@@ -72,7 +73,7 @@ def own_parameters(
         ),
         parameter(
             "lambda",
-            Scale,
+            float | Literal["keep"],
             shared,
             default=1.0,
             description="scale of the merged task vector; keep restores its length",
@@ -88,7 +89,7 @@ def own_parameters(
         ),
         parameter(
             "sample",
-            Share,
+            float,
             shared,
             default=1.0,
             description="share of the weights from which norms are estimated",

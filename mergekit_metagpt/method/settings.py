@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter
 
 from mergekit_metagpt.arithmetic.closed_form import (
     coefficients,
@@ -13,8 +13,23 @@ from mergekit_metagpt.arithmetic.closed_form import (
     restoring,
 )
 from mergekit_metagpt.arithmetic.standard_errors import of_coefficients
-from mergekit_metagpt.method.parameters import Granularity, Scale, Share
+from mergekit_metagpt.method.parameters import Granularity
 from mergekit_metagpt.scanning.pools import is_excluded, pool_key
+
+Scale = FiniteFloat | Literal["keep"]
+Share = Annotated[float, Field(gt=0, le=1)]
+_LEGAL: dict[str, TypeAdapter[Any]] = {
+    "weight": TypeAdapter(Annotated[FiniteFloat, Field(ge=0)]),
+    "power": TypeAdapter(FiniteFloat),
+    "lambda": TypeAdapter(Scale),
+    "sample": TypeAdapter(Share),
+}
+
+
+def require_legal(name: str, value: Any) -> None:
+    """Raise a ValidationError for an illegal value, of the type of its parameter."""
+    if name in _LEGAL:
+        _LEGAL[name].validate_python(value)
 
 
 def split_exclude(text: str) -> tuple[str, ...]:
