@@ -11,8 +11,6 @@ import torch
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec, TensorGroup
 from pydantic import ValidationError
 
-Granularity = Literal["model", "layer", "tensor"]
-
 
 @dataclass(frozen=True)
 class CheckedParameter(ParameterSpec):
@@ -49,7 +47,7 @@ def own_parameters(
     return (
         parameter(
             "granularity",
-            Granularity,
+            Literal["model", "layer", "tensor"],
             shared,
             default="model",
             description="tensors over which squared norms are pooled",

@@ -13,9 +13,9 @@ from mergekit_metagpt.arithmetic.closed_form import (
     restoring,
 )
 from mergekit_metagpt.arithmetic.standard_errors import of_coefficients
-from mergekit_metagpt.method.parameters import Granularity
 from mergekit_metagpt.scanning.pools import is_excluded, pool_key
 
+Granularity = Literal["model", "layer", "tensor"]
 Scale = FiniteFloat | Literal["keep"]
 Share = Annotated[float, Field(gt=0, le=1)]
 _LEGAL: dict[str, TypeAdapter[Any]] = {
