@@ -27,8 +27,6 @@ from tests.hub import Hub, point_to, serving
 from tests.oracle import assert_merged_exactly, naive_lambdas
 from tests.stand_ins import Shelf, shelf_in
 
-Refused = Callable[..., str]
-
 
 @dataclass(frozen=True)
 class Family:
@@ -150,6 +148,13 @@ class Cli:
         (line,) = printed.err.splitlines()
         return line
 
+    def error(self, *arguments: str | Path) -> str:
+        """Check for exit status 2 and an error in the last line; return the error."""
+        lines = self(*arguments, status=2).err.splitlines()
+        (line,) = (line for line in lines if "Error: " in line)
+        assert line == lines[-1]
+        return line[line.index("Error: ") :]
+
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
@@ -217,21 +222,6 @@ def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         point_to(hub.address, monkeypatch)
         yield hub
         close_session()
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Run a command that ends with exit status 2; return the line that says why."""
-
-    def run(*arguments: str | Path) -> str:
-        capsys.readouterr()
-        assert run_command(*arguments) == 2
-        lines = capsys.readouterr().err.splitlines()
-        (line,) = (line for line in lines if "Error: " in line)
-        assert line == lines[-1]
-        return line[line.index("Error: ") :]
-
-    return run
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

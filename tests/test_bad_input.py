@@ -907,6 +907,13 @@ def test_a_configuration_that_is_no_file(
 # --- lines and items of a YAML --------------------------------------------------------
 
 
+def assert_unreadable(text: str, says: str) -> None:
+    """Check how the error of a YAML begins."""
+    with pytest.raises(ValueError) as raised:
+        merge_yaml.read(text)
+    assert_says(str(raised.value), f"{says}…")
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
@@ -922,9 +929,7 @@ def test_a_configuration_that_is_no_file(
     ],
 )
 def test_a_line_that_does_not_fit_is_quoted(text: str, line: str) -> None:
-    with pytest.raises(ValueError) as raised:
-        merge_yaml.read(text)
-    assert_says(str(raised.value), f"{line}…")
+    assert_unreadable(text, line)
 
 
 @pytest.mark.parametrize(
@@ -938,9 +943,7 @@ def test_a_line_that_does_not_fit_is_quoted(text: str, line: str) -> None:
     ],
 )
 def test_models_that_are_no_list_of_models(models: str, says: str) -> None:
-    with pytest.raises(ValueError) as raised:
-        merge_yaml.read(f"merge_method: metagpt\nmodels: {models}\n")
-    assert_says(str(raised.value), f"{says}…")
+    assert_unreadable(f"merge_method: metagpt\nmodels: {models}\n", says)
 
 
 # --- names of methods ----------------------------------------------------------------

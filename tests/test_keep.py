@@ -19,7 +19,7 @@ from mergekit.merge_methods.base import TensorGroup
 from mergekit_metagpt.arithmetic.closed_form import restoring
 from mergekit_metagpt.method import advice
 from mergekit_metagpt.scanning import once
-from tests.conftest import Family, Refused, write_family
+from tests.conftest import Cli, Family, write_family
 from tests.families import (
     State,
     llama_state,
@@ -199,7 +199,7 @@ def test_a_merge_scans_once_says_it_and_is_verified(
 
 
 def test_what_cancels_has_no_length_to_keep(
-    tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = {name: tensor.double() for name, tensor in llama_state().items()}
     states = [
@@ -210,7 +210,7 @@ def test_what_cancels_has_no_length_to_keep(
     keep = {"lambda": "keep"}
     file = tmp_path / "merge.yml"
     write_merge(file, family.base, family.models, parameters=keep)
-    said = refused("merge", file, tmp_path / "out", "--no-copy-tokenizer")
+    said = cli.error("merge", file, tmp_path / "out", "--no-copy-tokenizer")
     assert "cancel each other" in said
     assert run_command("inspect", file) == 0
     assert "`lambda: keep` cannot make up" in capsys.readouterr().out

@@ -27,7 +27,7 @@ from tests.adapters import (
     write_adapters,
     write_tuned,
 )
-from tests.conftest import Refused
+from tests.conftest import Cli
 from tests.families import (
     State,
     forget,
@@ -236,7 +236,7 @@ def write_single_experts(base: Path, folder: Path, **config: Any) -> Path:
     return folder
 
 
-def test_experts_that_are_adapted_one_by_one(tmp_path: Path, refused: Refused) -> None:
+def test_experts_that_are_adapted_one_by_one(tmp_path: Path, cli: Cli) -> None:
     family = write_tuned(tmp_path, architectures()["mixtral"], {"r": 2, **STACK})
     single = write_single_experts(family.base, tmp_path / "single")
     taus = taus_of(Tuned(family.base, (single,)))
@@ -246,10 +246,10 @@ def test_experts_that_are_adapted_one_by_one(tmp_path: Path, refused: Refused) -
         (single, family.adapters[0]),
         ("--base", family.base, single, family.adapters[0]),
     ):
-        said = refused("inspect", *models)
+        said = cli.error("inspect", *models)
         assert "the experts as one stack: how these overlap is not known" in said
     scaled = write_single_experts(family.base, tmp_path / "rs", use_rslora=True)
-    assert "experts one by one with use_rslora" in refused("inspect", scaled)
+    assert "experts one by one with use_rslora" in cli.error("inspect", scaled)
 
 
 # ---- PEFT's call ---------------------------------------------------------------------
@@ -455,11 +455,11 @@ NOT_COMBINED: dict[str, tuple[str, list[dict[str, Any]], Sequence[str], str]] = 
 
 @pytest.mark.parametrize("case", NOT_COMBINED)
 def test_what_peft_cannot_combine_is_refused(
-    case: str, tmp_path: Path, refused: Refused
+    case: str, tmp_path: Path, cli: Cli
 ) -> None:
     name, settings, options, words = NOT_COMBINED[case]
     family = write_tuned(tmp_path, architectures()[name], *settings)
-    assert words in refused("inspect", *family.adapters, "--peft", "-", *options)
+    assert words in cli.error("inspect", *family.adapters, "--peft", "-", *options)
 
 
 # ---- merges --------------------------------------------------------------------------
@@ -513,7 +513,7 @@ def test_the_merge_agrees_within_the_rounding_of_its_copies(
 
 
 def test_settings_by_tensor_need_merged_copies(
-    tuned: Callable[[str], Tuned], tmp_path: Path, refused: Refused
+    tuned: Callable[[str], Tuned], tmp_path: Path, cli: Cli
 ) -> None:
     family = tuned("llama")
     file = write_merge(
@@ -522,7 +522,7 @@ def test_settings_by_tensor_need_merged_copies(
         [f"{family.base}+{adapter}" for adapter in family.adapters],
         parameters={"power": [{"filter": "mlp", "value": 1}, {"value": 2}]},
     )
-    said = refused("inspect", file)
+    said = cli.error("inspect", file)
     assert "has a LoRA adapter; give --lora-merge-cache FOLDER" in said
     assert run_command("inspect", file, "--lora-merge-cache", tmp_path / "copies") == 0
 
@@ -543,7 +543,7 @@ def hub(tuned: Callable[[str], Tuned], empty_hub: Hub) -> Hub:
 def test_adapters_on_the_hub(
     hub: Hub,
     tuned: Callable[[str], Tuned],
-    refused: Refused,
+    cli: Cli,
     tmp_path: Path,
 ) -> None:
     exact = gram_of(taus_of(tuned("llama"))).diagonal().tolist()
@@ -566,12 +566,12 @@ def test_adapters_on_the_hub(
     # Of the base, no weights were read.
     large = [asked for asked in hub.asked if "/org/base/" in asked.path]
     assert sum(asked.range is not None for asked in large) <= 4
-    assert "org/none is not on " in refused("inspect", "--remote", "org/none")
-    assert "none.yml" in refused("inspect", "--remote", "none.yml")
+    assert "org/none is not on " in cli.error("inspect", "--remote", "org/none")
+    assert "none.yml" in cli.error("inspect", "--remote", "none.yml")
 
 
 def test_adapters_beside_models_that_are_sampled_are_refused(
-    hub: Hub, tuned: Callable[[str], Tuned], refused: Refused, tmp_path: Path
+    hub: Hub, tuned: Callable[[str], Tuned], cli: Cli, tmp_path: Path
 ) -> None:
     model = loaded(tuned("llama").base).float()
     with torch.no_grad():
@@ -579,7 +579,7 @@ def test_adapters_beside_models_that_are_sampled_are_refused(
     model.save_pretrained(tmp_path / "full")
     hub.add("org/full", tmp_path / "full")
     models = ("--base", "org/base", "org/full", "org/adapter0")
-    said = refused("inspect", "--remote", *models)
+    said = cli.error("inspect", "--remote", *models)
     assert "org/full would be estimated from a sample" in said
 
 
@@ -597,14 +597,14 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", ODD)
 def test_what_has_more_than_factors_is_refused_or_merged(
-    case: str, tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+    case: str, tmp_path: Path, cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings, words = ODD[case]
     name = "qwen2" if case == "biases of factors" else "llama"  # it needs biases
     family = write_tuned(tmp_path, architectures()[name], {**Q_PROJ, **settings})
     (adapter,) = family.adapters
     for models in ((adapter,), ("--base", family.base, adapter)):
-        said = refused("inspect", *models)
+        said = cli.error("inspect", *models)
         assert words in said and "--lora-merge-cache FOLDER" in said
     options = ("--lora-merge-cache", tmp_path / "cache", "--json", "-")
     assert run_command("inspect", "--base", family.base, adapter, *options) == 0
@@ -669,39 +669,39 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_adapters_are_named(case: str, tmp_path: Path, refused: Refused) -> None:
+def test_broken_adapters_are_named(case: str, tmp_path: Path, cli: Cli) -> None:
     spoil, words = BROKEN[case]
     (adapter,) = write_llama(tmp_path).adapters
     spoil(adapter)
-    said = refused("inspect", adapter)
+    said = cli.error("inspect", adapter)
     assert words in said and str(adapter) in said
 
 
 def test_adapters_that_do_not_fit_are_refused(
-    tuned: Callable[[str], Tuned], tmp_path: Path, refused: Refused
+    tuned: Callable[[str], Tuned], tmp_path: Path, cli: Cli
 ) -> None:
     llama, other = tuned("llama"), tuned("gpt2")
     wide = architectures()["llama"]
     wide.hidden_size, wide.head_dim = 64, 16
     larger = write_tuned(tmp_path, wide, Q_PROJ)
     one, wider = llama.adapters[0], larger.adapters[0]
-    foreign = refused("inspect", "--base", llama.base, other.adapters[0])
+    foreign = cli.error("inspect", "--base", llama.base, other.adapters[0])
     assert "does not store. Does it belong to this" in foreign
-    misfit = refused("inspect", "--base", llama.base, wider)
+    misfit = cli.error("inspect", "--base", llama.base, wider)
     assert "as [64, 64], which is [32, 32] in" in misfit
-    assert "Do they have one base?" in refused("inspect", one, wider)
-    assert "is no LoRA adapter, and no base" in refused("inspect", one, llama.base)
-    assert "is given twice" in refused("inspect", one, one)
+    assert "Do they have one base?" in cli.error("inspect", one, wider)
+    assert "is no LoRA adapter, and no base" in cli.error("inspect", one, llama.base)
+    assert "is given twice" in cli.error("inspect", one, one)
 
     def renamed(state: State) -> State:
         return {n.replace("model.layers", "text.layers"): t for n, t in state.items()}
 
     rewritten(wider, renamed)
-    assert "adapt layers of other names" in refused("inspect", one, wider)
+    assert "adapt layers of other names" in cli.error("inspect", one, wider)
 
 
 def test_a_copy_of_the_embeddings_must_be_that_of_the_base(
-    tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
     family = write_llama(tmp_path, {"target_modules": ["embed_tokens"]})
     (adapter,) = family.adapters
@@ -714,7 +714,7 @@ def test_a_copy_of_the_embeddings_must_be_that_of_the_base(
         return {n: t + 1 if "base_layer" in n else t for n, t in state.items()}
 
     rewritten(adapter, moved)
-    said = refused("inspect", "--base", family.base, adapter)
+    said = cli.error("inspect", "--base", family.base, adapter)
     assert "which is not that of" in said
     assert_measured_as_a_copy(family, tmp_path, capsys)
 

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from mergekit_metagpt.checkpoints import ranges
 from mergekit_metagpt.scanning import cache, sampling
 from mergekit_metagpt.scanning.sampling import BLOCK
-from tests.conftest import Refused
+from tests.conftest import Cli
 from tests.families import (
     State,
     cast,
@@ -209,9 +209,9 @@ def test_a_long_header_takes_a_second_request(
     assert len(of_weights(hub)) == 4
 
 
-def test_headers_alone_are_no_figure(refused: Refused, tmp_path: Path) -> None:
+def test_headers_alone_are_no_figure(cli: Cli, tmp_path: Path) -> None:
     figure = ("--plot", tmp_path / "f.png")
-    said = refused(*AGAINST_BASE, "org/math", "--sample", "0", *figure)
+    said = cli.error(*AGAINST_BASE, "org/math", "--sample", "0", *figure)
     assert "--plot" in said and "--sample above 0" in said
 
 
@@ -324,7 +324,7 @@ def test_nothing_is_kept_but_estimates(
 
 
 def test_another_commit_is_measured_anew(
-    hub: Hub, tmp_path: Path, report: Report, refused: Refused
+    hub: Hub, tmp_path: Path, report: Report, cli: Cli
 ) -> None:
     other = cast(tuned(llama_state(**SIZES), 9, size=5e-2), torch.bfloat16)
     folder = write_model(tmp_path / "other", other, llama_config(**SIZES))
@@ -336,16 +336,16 @@ def test_another_commit_is_measured_anew(
         norms.append(measured["norm"])
         assert measured["source"]["revision"]
     assert norms[1] > 3 * norms[0] and norms[1] == norms[2]
-    said = refused(*AGAINST_BASE, "org/math@v3")
+    said = cli.error(*AGAINST_BASE, "org/math@v3")
     assert "org/math@v3" in said and "no such revision" in said
 
 
-def test_nan_in_a_block_is_named(publish: Publish, refused: Refused) -> None:
+def test_nan_in_a_block_is_named(publish: Publish, cli: Cli) -> None:
     for name in ("model.norm.weight", "model.layers.0.mlp.up_proj.weight"):
         state = llama_state(**SIZES)
         state[name][:] = math.nan
         repository = publish(f"nan-{len(name)}", state)
-        said = refused(*AGAINST_BASE, repository, "--sample", "20%")
+        said = cli.error(*AGAINST_BASE, repository, "--sample", "20%")
         assert f"{name} of {repository} holds NaN" in said
 
 
@@ -368,12 +368,12 @@ def test_a_yaml_may_name_repositories(tmp_path: Path, report: Report) -> None:
 
 @pytest.mark.parametrize("token", [None, "hf_other"])
 def test_a_gated_repository(
-    token: str | None, hub: Hub, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    token: str | None, hub: Hub, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.gated.add("org/code")
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
-    said = refused(*REMOTE, *FAMILY)
+    said = cli.error(*REMOTE, *FAMILY)
     assert "org/code is gated" in said and "hf auth login" in said
 
 
@@ -395,15 +395,15 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def test_no_network(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_network(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     with no_network(monkeypatch):
-        assert "cannot be reached" in refused(*REMOTE, *FAMILY)
+        assert "cannot be reached" in cli.error(*REMOTE, *FAMILY)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE is set" in refused(*REMOTE, *FAMILY)
+    assert "HF_HUB_OFFLINE is set" in cli.error(*REMOTE, *FAMILY)
 
 
 def test_a_folder_without_its_dot_is_one_line_and_one_request(
-    hub: Hub, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without `--remote`; huggingface_hub itself would ask for half a minute."""
     monkeypatch.chdir(tmp_path)
@@ -411,8 +411,8 @@ def test_a_folder_without_its_dot_is_one_line_and_one_request(
     base = "models/Math"
 
     def said() -> str:
-        of_base = refused("inspect", "--base", base, "./code")
-        of_adapter = refused("inspect", base, "models/other")
+        of_base = cli.error("inspect", "--base", base, "./code")
+        of_adapter = cli.error("inspect", base, "models/other")
         assert of_base == of_adapter
         return of_base
 
@@ -435,10 +435,8 @@ def test_a_folder_without_its_dot_is_one_line_and_one_request(
         ("org/a/b", "not the name of a repository"),
     ],
 )
-def test_names_of_no_repository_are_refused(
-    model: str, words: str, refused: Refused
-) -> None:
-    assert words in refused(*AGAINST_BASE, model)
+def test_names_of_no_repository_are_refused(model: str, words: str, cli: Cli) -> None:
+    assert words in cli.error(*AGAINST_BASE, model)
 
 
 # ---- what goes wrong on the way
@@ -463,40 +461,40 @@ def test_an_address_that_expires_is_asked_for_again(hub: Hub, report: Report) ->
     assert family["sample"] and hub.signature == "2"
 
 
-def test_a_file_that_the_index_lists_and_nobody_has(hub: Hub, refused: Refused) -> None:
+def test_a_file_that_the_index_lists_and_nobody_has(hub: Hub, cli: Cli) -> None:
     def gone(asked: Asked) -> Answer | None:
         if "00002-of" in asked.path:
             return 404, {"X-Error-Code": "EntryNotFound"}, b""
         return None
 
     hub.trouble = gone
-    said = refused(*REMOTE, *FAMILY)
+    said = cli.error(*REMOTE, *FAMILY)
     assert "org/code lacks a file" in said and "00002-of-00003" in said
 
 
 def test_a_server_that_ignores_ranges_sends_next_to_nothing(
-    hub: Hub, folders: dict[str, Path], refused: Refused
+    hub: Hub, folders: dict[str, Path], cli: Cli
 ) -> None:
     whole = (folders["base"] / "model.safetensors").read_bytes()
     hub.trouble = lambda asked: (200, {"ETag": '"x"'}, whole) if asked.range else None
-    said = refused(*REMOTE, *FAMILY)
+    said = cli.error(*REMOTE, *FAMILY)
     assert "ignores Range" in said and "Download the model" in said
     assert len([at for at in hub.asked if at.range]) == 1
 
 
-def test_a_file_that_changes_meanwhile(hub: Hub, refused: Refused) -> None:
+def test_a_file_that_changes_meanwhile(hub: Hub, cli: Cli) -> None:
     def other(asked: Asked) -> Answer:
         _, headers, body = hub._part(asked, Path(asked.path.split("?")[0][4:]))
         return 206, {**headers, "ETag": '"another"'}, body
 
     hub.trouble = after_headers(other)
-    said = refused(*REMOTE, *FAMILY)
+    said = cli.error(*REMOTE, *FAMILY)
     assert "has changed between two requests" in said and "org/" in said
 
 
-def test_a_file_that_is_shorter_than_it_was(hub: Hub, refused: Refused) -> None:
+def test_a_file_that_is_shorter_than_it_was(hub: Hub, cli: Cli) -> None:
     hub.trouble = after_headers(lambda asked: (416, {}, b""))
-    said = refused(*REMOTE, *FAMILY)
+    said = cli.error(*REMOTE, *FAMILY)
     assert "ends before byte" in said and "upload is incomplete" in said
 
 
@@ -519,23 +517,23 @@ def test_a_busy_server_is_given_the_time_that_it_asks_for(
 
 @pytest.mark.parametrize("wait", ["1", "3600"])
 def test_a_server_that_stays_busy(
-    wait: str, hub: Hub, refused: Refused, waits: list[float]
+    wait: str, hub: Hub, cli: Cli, waits: list[float]
 ) -> None:
     hub.trouble = after_headers(lambda asked: (429, {"Retry-After": wait}, b""))
-    said = refused(*REMOTE, *FAMILY)
+    said = cli.error(*REMOTE, *FAMILY)
     assert "status 429" in said and "Try again later" in said
     assert 3600.0 not in waits and bool(waits) is (wait == "1")
 
 
 def test_a_truncated_answer_is_asked_for_again(
-    hub: Hub, report: Report, refused: Refused
+    hub: Hub, report: Report, cli: Cli
 ) -> None:
     left = [100, 0, 1]
     of_file = "/cdn"
     hub.cut = lambda at: left.pop() if left and at.path.startswith(of_file) else None
     assert report(*FAMILY, "--sample", "20%")["families"][0]["sample"]
     hub.cut = lambda at: 3 if at.path.startswith(of_file) else None
-    said = refused(*REMOTE, *FAMILY)
+    said = cli.error(*REMOTE, *FAMILY)
     assert "cannot be read" in said and "Try again later" in said
 
 
@@ -543,13 +541,13 @@ def test_a_truncated_answer_is_asked_for_again(
 
 
 def test_an_upload_that_is_not_complete(
-    hub: Hub, folders: dict[str, Path], tmp_path: Path, refused: Refused
+    hub: Hub, folders: dict[str, Path], tmp_path: Path, cli: Cli
 ) -> None:
     whole = (folders["math"] / "model.safetensors").read_bytes()
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     hub.add("org/half", tmp_path / "half")
-    said = refused(*AGAINST_BASE, "org/half")
+    said = cli.error(*AGAINST_BASE, "org/half")
     assert "header promises" in said and "incomplete" in said
 
 
@@ -577,12 +575,12 @@ INDEX = "model.safetensors.index.json"
     ],
 )
 def test_what_cannot_be_read_remotely_is_named(
-    file: str, content: bytes, words: str, hub: Hub, tmp_path: Path, refused: Refused
+    file: str, content: bytes, words: str, hub: Hub, tmp_path: Path, cli: Cli
 ) -> None:
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / file).write_bytes(content)
     hub.add("org/odd", tmp_path / "odd")
-    assert words in refused(*AGAINST_BASE, "org/odd")
+    assert words in cli.error(*AGAINST_BASE, "org/odd")
 
 
 def test_what_does_not_fit_is_named_with_the_reason(
@@ -600,7 +598,7 @@ def test_what_does_not_fit_is_named_with_the_reason(
 
 
 def test_quantised_weights_and_configurations_are_named(
-    publish: Publish, refused: Refused
+    publish: Publish, cli: Cli
 ) -> None:
     state = llama_state(**SIZES)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -610,4 +608,4 @@ def test_quantised_weights_and_configurations_are_named(
         (publish("fp8", fp8), "F8_E4M3"),
         (publish("gptq", state, llama_config(**SIZES, **gptq)), "'gptq'"),
     ):
-        assert word in refused(*AGAINST_BASE, repository, "--sample", "0")
+        assert word in cli.error(*AGAINST_BASE, repository, "--sample", "0")

@@ -21,7 +21,7 @@ from mergekit_metagpt.scanning import cache, once, pieces
 from mergekit_metagpt.scanning.one_pass import scan_checkpoints
 from mergekit_metagpt.scanning.results import Pooled, ScanResult
 from mergekit_metagpt.scanning.sampling import Sample, sample_checkpoints
-from tests.conftest import Refused
+from tests.conftest import Cli
 from tests.families import (
     State,
     forget,
@@ -213,7 +213,7 @@ def test_what_is_no_share_of_the_whole_merge_is_refused(
     paths: list[Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    refused: Refused,
+    cli: Cli,
 ) -> None:
     def read(*given: Any, **options: Any) -> None:
         pytest.fail("a weight was read")
@@ -226,11 +226,11 @@ def test_what_is_no_share_of_the_whole_merge_is_refused(
     file = tmp_path / "merge.yml"
     file.write_text(yaml.safe_dump(asked))
     for command in (["inspect", file], ["merge", file, tmp_path / "out2", *QUIET]):
-        assert message in refused(*command)
+        assert message in cli.error(*command)
 
 
 def test_slices_with_samples_of_their_own_are_refused(
-    paths: list[Path], tmp_path: Path, refused: Refused
+    paths: list[Path], tmp_path: Path, cli: Cli
 ) -> None:
     cuts = [
         {
@@ -243,7 +243,7 @@ def test_slices_with_samples_of_their_own_are_refused(
     with pytest.raises(ValueError, match=message):
         run_mergekit(merge_config(paths[0], (), slices=cuts), tmp_path / "out")
     file = write_merge(tmp_path / "merge.yml", paths[0], (), slices=cuts)
-    assert message in refused("inspect", file)
+    assert message in cli.error("inspect", file)
 
 
 def test_tensors_in_memory_are_all_measured(states: list[State]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from tests.adapters import PEFT_WARNS, write_adapters
 from tests.broken import snapshot
-from tests.conftest import Refused
+from tests.conftest import Cli
 from tests.families import (
     State,
     llama_config,
@@ -66,15 +66,15 @@ def warnings_of(*arguments: str) -> list[str]:
 @pytest.mark.parametrize("spelling", ["./a/", "{work}/a", "./link", "./hard"])
 @pytest.mark.parametrize("of", ["a", "base"])
 def test_one_model_under_two_names(
-    spelling: str, of: str, work: Path, refused: Refused
+    spelling: str, of: str, work: Path, cli: Cli
 ) -> None:
     (work / "link").symlink_to(work / of)
     shutil.copytree(work / of, work / "hard", copy_function=os.link)
     other = spelling.format(work=work).replace("/a", f"/{of}")
     write_merge(work / "c.yml", "./base", [*MODELS, other])
     for command in (["inspect", "c.yml"], ["export", "c.yml", "-"]):
-        assert other in refused(*command)
-    assert ("the base" if of == "base" else "the same files") in refused(*MERGE)
+        assert other in cli.error(*command)
+    assert ("the base" if of == "base" else "the same files") in cli.error(*MERGE)
     with pytest.raises(ValueError, match=r"another name|the same files"):
         run_mergekit(merge_config("./base", [*MODELS, other]), work / "theirs")
 
@@ -96,12 +96,12 @@ def test_copies_are_called_identical(
 
 
 def test_a_base_that_was_trained_apart(
-    work: Path, refused: Refused, caplog: pytest.LogCaptureFixture
+    work: Path, cli: Cli, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_model(work / "stranger", llama_state(seed=7))
     write_merge(work / "c.yml", "./stranger", MODELS)
     for command in (MERGE, ("export", "c.yml", "e.yml")):
-        message = refused(*command)
+        message = cli.error(*command)
         assert "./stranger" in message and "--allow-crimes" in message
         assert not Path(command[2]).exists()
         assert run_command(*command, "--allow-crimes") == 0
@@ -197,7 +197,7 @@ def test_infinities_are_kept_where_mergekit_writes_them(
 
 
 @pytest.mark.parametrize("method", ["metagpt", "metagpt_ties"])
-def test_an_overflow_is_refused(method: str, work: Path, refused: Refused) -> None:
+def test_an_overflow_is_refused(method: str, work: Path, cli: Cli) -> None:
     """`rescale` divides by what is left: float16 ends at 65504."""
     base = {n: t.to(torch.float16) for n, t in llama_state().items()}
     for name, seed in (("base", 0), ("a", 1), ("b", 2)):
@@ -207,7 +207,7 @@ def test_an_overflow_is_refused(method: str, work: Path, refused: Refused) -> No
         write_model(work / name, state)
     options = {"merge_method": method, "parameters": {"lambda": 3.0}}
     write_merge(work / "c.yml", "./base", MODELS, **options)
-    message = refused(*MERGE, "--allow-crimes")
+    message = cli.error(*MERGE, "--allow-crimes")
     assert "lm_head.weight" in message and "dtype: float32" in message
     assert not Path("out").exists()
 
@@ -229,7 +229,7 @@ OF_A = {"kind": "model_token", "model": "./a"}
     ],
 )
 def test_tokens_that_are_not_there(
-    token: str, source: Any, said: str, work: Path, refused: Refused
+    token: str, source: Any, said: str, work: Path, cli: Cli
 ) -> None:
     """A token that no model has is a defect of mergekit: it has no id in any."""
     for name in ("base", "a", "b"):
@@ -241,7 +241,7 @@ def test_tokens_that_are_not_there(
         assert run_command("merge", "c.yml", "out", "--quiet") == 0
         return
     before = snapshot(work)
-    message = refused("merge", "c.yml", "out", "--quiet")
+    message = cli.error("merge", "c.yml", "out", "--quiet")
     assert "cannot make the tokenizer" in message and said in message
     assert snapshot(work) == before
 
@@ -250,12 +250,12 @@ def test_tokens_that_are_not_there(
 
 
 def test_an_error_of_another_type_is_called_mergekits(
-    tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """mergekit's definition of BertModel ends in a TypeError."""
     base, *models = save_trio(tmp_path / "trio", "BERT encoder").folders[ORIGINAL]
     file = write_merge(tmp_path / "c.yml", base, models)
-    message = refused("merge", file, tmp_path / "out", *QUIET)
+    message = cli.error("merge", file, tmp_path / "out", *QUIET)
     assert message.startswith("Error: mergekit: TypeError: ")
     assert run_command("inspect", str(file)) == 0
     assert "mergekit: TypeError: " in capsys.readouterr().out
@@ -266,7 +266,7 @@ def test_an_error_of_another_type_is_called_mergekits(
 
 @PEFT_WARNS
 def test_a_retrained_adapter_and_one_that_does_not_fit(
-    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     adapted = write_adapters(tmp_path)
@@ -283,7 +283,7 @@ def test_a_retrained_adapter_and_one_that_does_not_fit(
     os.utime(tmp_path / "new", ns=times)
     (tmp_path / "new").replace(weights)  # as rsync does
     assert run_command("inspect", "merge.yml") == 0  # from the adapter as it is now
-    message = refused(*command)
+    message = cli.error(*command)
     assert first in message and "Remove that folder" in message
     (stale,) = (p for p in Path("cache").iterdir() if str(p) in message)
     shutil.rmtree(stale)
@@ -292,7 +292,7 @@ def test_a_retrained_adapter_and_one_that_does_not_fit(
     weights.write_bytes(b"damaged")
     shutil.rmtree(stale)
     for _ in range(2):
-        assert first in refused(*command)
+        assert first in cli.error(*command)
         assert not stale.exists()
 
 
@@ -348,41 +348,39 @@ def test_a_model_that_changed_after_the_merge_is_named(
 
 
 def test_in_a_merged_folder_the_earlier_measurements_are_named(
-    work: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+    work: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     assert run_command(*MERGE) == 0
     monkeypatch.chdir(work / "out")
-    message = refused("inspect", "mergekit_config.yml")
+    message = cli.error("inspect", "mergekit_config.yml")
     assert "metagpt.json has the earlier measurements" in message
 
 
-def test_a_merged_folder_in_the_place_of_its_yaml(work: Path, refused: Refused) -> None:
+def test_a_merged_folder_in_the_place_of_its_yaml(work: Path, cli: Cli) -> None:
     run_mergekit(CONFIG, work / "out")
-    message = refused("export", "out", "plain.yml")
+    message = cli.error("export", "out", "plain.yml")
     assert "out is a folder" in message
     assert message.endswith("Did you mean out/mergekit_config.yml?")
 
 
 def test_inspect_tells_of_a_chat_template_that_merge_would_refuse(
-    work: Path, refused: Refused
+    work: Path, cli: Cli
 ) -> None:
     write_merge(work / "c.yml", "./base", MODELS, chat_template="chatlm")
     reason = report_of("c.yml")["refused"]
     assert "chatml" in reason
-    assert reason in refused(*MERGE)
+    assert reason in cli.error(*MERGE)
 
 
 # ---- layers that are not there
 
 
 @pytest.mark.parametrize("layers", [[0, -1], [0, 40], [2, 1]])
-def test_layers_that_are_not_there(
-    layers: list[int], work: Path, refused: Refused
-) -> None:
+def test_layers_that_are_not_there(layers: list[int], work: Path, cli: Cli) -> None:
     everyone = ("./base", *MODELS)
     sources = [{"model": name, "layer_range": layers} for name in everyone]
     write_merge(work / "c.yml", "./base", [], slices=[{"sources": sources}])
-    message = refused(*MERGE)
+    message = cli.error(*MERGE)
     assert f"is {layers}; expected two numbers from 0 to 3" in message
     assert report_of("c.yml")["refused"] in message
 
