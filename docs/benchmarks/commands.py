@@ -54,7 +54,7 @@ def rounds(
 ) -> dict[str, list[tuple[float, float]]]:
     """Run all commands in every round."""
     base, tuned = store.make(given.store.resolve())
-    machine.hold([base, *tuned])
+    machine.hold(store.files_of([base, *tuned]))
     config, out, cache = place / "merge.yml", place / "out", place / "cache"
     models = "\n".join(f"  - model: {model}" for model in tuned)
     config.write_text(CONFIG.format(base=base, models=models))

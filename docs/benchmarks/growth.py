@@ -69,8 +69,9 @@ def row(folder: Path, count: int, scale: float) -> str:
     base, tuned = store.make(folder, count, scale)
     base, tuned = base.resolve(), [path.resolve() for path in tuned[:count]]
     models = [base, *tuned]
-    machine.hold(models)
-    size = sum(f.stat().st_size for m in models for f in m.glob("*.safetensors"))
+    files = store.files_of(models)
+    machine.hold(files)
+    size = sum(file.stat().st_size for file in files)
     took, memory = scan(models)
     configs = whole_process.configurations(base, tuned)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:

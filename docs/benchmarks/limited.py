@@ -88,7 +88,7 @@ def main() -> None:
     given = parser.parse_args()
     base, tuned = store.make(given.store, given.models)
     base, tuned = base.resolve(), [path.resolve() for path in tuned]
-    files = scan.files_of([base, *tuned])
+    files = store.files_of([base, *tuned])
     size = sum(file.stat().st_size for file in files)
     configs = whole_process.configurations(base, tuned)
     configs[SAMPLED] = {**configs["metagpt"], "parameters": {"sample": 0.02}}

@@ -64,21 +64,21 @@ def touch_memory(gigabytes: float = TOUCHED_GB) -> None:
 _HELD: list[mmap.mmap] = []
 
 
-def hold(folders: Iterable[Path]) -> None:
-    """Read checkpoints into the page cache and lock them there, as long as this runs.
+def hold(files: Iterable[Path]) -> None:
+    """Read files into the page cache and lock them there, as long as this runs.
 
     A virtual machine may drop what nobody has mapped for a minute, even where memory is
     free, so that a page cache said to be warm is cold. Locking as much as a store has
     needs root, or `ulimit -l unlimited`.
 
     Args:
-        folders: of the checkpoints. Those of an earlier call are released.
+        files: of checkpoints. Those of an earlier call are released.
 
     Raises:
         OSError: this process may not lock that much.
     """
     _HELD.clear()
-    for file in (file for folder in folders for file in folder.glob("*.safetensors")):
+    for file in files:
         with file.open("rb") as stream:
             flags = mmap.MAP_SHARED | MAP_LOCKED
             _HELD.append(mmap.mmap(stream.fileno(), 0, flags, mmap.PROT_READ))

@@ -16,7 +16,6 @@ import tempfile
 from pathlib import Path
 
 import machine
-import scan
 import store
 import whole_process
 
@@ -26,15 +25,16 @@ METHODS = ("metagpt", "task_arithmetic", "passthrough")
 
 def slopes(given: argparse.Namespace) -> dict[str, list[float]]:
     """Measure seconds per GB of checkpoints by method, round by round."""
-    sizes, configs, folders = [], [], []
+    sizes, configs, held = [], [], []
     for scale in SCALES:
         folder = given.store if scale == 1 else given.store / f"scale-{scale:g}"
         base, tuned = store.make(folder, 3, scale)
         models = [path.resolve() for path in (base, *tuned)]
-        sizes.append(sum(f.stat().st_size for f in scan.files_of(models)) / 1e9)
-        folders += models
+        files = store.files_of(models)
+        sizes.append(sum(file.stat().st_size for file in files) / 1e9)
+        held += files
         configs.append(whole_process.configurations(models[0], models[1:]))
-    machine.hold(folders)
+    machine.hold(held)
     found: dict[str, list[float]] = {method: [] for method in METHODS}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         for number in range(given.rounds + 1):

@@ -116,7 +116,7 @@ def main() -> None:
     configs = whole_process.configurations(
         base.resolve(), [path.resolve() for path in tuned]
     )
-    machine.hold([base, *tuned])
+    machine.hold(store.files_of([base, *tuned]))
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         for number in range(given.rounds + 1):

@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--ranks", default="1,2,4")
     given = parser.parse_args()
     base, tuned = store.make(given.store, 3, given.scale)
-    files = [f for m in (base, *tuned) for f in m.glob("*.safetensors")]
+    files = store.files_of([base, *tuned])
     size = sum(file.stat().st_size for file in files)
     config = whole_process.configurations(base.resolve(), [t.resolve() for t in tuned])
     print(machine.describe())

@@ -47,11 +47,6 @@ def copy_rate(elements: int = 1 << 27) -> float:
     return 2 * source.nbytes / best
 
 
-def files_of(folders: Sequence[Path]) -> list[Path]:
-    """List the safetensors files of checkpoints."""
-    return [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
-
-
 def drop(files: Sequence[Path]) -> None:
     """Drop files from the page cache; needs only the right to read them."""
     for file in files:
@@ -101,7 +96,7 @@ def main() -> None:
     parser.add_argument("--no-cold", action="store_true", help="warm cache only")
     given = parser.parse_args()
     base, tuned = store.make(given.store, given.models)
-    files = files_of([base, *tuned])
+    files = store.files_of([base, *tuned])
     size = sum(file.stat().st_size for file in files)
     cpus = len(os.sched_getaffinity(0))
     workers = [1 << n for n in range(cpus.bit_length()) if 1 << n <= cpus]

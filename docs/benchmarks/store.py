@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -115,6 +115,11 @@ def make(folder: Path, models: int = 3, scale: float = 1.0) -> tuple[Path, list[
     for number, path in enumerate(tuned):
         write(path, layers, number)
     return base, tuned
+
+
+def files_of(folders: Sequence[Path]) -> list[Path]:
+    """List the safetensors files of checkpoints."""
+    return [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
 
 
 if __name__ == "__main__":

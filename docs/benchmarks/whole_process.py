@@ -30,8 +30,8 @@ import machine
 import store
 import yaml
 
-# MetaGPT's coefficients for the store's models; their values do not affect the time.
-WEIGHTS = (0.137, 0.551, 0.312, *(0.2,) * 21)
+# Of each model; its value does not affect the time.
+WEIGHT = 0.2
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def configurations(base: Path, tuned: Sequence[Path]) -> dict[str, dict[str, Any
     def merge(method: str, *, weights: bool = False, **settings: Any) -> dict[str, Any]:
         models: list[dict[str, Any]] = [{"model": str(path)} for path in tuned]
         if weights:
-            for model, weight in zip(models, WEIGHTS, strict=False):
-                model["parameters"] = {"weight": weight}
+            for model in models:
+                model["parameters"] = {"weight": WEIGHT}
         config = {"merge_method": method, "base_model": str(base), "models": models}
         return {**config, "dtype": "bfloat16", "parameters": settings}
 
@@ -192,7 +192,7 @@ def main() -> None:
     given = parser.parse_args()
     base, tuned = store.make(given.store, given.models)
     configs = configurations(base.resolve(), [path.resolve() for path in tuned])
-    machine.hold([base, *tuned])
+    machine.hold(store.files_of([base, *tuned]))
     if given.only:
         configs = {name: configs[name] for name in given.only}
     print(machine.describe())
