@@ -22,6 +22,7 @@ from mergekit_metagpt.commands.options import (
     check_reports,
     is_zero,
     loading_options,
+    lora_flags,
     numbers,
     pairs,
     quick_imports,
@@ -199,9 +200,7 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     name = "OUT.yml" if out == "-" else shlex.quote(out)
     flags = " --random-seed N" if read.merge_method in checks.RANDOM_METHODS else ""
     if any(model.lora for model in merge_yaml.models(read)):
-        flags += " --lora-merge-cache FOLDER"
-        if options.lora_merge_dtype:
-            flags += f" --lora-merge-dtype {options.lora_merge_dtype}"
+        flags += lora_flags("FOLDER", options.lora_merge_dtype)
     then = f"It needs no plugin: mergekit-yaml {name} ./merged{flags}"
     write_yaml(out, exported.text, then=then)
 
@@ -560,9 +559,8 @@ def _merge_command() -> click.Command:
         size = sum(file.stat().st_size for file in Path(out).iterdir())
         copy = shlex.quote(str(Path(out) / "mergekit_config.yml"))
         folder = merge_options.lora_merge_cache
-        flags = f" --lora-merge-cache {shlex.quote(folder)}" if folder else ""
-        if folder and merge_options.lora_merge_dtype:
-            flags += f" --lora-merge-dtype {merge_options.lora_merge_dtype}"
+        dtype = merge_options.lora_merge_dtype
+        flags = lora_flags(shlex.quote(folder), dtype) if folder else ""
         click.echo(
             printable(
                 f"Wrote {out} ({size / 1e6:,.1f} MB). Its coefficients are in "

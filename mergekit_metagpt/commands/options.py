@@ -209,6 +209,12 @@ def _bytes(text: str) -> int:
     return value
 
 
+def lora_flags(folder: str, dtype: str | None) -> str:
+    """The options by which a command finds or makes the same merged adapters."""
+    of_dtype = f" --lora-merge-dtype {dtype}" if dtype else ""
+    return f" --lora-merge-cache {folder}{of_dtype}"
+
+
 def pairs(option: str, given: tuple[str, ...], form: str) -> dict[str, Path]:
     """Read options such as NAME=FILE, where the file must exist."""
     from mergekit_metagpt.merge_config import merge_yaml

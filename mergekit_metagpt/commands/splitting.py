@@ -57,7 +57,8 @@ def merge(
     dividing.check_shared(config, options)
     out = out.resolve()
     folder = group.share(_place(out))
-    if group.share(resume and not force and _is_complete(out, text, folder)):
+    done = group.leads and resume and not force and _is_complete(out, text, folder)
+    if group.share(done):
         return False
     if group.leads:
         inside = folder.name if folder.parent == out else None
@@ -118,16 +119,18 @@ def _place(out: Path) -> Path:
 def _is_complete(out: Path, text: str, folder: Path) -> bool:
     """Whether `out` is a whole model with this YAML, and no file waits to be used."""
     copy = out / "mergekit_config.yml"
+    if (
+        not (out / "config.json").is_file()  # comes last
+        or not copy.is_file()
+        or copy.read_text(encoding="utf-8") != text
+        or shards.finished(folder)
+    ):
+        return False
     try:
         replaying.open_result(out)
     except (OSError, ValueError):  # missing, cut short or corrupt
         return False
-    return (
-        (out / "config.json").is_file()  # comes last
-        and copy.is_file()
-        and copy.read_text(encoding="utf-8") == text
-        and not shards.finished(folder)
-    )
+    return True
 
 
 def _check_unfinished(folder: Path, *, resume: bool) -> None:

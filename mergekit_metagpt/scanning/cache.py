@@ -24,7 +24,7 @@ VARIABLE = "MERGEKIT_METAGPT_CACHE"
 # Raise it when what is measured, or how it is stored, changes.
 FORMAT = 3
 MOST_ENTRIES = 1000
-# Pattern of the names of entries: other files in the folder are somebody else's.
+# Pattern of the names of entries.
 ENTRY = "[0-9a-f]" * 64 + ".json"
 MOST_BYTES = 1 << 28
 # Younger model files are not trusted: with a coarse clock, a file can change twice and
@@ -185,13 +185,17 @@ def write_entry(
         LOG.info("cache entry not written: %s", error)
 
 
+def _oldest_first(home: Path) -> list[Path]:
+    # Other files in the folder are somebody else's.
+    return sorted(home.glob(ENTRY), key=lambda file: file.lstat().st_mtime)
+
+
 def _trim(home: Path) -> None:
     """Remove the oldest entries beyond the limit, and what killed writers left."""
     for file in home.glob(f"{UNFINISHED}*"):
         if time.time() - file.lstat().st_mtime > ABANDONED_S:
             file.unlink(missing_ok=True)
-    files = sorted(home.glob(ENTRY), key=lambda file: file.lstat().st_mtime)
-    for file in files[:-MOST_ENTRIES]:
+    for file in _oldest_first(home)[:-MOST_ENTRIES]:
         file.unlink(missing_ok=True)
 
 
@@ -221,7 +225,7 @@ def entries() -> Iterator[Remembered]:
     home = folder()
     if home is None or not home.is_dir():
         return
-    for file in sorted(home.glob(ENTRY), key=lambda file: file.lstat().st_mtime):
+    for file in _oldest_first(home):
         try:
             with file.open("rb") as stream:
                 entry = _Entry.model_validate_json(stream.readline(MOST_BYTES))
