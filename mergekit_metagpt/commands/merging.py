@@ -232,8 +232,10 @@ def _keep(made: Path, out: Path, late: Exception) -> str:
     missing = [
         name for name in ("config.json", "tokenizer_config.json") if name not in files
     ]
+    lacks = ""
+    if missing:
+        lacks = f", without {' and '.join(missing)}. Copy what is missing from the base"
     return (
-        f"{late}. All merged weights are written and kept in {kept}"
-        + (f", without {' and '.join(missing)}" if missing else "")
-        + ". Copy what is missing from the base, and rename the folder"
+        f"{late}. All merged weights are written and kept in {kept}{lacks}. To use it, "
+        "rename the folder"
     )
