@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import save_file
 
 from mergekit_metagpt.commands import demo, losses
-from mergekit_metagpt.merge_config import candidates, plan
+from mergekit_metagpt.merge_config import candidates, running
 from mergekit_metagpt.report import comparison, ranking
 from mergekit_metagpt.scanning import cache
 from mergekit_metagpt.scanning.cache import ChunkLosses
@@ -287,13 +287,13 @@ def test_equal_merges_are_made_once_and_never_differ(
     places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    original = plan.run
+    original = running.run
 
     def counted(config: Any, *args: Any, **options: Any) -> None:
         made.append(config)
         original(config, *args, **options)
 
-    monkeypatch.setattr(plan, "run", counted)
+    monkeypatch.setattr(running, "run", counted)
     document = yaml.safe_load(Path("merge.yml").read_text())
     same = write_yaml(places / "same.yml", {**document, "parameters": {"power": 1}})
     thrice = {**document, "parameters": {"weight": 3.0}}
@@ -391,7 +391,7 @@ def test_ctrl_c_during_a_merge_leaves_nothing(
         (Path(out) / "half").mkdir(parents=True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plan, "run", interrupted)
+    monkeypatch.setattr(running, "run", interrupted)
     assert run(*texts_of("code"), "--keep", str(places / "kept")) == 1
     assert not (places / "kept").exists()
 
@@ -605,7 +605,7 @@ def test_other_tokens_are_compared_by_the_byte(
 def test_bad_input_is_one_line_and_nothing_is_merged(
     arguments: list[str], problem: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "run", lambda *args, **options: pytest.fail("merged"))
+    monkeypatch.setattr(running, "run", lambda *args, **options: pytest.fail("merged"))
     assert problem in refused(cli, *arguments)
 
 

@@ -40,7 +40,7 @@ from mergekit.merge_methods import registry
 from pydantic import ValidationError
 
 import mergekit_metagpt
-from mergekit_metagpt.merge_config import plan
+from mergekit_metagpt.merge_config import plan, running
 from mergekit_metagpt.method.metagpt import MetaGPTMerge
 from tests.conftest import Family
 from tests.families import (
@@ -661,7 +661,7 @@ def test_the_engine_of_several_devices_waits_for_all_results(
     monkeypatch.setattr(executor, "_device_worker", worker)
     monkeypatch.setattr(mergekit.multigpu_executor, "TaskHandle", LateHandle)
     out, several = tmp_path / "out", options(multi_gpu=True)
-    plan.run(configured(family), str(out), several, source="", warned=False)
+    running.run(configured(family), str(out), several, source="", warned=False)
     assert go_on.is_set(), "mergekit's thread for results has another name"
     data = merge_config(family.base, family.models)
     assert_same_states(read_model(out), run_mergekit(data, tmp_path / "expected"))
@@ -673,7 +673,7 @@ def test_a_planner_without_tensors_leaves_the_rest_to_be_written(
 ) -> None:
     """Ranks write the tensors; `run_merge` takes its planner from its own module."""
     out = tmp_path / "title"
-    plan.run_without_tensors(configured(family, 1), str(out), options(), source="#")
+    running.run_without_tensors(configured(family, 1), str(out), options(), source="#")
     names = {path.name for path in out.iterdir()}
     assert names == {"README.md", "config.json", "mergekit_config.yml"}, (
         "run_merge no longer plans by mergekit.merge.MergePlanner"

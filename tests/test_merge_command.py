@@ -308,16 +308,16 @@ def test_what_fails_when_all_weights_are_written_loses_none(
 def test_a_folder_that_another_run_has_filled_is_left_to_it(
     work: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mergekit_metagpt.merge_config import plan
+    from mergekit_metagpt.merge_config import running
 
-    merged = plan.run
+    merged = running.run
 
     def filled(*args: Any, **kwargs: Any) -> None:
         merged(*args, **kwargs)
         (work / "out").mkdir()
         (work / "out" / "config.json").write_text("theirs")
 
-    monkeypatch.setattr(plan, "run", filled)
+    monkeypatch.setattr(running, "run", filled)
     printed = cli("merge", "merge.yml", "out", *QUIET, status=2)
     assert "out exists and is not empty" in printed.err
     assert (work / "out" / "config.json").read_text() == "theirs"

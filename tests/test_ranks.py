@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mergekit_metagpt.scanning import ranks
+from mergekit_metagpt.scanning import dealing, ranks
 from tests.conftest import make_family
 from tests.families import State, merge_config, read_model
 from tests.long import rank_jobs
@@ -46,7 +46,7 @@ def test_shares_are_balanced_and_in_order(count: int) -> None:
     # A model of 80 layers with two embeddings, by the sizes of its tensors.
     layer = [64, 8, 8, 64, 224, 224, 224, 1, 1]
     sizes = [1024, *(size * (1 + at % 3) for at in range(80) for size in layer), 1024]
-    owners = ranks.owners(sizes, count)
+    owners = dealing.owners(sizes, count)
     shares = [
         sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank)
         for rank in range(count)
@@ -57,15 +57,15 @@ def test_shares_are_balanced_and_in_order(count: int) -> None:
     small = [
         owner
         for size, owner in zip(sizes, owners, strict=True)
-        if size <= ranks.LARGE * mean
+        if size <= dealing.LARGE * mean
     ]
     assert small == sorted(small)
 
 
 def test_shares_of_few_and_of_empty_tensors() -> None:
-    assert sorted(ranks.owners([5, 3], 4)) != [0, 0]
-    assert ranks.owners([0, 0, 0], 2) == [0, 0, 0]
-    assert ranks.owners([], 3) == []
+    assert sorted(dealing.owners([5, 3], 4)) != [0, 0]
+    assert dealing.owners([0, 0, 0], 2) == [0, 0, 0]
+    assert dealing.owners([], 3) == []
 
 
 # ---- the same tensors

@@ -20,10 +20,16 @@ from mergekit_metagpt.commands import (
 )
 from mergekit_metagpt.commands.evaluating import Subject, evaluate
 from mergekit_metagpt.merge_config import candidates as merges
-from mergekit_metagpt.merge_config import checks, families, jobs, merge_yaml, plan
+from mergekit_metagpt.merge_config import (
+    checks,
+    families,
+    jobs,
+    merge_yaml,
+    running,
+)
 from mergekit_metagpt.merge_config.candidates import Candidate
 from mergekit_metagpt.report import card, comparison, inspecting, ranking, scoring
-from mergekit_metagpt.scanning import pools, ranks
+from mergekit_metagpt.scanning import pools, sharing
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -102,7 +108,7 @@ def compare(
     models = list(dict.fromkeys(m for f in merged for m in (f.base, *f.models)))
     base, *specialists = models
     of_text = _models_by_text(request.texts, specialists)
-    with ranks.leader_first():
+    with sharing.leader_first():
         opened = families.open_models(merged, options)
     device = _device(request.device)
     dtype = request.dtype or ("float32" if device == "cpu" else "bfloat16")
@@ -119,7 +125,7 @@ def compare(
     inputs = {candidate.name: _check(candidate, options) for candidate in listed}
     gram = True if "keep" in request.scales else None
     report = inspecting.inspect(merged, opened, gram=gram)
-    together.only_leader(ranks.group())
+    together.only_leader(sharing.group())
     if not options.allow_crimes:
         inspecting.require_near(report)
     for line in dict.fromkeys(w for family in report.families for w in family.warnings):
@@ -147,7 +153,7 @@ def compare(
         for each in listed
     }
     about = {
-        "versions": plan.versions(),
+        "versions": running.versions(),
         "context": context,
         "dtype": dtype,
         "device": device,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_metagpt.commands import harness, losses, placing
 from mergekit_metagpt.commands.harness import Task
 from mergekit_metagpt.commands.losses import Tokenized
-from mergekit_metagpt.merge_config import plan
+from mergekit_metagpt.merge_config import running
 from mergekit_metagpt.merge_config.candidates import Candidate
 from mergekit_metagpt.scanning import cache
 from mergekit_metagpt.scanning.cache import ChunkLosses, TaskScores
@@ -97,7 +97,7 @@ def evaluate(
     """
     from tqdm import tqdm
 
-    settings = [dtype, device, options.random_seed, *plan.versions().values()]
+    settings = [dtype, device, options.random_seed, *running.versions().values()]
     # One entry for each text, then one for each task.
     labels = [*texts, *(task.name for task in tasks)]
     counts = [*map(len, texts.values()), *(task.count for task in tasks)]
@@ -170,7 +170,7 @@ def _on_disk(subject: Subject, options: MergeOptions) -> Iterator[Path]:
         level = LOG.level
         LOG.setLevel(logging.ERROR)  # warnings were logged once, for the YAML itself
         try:
-            plan.run(
+            running.run(
                 subject.candidate.config,
                 str(home / "merged"),
                 options,

@@ -11,11 +11,11 @@ from mergekit_metagpt.merge_config import (
     checks,
     families,
     merge_yaml,
-    plan,
     plan_checks,
+    tensor_coefficients,
 )
 from mergekit_metagpt.report import headers, inspecting, schema
-from mergekit_metagpt.scanning import ranks
+from mergekit_metagpt.scanning import sharing
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -108,7 +108,7 @@ def report_of(
 ) -> schema.Report:
     """Measure the models of a merge; wishes that are not None replace its settings."""
     merged = families.of_config(config, **wishes)
-    with ranks.leader_first():
+    with sharing.leader_first():
         opened = families.open_models(merged, options)
     planned = refused = None
     try:
@@ -126,7 +126,9 @@ def report_of(
     changed = any(value is not None for value in wishes.values())
     varying = any(family.varying for family in merged)
     if planned and varying and not changed and sample is None:
-        return inspecting.with_ranges(report, merged, plan.coefficients(planned))
+        return inspecting.with_ranges(
+            report, merged, tensor_coefficients.of_plan(planned)
+        )
     return report
 
 

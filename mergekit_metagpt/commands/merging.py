@@ -19,11 +19,13 @@ from mergekit_metagpt.merge_config import (
     merge_yaml,
     plain_yaml,
     plan,
+    running,
+    tensor_coefficients,
     tokenizer_checks,
 )
 from mergekit_metagpt.report import card, inspecting, schema
 from mergekit_metagpt.report.figures import report_figure
-from mergekit_metagpt.scanning import once, ranks
+from mergekit_metagpt.scanning import once, sharing
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -86,7 +88,7 @@ class Prepared:
 
 def prepare(config: MergeConfiguration, options: MergeOptions, file: Path) -> Prepared:
     """Check a whole merge by one of our methods, and measure its models."""
-    with ranks.leader_first():
+    with sharing.leader_first():
         job = jobs.check(config, options, file)
     tokenizer_checks.check_copied_tokenizer(config, options)
     merged = families.of_config(config)
@@ -155,7 +157,7 @@ def merge(
         made = parent / "made" / out.name
         try:
             with once.again(estimated=prepared.report.estimated):
-                plan.run(
+                running.run(
                     config, str(made), options, source=text, warned=prepared.warned
                 )
             if not force:  # another run may have filled it meanwhile
@@ -169,16 +171,20 @@ def merge(
         placing.put(made, out, aside=parent / placing.ASIDE)
 
 
-def _coefficients(planned: Sequence[plan.Planned]) -> list[plan.Coefficients]:
+def _coefficients(
+    planned: Sequence[plan.Planned],
+) -> list[tensor_coefficients.Coefficients]:
     """The coefficients of every output tensor; ranks share the reading."""
-    group = ranks.group()
+    group = sharing.group()
     if group is None or group.size == 1:
-        return plan.coefficients(planned)
-    with ranks.sharing(None):
-        mine = plan.coefficients(planned[group.rank :: group.size])
+        return tensor_coefficients.of_plan(planned)
+    with sharing.among(None):
+        mine = tensor_coefficients.of_plan(planned[group.rank :: group.size])
     parts = group.gather([(dict(at.shares), at.scale, at.error) for at in mine])
     return [
-        plan.Coefficients(tensor, *parts[at % group.size][at // group.size])
+        tensor_coefficients.Coefficients(
+            tensor, *parts[at % group.size][at // group.size]
+        )
         for at, tensor in enumerate(planned)
     ]
 
@@ -204,7 +210,7 @@ def merge_other(
     options.apply_global_options()
     with placing.workplace(out) as parent:
         made = parent / "made" / out.name
-        plan.run(config, str(made), options, source=source, warned=False)
+        running.run(config, str(made), options, source=source, warned=False)
         placing.put(made, out, aside=parent / placing.ASIDE)
 
 

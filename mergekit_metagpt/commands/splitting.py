@@ -21,8 +21,9 @@ from mergekit_metagpt.merge_config import (
     merge_yaml,
     plan,
     replaying,
+    running,
 )
-from mergekit_metagpt.scanning import once, ranks
+from mergekit_metagpt.scanning import dealing, once, ranks, sharing
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -70,7 +71,7 @@ def merge(
     group.require_same(digest, "models, options, threads or versions of packages")
     with _announced(checked):
         parts = dividing.parts_of(config, options, checked.planned, checked.opened)
-    owners = ranks.owners([part.read + part.written for part in parts], group.size)
+    owners = dealing.owners([part.read + part.written for part in parts], group.size)
     dealt = list(dividing.shards_of(parts, owners, options.out_shard_size, digest))
     token, about = secrets.token_hex(16), ""
     try:
@@ -82,7 +83,7 @@ def merge(
         reused = group.share(shards.finished(folder) if group.leads else {})
         mine = [shard for shard in dealt if shard.rank == group.rank]
         estimated = bool(checked.prepared and checked.prepared.report.estimated)
-        with ranks.sharing(None), once.again(estimated=estimated):
+        with sharing.among(None), once.again(estimated=estimated):
             manifests = shards.write(
                 parts,
                 mine,
@@ -149,7 +150,7 @@ def _check(
         prepared = merging.prepare(config, options, file)
         job = prepared.job
         return _Checked(text, config, job.opened, job.planned, prepared)
-    with ranks.leader_first():
+    with sharing.leader_first():
         job = jobs.check_any(config, options)
     return _Checked(text, config, job.opened, job.planned, None)
 
@@ -170,7 +171,7 @@ def _set_up(folder: Path, out: Path, token: str, checked: _Checked) -> str:
 
 def _announced(checked: _Checked) -> AbstractContextManager[None]:
     """Keep our method from logging again, while it is planned, what was logged."""
-    return plan.already_warned(
+    return running.already_warned(
         checked.config, warned=bool(checked.prepared and checked.prepared.warned)
     )
 
@@ -193,7 +194,7 @@ def _finish(
 ) -> None:
     made = folder / "made" / out.name
     made.mkdir(parents=True)
-    plan.run_without_tensors(checked.config, str(made), options, source=checked.text)
+    running.run_without_tensors(checked.config, str(made), options, source=checked.text)
     shards.assemble(written, folder, made, safe=options.safe_serialization)
     if checked.prepared:
         checked.prepared.complete(made, folder / "beside", about, options)

@@ -14,7 +14,7 @@ import click
 
 from mergekit_metagpt.commands.errors import expected_errors, in_one_line
 from mergekit_metagpt.report.parts import printable
-from mergekit_metagpt.scanning import ranks
+from mergekit_metagpt.scanning import ranks, sharing
 
 LOG = logging.getLogger("mergekit_metagpt")
 
@@ -40,7 +40,7 @@ def as_rank(*, resumable: bool = False) -> Iterator[ranks.Group | None]:
         return
     if not group.leads:
         LOG.setLevel(logging.ERROR)  # rank 0 logs warnings
-    with _termination_told(group), ranks.sharing(group):
+    with _termination_told(group), sharing.among(group):
         try:
             yield group
         except (click.Abort, click.exceptions.Exit):
@@ -63,7 +63,7 @@ def only_leader(group: ranks.Group | None) -> None:
     """End all ranks but rank 0 with status 0; rank 0 goes on alone."""
     if group is not None and not group.leads:
         raise click.exceptions.Exit(0)
-    ranks.stop_sharing()
+    sharing.stop_sharing()
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from mergekit_metagpt.merge_config import (
     families,
     jobs,
     merge_yaml,
-    plan,
     replaying,
+    running,
+    tensor_coefficients,
 )
 from mergekit_metagpt.report import inspecting, schema
 from mergekit_metagpt.scanning import once
@@ -105,7 +106,7 @@ def _checks(
             merged = families.of_config(config)
             current = inspecting.inspect(merged, job.opened, gram=None)
             if any(family.varying for family in merged):
-                shares = plan.coefficients(job.planned)
+                shares = tensor_coefficients.of_plan(job.planned)
                 current = inspecting.with_ranges(current, merged, shares)
         yield _inputs(record, current)
         yield _coefficients(record, current)
@@ -357,7 +358,7 @@ def _hint(record: schema.Report | None) -> str:
             f". {REPORT} is missing: a merge on the CPU by {_count(threads, 'thread')} "
             "is assumed (OMP_NUM_THREADS sets another number)"
         )
-    current = plan.versions()
+    current = running.versions()
     changed = [
         f"{package} {of} (here {current.get(package)})"
         for package, of in record.versions.items()

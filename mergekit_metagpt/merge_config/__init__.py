@@ -15,5 +15,7 @@ __all__ = [
     "plan",
     "plan_checks",
     "replaying",
+    "running",
+    "tensor_coefficients",
     "tokenizer_checks",
 ]

@@ -14,7 +14,7 @@ from mergekit.io.tasks import GatherTensors, SaveTensor
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.layouts import sources, stored_as
-from mergekit_metagpt.merge_config import plan
+from mergekit_metagpt.merge_config import plan, running
 from mergekit_metagpt.merge_config.replaying import draws
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def digest(
     Raises an OSError if a file cannot be read.
     """
     content: list[Any] = [
-        list(plan.versions().values()),
+        list(running.versions().values()),
         config.model_dump_json(),
         options.model_dump(include=set(_OPTIONS)),
         torch.get_num_threads(),

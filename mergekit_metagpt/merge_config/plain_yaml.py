@@ -18,7 +18,7 @@ from mergekit_metagpt.checkpoints.identity import digest_of
 from mergekit_metagpt.checkpoints.stored import dtype_name, layer_key
 from mergekit_metagpt.merge_config import merge_yaml
 from mergekit_metagpt.merge_config.jobs import Job
-from mergekit_metagpt.merge_config.plan import Coefficients, coefficients
+from mergekit_metagpt.merge_config.tensor_coefficients import Coefficients, of_plan
 from mergekit_metagpt.method.parameters import own_parameters
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def export(job: Job, weighted: Sequence[Coefficients] | None = None) -> Exported
     """
     config = job.config
     if weighted is None:
-        weighted = coefficients(job.planned)
+        weighted = of_plan(job.planned)
     weights: dict[_Place, float] = {}
     for tensor in weighted:
         at = tensor.planned

@@ -1,31 +1,19 @@
-"""Plans and runs merges by mergekit; finds the coefficients of each output tensor."""
+"""mergekit's own plan of a merge: every output tensor, with its parameters."""
 
 from __future__ import annotations
 
 import logging
-import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
-import torch
-from mergekit import merge_methods
-from mergekit.graph import Executor, Task
+from mergekit.graph import Task
 from mergekit.io.tasks import LoaderCache
-from mergekit.merge_methods.base import (
-    TensorEntry,
-    TensorGroup,
-    TensorMetadata,
-)
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
-from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.plan import MergePlanner
 
-from mergekit_metagpt.method import group_norms
 from mergekit_metagpt.method.settings import Settings
 
 if TYPE_CHECKING:
@@ -75,30 +63,6 @@ class Planned:
             for model, values in self.task.input_parameters.items()
             if "weight" in values and model != self.task.base_model
         }
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """The coefficients of one output tensor.
-
-    Attributes:
-        planned: the tensor.
-        shares: coefficients before `lambda` scales them, of the models that have the
-            tensor; empty if only the base has it.
-        scale: `lambda`, or the value of `lambda: keep`.
-        error: largest standard error of a share; None if they are exact.
-    """
-
-    planned: Planned
-    shares: Mapping[ModelReference, float]
-    scale: float
-    error: float | None = None
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages on which the bits of a merge depend."""
-    packages = ("mergekit-metagpt", "mergekit", "torch", "transformers")
-    return {package: version(package) for package in packages}
 
 
 class _Planner(MergePlanner):
@@ -156,7 +120,7 @@ def _plan(
 
     config = config.model_copy(deep=True)
     LoaderCache().setup(options)
-    with mergekits_errors(), _without_its_own_noise():
+    with mergekits_errors(), without_its_own_noise():
         architecture = get_architecture_info(config, options)
         for model in config.referenced_models():
             LoaderCache().get(model)
@@ -175,71 +139,6 @@ def _plan(
 def names_in(planned: Sequence[Planned], model: ModelReference) -> set[str]:
     """Return the names under which a planned merge reads a model's tensors."""
     return {t.input_names[model] for t in planned if model in t.input_names}
-
-
-def coefficients(planned: Sequence[Planned]) -> list[Coefficients]:
-    """Find the coefficients of every output tensor of our methods, without merging.
-
-    Tensors are read only under `granularity: tensor`, and if they are optional, to see
-    which models have them. Raises a ValueError or OSError as the merge itself.
-    """
-    of_tensors: dict[int, Coefficients] = {}
-    reading: dict[Task[Any], int] = {}
-    for at, tensor in enumerate(planned):
-        task = tensor.task
-        if tensor.settings.granularity == "tensor" or task.output_weight.optional:
-            reading[_Weighing(planned=task)] = at
-        else:
-            names = dict.fromkeys(tensor.input_names, torch.empty(0, device="cpu"))
-            of_tensors[at] = Coefficients(tensor, *_weighted(task, names))
-    if reading:
-        executor = Executor(list(reading), math_device="cpu", storage_device="cpu")
-        for task, weighted in executor.run(quiet=True):
-            at = reading[task]
-            of_tensors[at] = Coefficients(planned[at], *weighted)
-    return [of_tensors[at] for at in range(len(planned))]
-
-
-class _Weighing(Task[Any]):
-    """Gathers the inputs of a tensor as the merge does, and weights them."""
-
-    planned: ExecuteMergeMethodTask
-
-    def arguments(self) -> dict[str, Task[Any]]:
-        return {"tensors": self.planned.gather_tensors}
-
-    def execute(self, tensors: Mapping[Any, torch.Tensor]) -> Any:
-        return _weighted(self.planned, tensors)
-
-
-def _weighted(
-    task: ExecuteMergeMethodTask, tensors: Mapping[ModelReference, torch.Tensor]
-) -> tuple[Mapping[ModelReference, float], float, float | None]:
-    """Shares, scale and error of a tensor, as in `Coefficients`."""
-    present: Sequence[ModelReference] = [m for m in task.model_order if m in tensors]
-    method = merge_methods.get(task.method_name)
-    method.validate_inputs(present, task.base_model, group_name=task.output_weight.name)
-    group = TensorGroup(
-        tuple(
-            TensorEntry(model, tensors[model], is_base=model == task.base_model)
-            for model in present
-        ),
-        TensorMetadata.from_weight_info(task.output_weight),
-    )
-    if not group.non_base or not all(t.is_floating_point() for t in tensors.values()):
-        return {}, 1.0, None
-    models = [entry.id for entry in group.non_base]
-    weights = [task.input_parameters[model]["weight"] for model in models]
-    settings = Settings.of(task.parameters)
-    measured = group_norms.of_group(group, settings)
-    weight = torch.tensor(weights, dtype=torch.float64, device="cpu")
-    shares = settings.shares(measured.sq_norms if measured else None, weight)
-    error = None
-    if measured and measured.covariance is not None:
-        errors = settings.share_errors(measured.sq_norms, measured.covariance, weight)
-        error = float(errors.max())
-    scale = settings.factor(shares, measured.gram if measured else None).item()
-    return dict(zip(models, shares.tolist(), strict=True)), scale, error
 
 
 @contextmanager
@@ -262,18 +161,8 @@ def mergekits_errors() -> Iterator[None]:
         raise ValueError(f"mergekit: {type(error).__name__}: {error}") from error
 
 
-def already_warned(
-    config: MergeConfiguration, *, warned: bool
-) -> AbstractContextManager[None]:
-    """Return a context in which our method logs no warnings if `warned` is true."""
-    if not warned:
-        return nullcontext()
-    watch = merge_methods.get(config.merge_method).watch
-    return watch.already_warned()
-
-
 @contextmanager
-def _without_its_own_noise() -> Iterator[None]:
+def without_its_own_noise() -> Iterator[None]:
     """Drop a warning of transformers that mergekit's own code causes."""
 
     def keep(record: logging.LogRecord) -> bool:
@@ -285,73 +174,3 @@ def _without_its_own_noise() -> Iterator[None]:
         yield
     finally:
         log.removeFilter(keep)
-
-
-class _DoneEvent(threading.Event):
-    """Is set only once a queue is empty, too."""
-
-    def __init__(self, queue: Any) -> None:
-        super().__init__()
-        self._queue = queue
-
-    def is_set(self) -> bool:
-        return super().is_set() and self._queue.empty()
-
-
-class _KeepingAllResults(MultiGPUExecutor):
-    """mergekit's executor for several devices, without its loss of results.
-
-    Its thread that collects results stops when all devices are done, even if some of
-    their results still wait in its queue. Their tensors are then merged again, but
-    without inputs that were used up: most such merges fail ("No value for required
-    tensor"), some leave models out.
-    """
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.done_event = _DoneEvent(self.task_completion_queue)
-
-
-def run(
-    config: MergeConfiguration,
-    out: str,
-    options: MergeOptions,
-    *,
-    source: str,
-    warned: bool,
-) -> None:
-    """Run mergekit's merge into the folder `out`, with the YAML for the model card.
-
-    `warned` says whether all warnings on the coefficients were logged already.
-    """
-    patched = patch("mergekit.merge.MultiGPUExecutor", _KeepingAllResults)
-    with already_warned(config, warned=warned), patched:
-        _run(config, out, options, source)
-
-
-def _run(
-    config: MergeConfiguration, out: str, options: MergeOptions, source: str
-) -> None:
-    from mergekit.merge import run_merge
-
-    with mergekits_errors(), _without_its_own_noise():
-        run_merge(config, out, options, config_source=source)
-
-
-class _WithoutTensors(MergePlanner):
-    """mergekit's planner for a merge whose tensors have been written already."""
-
-    def plan_to_disk(self, out_path: str) -> list[Task[Any]]:
-        return [self._tokenizer_task] if self._tokenizer_task else []
-
-
-def run_without_tensors(
-    config: MergeConfiguration, out: str, options: MergeOptions, *, source: str
-) -> None:
-    """Let mergekit write configuration, tokenizer and card of a merge, but no tensors.
-
-    Raises a ValueError if mergekit cannot make them; an OSError if a file cannot be
-    written.
-    """
-    with patch("mergekit.merge.MergePlanner", _WithoutTensors):
-        _run(config, out, options, source)

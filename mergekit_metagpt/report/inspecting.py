@@ -12,12 +12,9 @@ from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.pairs import check_family
 from mergekit_metagpt.checkpoints.unwritten import left_out
 from mergekit_metagpt.merge_config.families import Family
-from mergekit_metagpt.merge_config.plan import (
-    Coefficients,
-    Planned,
-    names_in,
-    versions,
-)
+from mergekit_metagpt.merge_config.plan import Planned, names_in
+from mergekit_metagpt.merge_config.running import versions
+from mergekit_metagpt.merge_config.tensor_coefficients import Coefficients
 from mergekit_metagpt.method import advice
 from mergekit_metagpt.method.parameters import require_named
 from mergekit_metagpt.report import schema, weighing

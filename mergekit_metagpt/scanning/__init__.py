@@ -6,9 +6,11 @@ It never merges, and it never touches a GPU or torch's random state.
 __all__ = [
     "at_hand",
     "cache",
+    "dealing",
     "once",
     "pools",
     "ranks",
     "results",
     "sampling",
+    "sharing",
 ]

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
-from mergekit_metagpt.scanning import ranks
+from mergekit_metagpt.scanning import sharing
 
 LOG = logging.getLogger("mergekit_metagpt")
 VARIABLE = "MERGEKIT_METAGPT_CACHE"
@@ -159,7 +159,7 @@ def write_entry(
         place = _place(content.kind, models, about)
         youngest = max(file.modified_ns for model in models for file in model.identity)
         young = time.time() - youngest / 1e9 < YOUNG_S
-        if place is None or young or not ranks.leads():
+        if place is None or young or not sharing.leads():
             return
         payload = content.model_dump_json().encode()
         base, *others = (model.label for model in models)

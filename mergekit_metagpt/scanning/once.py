@@ -21,7 +21,7 @@ from mergekit_metagpt.checkpoints.opening import (
 )
 from mergekit_metagpt.checkpoints.pairs import check_pair
 from mergekit_metagpt.checkpoints.remote import open_adapter
-from mergekit_metagpt.scanning import at_hand, factors, ranks, scan_cache
+from mergekit_metagpt.scanning import at_hand, factors, scan_cache, sharing
 from mergekit_metagpt.scanning.one_pass import scan_checkpoints
 from mergekit_metagpt.scanning.results import ScanResult
 from mergekit_metagpt.scanning.sampling import Sample, sample_checkpoints
@@ -172,19 +172,19 @@ def _measured(
         checkpoint.verify_unchanged()
     only_estimates = sample is not None and _estimated
     # Rank 0 reads and writes the cache for all ranks: those of nodes may differ.
-    pairs = ranks.from_leader(
+    pairs = sharing.from_leader(
         lambda: [None if only_estimates else _known(base, model) for model in models]
     )
     missing = [at for at, pair in enumerate(pairs) if pair is None]
     if gram is not False and not missing:
         result = ScanResult.joined([pair for pair in pairs if pair is not None])
-        products = ranks.from_leader(
+        products = sharing.from_leader(
             lambda: scan_cache.read_gram(base, models, result.names)
         )
         if products is not None or gram is None:
             return replace(result, gram=products)
     if sample is not None and (missing or gram):
-        return ranks.from_leader(
+        return sharing.from_leader(
             lambda: _sampled(base, models, sample, bool(gram), workers)
         )
     scanned = list(range(len(models))) if gram else missing
@@ -209,7 +209,7 @@ def _scanned(
         return scan_checkpoints(base, tuned, gram=gram, workers=workers)
     added = [at for at, model in enumerate(models) if model.adapter]
     adapters = [models[at] for at in added]
-    own = ranks.from_leader(lambda: _known(base, base))
+    own = sharing.from_leader(lambda: _known(base, base))
     crossing = factors.Crossing(base, adapters) if gram and full else None
     result = None
     if full or (own is None and base.tensors):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.pairs import align
-from mergekit_metagpt.scanning import ranks
+from mergekit_metagpt.scanning import dealing, sharing
 from mergekit_metagpt.scanning.factors import Crossing
 from mergekit_metagpt.scanning.groups import Sums, Table, groups_of, total
 from mergekit_metagpt.scanning.pieces import Files
@@ -41,7 +41,7 @@ def scan_checkpoints(
         OSError: a file cannot be read or has changed since it was opened.
     """
     with Files((base, *models), workers) as files:
-        if sharers := ranks.group():
+        if sharers := sharing.group():
             # Sums over other files would be wrong, and would be kept in rank 0's cache.
             sharers.require_same([at.digest for at in (base, *models)], "models")
         alignments = [align(base, model, files.readers) for model in models]
@@ -73,10 +73,10 @@ def _run_shared(
     tasks: Sequence[tuple[int, Callable[[], Sums]]], workers: int
 ) -> list[Sums]:
     """Run the tasks; ranks that share a scan run a part each, and get all results."""
-    sharers = ranks.group()
+    sharers = sharing.group()
     if sharers is None:
         return run(tasks, workers)
-    owners = ranks.owners([size for size, _ in tasks], sharers.size)
+    owners = dealing.owners([size for size, _ in tasks], sharers.size)
     mine = [
         task for task, owner in zip(tasks, owners, strict=True) if owner == sharers.rank
     ]

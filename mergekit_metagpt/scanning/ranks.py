@@ -10,12 +10,10 @@ import sys
 import threading
 import time
 import zlib
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,50 +30,8 @@ SILENT_S = 300.0
 BEAT_S = 1.0
 # How long a rank may take to notice that another one has failed, before it is ended.
 GRACE_S = 30.0
-# A share's size above which a single item is dealt by size instead of in order.
-LARGE = 0.05
 _FAILED = "failed"
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def owners(sizes: Sequence[int], ranks: int) -> list[int]:
-    """Deal items to ranks: balanced, the same everywhere, most of them in order.
-
-    Items of more than 5 % of a share go, largest first, to the rank that has least. The
-    others follow in their order, so that a rank reads what lies together in files.
-
-    Args:
-        sizes: bytes of each item.
-        ranks: number of ranks.
-
-    Returns:
-        the rank of each item.
-
-    Example:
-        >>> owners([1] * 60 + [20], 2).count(0)
-        21
-    """
-    share = sum(sizes) / ranks
-    held = [0.0] * ranks
-    owner = [0] * len(sizes)
-    large = [at for at, size in enumerate(sizes) if size > LARGE * share]
-    for at in sorted(large, key=lambda at: -sizes[at]):
-        owner[at] = min(range(ranks), key=held.__getitem__)
-        held[owner[at]] += sizes[at]
-    # The others fill all ranks up to one level, but for those that are above it.
-    small = sorted(set(range(len(sizes))).difference(large))
-    filling = sum(sizes[at] for at in small)
-    level, below = share, sorted(held)
-    while below[-1] > level:
-        below.pop()
-        level = (filling + sum(below)) / len(below)
-    ends = list(accumulate(max(0.0, level - size) for size in held))
-    start = 0.0
-    for at in small:
-        middle = start + sizes[at] / 2
-        owner[at] = min(bisect_left(ends, middle), ranks - 1)
-        start += sizes[at]
-    return owner
 
 
 def timeout() -> float:
@@ -476,60 +432,3 @@ def local() -> tuple[int, int]:
     names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
     number, count = (os.environ.get(name, "") for name in names)
     return int(number or 0), max(1, int(count or 1))
-
-
-# Groups that share scans, the innermost last; None where each rank scans alone.
-_SHARING: list[Group | None] = []
-
-
-@contextmanager
-def sharing(group: Group | None) -> Iterator[None]:
-    """Let a group share the scans that all of its ranks ask for, in the same order.
-
-    With None, each process scans for itself.
-    """
-    before = _SHARING[:]
-    _SHARING.append(group)
-    try:
-        yield
-    finally:
-        _SHARING[:] = before
-
-
-def stop_sharing() -> None:
-    """Let this rank, which goes on without the others, scan for itself."""
-    _SHARING.clear()
-
-
-def group() -> Group | None:
-    """Return the group that shares scans now, or None."""
-    return _SHARING[-1] if _SHARING else None
-
-
-def leads() -> bool:
-    """Return whether this rank keeps what the group that shares scans found."""
-    sharers = group()
-    return sharers is None or sharers.leads
-
-
-def from_leader(function: Callable[[], T]) -> T:
-    """Call a function on rank 0 of the group that shares scans; all get its result."""
-    sharers = group()
-    if sharers is None:
-        return function()
-    result: Any = function() if sharers.leads else None
-    return sharers.share(result)
-
-
-@contextmanager
-def leader_first() -> Iterator[None]:
-    """Let rank 0 of the group that shares scans go first, and the others after it.
-
-    For work that leaves files behind of which the others make use.
-    """
-    sharers = group()
-    if sharers is not None and not sharers.leads:
-        sharers.share(None)
-    yield
-    if sharers is not None and sharers.leads:
-        sharers.share(None)

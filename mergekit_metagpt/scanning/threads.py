@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from mergekit_metagpt.arithmetic.in_parts import use_one_torch_thread
-from mergekit_metagpt.scanning import ranks
+from mergekit_metagpt.scanning import ranks, sharing
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -21,7 +21,7 @@ def default_workers() -> int:
         count = len(os.sched_getaffinity(0))
     else:
         count = os.cpu_count() or 1
-    sharers = ranks.local()[1] if ranks.group() else 1
+    sharers = ranks.local()[1] if sharing.group() else 1
     return max(1, count // sharers)
 
 
@@ -33,7 +33,7 @@ def run(tasks: Sequence[tuple[int, Callable[[], T]]], workers: int) -> list[T]:
     """
     import tqdm
 
-    group = ranks.group()
+    group = sharing.group()
     executor = ThreadPoolExecutor(
         max_workers=workers,
         thread_name_prefix="metagpt-scan",
@@ -45,7 +45,7 @@ def run(tasks: Sequence[tuple[int, Callable[[], T]]], workers: int) -> list[T]:
         unit="B",
         unit_scale=True,
         file=sys.stderr,
-        disable=None if ranks.leads() else True,
+        disable=None if sharing.leads() else True,
         leave=False,
     )
     with executor, bar:
