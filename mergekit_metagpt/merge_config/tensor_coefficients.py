@@ -96,12 +96,8 @@ def _weighted(
     models = [entry.id for entry in group.non_base]
     weights = [task.input_parameters[model]["weight"] for model in models]
     settings = Settings.of(task.parameters)
-    measured = group_norms.of_group(group, settings)
     weight = torch.tensor(weights, dtype=torch.float64, device="cpu")
-    shares = settings.shares(measured.sq_norms if measured else None, weight)
-    error = None
-    if measured and measured.covariance is not None:
-        errors = settings.share_errors(measured.sq_norms, measured.covariance, weight)
-        error = float(errors.max())
-    scale = settings.factor(shares, measured.gram if measured else None).item()
-    return dict(zip(models, shares.tolist(), strict=True)), scale, error
+    weighed = group_norms.weigh(group_norms.of_group(group, settings), settings, weight)
+    error = None if weighed.errors is None else float(weighed.errors.max())
+    shares = dict(zip(models, weighed.shares.tolist(), strict=True))
+    return shares, weighed.scale.item(), error

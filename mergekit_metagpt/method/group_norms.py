@@ -35,6 +35,47 @@ class Measured:
     covariance: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """The coefficients of one tensor group.
+
+    Attributes:
+        shares: coefficients before `lambda` scales them, shape `(K,)`, float64.
+        scale: `lambda`, or the value of `lambda: keep`, shape `()`, float64.
+        errors: standard errors of the shares, shape `(K,)`, if they are estimates.
+    """
+
+    shares: torch.Tensor
+    scale: torch.Tensor
+    errors: torch.Tensor | None
+
+
+def weigh(
+    measured: Measured | None, settings: Settings, weight: torch.Tensor
+) -> Weighed:
+    """Find the coefficients of a group from what was measured of its pool.
+
+    Args:
+        measured: n_t of the pool; None if only the weights count.
+        settings: settings for this tensor.
+        weight: w_t, shape `(K,)`, float64.
+
+    Returns:
+        the coefficients.
+
+    Raises:
+        ValueError: `lambda` is `keep`, and the task vectors cancel each other.
+    """
+    if measured is None:
+        shares = settings.shares(None, weight)
+        return Weighed(shares, settings.factor(shares, None), None)
+    shares = settings.shares(measured.sq_norms, weight)
+    errors = None
+    if measured.covariance is not None:
+        errors = settings.share_errors(measured.sq_norms, measured.covariance, weight)
+    return Weighed(shares, settings.factor(shares, measured.gram), errors)
+
+
 def of_group(group: TensorGroup, settings: Settings) -> Measured | None:
     """Measure n_t for one group of a merge from files.
 

@@ -132,9 +132,9 @@ class MetaGPTMerge(GroupMergeMethod):
         for group, setting, weight, norms in zip(
             groups, settings, weights, measured, strict=True
         ):
-            shares = self._coefficients(group, setting, weight, norms)
-            scale = setting.factor(shares, norms.gram if norms else None)
-            computed.append({"coefficients": shares, "lambda": scale})
+            weighed = group_norms.weigh(norms, setting, weight)
+            self._announce(group, setting, weight, norms, weighed)
+            computed.append({"coefficients": weighed.shares, "lambda": weighed.scale})
         return super()._execute(
             groups,
             [bound | own for bound, own in zip(parameters, computed, strict=True)],
@@ -198,30 +198,26 @@ class MetaGPTMerge(GroupMergeMethod):
                 inputs.require_same_layer(group)
         return measured
 
-    def _coefficients(
+    def _announce(
         self,
         group: TensorGroup,
         settings: Settings,
         weight: torch.Tensor,
         measured: group_norms.Measured | None,
-    ) -> torch.Tensor:
-        """Shares of the models, summing to 1, or to 0 if the base is kept."""
+        weighed: group_norms.Weighed,
+    ) -> None:
+        """Log the coefficients, and warn of what makes them doubtful."""
         models = [entry.id for entry in group.non_base]
         base, where = inputs.base_of(group).id, settings.pool(group.metadata.name)
         announcer, plan = self._announcer(base), self.watch.of(base)
         sq_norms = measured.sq_norms if measured else None
         norms = None if sq_norms is None else sq_norms.detach().tolist()
-        shares = settings.shares(sq_norms, weight)
-        each, errors = shares.detach().tolist(), None
-        if measured and measured.covariance is not None:
-            errors = settings.share_errors(
-                measured.sq_norms, measured.covariance, weight
-            ).tolist()
+        each = weighed.shares.detach().tolist()
         if not models or not bool((weight > 0).any()):
-            return shares
-        if not bool((shares > 0).any()):
+            return
+        if not any(share > 0 for share in each):
             announcer.warn("unmoved", advice.nothing_moved(base, where))
-            return shares
+            return
         if sq_norms is not None and settings.power < 0:
             rows = ((weight > 0) & (sq_norms == 0)).nonzero().flatten().tolist()
             unmoved = [models[k] for k in rows]
@@ -239,8 +235,8 @@ class MetaGPTMerge(GroupMergeMethod):
             norms,
             where,
             settings=settings,
-            scale=settings.factor(shares, measured.gram if measured else None).item(),
-            errors=errors,
+            scale=weighed.scale.item(),
+            errors=None if weighed.errors is None else weighed.errors.tolist(),
             weight=weight.tolist(),
             varying=bool(plan and plan.parameters_vary),
             visible=self.from_files,
@@ -257,7 +253,6 @@ class MetaGPTMerge(GroupMergeMethod):
             exclude=settings.exclude,
         )
         announcer.warn("degenerate", warning)
-        return shares
 
     def _announcer(self, base: Hashable) -> Announcer:
         plan = self.watch.of(base)
