@@ -29,10 +29,11 @@ SCAN = """
 import json, os, sys, threading, time
 sys.path.insert(0, {folder!r})
 from whole_process import anonymous
-from mergekit_metagpt import scan
+from mergekit_metagpt.checkpoints.opening import open_checkpoint
+from mergekit_metagpt.scanning.one_pass import scan_checkpoints
 
-models = json.loads(sys.argv[1])
-scan(models[0], models[1:])
+base, *models = map(open_checkpoint, json.loads(sys.argv[1]))
+scan_checkpoints(base, models)
 before, peak, done = anonymous(os.getpid()), [0], threading.Event()
 
 def watch():
@@ -42,7 +43,7 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 start = time.perf_counter()
-scan(models[0], models[1:])
+scan_checkpoints(base, models)
 took = time.perf_counter() - start
 done.set()
 watcher.join()

@@ -26,7 +26,10 @@ import torch
 
 os.environ["MERGEKIT_METAGPT_CACHE"] = "0"
 
-from mergekit_metagpt import scan
+from mergekit_metagpt.checkpoints.opening import open_checkpoint
+
+# The public `scan` would remember its results.
+from mergekit_metagpt.scanning.one_pass import scan_checkpoints
 
 BLOCK = 1 << 24
 
@@ -98,6 +101,7 @@ def main() -> None:
     base, tuned = store.make(given.store, given.models)
     files = store.files_of([base, *tuned])
     size = sum(file.stat().st_size for file in files)
+    models = [open_checkpoint(folder) for folder in (base, *tuned)]
     cpus = len(os.sched_getaffinity(0))
     workers = [1 << n for n in range(cpus.bit_length()) if 1 << n <= cpus]
     times: dict[str, list[float]] = {}
@@ -106,14 +110,16 @@ def main() -> None:
     for number in range(given.rounds):
         copies.append(copy_rate())
         for count in workers:
-            took = seconds(lambda n=count: scan(base, tuned, workers=n))
+            took = seconds(
+                lambda n=count: scan_checkpoints(models[0], models[1:], workers=n)
+            )
             times.setdefault(f"scan, {count} workers, warm", []).append(took)
         shares.append(size / took / copies[-1])
         if given.no_cold:
             continue
         cold: dict[str, Callable[[], object]] = {
             "reading once, cold": lambda: read(files, cpus),
-            "scan, cold": lambda: scan(base, tuned),
+            "scan, cold": lambda: scan_checkpoints(models[0], models[1:]),
         }
         for name in sorted(cold, reverse=number % 2 == 1):
             drop(files)
