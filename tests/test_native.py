@@ -114,18 +114,19 @@ def test_wrong_arguments_are_errors() -> None:
     loops, tensor = compiled._loops, torch.ones(8)
     at = tensor.data_ptr()
     with pytest.raises(ValueError, match="dtype"):
-        loops.sq_norms(4, at, (at,), 8)
+        loops.sq_norms(4, at, (at,), 8, False)
     with pytest.raises(ValueError, match="size"):
-        loops.sq_norms(1, at, (at,), -1)
+        loops.sq_norms(1, at, (at,), -1, False)
     with pytest.raises((TypeError, SystemError)):
-        loops.sq_norms(1, at, [at], 8)
+        loops.sq_norms(1, at, [at], 8, False)
     with pytest.raises(TypeError):
-        loops.sq_norms(1, at, ("address",), 8)
+        loops.sq_norms(1, at, ("address",), 8, False)
     with pytest.raises(ValueError, match="factor"):
         loops.scaled_sum(1, at, (at, at), (1.0,), 8, True, at)
     with pytest.raises(ValueError, match="summand"):
         loops.scaled_sum(1, None, (), (), 8, True, at)
-    assert loops.sq_norms(1, at, (), 8) == []
+    assert loops.sq_norms(1, at, (), 8, False) == []
+    assert loops.sq_norms(1, at, (), 8, True) == [8.0]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,8 @@ def test_bits_are_those_of_the_loops_as_they_are_written(
     summed = [0.5, 0.25, 0.25]
 
     def results() -> list[torch.Tensor]:
-        norms = torch.tensor(compiled.sq_norms(base, tuned), dtype=torch.float64)
+        sums = compiled.sq_norms(base, tuned, own=True)
+        norms = torch.tensor(sums, dtype=torch.float64)
         merged = [
             scaled_sums.scaled_sum(base, tuned, torch.tensor(f, dtype=torch.float64))
             for f in (summed, [0.3, 0.1, 1.1], [1e-40, 0.5, 0.5])

@@ -100,13 +100,16 @@ def sources(models: Iterable[Path], start: int, stop: int, **more: Any) -> Any:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Elements of task vectors that the scan's kernel measures, call by call."""
+    """Elements of bases and task vectors that the scan's kernel measures, by call."""
     counts: list[int] = []
     kernel = squared_norms.flat_sq_norms
 
-    def counting(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[float]:
-        counts.append(sum(tensor.numel() for tensor in tuned))
-        return kernel(base, tuned)
+    def counting(
+        base: torch.Tensor, tuned: Sequence[torch.Tensor], *, own: bool = False
+    ) -> list[float]:
+        own_too = (base,) if own else ()
+        counts.append(sum(tensor.numel() for tensor in (*own_too, *tuned)))
+        return kernel(base, tuned, own=own)
 
     monkeypatch.setattr(squared_norms, "flat_sq_norms", counting)
     return counts

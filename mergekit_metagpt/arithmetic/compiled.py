@@ -30,7 +30,9 @@ def serves(*tensors: torch.Tensor) -> bool:
     )
 
 
-def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[float]:
+def sq_norms(
+    base: torch.Tensor, tuned: Sequence[torch.Tensor], *, own: bool = False
+) -> list[float]:
     """Compute squared norms ||tuned_k - base||^2 of flat tensors that the loops serve.
 
     Differences, products and sums are in float64. The order of each sum is fixed, so
@@ -39,11 +41,12 @@ def sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[float]:
     Args:
         base: shape `(n,)`.
         tuned: K tensors, shape `(n,)`.
+        own: also compute ||base||^2.
 
     Returns:
-        K numbers.
+        K numbers, and ||base||^2 if `own`.
     """
-    return _summed(_loops.sq_norms, base, tuned)
+    return _summed(_loops.sq_norms, base, tuned, own)
 
 
 def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -63,11 +66,15 @@ def gram_matrix(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tens
 
 
 def _summed(
-    loop: Callable[..., list[float]], base: torch.Tensor, tuned: Sequence[torch.Tensor]
+    loop: Callable[..., list[float]],
+    base: torch.Tensor,
+    tuned: Sequence[torch.Tensor],
+    *options: bool,
 ) -> list[float]:
     held = [_in_memory(tensor) for tensor in (base, *tuned)]
     reference, *addresses = (tensor.data_ptr() for tensor in held)
-    return loop(DTYPES.index(base.dtype), reference, tuple(addresses), base.numel())
+    dtype = DTYPES.index(base.dtype)
+    return loop(dtype, reference, tuple(addresses), base.numel(), *options)
 
 
 def scaled_sum(

@@ -103,39 +103,57 @@ INLINE uint16_t to_float16(float value) {
 
 /* ---- squared norms ---- */
 
-/* sum of (a_i - b_i)^2 over n elements, padded with zeros to a multiple of LANES. */
-INLINE double sum_of_squares(const double *a, const double *b, size_t n) {
-    double sums[LANES] = {0};
-    for (size_t i = 0; i < n; i += LANES)
-        for (size_t j = 0; j < LANES; j++) {
-            double difference = a[i + j] - b[i + j];
-            sums[j] += difference * difference;
-        }
+INLINE double sum_of_lanes(double *sums) {
     for (size_t width = LANES / 2; width; width /= 2)
         for (size_t j = 0; j < width; j++) sums[j] += sums[j + width];
     return sums[0];
 }
 
-/* sums[k] = ||tuned[k] - base||^2 in float64, summed in lanes and block by block. */
+/* sum of a_i^2 over n elements, padded with zeros to a multiple of LANES. */
+INLINE double sum_of_squares(const double *a, size_t n) {
+    double sums[LANES] = {0};
+    for (size_t i = 0; i < n; i += LANES)
+        for (size_t j = 0; j < LANES; j++) sums[j] += a[i + j] * a[i + j];
+    return sum_of_lanes(sums);
+}
+
+/* sums[k] = ||tuned[k] - base||^2, and if `own` sums[count] = ||base||^2, in float64,
+ * summed in lanes and block by block. */
 typedef void sq_norms_loop(const void *base, const void *const *tuned, size_t count,
-                           size_t n, double *sums);
+                           size_t n, int own, double *sums);
 
 #define DEFINE_SQ_NORMS(NAME, STORED)                                                  \
     INLINE void widen_##NAME(const STORED *from, double *to, size_t n) {               \
         for (size_t i = 0; i < n; i++) to[i] = (double)from_##NAME(from[i]);           \
         for (size_t i = n; i % LANES; i++) to[i] = 0;                                  \
     }                                                                                  \
+    /* sum of (from_i - b_i)^2 over n elements */                                      \
+    INLINE double squares_##NAME(const STORED *from, const double *b, size_t n) {      \
+        double sums[LANES] = {0};                                                      \
+        size_t whole = n / LANES * LANES;                                              \
+        for (size_t i = 0; i < whole; i += LANES)                                      \
+            for (size_t j = 0; j < LANES; j++) {                                       \
+                double difference = (double)from_##NAME(from[i + j]) - b[i + j];       \
+                sums[j] += difference * difference;                                    \
+            }                                                                          \
+        for (size_t j = 0; whole + j < n; j++) {                                       \
+            double difference = (double)from_##NAME(from[whole + j]) - b[whole + j];   \
+            sums[j] += difference * difference;                                        \
+        }                                                                              \
+        return sum_of_lanes(sums);                                                     \
+    }                                                                                  \
     FOR_EVERY_CPU                                                                      \
     static void sq_norms_##NAME(const void *base, const void *const *tuned,            \
-                                size_t count, size_t n, double *sums) {                \
-        double reference[BLOCK], values[BLOCK];                                        \
+                                size_t count, size_t n, int own, double *sums) {       \
+        double reference[BLOCK];                                                       \
         for (size_t at = 0; at < n; at += BLOCK) {                                     \
             size_t size = n - at < BLOCK ? n - at : BLOCK;                             \
             widen_##NAME((const STORED *)base + at, reference, size);                  \
             for (size_t k = 0; k < count; k++) {                                       \
-                widen_##NAME((const STORED *)tuned[k] + at, values, size);             \
-                sums[k] += sum_of_squares(values, reference, size);                    \
+                const STORED *values = (const STORED *)tuned[k] + at;                  \
+                sums[k] += squares_##NAME(values, reference, size);                    \
             }                                                                          \
+            if (own) sums[count] += sum_of_squares(reference, size);                   \
         }                                                                              \
     }
 
@@ -302,12 +320,14 @@ static int take(int dtype, Py_ssize_t n, PyObject *addresses, const void ***tune
         PyErr_SetString(PyExc_ValueError, "unknown dtype, or a negative size");
         return 0;
     }
-    *tuned = PyMem_Malloc((size_t)count * (sizeof **tuned + sizeof **numbers) + 1);
+    *tuned = PyMem_Malloc((size_t)count * (sizeof **tuned + sizeof **numbers) +
+                            sizeof **numbers);
     if (!*tuned) {
         PyErr_NoMemory();
         return 0;
     }
     *numbers = (double *)(*tuned + count);
+    (*numbers)[count] = 0;
     for (Py_ssize_t k = 0; k < count; k++) {
         (*tuned)[k] = PyLong_AsVoidPtr(PyTuple_GetItem(addresses, k));
         (*numbers)[k] = 0;
@@ -327,19 +347,21 @@ static PyObject *list_of(const double *values, Py_ssize_t count) {
 }
 
 static PyObject *py_sq_norms(PyObject *module, PyObject *arguments) {
-    int dtype;
+    int dtype, own;
     PyObject *base, *addresses;
     Py_ssize_t n;
     const void **tuned;
     double *sums;
-    if (!PyArg_ParseTuple(arguments, "iOOn", &dtype, &base, &addresses, &n)) return NULL;
+    if (!PyArg_ParseTuple(arguments, "iOOnp", &dtype, &base, &addresses, &n, &own))
+        return NULL;
     const void *reference = PyLong_AsVoidPtr(base);
     if (PyErr_Occurred() || !take(dtype, n, addresses, &tuned, &sums)) return NULL;
     Py_ssize_t count = PyTuple_Size(addresses);
     Py_BEGIN_ALLOW_THREADS;
-    LOOPS[dtype].sq_norms(reference, tuned, (size_t)count, (size_t)n, sums);
+    LOOPS[dtype].sq_norms(reference, tuned, (size_t)count, (size_t)n, own,
+                          sums);
     Py_END_ALLOW_THREADS;
-    PyObject *list = list_of(sums, count);
+    PyObject *list = list_of(sums, count + (own != 0));
     PyMem_Free(tuned);
     return list;
 }

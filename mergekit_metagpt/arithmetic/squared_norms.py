@@ -158,7 +158,9 @@ def too_far(what: str) -> str:
     )
 
 
-def flat_sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[float]:
+def flat_sq_norms(
+    base: torch.Tensor, tuned: Sequence[torch.Tensor], *, own: bool = False
+) -> list[float]:
     """Compute the squared norm of every model's task vector on a piece of a tensor.
 
     Like `sq_norms`, but for a piece of moderate size, on the calling thread, without
@@ -168,16 +170,20 @@ def flat_sq_norms(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> list[flo
     Args:
         base: shape `(n,)`.
         tuned: K tensors, shape `(n,)`, of the base's device.
+        own: also compute ||base||^2.
 
     Returns:
-        K numbers; not finite where an input is not.
+        K numbers, and ||base||^2 if `own`; not finite where an input is not.
 
     Example:
         >>> flat_sq_norms(torch.zeros(2), [torch.tensor([3.0, 4.0])])
         [25.0]
     """
     if compiled.serves(base, *tuned):
-        return compiled.sq_norms(base, tuned)
+        return compiled.sq_norms(base, tuned, own=own)
+    if own:
+        nothing = base.new_zeros(1).expand_as(base)
+        return flat_sq_norms(base, tuned) + flat_sq_norms(nothing, [base])
     norms = dict.fromkeys(range(len(tuned)), 0.0)
     served = [k for k in norms if compiled.serves(base, tuned[k])]
     if served:

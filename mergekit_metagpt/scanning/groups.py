@@ -119,16 +119,10 @@ class Group:
         totals = [0.0] * len(tuned)
         base_total, gram, cross = 0.0, None, None
         cpu = torch.device("cpu")
-        with (
-            scratch(1 + together, size * widest, torch.uint8, cpu) as rooms,
-            scratch(1, size, base.dtype, cpu) as zeros,
-        ):
-            zeros.zero_()
+        with scratch(1 + together, size * widest, torch.uint8, cpu) as rooms:
             for start in range(part.start, max(part.stop, part.start + 1), size):
                 piece = slice(start, min(start + size, part.stop))
                 reference = base.read(piece, rooms[0])
-                nothing = zeros[0, : reference.numel()]
-                base_total += squared_norms.flat_sq_norms(nothing, [reference])[0]
                 for first in range(0, len(tuned), together):
                     read = [
                         model.read(piece, room)
@@ -136,6 +130,11 @@ class Group:
                             tuned[first : first + together], rooms[1:], strict=False
                         )
                     ]
+                    sums = squared_norms.flat_sq_norms(
+                        reference, [] if self.gram else read, own=not first
+                    )
+                    if not first:
+                        base_total += sums.pop()
                     if self.gram:
                         products = squared_norms.gram_matrix(reference, read)
                         gram = products if gram is None else gram + products
@@ -143,7 +142,6 @@ class Group:
                             more = added(reference, read, piece)
                             cross = more if cross is None else cross + more
                         continue
-                    sums = squared_norms.flat_sq_norms(reference, read)
                     for k, value in enumerate(sums, start=first):
                         totals[k] += value
         sq_norms = torch.tensor(totals, dtype=torch.float64, device="cpu")
