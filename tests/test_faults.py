@@ -63,7 +63,7 @@ def test_at_a_few_of_all_writes(event: str, place: Place) -> None:
             last = ended.said.splitlines()[-1]
             assert last.startswith("Error: ") and "No space left on device" in last
         elif event == INTERRUPT:
-            assert ended.status == 1, ended
+            assert ended.status == 130, ended
             assert ended.said.splitlines()[-1] == "Aborted!"
 
 
@@ -73,7 +73,7 @@ def test_control_c_while_it_cleans_up(place: Place) -> None:
     job = replace(place.job("mergekit-metagpt"), write=write, event=INTERRUPT)
     with place.work() as work:
         (ended,) = place.forks.run(job)
-        assert ended.status == 1 and ended.step == "clean-up", ended
+        assert ended.status == 130 and ended.step == "clean-up", ended
         assert dict(snapshot(work / "out")) == place.reference["mergekit-metagpt"]
         assert not killed.hidden(work)
 
@@ -103,7 +103,7 @@ def swallowing(*arguments, **options):
 module.{name} = swallowing
 """
     ended = disturbed(place, replace(place.job("mergekit-metagpt"), code=code))
-    assert ended.status == 1, ended
+    assert ended.status == 130, ended
     assert ended.said.splitlines()[-1] == "Aborted!"
 
 
@@ -291,12 +291,12 @@ import mergekit_metagpt.arithmetic.squared_norms as squared_norms
 
 found = squared_norms.flat_sq_norms
 
-def shrinking(base, tuned):
+def shrinking(base, tuned, **options):
     for file in pathlib.Path("family/tuned0").glob("*.safetensors"):
         with file.open("r+b") as stream:
             stream.truncate(4096)
     squared_norms.flat_sq_norms = found
-    return found(base, tuned)
+    return found(base, tuned, **options)
 
 squared_norms.flat_sq_norms = shrinking
 """
@@ -371,11 +371,11 @@ def test_a_worker_without_memory_ends_the_scan(
     calls = []
     sq_norms = squared_norms.flat_sq_norms
 
-    def starved(base: torch.Tensor, tuned: list[torch.Tensor]) -> list[float]:
+    def starved(*arguments: Any, **options: Any) -> list[float]:
         calls.append(True)
         if len(calls) == 5:
             raise error("cannot allocate")
-        return sq_norms(base, tuned)
+        return sq_norms(*arguments, **options)
 
     monkeypatch.setattr(squared_norms, "flat_sq_norms", starved)
     with pytest.raises(error, match="cannot allocate"):
@@ -470,7 +470,7 @@ def test_control_c_before_any_line_of_the_merge(
     seen = []
     for line in lines:
         prepare(out, place)
-        assert Interrupts(line).merge(job, *options) == 1, line
+        assert Interrupts(line).merge(job, *options) == 130, line
         left = snapshot(job.parent)
         assert left in (found, whole), (line, left.keys())
         seen.append(left == whole)
@@ -501,7 +501,7 @@ def test_control_c_during_any_rename(
     for struck in range(1, count + 1):
         prepare(out, place)
         done = 0
-        assert merge(job, *options) == 1, struck
+        assert merge(job, *options) == 130, struck
         left = snapshot(job.parent)
         assert left in (found, whole), (struck, left.keys())
 

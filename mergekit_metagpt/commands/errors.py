@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,7 +53,7 @@ class OneLineGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Parse the arguments of a command, and run it."""
-        with _usage_in_one_line():
+        with _usage_in_one_line(), _signals_as_statuses(ctx):
             return super().invoke(ctx)
 
 
@@ -64,6 +66,20 @@ def _usage_in_one_line() -> Iterator[None]:
             raise  # the group alone shows its help
         said = " ".join(error.format_message().split()).rstrip(".")
         raise Refusal(f"{said} (see {error.ctx.command_path} --help)") from error
+
+
+@contextmanager
+def _signals_as_statuses(ctx: click.Context) -> Iterator[None]:
+    """End as shells report signals: status 1 is the result of a check."""
+    try:
+        yield
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("\nAborted!", err=True)
+        ctx.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # whoever read stdout has ended
+        # Python flushes stdout once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        ctx.exit(128 + 13)  # SIGPIPE, which Windows does not name
 
 
 def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:

@@ -198,7 +198,7 @@ def interrupt_at_random(place: Place, count: int, seed: int = 1) -> Counter[str]
     for ended in strike(place, job, count, seed):
         # Before and after our command has its say, Python itself ends by SIGINT.
         edge = ended.step in ("start", "clean-up")
-        assert edge or (ended.status == 1 and "Aborted!" in ended.said), ended
+        assert edge or (ended.status == 130 and "Aborted!" in ended.said), ended
         steps[ended.step] += 1
     return steps
 
