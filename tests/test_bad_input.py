@@ -312,7 +312,20 @@ PARAMETERS = [
         "density-in-per-cent",
         broken.settings(merge_method="metagpt_ties", parameters={"density": 50}),
         ours="density is 50; expected a number from 0 to 1…",
-        mergekit=None,
+    ),
+    Row(
+        "normalize-neither",
+        broken.settings(merge_method="metagpt_ties", parameters={"normalize": "maybe"}),
+        ours="normalize is 'maybe'; expected true or false",
+    ),
+    Row(
+        "epsilon-wider-than-density",
+        broken.settings(
+            merge_method="metagpt_della", parameters={"density": 0.9, "epsilon": 0.15}
+        ),
+        ours="epsilon of {dir}/tuned0 is 0.15 at density 0.9; expected less than 0.1…",
+        mergekit="Epsilon must be chosen…",
+        mergekit_after=LATE,
     ),
     Row(
         "power-infinite",
@@ -518,7 +531,7 @@ YAML = [
     Row(
         "models-and-slices",
         broken.slices(THREE, (0, 3), keep_models=True),
-        ours=f"{{dir}}/merge.yml: no merge configuration: {ONE_OF}",
+        ours="{dir}/merge.yml: no merge configuration: expected one of `models:`…",
         mergekit=ONE_OF,
         error=RuntimeError,
     ),
@@ -930,6 +943,29 @@ def assert_unreadable(text: str, says: str) -> None:
 )
 def test_a_line_that_does_not_fit_is_quoted(text: str, line: str) -> None:
     assert_unreadable(text, line)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("models: [{model: 7}]", "model in models[0] is 7; expected a folder…"),
+        ("tokenizer: {source: 3}", "source in tokenizer is 3; expected a folder…"),
+        ("modules: 3", "modules in the YAML is 3; expected keys"),
+        ("dtype: 16", "dtype in the YAML is 16; expected text"),
+        ("models: []", "no merge configuration: expected one of `models:`"),
+        ("weights: [1]", "weights is no key …; did you mean weight, under `param"),
+        (
+            "models: [{model: a, parameters: {weight: {b: 2}}}]",
+            "b is no key of weight in models[0].parameters; expected a value",
+        ),
+        (
+            "slices: [{sources: [{model: a, layer_range: 2}]}]",
+            "layer_range in slices[0].sources[0] is 2; expected two numbers",
+        ),
+    ],
+)
+def test_values_of_another_kind(line: str, says: str) -> None:
+    assert_unreadable(f"merge_method: metagpt\n{line}\n", says)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,17 @@ def require_repository(path: str, revision: str | None) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    if "://" in path:
+        name = "/".join(path.split("/")[3:5]) or "OWNER/NAME"
+        raise ValueError(
+            f"{path} is an address; expected the name of a repository, such as {name}"
+        )
+    if "$" in path:
+        raise ValueError(
+            f"{path} is not a folder: variables stay as they are written. Write the "
+            "whole path"
+        )
+
     def ask() -> None:
         try:
             HfApi().model_info(path, revision=revision, timeout=TIMEOUT_S)

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 def config_of(models: Sequence[str], base: str | None) -> MergeConfiguration:
     """Read a merge from a YAML, a merged model's folder, or a base and models."""
     if base is not None:
+        for model in models:
+            if Path(model).suffix in (".yml", ".yaml") and Path(model).is_file():
+                raise ValueError(
+                    f"{model} is a YAML, which names its own base; expected models "
+                    "beside --base, or the YAML alone"
+                )
         return families.config_of(base, models)
     if len(models) != 1:
         raise ValueError(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mergekit_metagpt.merge_config.merge_yaml import (
     Inputs,
@@ -17,7 +17,7 @@ from mergekit_metagpt.merge_config.merge_yaml import (
 from mergekit_metagpt.method.composed import COMPOSED, RANDOM
 from mergekit_metagpt.method.parameters import (
     checked,
-    checked_weight,
+    checked_of,
     no_base,
     only_base,
     require_one_sample,
@@ -34,20 +34,8 @@ RANDOM_METHODS = tuple(f"metagpt_{name}" for name in RANDOM)
 # Methods of mergekit that convert to `metagpt` itself, and all that convert.
 _ALIKE = ("task_arithmetic", "linear", "model_stock", "sce")
 CONVERTIBLE = (*_ALIKE, *COMPOSED)
-
-
-def _require_densities(level: Mapping[str, Any]) -> None:
-    """Refuse a density such as 50, by which mergekit would drop nothing."""
-    for density in values_of(level.get("density", 1)):
-        try:
-            legal = 0 <= float(density) <= 1
-        except (TypeError, ValueError):
-            legal = False
-        if not legal:
-            raise ValueError(
-                f"density is {density!r}; expected a number from 0 to 1, the share of "
-                "elements that are kept"
-            )
+# Parameters of each model that are checked in the YAML; `metagpt` has no density.
+_OF_MODELS = {"weight", "density"}
 
 
 def recipe_for(method: str) -> str | None:
@@ -61,8 +49,8 @@ def check_yaml(config: MergeConfiguration, file: str | Path = "OLD.yml") -> None
     """Check everything about a merge by MetaGPT that follows from the YAML alone.
 
     Raises a ValueError for another method; no base, or only the base; a base missing
-    among the sources of a slice; an illegal weight; a list as `exclude`; a `sample`
-    that is not one number; `granularity: layer` with slices that move layers.
+    among the sources of a slice; an illegal weight or density; a list as `exclude`; a
+    `sample` that is not one number; `granularity: layer` with slices that move layers.
     """
     if config.merge_method not in METHODS:
         raise ValueError(_other_method(config.merge_method, file))
@@ -88,12 +76,14 @@ def check_yaml(config: MergeConfiguration, file: str | Path = "OLD.yml") -> None
             for granularity in values_of(level.get("granularity"))
         ),
     )
+    of_models = {"weight"} if config.merge_method == "metagpt" else _OF_MODELS
     for part in slices:
         for model, levels in zip(part.models, part.settings, strict=True):
             own = levels[: len(levels) - len(part.shared)]
             for level in own if model != part.base else ():  # the base has no weight
-                for value in values_of(level.get("weight", 1.0)):
-                    checked_weight(model, value)
+                for name in sorted(of_models & level.keys()):
+                    for value in values_of(level[name]):
+                        checked_of(model, name, value)
         for level in (level for levels in part.settings for level in levels):
             exclude = level.get("exclude")
             if isinstance(exclude, list) and not any(
@@ -103,8 +93,6 @@ def check_yaml(config: MergeConfiguration, file: str | Path = "OLD.yml") -> None
                     f"exclude is the list {exclude!r}, of which mergekit would pick "
                     "one entry; expected one string, comma-separated"
                 )
-            if config.merge_method != "metagpt":  # which has no density
-                _require_densities(level)
             granularities = values_of(level.get("granularity"))
             if part.moves_layers and "layer" in granularities:
                 raise ValueError(

@@ -21,7 +21,7 @@ from mergekit_metagpt.merge_config import checks, merge_yaml
 from mergekit_metagpt.method.parameters import (
     all_zero,
     checked,
-    checked_weight,
+    checked_of,
     own_parameters,
 )
 from mergekit_metagpt.method.settings import Settings, split_exclude
@@ -210,7 +210,7 @@ def _named(
             raise ValueError(
                 f"--weight {name} names {count}; expected one of {names}{hint}"
             )
-        by_model[same[0]] = checked_weight(same[0], weight)
+        by_model[same[0]] = checked_of(same[0], "weight", weight)
     return by_model
 
 

@@ -39,6 +39,15 @@ _MISPLACED = (
     *("found '<block", "found '-'", "found '?'", "mapping values"),
     *("expected ':'", r"'\t'"),
 )
+_FILTERED = "a value, or a list of values with `filter:` and `value:`"
+# What a value should have been, by the type of pydantic's error.
+_LEGAL = {
+    "model_type": "a folder, or the name of a repository",
+    "dict_type": "keys with values",
+    "string_type": "text (a number needs quotes)",
+    "tuple_type": "two numbers, such as [0, 16]",
+    "too_long": "two numbers, such as [0, 16]",
+}
 # Keys of a merge YAML whose values name a model or a tokenizer.
 _MODEL_KEYS = ("model", "base_model", "path", "source", "tokenizer_source")
 
@@ -84,6 +93,11 @@ def text_of(file: Path) -> str:
         raise ValueError(f"{file} is not text in UTF-8; {_EXPECTED}") from error
     if file.name == "config.json":
         raise ValueError(f"{file} is the configuration of a model; {_EXPECTED}")
+    if file.name == "metagpt.json":
+        meant = file.with_name("mergekit_config.yml")
+        raise ValueError(
+            f"{file} is the report of a merge; {_EXPECTED}, such as {meant}"
+        )
     return text
 
 
@@ -180,7 +194,10 @@ def read(text: str) -> MergeConfiguration:
     except ValidationError as error:
         raise ValueError(_in_words(error)) from error
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"no merge configuration: {_one_line(error)}") from error
+        said = _one_line(error)
+        if said.startswith("Exactly one of"):
+            said = "expected one of `models:`, `slices:` and `modules:`, not empty"
+        raise ValueError(f"no merge configuration: {said}") from error
     for key in ("dtype", "out_dtype"):
         if name := getattr(config, key):
             setattr(config, key, name.removeprefix("torch."))
@@ -231,6 +248,8 @@ def _in_words(error: ValidationError) -> str:
     if "parameters" in above:  # whose values are of one of many types
         at = above.index("parameters") + 1
         above, key = above[: at + bool(unknown)], key if unknown else above[at]
+    elif str(key) != str(key).lower():  # a class, one of several for this value
+        key = above.pop()
     where = _spot(above) or "the YAML"
     if not unknown:
         if {"models", "sources"} & {key, *above[-1:]}:  # a list, or an item of one
@@ -243,6 +262,9 @@ def _in_words(error: ValidationError) -> str:
             )
         if first["input"] is None and "parameters" in above:
             return f"{key} in {where} is empty; give a value, or remove it"
+        legal = _FILTERED if "parameters" in above else _LEGAL.get(first["type"])
+        if legal:
+            return f"{key} in {where} is {first['input']!r}; expected {legal}"
         return f"no merge configuration: {key} in {where}: {first['msg']}"
     scopes = {
         parameter.name: parameter.scope
@@ -262,6 +284,13 @@ def _in_words(error: ValidationError) -> str:
     other = _MEANT.get(str(key))
     meant = other if other in names else closest(str(key), names)
     hint = f"did you mean {meant}?" if meant else "mergekit would ignore it. Remove it"
+    if not meant and above[-2:-1] == ["parameters"]:
+        return (
+            f"{key} is no key of {above[-1]} in {_spot(above[:-1])}; expected "
+            f"{_FILTERED}"
+        )
+    if not meant and (meant := closest(str(key), scopes)):
+        hint = f"did you mean {meant}, under `parameters:`?"
     return f"{key} is no key of a merge in {where}; {hint}"
 
 
@@ -314,6 +343,13 @@ def values_of(setting: Any) -> Iterator[Any]:
         yield from values_of(setting.value)
     else:
         yield setting
+
+
+def filters_of(setting: Any) -> Iterator[str]:
+    """Yield the filters of a setting, but those that fit every name."""
+    for entry in setting if isinstance(setting, list) else [setting]:
+        if (part := getattr(entry, "filter", None)) not in (None, "*"):
+            yield part
 
 
 def slices_of(config: MergeConfiguration) -> Iterator[Inputs]:

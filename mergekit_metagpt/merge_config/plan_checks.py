@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergekit import merge_methods
 from mergekit.io.tasks import GatherTensors
@@ -17,7 +18,7 @@ from mergekit_metagpt.checkpoints.stored import FLOATS, layer_key
 from mergekit_metagpt.checkpoints.unwritten import lost, share_of
 from mergekit_metagpt.merge_config import merge_yaml
 from mergekit_metagpt.merge_config.checks import METHODS
-from mergekit_metagpt.merge_config.merge_yaml import closest, slices_of
+from mergekit_metagpt.merge_config.merge_yaml import closest, filters_of, slices_of
 from mergekit_metagpt.merge_config.plan import Planned, names_in, plan_merge
 from mergekit_metagpt.merge_config.tokenizer_checks import check_tokenizer
 from mergekit_metagpt.method import advice
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from mergekit.common import ModelReference
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
+
+
+LOG = logging.getLogger("mergekit_metagpt")
 
 
 def check_plan(
@@ -75,6 +79,7 @@ def check_plan(
             raise ValueError(message)
     if config.merge_method in METHODS:
         _check_parameters(planned, opened)
+        _warn_of_filters(config, planned)
     check_tokenizer(planned, config, opened)
     return planned
 
@@ -183,9 +188,47 @@ def _check_parameters(
     weights = [weight for tensor in planned for weight in tensor.weights.values()]
     if weights and not any(weights):
         raise ValueError(all_zero())
+    for tensor in planned:
+        for model in tensor.input_names:
+            _check_epsilon(model, tensor.task.input_parameters[model])
     names = {name for model in opened.values() for name in model.names}
     for exclude in {tensor.settings.exclude for tensor in planned}:
         require_named(exclude, names)
+
+
+def _warn_of_filters(config: MergeConfiguration, planned: Sequence[Planned]) -> None:
+    """Warn of values that no tensor gets, as under a misspelt filter."""
+    names = [tensor.name for tensor in planned]
+    settings = (
+        setting
+        for part in slices_of(config)
+        for levels in part.settings
+        for level in levels
+        for setting in level.values()
+    )
+    filters = {part for setting in settings for part in filters_of(setting)}
+    for part in sorted(filters):
+        if not any(part in name for name in names):
+            meant = closest(part, {p for name in names for p in name.split(".")})
+            hint = f"; did you mean {meant}?" if meant else ""
+            LOG.warning(
+                "filter %s is in no tensor's name: its value is never used%s",
+                part,
+                hint,
+            )
+
+
+def _check_epsilon(model: ModelReference, values: Mapping[str, Any]) -> None:
+    """Refuse densities that DELLA cannot vary by `epsilon`; it would say so later."""
+    density, epsilon = values.get("density", 1.0), values.get("epsilon", 0.0)
+    # As mergekit calculates it.
+    outside = density + epsilon >= 1 or density - epsilon <= 0
+    if 0 < density < 1 and outside:
+        raise ValueError(
+            f"epsilon of {model} is {epsilon:g} at density {density:g}; expected less "
+            f"than {min(density, 1 - density):g}, so that density + and - epsilon lie "
+            "between 0 and 1"
+        )
 
 
 def _layers(part: merge_yaml.Inputs, model: Checkpoint) -> Mapping[str, int]:

@@ -52,7 +52,8 @@ def check_tokenizer(
             built = first.tokenizer_task.execute()
             first.execute(built, _narrow(first, opened))
     except Exception as error:  # whatever mergekit and the tokenizers' classes raise
-        said = str(error)
+        # transformers lists all kinds of files that it would have read.
+        said = str(error).partition(" from one of:")[0]
         if not isinstance(error, RuntimeError | ValueError | AssertionError):
             said = f"{type(error).__name__}: {said}"
         raise ValueError(

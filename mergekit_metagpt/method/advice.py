@@ -320,7 +320,8 @@ def coarser_base(base: Hashable, model: Hashable, coarse: str, fine: str) -> str
     return (
         f"{model} is stored in {fine} and the base {base} in {coarse}: they are "
         f"compared in {coarse}, where a change of less than half a rounding step "
-        f"counts as none. If the base was also published in {fine}, use that"
+        f"counts as none. If the base was also published in {fine}, use that. With "
+        f"dtype: {coarse} in the YAML, the merge loses such changes too"
     )
 
 
@@ -424,8 +425,9 @@ def cosine_reading(
         return "No two task vectors that are not zero: there is no angle to read."
     value, row, column = max(pairs, key=lambda pair: abs(pair[0]))
     if abs(value) <= ORTHOGONAL:
+        most = f"at most {abs(value):.2f}" if abs(value) >= 0.005 else "below 0.01"
         return (
-            f"Near orthogonal (at most {abs(value):.2f}), as the paper assumes: what "
+            f"Near orthogonal ({most}), as the paper assumes: what "
             "one model learned hardly overlaps with the others."
         )
     if abs(value) <= SLIGHT:

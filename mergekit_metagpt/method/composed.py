@@ -14,7 +14,7 @@ from mergekit.merge_methods.base import (
 
 from mergekit_metagpt.arithmetic import scaled_sums
 from mergekit_metagpt.method.metagpt import REFERENCE_URL, MetaGPTMerge
-from mergekit_metagpt.method.parameters import own_parameters
+from mergekit_metagpt.method.parameters import named, own_parameters
 
 # mergekit's task-arithmetic family, each registered again as metagpt_NAME.
 COMPOSED = (
@@ -44,7 +44,9 @@ class ComposedMerge(MetaGPTMerge):
 
     def _spec(self) -> MergeMethodSpec:
         replaced = "weight", "lambda"
-        theirs = [p for p in self.inner.spec.parameters if p.name not in replaced]
+        theirs = [
+            named(p) for p in self.inner.spec.parameters if p.name not in replaced
+        ]
         taken = {parameter.name for parameter in theirs}
         ours = own_parameters(self.watch.saw_value)
         inner = self.inner.spec

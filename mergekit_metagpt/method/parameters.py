@@ -96,20 +96,47 @@ def own_parameters(
     )
 
 
+def density() -> CheckedParameter:
+    """Return mergekit's parameter of sparsifying methods, which refuses 50 for 0.5."""
+    return CheckedParameter(
+        "density",
+        float,
+        ParameterScope.NON_BASE,
+        default=1.0,
+        legal="a number from 0 to 1, the share of elements that are kept",
+    )
+
+
+def named(parameter: ParameterSpec) -> ParameterSpec:
+    """Return a parameter of mergekit's whose errors name it."""
+    if parameter.name == "density":
+        return density()
+    legal = {bool: "true or false", float: "a number"}.get(parameter.value_type)
+    if legal is None:
+        return parameter
+    return CheckedParameter(
+        parameter.name,
+        parameter.value_type,
+        parameter.scope,
+        default=parameter.default,
+        description=parameter.description,
+        legal=legal,
+    )
+
+
 def checked(name: str, value: Any) -> Any:
-    """Convert the value of a parameter of `metagpt`, or refuse it by a ValueError."""
-    (parameter,) = (p for p in own_parameters() if p.name == name)
+    """Convert the value of a parameter of our methods; refuse it by a ValueError."""
+    (parameter,) = (p for p in (*own_parameters(), density()) if p.name == name)
     return parameter.validate(value)
 
 
-def checked_weight(model: object, value: Any) -> float:
-    """Convert the weight of a model; unlike mergekit, name the model in the error."""
+def checked_of(model: object, name: str, value: Any) -> Any:
+    """Convert a parameter of one model; unlike mergekit, name the model in errors."""
     try:
-        weight: float = checked("weight", value)
+        return checked(name, value)
     except ValueError as error:
-        said = str(error).removeprefix("weight ")
-        raise ValueError(f"weight of {model} {said}") from error
-    return weight
+        said = str(error).removeprefix(f"{name} ")
+        raise ValueError(f"{name} of {model} {said}") from error
 
 
 def no_base(method: str, place: str | None) -> str:

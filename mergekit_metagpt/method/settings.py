@@ -23,6 +23,7 @@ _LEGAL: dict[str, TypeAdapter[Any]] = {
     "power": TypeAdapter(FiniteFloat),
     "lambda": TypeAdapter(Scale),
     "sample": TypeAdapter(Share),
+    "density": TypeAdapter(Annotated[float, Field(ge=0, le=1)]),
 }
 
 
