@@ -305,7 +305,8 @@ def test_a_complete_merge_has_nothing_to_resume(place: Place) -> None:
         whole = weights.read_bytes()
         weights.write_bytes(whole[:-100])
         (ended,) = place.ranks(1, place.merge("--resume"))
-        assert ended.status == 2 and "is not empty" in errors(ended)[0]
+        assert ended.status == 2 and "is not whole" in errors(ended)[0]
+        assert "--force" in errors(ended)[0]
         weights.write_bytes(whole)
         (place.out / "config.json").unlink()
         (ended,) = place.ranks(1, place.merge("--resume"))

@@ -339,7 +339,7 @@ def _keep(
 ) -> None:
     """Merge the best candidate again, into a folder of the user's."""
     if best.config.merge_method not in checks.METHODS:
-        merging.merge_other(best.config, source, out, options)
+        merging.merge_other(best.config, source, out, options, force=force)
         return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "best.yml"

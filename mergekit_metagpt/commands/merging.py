@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mergekit_metagpt.commands import placing
+from mergekit_metagpt.commands.options import lora_flags
 from mergekit_metagpt.merge_config import (
     checks,
     families,
@@ -160,15 +162,36 @@ def merge(
                 running.run(
                     config, str(made), options, source=text, warned=prepared.warned
                 )
-            if not force:  # another run may have filled it meanwhile
-                placing.require_empty(out, parent.name)
         except (ValueError, OSError) as late:
             if unwritten(made, prepared.job):
                 raise
             prepared.move_beside(beside, made)
             raise ValueError(_keep(made, out, late)) from late
         prepared.complete(made, beside, about, options)
-        placing.put(made, out, aside=parent / placing.ASIDE)
+        _put(made, out, parent, force=force)
+
+
+def closing(out: str, options: MergeOptions) -> str:
+    """Say in one line what was written, and how to look at and check it later."""
+    size = sum(file.stat().st_size for file in Path(out).iterdir())
+    wrote = f"Wrote {out} ({size / 1e6:,.1f} MB)."
+    if not (Path(out) / REPORT).exists():  # ranks merge by any method
+        return wrote
+    report = schema.Report.model_validate_json((Path(out) / REPORT).read_bytes())
+    folder, flags = options.lora_merge_cache, ""
+    if folder:
+        flags = lora_flags(shlex.quote(folder), options.lora_merge_dtype)
+    copy = shlex.quote(str(Path(out) / "mergekit_config.yml"))
+    line = (
+        f"{wrote} Its coefficients are in {REPORT} there. From this folder, "
+        f"`mergekit-metagpt inspect {copy}{flags}` shows them again"
+    )
+    if report.method in checks.RANDOM_METHODS and options.random_seed is None:
+        return f"{line}. Without a seed, nobody can verify the merge"
+    return (
+        f"{line}, and `mergekit-metagpt verify {shlex.quote(out)}{flags}` checks that "
+        f"{out} is this merge"
+    )
 
 
 def _coefficients(
@@ -203,7 +226,12 @@ def _recorded(options: MergeOptions) -> schema.Options:
 
 
 def merge_other(
-    config: MergeConfiguration, source: str, out: Path, options: MergeOptions
+    config: MergeConfiguration,
+    source: str,
+    out: Path,
+    options: MergeOptions,
+    *,
+    force: bool,
 ) -> None:
     """Merge by any method of mergekit into a folder that `require_free` checked."""
     out = out.resolve()
@@ -211,7 +239,15 @@ def merge_other(
     with placing.workplace(out) as parent:
         made = parent / "made" / out.name
         running.run(config, str(made), options, source=source, warned=False)
-        placing.put(made, out, aside=parent / placing.ASIDE)
+        _put(made, out, parent, force=force)
+
+
+def _put(made: Path, out: Path, workplace: Path, *, force: bool) -> None:
+    """Move a model to its place; keep it elsewhere if the place was taken meanwhile."""
+    try:
+        placing.put(made, out, workplace, force=force)
+    except placing.Taken as taken:
+        raise ValueError(_keep(made, out, taken)) from taken
 
 
 def unwritten(made: Path, job: jobs.Job) -> list[str]:
@@ -226,7 +262,7 @@ def unwritten(made: Path, job: jobs.Job) -> list[str]:
 
 
 def _keep(made: Path, out: Path, late: Exception) -> str:
-    """Keep all weights if only what mergekit writes after them failed."""
+    """Keep all weights if only something after them failed."""
     kept = out.with_name(f"{out.name}.unfinished")
     number = 1
     while kept.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -27,8 +28,9 @@ def require_free(
     ignoring: str | None = None,
 ) -> None:
     """Refuse an output folder that is taken, or that holds what is to be merged."""
-    if out.is_file():
-        raise ValueError(f"{out} is a file; expected a folder for the merged model")
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file; expected a folder for merged models")
     paths = [
         Path(part.path)
         for model in merge_yaml.models(config)
@@ -41,14 +43,20 @@ def require_free(
                 f"{out} holds {path}, which this merge reads; choose another folder"
             )
     if not force:
-        require_empty(out, ignoring)
+        _require_empty(out, ignoring)
+    if not os.access(home(out), os.W_OK):
+        raise ValueError(f"{home(out)} cannot be written: no permission")
 
 
-def require_empty(out: Path, ignoring: str | None) -> None:
+class Taken(ValueError):
+    """An output folder that is not empty."""
+
+
+def _require_empty(out: Path, ignoring: str | None) -> None:
     """Refuse an output folder that holds anything but what is ignored."""
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if names - {ignoring}:
-        raise ValueError(f"{out} exists and is not empty; choose another, or --force")
+        raise Taken(f"{out} exists and is not empty; choose another, or --force")
 
 
 @contextmanager
@@ -87,8 +95,15 @@ def home(out: Path) -> Path:
     return next(folder for folder in out.parents if folder.is_dir())
 
 
-def put(made: Path, out: Path, aside: Path) -> None:
-    """Move a finished model to `out`; on failure, leave everything as it was."""
+def put(made: Path, out: Path, workplace: Path, *, force: bool) -> None:
+    """Move a finished model to `out`; on failure, leave everything as it was.
+
+    Raises `Taken` if another run has filled `out` meanwhile, unless `force`; an OSError
+    if a file cannot be moved.
+    """
+    aside = workplace / ASIDE
+    if not force:
+        _require_empty(out, workplace.name)
     if made.is_relative_to(out):
         # Keep the folder: a mount point, or somebody's working directory. Move
         # config.json last, which makes it a model; on failure take it back first.

@@ -52,6 +52,8 @@ def await_token(folder: Path, token: str, group: ranks.Group) -> None:
     """Wait for the folder that rank 0 has made; ValueError if it never appears."""
     until = time.monotonic() + min(SEEN_S, ranks.timeout())
     while not holds(folder, token):
+        if group.leads:
+            raise ValueError(_taken_over(folder))
         group.check()
         if time.monotonic() > until:
             raise ValueError(
@@ -59,6 +61,10 @@ def await_token(folder: Path, token: str, group: ranks.Group) -> None:
                 "must share the file system of OUT; expected one like NFS or Lustre"
             )
         time.sleep(0.25)
+
+
+def _taken_over(folder: Path) -> str:
+    return f"another merge works in {folder}, or removed it; this one stops"
 
 
 def holds(folder: Path, token: str) -> bool:
@@ -132,9 +138,7 @@ def write(
             else:
                 _merge(parts, shard.parts, writer, options, group, desc, quiet=quiet)
         if not holds(folder, token):
-            raise ValueError(
-                f"another merge works in {folder}, or removed it; this one stops"
-            )
+            raise ValueError(_taken_over(folder))
         written.append(_note(folder, shard, writer))
     return written
 

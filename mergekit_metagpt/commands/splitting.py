@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergekit_metagpt.commands import merging, placing, shards
+from mergekit_metagpt.commands.errors import in_one_line
 from mergekit_metagpt.merge_config import (
     checks,
     dividing,
@@ -104,7 +105,9 @@ def merge(
                 placing.remove(folder, out)
         raise
     if group.leads:
-        _finish(checked, options, written, folder, out, about)
+        made = _completed(checked, options, written, folder, out, about)
+        placing.put(made, out, folder, force=force)
+        placing.remove(folder, out)
     group.share(None)  # the others wait, so that they end as rank 0 does
     return True
 
@@ -118,7 +121,10 @@ def _place(out: Path) -> Path:
 
 
 def _is_complete(out: Path, text: str, folder: Path) -> bool:
-    """Whether `out` is a whole model with this YAML, and no file waits to be used."""
+    """Whether `out` is a whole model with this YAML, and no file waits to be used.
+
+    Raises a ValueError if files of such a model are missing, cut short or corrupt.
+    """
     copy = out / "mergekit_config.yml"
     if (
         not (out / "config.json").is_file()  # comes last
@@ -129,8 +135,11 @@ def _is_complete(out: Path, text: str, folder: Path) -> bool:
         return False
     try:
         replaying.open_result(out)
-    except (OSError, ValueError):  # missing, cut short or corrupt
-        return False
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{out} was merged from this YAML, but is not whole: {in_one_line(error)}. "
+            "Give --force to merge it again"
+        ) from error
     return True
 
 
@@ -184,19 +193,19 @@ def _of_rank(options: MergeOptions, group: ranks.Group) -> MergeOptions:
     return options.model_copy(update={"device": f"cuda:{number}"})
 
 
-def _finish(
+def _completed(
     checked: _Checked,
     options: MergeOptions,
     written: Sequence[shards.Manifest],
     folder: Path,
     out: Path,
     about: str,
-) -> None:
+) -> Path:
+    """Make the model of the files that all ranks have written; return its folder."""
     made = folder / "made" / out.name
     made.mkdir(parents=True)
     running.run_without_tensors(checked.config, str(made), options, source=checked.text)
     shards.assemble(written, folder, made, safe=options.safe_serialization)
     if checked.prepared:
         checked.prepared.complete(made, folder / "beside", about, options)
-    placing.put(made, out, aside=folder / placing.ASIDE)
-    placing.remove(folder, out)
+    return made
