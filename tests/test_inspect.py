@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -691,7 +692,7 @@ Cosines between task vectors
 1  +1.00  +0.00
 2  +0.00  +1.00
 
-Near orthogonal (at most 0.00), as the paper assumes: what one model learned hardly \
+Near orthogonal (below 0.01), as the paper assumes: what one model learned hardly \
 overlaps with the others.
 
 Share of each part in ||tau||^2
@@ -780,9 +781,10 @@ def test_exact_csv(inside: Path, shown: Shown) -> None:
     text = shown("--base", "base", "a", "b", "--csv", "-")
     # A coefficient is computed in log space: 0.2 may end in ...96.
     assert re.sub(r"0\.1999999999999\d+", "0.2", text) == (
-        "base,model,pool,sq_norm,norm,relative_norm,coefficient,weight\n"
-        f"base,a,model,64.0,8.0,{math.sqrt(64 / 43232)},0.2,1.0\n"
-        f"base,b,model,256.0,16.0,{math.sqrt(256 / 43232)},0.8,1.0\n"
+        "base,model,pool,sq_norm,norm,relative_norm,coefficient,weight,"
+        "sq_norm_se,coefficient_se\n"
+        f"base,a,model,64.0,8.0,{math.sqrt(64 / 43232)},0.2,1.0,,\n"
+        f"base,b,model,256.0,16.0,{math.sqrt(256 / 43232)},0.8,1.0,,\n"
     )
 
 
@@ -809,12 +811,42 @@ def test_files_that_exist_are_replaced_by_force_only(
         assert "r.png exists" in cli.refused(*command)
         same = cli.refused("inspect", "ab.yml", "--json", "r", "--csv", "r")
         assert "--json and --csv are both r;" in same
+        for read in ("ab.yml", "a/config.json"):
+            options = ["--base", "base", "a", "--json", read, "--force"]
+            said = cli.refused("inspect", "ab.yml", *options)
+            assert "what this command reads; choose another name" in said
     assert Path("r.png").read_text() == "mine" and not Path("r.json").exists()
     cli(*command, "--force")
     assert Path("r.png").read_bytes().startswith(b"\x89PNG")
     # No file to lose.
     printed = cli("inspect", "ab.yml", "--json", os.devnull)
     assert printed.err == f"Wrote {os.devnull}\n"
+
+
+def test_what_is_mistaken_for_a_yaml_or_a_model(inside: Path, cli: Cli) -> None:
+    said = cli.refused("inspect", "ab.yml", "--base", "base")
+    assert "ab.yml is a YAML, which names its own base" in said
+    Path("metagpt.json").write_text("{}")
+    said = cli.refused("inspect", "metagpt.json")
+    assert "is the report of a merge" in said and "mergekit_config.yml" in said
+
+
+def test_a_filter_that_is_in_no_name(
+    inside: Path, cli: Cli, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = merge_config("base", ["a", "b"])
+    config["models"][1]["parameters"] = {
+        "weight": [
+            {"filter": "self_atn", "value": 2},
+            {"filter": "mlp", "value": 3},
+            {"value": 1},
+        ]
+    }
+    write_yaml(Path("filtered.yml"), config)
+    cli("inspect", "filtered.yml")
+    (warning,) = (line for line in caplog.messages if "filter" in line)
+    assert warning.startswith("filter self_atn is in no tensor's name")
+    assert warning.endswith("did you mean self_attn?")
 
 
 def test_weights_on_the_command_line(
@@ -945,7 +977,7 @@ def test_a_reader_that_has_seen_enough(
     monkeypatch.undo()
     with contextlib.suppress(BrokenPipeError):
         stream.close()
-    assert status == 1
+    assert status == 128 + signal.SIGPIPE
     assert capfd.readouterr().err == ""
 
 
@@ -1038,7 +1070,7 @@ BAD_ARGUMENTS = [
     ("ab.yml a", "ab.yml is a merge YAML, which comes alone"),
     ("a missing.yaml", "missing.yaml is a merge YAML, which comes alone"),
     ("abc.yml", "Did you mean ./ab.yml?"),
-    ("--base base ab.yml", "ab.yml is a file"),
+    ("--base base ab.yml", "ab.yml is a YAML"),
     ("--base missing a", "missing"),
     ("--base base base", "only the base"),
     ("--base base a a", "a is given twice"),

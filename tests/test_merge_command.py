@@ -200,8 +200,9 @@ def test_a_composed_method_and_a_random_seed(
     seed = ("--random-seed", "5")
     cli("merge", "merge.yml", "out", *QUIET, *seed)
     assert not said(caplog, "--random-seed")
-    cli("merge", "merge.yml", "unseeded", *QUIET)
+    unseeded = cli("merge", "merge.yml", "unseeded", *QUIET)
     assert said(caplog, "give --random-seed N")
+    assert unseeded.err.endswith("Without a seed, nobody can verify the merge\n")
     theirs = run_mergekit(absolute(config, work), work.parent / "plain" / "out", *seed)
     assert_same_states(read_model(Path("out")), theirs)
     plain = yaml.safe_load(Path("out/mergekit_config.plain.yml").read_text())
@@ -324,9 +325,34 @@ def test_a_folder_that_another_run_has_filled_is_left_to_it(
     assert (work / "out.unfinished" / "metagpt.json").is_file()
 
 
-def test_threads_that_cannot_be(work: Path, cli: Cli) -> None:
-    said = cli.refused("merge", "merge.yml", "out", "--num-threads", "0")
-    assert "--num-threads is 0" in said
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--num-threads", "0", "--num-threads is 0; expected"),
+        ("--device", "cuda:99", "run on cuda:99, which torch does not see"),
+        ("--lora-merge-dtype", "fp8", "--lora-merge-dtype is fp8; expected"),
+    ],
+)
+def test_options_that_cannot_be(
+    option: str, value: str, says: str, work: Path, cli: Cli
+) -> None:
+    assert says in cli.refused("merge", "merge.yml", "out", option, value)
+
+
+def test_a_place_below_a_file(work: Path, cli: Cli) -> None:
+    said = cli.refused("merge", "merge.yml", "merge.yml/out", *QUIET)
+    assert "merge.yml is a file; expected a folder" in said
+
+
+def test_two_that_resume_at_once(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The later one has written its token over that of the first."""
+    from mergekit_metagpt.commands import shards
+    from mergekit_metagpt.scanning import ranks
+
+    (work / shards.TOKEN).write_text("theirs")
+    monkeypatch.setattr(shards, "SEEN_S", 0.0)
+    with pytest.raises(ValueError, match="another merge works in"):
+        shards.await_token(work, "ours", ranks.alone())
 
 
 def test_a_folder_that_another_run_has_taken_over_is_left_to_it(

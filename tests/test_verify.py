@@ -382,7 +382,7 @@ def test_inputs_that_have_changed(name: str, copy: Path, verify: Verify) -> None
     assert verdicts(found)["values"] == "different"
 
 
-def test_another_base_in_the_yaml(copy: Path, verify: Verify) -> None:
+def test_another_base_in_the_yaml(copy: Path, verify: Verify, cli: Cli) -> None:
     shutil.copytree(copy / "base", copy / "other")
     base = read_model(copy / "base")
     write_model(copy / "other", tuned(base, 7, 1e-3))
@@ -394,6 +394,7 @@ def test_another_base_in_the_yaml(copy: Path, verify: Verify) -> None:
     assert found["of"]["inputs"]["different"] == [str(copy / "other")]
     # Without a record, the values alone tell.
     (copy / "out" / "metagpt.json").unlink()
+    assert "nobody can tell" in cli("verify", copy / "out", status=1).err
     values = verify(copy / "out", status=1)["of"]["values"]
     assert values["verdict"] == "different"
     assert "on the CPU by 1 thread is assumed" in values["details"]
@@ -475,6 +476,9 @@ def test_what_cannot_be_checked(
 def test_wrong_usage(made: Path, tmp_path: Path, cli: Cli) -> None:
     """More in test_cli.py."""
     cli("verify", made / "out", "--json", tmp_path, status=2)
+    record = made / "out" / "metagpt.json"
+    said = cli.refused("verify", made / "out", "--json", record, "--force")
+    assert "is part of what this command reads" in said
 
 
 # --- the sample -----------------------------------------------------------------------

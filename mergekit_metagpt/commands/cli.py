@@ -18,6 +18,7 @@ from mergekit_metagpt.commands.errors import (
     one_line_errors,
 )
 from mergekit_metagpt.commands.options import (
+    check_merge_options,
     check_new,
     check_reports,
     is_zero,
@@ -127,7 +128,10 @@ def inspect(
     the files. LoRA adapters are measured from their factors; where all of MODEL... are
     adapters, --base is not needed.
     """
-    check_reports(json=json_file, csv=csv_file, peft=peft, plot=plot, force=force)
+    reads = (*models, *(() if base is None else (base,)))
+    check_reports(
+        reads, json=json_file, csv=csv_file, peft=peft, plot=plot, force=force
+    )
 
     from mergekit_metagpt.commands import measuring, together
     from mergekit_metagpt.merge_config import families
@@ -265,7 +269,7 @@ def verify(
     bit, with tensors that mergekit merges again from the inputs. Ends with status 0 if
     all agree, 1 if anything differs, and 3 if anything could not be checked.
     """
-    check_reports(json=json_file, force=force)
+    check_reports([out], json=json_file, force=force)
 
     if not out.is_dir():
         what = "is a file" if out.exists() else "does not exist"
@@ -287,6 +291,12 @@ def verify(
         raise Differs(
             f"the inputs of {out} are not those that it was merged from: see {names}. "
             "Restore them, and verify again"
+        )
+    recorded = all(check.verdict != "not recorded" for check in found.checks)
+    if found.verdict == "different" and failed == ["values"] and not recorded:
+        raise Differs(
+            f"{out} holds other weights than its YAML gives now: see {names}. Without "
+            "a metagpt.json nobody can tell whether an input has changed since, or OUT"
         )
     if found.verdict == "different":
         raise Differs(f"{out} is not the merge that it says it is: see {names}")
@@ -401,11 +411,20 @@ def compare(
     of the specialists. Merges are removed again. A second run goes on where the first
     one ended.
     """
-    check_reports(json=json_file, plot=plot, write=write, force=force)
+    check_reports(
+        [config, *(pair.partition("=")[2] for pair in (*texts, *candidates))],
+        json=json_file,
+        plot=plot,
+        write=write,
+        keep=keep,
+        force=force,
+    )
 
     from mergekit_metagpt.commands import comparing, outcomes, together
     from mergekit_metagpt.report import comparison, comparison_plot, scoring
 
+    if write == "-":
+        raise ValueError("--write takes a file; expected one such as best.yml")
     if plot is not None and not texts:
         raise ValueError("--plot draws losses on texts; expected --text MODEL=FILE")
     request = comparing.Request(
@@ -495,9 +514,16 @@ def recipes(name: str | None) -> None:
 @one_line_errors
 def merge(context: click.Context, arguments: tuple[str, ...]) -> None:
     """Merge CONFIG into OUT: all of mergekit-yaml's options, the whole job checked."""
-    _merge_command().main(
-        list(arguments), prog_name=context.command_path, standalone_mode=False
-    )
+    try:
+        _merge_command().main(
+            list(arguments), prog_name=context.command_path, standalone_mode=False
+        )
+    except ValueError as error:
+        if "invalid literal for int()" not in str(error):
+            raise
+        raise ValueError(
+            "--out-shard-size is not a number; expected one with K, M or B, such as 5B"
+        ) from error
 
 
 def _merge_command() -> click.Command:
@@ -525,9 +551,7 @@ def _merge_command() -> click.Command:
         The YAML, the headers of all models and the weights are checked before mergekit
         starts. OUT appears only once it is complete. Needs no autoload.
         """
-        threads = merge_options.num_threads
-        if threads is not None and threads < 1:
-            raise ValueError(f"--num-threads is {threads}; expected a number >= 1")
+        check_merge_options(merge_options)
         merged = True
         with together.as_rank(resumable=resume) as group:
             if group is None:
@@ -556,19 +580,6 @@ def _merge_command() -> click.Command:
             click.echo(
                 f"mergekit-yaml does not know metagpt: {autoload.failure}", err=True
             )
-        size = sum(file.stat().st_size for file in Path(out).iterdir())
-        copy = shlex.quote(str(Path(out) / "mergekit_config.yml"))
-        folder = merge_options.lora_merge_cache
-        dtype = merge_options.lora_merge_dtype
-        flags = lora_flags(shlex.quote(folder), dtype) if folder else ""
-        click.echo(
-            printable(
-                f"Wrote {out} ({size / 1e6:,.1f} MB). Its coefficients are in "
-                "metagpt.json there. From this folder, `mergekit-metagpt inspect "
-                f"{copy}{flags}` shows them again, and `mergekit-metagpt verify "
-                f"{shlex.quote(out)}{flags}` checks that {out} is this merge"
-            ),
-            err=True,
-        )
+        click.echo(printable(merging.closing(out, merge_options)), err=True)
 
     return command

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
+
     from mergekit_metagpt.scanning.sampling import Sample
 
 # Budget of `inspect --remote`, unless another is given.
 REMOTE_BUDGET = "200MB"
+# Values of --lora-merge-dtype.
+ADAPTER_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @contextmanager
@@ -83,7 +88,7 @@ def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--lora-merge-dtype",
-            type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+            type=click.Choice(ADAPTER_DTYPES),
             help="Precision in which adapters are merged, as in mergekit.",
         ),
         click.option(
@@ -95,6 +100,27 @@ def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def check_merge_options(options: MergeOptions) -> None:
+    """Refuse options of a merge that would fail only after its models were measured."""
+    from mergekit_metagpt.merge_config import replaying
+
+    threads, dtype = options.num_threads, options.lora_merge_dtype
+    if threads is not None and threads < 1:
+        raise ValueError(f"--num-threads is {threads}; expected a number >= 1")
+    if dtype not in (None, *ADAPTER_DTYPES):
+        raise ValueError(
+            f"--lora-merge-dtype is {dtype}; expected one of "
+            f"{', '.join(ADAPTER_DTYPES)}"
+        )
+    device = "cuda" if options.multi_gpu else str(options.device or "cpu")
+    if not replaying.has_device(device):
+        raise ValueError(
+            f"the merge is to run on {device}, which torch does not see here. Leave "
+            "out --cuda (and --device, --multi-gpu, --gpu-rich), or install a torch "
+            "for the GPU"
+        )
+
+
 def check_new(out: str, *, force: bool) -> None:
     """Refuse an output file that exists or cannot be written."""
     _require_writable(out)
@@ -103,15 +129,25 @@ def check_new(out: str, *, force: bool) -> None:
 
 
 def check_reports(
-    *, force: bool, plot: str | None = None, **targets: str | None
+    reads: Iterable[str | Path],
+    *,
+    force: bool,
+    plot: str | None = None,
+    keep: str | None = None,
+    **targets: str | None,
 ) -> None:
-    """Refuse report files that exist, cannot be written, or are named twice."""
+    """Refuse report files that exist, cannot be written, or are named twice.
+
+    With `force`, files may exist, but not those that the command reads.
+    """
     owners: dict[str, str] = {}
     taken: list[str] = []
-    for option, file in {**targets, "plot": plot}.items():
+    for option, file in {"keep": keep, **targets, "plot": plot}.items():
         if file is None:
             continue
-        if option == "plot":
+        if option == "keep":
+            pass  # a folder, which is checked with its merge
+        elif option == "plot":
             from mergekit_metagpt.report import drawing
 
             _require_writable(file, drawing.FORMATS)
@@ -120,10 +156,17 @@ def check_reports(
         if Path(file).is_file():  # a device or a pipe can be written again
             taken.append(file)
         if (other := owners.setdefault(file, option)) != option:
-            one = "stdout" if file == "-" else "a file"
+            one = "stdout" if file == "-" else "a name"
             raise ValueError(
                 f"--{other} and --{option} are both {file}; {one} takes one of them"
             )
+    for read in reads:
+        for file in taken:
+            if Path(file).resolve().is_relative_to(Path(read).resolve()):
+                raise ValueError(
+                    f"{file} is {'' if Path(read).is_file() else 'part of '}what this "
+                    "command reads; choose another name"
+                )
     _require_force(taken, force=force)
 
 
@@ -147,8 +190,11 @@ def _require_writable(file: str, endings: tuple[str, ...] = ()) -> None:
         raise ValueError(
             f"{file} ends in {path.suffix!r}; expected one of {', '.join(endings)}"
         )
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    above = path.absolute().parent
+    if path.is_dir() or not above.is_dir():
         raise ValueError(f"{file} cannot be written; expected a file in a folder")
+    if not os.access(path if path.exists() else above, os.W_OK):
+        raise ValueError(f"{file} cannot be written: no permission")
 
 
 def weights_of(given: tuple[str, ...]) -> dict[str, float] | None:

@@ -91,12 +91,9 @@ def _checks(
     with _check("inputs"):
         job = _reopen(config, options)
     misfits = list(replaying.headers_differ(job, result))
-    yield _compared(
-        "tensors",
-        misfits,
-        len(job.expected),
-        f"{_count(len(job.expected), 'tensor')}, as mergekit plans them",
-    )
+    expected = _count(len(job.expected), "tensor")
+    planned = f"{expected}, as mergekit plans them"
+    yield _compared("tensors", misfits, expected, planned)
     if record is None:
         details = f"{REPORT} is missing, as after mergekit-yaml"
         for name in ("inputs", "coefficients"):
@@ -194,7 +191,7 @@ def _reopen(config: MergeConfiguration, options: MergeOptions) -> jobs.Job:
 def _compared(
     name: str,
     differences: Sequence[replaying.Difference],
-    count: int,
+    count: str,
     verified: str,
     hint: str = "",
 ) -> schema.Check:
@@ -241,7 +238,8 @@ def _inputs(record: schema.Report, current: schema.Report) -> schema.Check:
         )
         for old, new in changed(record, current)
     ]
-    return _compared("inputs", others, now, f"{now} inputs have the recorded digests")
+    inputs = _count(now, "input")
+    return _compared("inputs", others, inputs, f"{inputs}, with the recorded digests")
 
 
 def _coefficients(record: schema.Report, current: schema.Report) -> schema.Check:
@@ -249,7 +247,7 @@ def _coefficients(record: schema.Report, current: schema.Report) -> schema.Check
     others = [
         replaying.Difference(
             name,
-            f"is recorded as {old:.6g}, measured {new:.6g}",
+            f"is recorded as {old:.10g}, measured {new:.10g}",
             abs(old - new),
         )
         for (_, old), (name, new) in zip(then, now, strict=False)
@@ -267,7 +265,8 @@ def _coefficients(record: schema.Report, current: schema.Report) -> schema.Check
         for family in current.families
         for model in family.models
     )
-    return _compared("coefficients", others, len(now), shown)
+    count = _count(len(now), "coefficient")
+    return _compared("coefficients", others, count, shown)
 
 
 def _span(model: schema.Model) -> str:
@@ -332,7 +331,7 @@ def _values(
     return _compared(
         "values",
         differences,
-        len(chosen),
+        f"{_count(len(chosen), 'replayed tensor')}",
         f"{len(chosen)} of {len(names)} tensors replayed ({size}{how}), equal to the "
         "last bit",
         _hint(record),

@@ -326,6 +326,8 @@ COLUMNS = (
     "relative_norm",
     "coefficient",
     "weight",
+    "sq_norm_se",
+    "coefficient_se",
 )
 
 
@@ -337,6 +339,10 @@ def as_csv(found: schema.Report) -> str:
     for family in found.families:
         for pool in family.pools:
             for k, model in enumerate(family.models):
+                errors = [
+                    "" if of_models is None else of_models[k]
+                    for of_models in (pool.sq_norms_se, pool.coefficients_se)
+                ]
                 rows.writerow(
                     [
                         family.base.name,
@@ -347,6 +353,7 @@ def as_csv(found: schema.Report) -> str:
                         pool.relative_norms[k],
                         pool.coefficients[k],
                         model.weight,
+                        *errors,
                     ]
                 )
     return stream.getvalue()
