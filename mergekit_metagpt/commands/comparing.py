@@ -26,6 +26,7 @@ from mergekit_metagpt.merge_config import (
     jobs,
     merge_yaml,
     running,
+    yaml_errors,
 )
 from mergekit_metagpt.merge_config.candidates import Candidate
 from mergekit_metagpt.report import card, comparison, inspecting, ranking, scoring
@@ -246,7 +247,7 @@ def _models_by_text(
                 f"--text {name} may mean {' or '.join(map(str, meant))}. Write it in "
                 "full, as in the YAML"
             )
-        if meant == [None] and (near := merge_yaml.closest(name, by_name)):
+        if meant == [None] and (near := yaml_errors.closest(name, by_name)):
             raise ValueError(
                 f"--text {name} names no model of the YAML. Did you mean {near}?"
             )

@@ -18,4 +18,5 @@ __all__ = [
     "running",
     "tensor_coefficients",
     "tokenizer_checks",
+    "yaml_errors",
 ]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from mergekit_metagpt.merge_config.merge_yaml import (
     Inputs,
-    closest,
     slices_of,
     values_of,
 )
+from mergekit_metagpt.merge_config.yaml_errors import closest
 from mergekit_metagpt.method.composed import COMPOSED, RANDOM
 from mergekit_metagpt.method.parameters import (
     checked,

@@ -10,7 +10,7 @@ import yaml
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import ParameterScope
 
-from mergekit_metagpt.merge_config import checks, merge_yaml
+from mergekit_metagpt.merge_config import checks, merge_yaml, yaml_errors
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -299,7 +299,7 @@ def _strip(
     for name, value in (entry.get("parameters") or {}).items():
         shown = f"{name} {_shown(value)} of {place}"
         if name not in before:
-            if meant := merge_yaml.closest(name, before):
+            if meant := yaml_errors.closest(name, before):
                 raise ValueError(
                     f"{name} is no parameter of {old}; did you mean {meant}?"
                 )

@@ -17,7 +17,7 @@ from mergekit_metagpt.checkpoints.opening import (
     unopened,
 )
 from mergekit_metagpt.checkpoints.remote import Glimpse, glimpse, open_adapter
-from mergekit_metagpt.merge_config import checks, merge_yaml
+from mergekit_metagpt.merge_config import checks, merge_yaml, yaml_errors
 from mergekit_metagpt.method.parameters import (
     all_zero,
     checked,
@@ -205,7 +205,7 @@ def _named(
             count = f"{len(same)} models" if same else "no model"
             names = ", ".join(map(str, tuned))
             every = {part for model in tuned for part in (str(model), *_folders(model))}
-            near = None if same else merge_yaml.closest(name, every)
+            near = None if same else yaml_errors.closest(name, every)
             hint = f". Did you mean {near}?" if near else ""
             raise ValueError(
                 f"--weight {name} names {count}; expected one of {names}{hint}"

@@ -18,9 +18,10 @@ from mergekit_metagpt.checkpoints.stored import FLOATS, layer_key
 from mergekit_metagpt.checkpoints.unwritten import lost, share_of
 from mergekit_metagpt.merge_config import merge_yaml
 from mergekit_metagpt.merge_config.checks import METHODS
-from mergekit_metagpt.merge_config.merge_yaml import closest, filters_of, slices_of
+from mergekit_metagpt.merge_config.merge_yaml import filters_of, slices_of
 from mergekit_metagpt.merge_config.plan import Planned, names_in, plan_merge
 from mergekit_metagpt.merge_config.tokenizer_checks import check_tokenizer
+from mergekit_metagpt.merge_config.yaml_errors import closest
 from mergekit_metagpt.method import advice
 from mergekit_metagpt.method.parameters import all_zero, require_named
 
