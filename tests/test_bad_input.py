@@ -319,11 +319,21 @@ PARAMETERS = [
         ours="normalize is 'maybe'; expected true or false",
     ),
     Row(
+        "epsilon-negative",
+        broken.settings(
+            merge_method="metagpt_della", parameters={"density": 0.9, "epsilon": -0.2}
+        ),
+        ours="epsilon of {dir}/tuned0 is -0.2 at density 0.9; expected a number…",
+        mergekit="Expected p_in >= 0…",
+        mergekit_after=LATE,
+        error=RuntimeError,
+    ),
+    Row(
         "epsilon-wider-than-density",
         broken.settings(
             merge_method="metagpt_della", parameters={"density": 0.9, "epsilon": 0.15}
         ),
-        ours="epsilon of {dir}/tuned0 is 0.15 at density 0.9; expected less than 0.1…",
+        ours="epsilon of {dir}/tuned0 is 0.15 at density 0.9; expected a number…",
         mergekit="Epsilon must be chosen…",
         mergekit_after=LATE,
     ),
@@ -951,6 +961,9 @@ def test_a_line_that_does_not_fit_is_quoted(text: str, line: str) -> None:
         ("models: [{model: 7}]", "model in models[0] is 7; expected a folder…"),
         ("tokenizer: {source: 3}", "source in tokenizer is 3; expected a folder…"),
         ("modules: 3", "modules in the YAML is 3; expected keys"),
+        ("Models: []", "Models is no key of a merge in the YAML; did you mean models?"),
+        ("models: [{Model: a}]", "Model is no key of a merge in models[0]; did you"),
+        ("slices: [3]", "no merge configuration: 0 in slices: "),
         ("dtype: 16", "dtype in the YAML is 16; expected text"),
         ("models: []", "no merge configuration: expected one of `models:`"),
         ("weights: [1]", "weights is no key …; did you mean weight, under `param"),

@@ -331,12 +331,35 @@ def test_a_folder_that_another_run_has_filled_is_left_to_it(
         ("--num-threads", "0", "--num-threads is 0; expected"),
         ("--device", "cuda:99", "run on cuda:99, which torch does not see"),
         ("--lora-merge-dtype", "fp8", "--lora-merge-dtype is fp8; expected"),
+        ("--out-shard-size", "5GB", "--out-shard-size is no whole number"),
     ],
 )
 def test_options_that_cannot_be(
     option: str, value: str, says: str, work: Path, cli: Cli
 ) -> None:
     assert says in cli.refused("merge", "merge.yml", "out", option, value)
+
+
+def test_a_folder_that_was_filled_while_a_rank_merged(
+    work: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished files stay, for a run that may replace it."""
+    from mergekit_metagpt.merge_config import running
+
+    completed = running.run_without_tensors
+
+    def filled(*args: Any, **kwargs: Any) -> None:
+        completed(*args, **kwargs)
+        (work / "out").mkdir(exist_ok=True)
+        (work / "out" / "theirs").touch()
+
+    monkeypatch.setattr(running, "run_without_tensors", filled)
+    printed = cli("merge", "merge.yml", "out", *QUIET, "--resume", status=2)
+    assert "out exists and is not empty" in printed.err
+    assert (work / "out" / "theirs").exists()
+    cli("merge", "merge.yml", "out", *QUIET, "--resume", "--force")
+    assert not (work / "out" / "theirs").exists()
+    assert read_model(Path("out"))
 
 
 def test_a_place_below_a_file(work: Path, cli: Cli) -> None:

@@ -478,7 +478,7 @@ def test_wrong_usage(made: Path, tmp_path: Path, cli: Cli) -> None:
     cli("verify", made / "out", "--json", tmp_path, status=2)
     record = made / "out" / "metagpt.json"
     said = cli.refused("verify", made / "out", "--json", record, "--force")
-    assert "is part of what this command reads" in said
+    assert "is what this command reads; choose another name" in said
 
 
 # --- the sample -----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +22,8 @@ def require_repository(path: str, revision: str | None) -> None:
     from huggingface_hub.errors import HfHubHTTPError
 
     if "://" in path:
-        name = "/".join(path.split("/")[3:5]) or "OWNER/NAME"
+        named = re.match(r"https://huggingface\.co/([\w.-]+/[\w.-]+)$", path)
+        name = named[1] if named else "OWNER/NAME"
         raise ValueError(
             f"{path} is an address; expected the name of a repository, such as {name}"
         )

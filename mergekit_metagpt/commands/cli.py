@@ -269,7 +269,9 @@ def verify(
     bit, with tensors that mergekit merges again from the inputs. Ends with status 0 if
     all agree, 1 if anything differs, and 3 if anything could not be checked.
     """
-    check_reports([out], json=json_file, force=force)
+    from mergekit_metagpt.commands.merging import REPORT
+
+    check_reports([out / REPORT], json=json_file, force=force)
 
     if not out.is_dir():
         what = "is a file" if out.exists() else "does not exist"
@@ -514,16 +516,16 @@ def recipes(name: str | None) -> None:
 @one_line_errors
 def merge(context: click.Context, arguments: tuple[str, ...]) -> None:
     """Merge CONFIG into OUT: all of mergekit-yaml's options, the whole job checked."""
+    command = _merge_command()
     try:
-        _merge_command().main(
-            list(arguments), prog_name=context.command_path, standalone_mode=False
-        )
-    except ValueError as error:
-        if "invalid literal for int()" not in str(error):
-            raise
+        inner = command.make_context(context.command_path, list(arguments))
+    except ValueError as error:  # raised by mergekit's reader of this option alone
         raise ValueError(
-            "--out-shard-size is not a number; expected one with K, M or B, such as 5B"
+            "--out-shard-size is no whole number; expected one with K, M or B, such "
+            "as 5B"
         ) from error
+    with inner:
+        command.invoke(inner)
 
 
 def _merge_command() -> click.Command:

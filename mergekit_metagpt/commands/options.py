@@ -102,18 +102,24 @@ def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def check_merge_options(options: MergeOptions) -> None:
     """Refuse options of a merge that would fail only after its models were measured."""
+    import torch
+
     from mergekit_metagpt.merge_config import replaying
 
     threads, dtype = options.num_threads, options.lora_merge_dtype
     if threads is not None and threads < 1:
         raise ValueError(f"--num-threads is {threads}; expected a number >= 1")
-    if dtype not in (None, *ADAPTER_DTYPES):
+    if dtype is not None and dtype.removeprefix("torch.") not in ADAPTER_DTYPES:
         raise ValueError(
             f"--lora-merge-dtype is {dtype}; expected one of "
             f"{', '.join(ADAPTER_DTYPES)}"
         )
-    device = "cuda" if options.multi_gpu else str(options.device or "cpu")
-    if not replaying.has_device(device):
+    device = "a GPU" if options.multi_gpu else str(options.device or "cpu")
+    if options.multi_gpu:
+        here = getattr(torch, "accelerator", torch.cuda).is_available()
+    else:
+        here = replaying.has_device(device)
+    if not here:
         raise ValueError(
             f"the merge is to run on {device}, which torch does not see here. Leave "
             "out --cuda (and --device, --multi-gpu, --gpu-rich), or install a torch "
@@ -138,7 +144,7 @@ def check_reports(
 ) -> None:
     """Refuse report files that exist, cannot be written, or are named twice.
 
-    With `force`, files may exist, but not those that the command reads.
+    With `force`, they may exist, but none of them may be one of `reads`.
     """
     owners: dict[str, str] = {}
     taken: list[str] = []
@@ -153,7 +159,8 @@ def check_reports(
             _require_writable(file, drawing.FORMATS)
         else:
             _require_writable(file)
-        if Path(file).is_file():  # a device or a pipe can be written again
+        # A device or a pipe can be written again.
+        if option != "keep" and Path(file).is_file():
             taken.append(file)
         if (other := owners.setdefault(file, option)) != option:
             one = "stdout" if file == "-" else "a name"
@@ -162,10 +169,9 @@ def check_reports(
             )
     for read in reads:
         for file in taken:
-            if Path(file).resolve().is_relative_to(Path(read).resolve()):
+            if Path(file).resolve() == Path(read).resolve():
                 raise ValueError(
-                    f"{file} is {'' if Path(read).is_file() else 'part of '}what this "
-                    "command reads; choose another name"
+                    f"{file} is what this command reads; choose another name"
                 )
     _require_force(taken, force=force)
 

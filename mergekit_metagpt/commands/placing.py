@@ -44,8 +44,9 @@ def require_free(
             )
     if not force:
         _require_empty(out, ignoring)
-    if not os.access(home(out), os.W_OK):
-        raise ValueError(f"{home(out)} cannot be written: no permission")
+    place = out if ignoring else home(out)
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"{place} cannot be written: no permission")
 
 
 class Taken(ValueError):

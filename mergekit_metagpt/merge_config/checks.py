@@ -49,8 +49,9 @@ def check_yaml(config: MergeConfiguration, file: str | Path = "OLD.yml") -> None
     """Check everything about a merge by MetaGPT that follows from the YAML alone.
 
     Raises a ValueError for another method; no base, or only the base; a base missing
-    among the sources of a slice; an illegal weight or density; a list as `exclude`; a
-    `sample` that is not one number; `granularity: layer` with slices that move layers.
+    among the sources of a slice; an illegal weight or density of a model; a list as
+    `exclude`; a `sample` that is not one number; `granularity: layer` with slices
+    that move layers.
     """
     if config.merge_method not in METHODS:
         raise ValueError(_other_method(config.merge_method, file))

@@ -222,13 +222,13 @@ def _warn_of_filters(config: MergeConfiguration, planned: Sequence[Planned]) -> 
 def _check_epsilon(model: ModelReference, values: Mapping[str, Any]) -> None:
     """Refuse densities that DELLA cannot vary by `epsilon`; it would say so later."""
     density, epsilon = values.get("density", 1.0), values.get("epsilon", 0.0)
-    # As mergekit calculates it.
-    outside = density + epsilon >= 1 or density - epsilon <= 0
-    if 0 < density < 1 and outside:
+    # The sums are those of mergekit.
+    fits = epsilon >= 0 and density + epsilon < 1 and density - epsilon > 0
+    if 0 < density < 1 and not fits:
         raise ValueError(
-            f"epsilon of {model} is {epsilon:g} at density {density:g}; expected less "
-            f"than {min(density, 1 - density):g}, so that density + and - epsilon lie "
-            "between 0 and 1"
+            f"epsilon of {model} is {epsilon:g} at density {density:g}; expected a "
+            f"number from 0 to less than {min(density, 1 - density):g}, so that "
+            "density + and - epsilon lie between 0 and 1"
         )
 
 

@@ -27,9 +27,9 @@ _MISPLACED = (
     *("expected ':'", r"'\t'"),
 )
 _FILTERED = "a value, or a list of values with `filter:` and `value:`"
-# What a value should have been, by the type of pydantic's error.
+# What a value should have been, by the class of it or the type of pydantic's error.
 _LEGAL = {
-    "model_type": "a folder, or the name of a repository",
+    "ModelReference": "a folder, or the name of a repository",
     "dict_type": "keys with values",
     "string_type": "text (a number needs quotes)",
     "tuple_type": "two numbers, such as [0, 16]",
@@ -67,8 +67,9 @@ def in_words(error: ValidationError) -> str:
     *above, key = first["loc"]
     if "parameters" in above:  # whose values are of one of many types
         at = above.index("parameters") + 1
-        above, key = above[: at + bool(unknown)], key if unknown else above[at]
-    elif str(key) != str(key).lower():  # a class, one of several for this value
+        above = above[: at + bool(unknown)]
+        key = key if unknown else first["loc"][at]
+    elif first.get("ctx", {}).get("class_name") == key:  # one of several for this value
         key = above.pop()
     where = _spot(above) or "the YAML"
     if not unknown:
@@ -82,7 +83,8 @@ def in_words(error: ValidationError) -> str:
             )
         if first["input"] is None and "parameters" in above:
             return f"{key} in {where} is empty; give a value, or remove it"
-        legal = _FILTERED if "parameters" in above else _LEGAL.get(first["type"])
+        kind = first.get("ctx", {}).get("class_name", first["type"])
+        legal = _FILTERED if "parameters" in above else _LEGAL.get(kind)
         if legal:
             return f"{key} in {where} is {first['input']!r}; expected {legal}"
         return f"no merge configuration: {key} in {where}: {first['msg']}"
@@ -128,4 +130,5 @@ def closest(name: str, names: Collection[str]) -> str | None:
 
 
 def one_line(error: Exception) -> str:
+    """Return an error's message without line breaks."""
     return " ".join(str(error).split())
