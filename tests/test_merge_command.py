@@ -205,7 +205,9 @@ def test_a_composed_method_and_a_random_seed(
     assert unseeded.err.endswith("Without a seed, nobody can verify the merge\n")
     theirs = run_mergekit(absolute(config, work), work.parent / "plain" / "out", *seed)
     assert_same_states(read_model(Path("out")), theirs)
-    plain = yaml.safe_load(Path("out/mergekit_config.plain.yml").read_text())
+    text = Path("out/mergekit_config.plain.yml").read_text()
+    assert "only with --random-seed 5.\n" in text
+    plain = yaml.safe_load(text)
     assert plain["merge_method"] == "dare_ties"
     card = Path("out/README.md").read_text()
     assert "`dare_ties` takes the coefficients as its weights" in card

@@ -187,6 +187,13 @@ def test_adapters_need_their_cache(tmp_path: Path, verify: Verify) -> None:
     verify(out, *cache)
     found = verify(out, status=3)
     assert "--lora-merge-cache" in found["of"]["inputs"]["details"]
+    # All adapters are looked for before the first is merged.
+    yml = out / "mergekit_config.yml"
+    yml.write_text(yml.read_text().replace(str(adapted.adapters[-1]), "./none"))
+    shutil.rmtree(tmp_path / "cache")
+    found = verify(out, *cache, status=3)
+    assert "./none does not exist" in found["of"]["inputs"]["details"]
+    assert not (tmp_path / "cache").exists()
 
 
 def test_relative_paths_hold_where_the_merge_was_run(
@@ -225,7 +232,9 @@ def test_random_merges_are_replayed_with_their_seed(
     differ = [n for n in first if not same_bits(first[n], second[n])]
     assert bool(differ) == (method in RANDOM)
     found = verify(outs[0], "--random-seed", "6", status=1 if differ else 0)
-    assert set(found["of"]["values"]["different"]) == set(differ)
+    values = found["of"]["values"]
+    assert set(values["different"]) == set(differ)
+    assert ("the random seed 5 (here 6)" in values["details"]) == bool(differ)
 
 
 def test_sums_are_split_among_as_many_threads(tmp_path: Path, verify: Verify) -> None:
@@ -453,7 +462,7 @@ YAML = "out/mergekit_config.yml"
         (
             lambda at: (at / "out/metagpt.json").write_text("{"),
             "configuration",
-            "metagpt.json is no report",
+            "metagpt.json is damaged",
         ),
     ],
     ids=["no inputs", "no YAML", "another method", "a damaged report"],

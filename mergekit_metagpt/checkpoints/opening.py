@@ -174,6 +174,11 @@ def open_checkpoints(
     from mergekit.io.tasks import LoaderCache
 
     LoaderCache().setup(options)  # sets the precision in which adapters are merged
+    models = list(dict.fromkeys(models))
+    for place in (model.lora for model in models):
+        # Before the first adapter is merged into its base.
+        if place and is_local(place.path) and not Path(place.path).is_dir():
+            raise ValueError(missing(place.path, "an adapter's folder", folders=True))
     return {
         model: open_checkpoint(
             model,
@@ -181,7 +186,7 @@ def open_checkpoints(
             transformers_cache=options.transformers_cache,
             trust_remote_code=options.trust_remote_code,
         )
-        for model in dict.fromkeys(models)
+        for model in models
     }
 
 

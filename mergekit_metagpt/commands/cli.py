@@ -182,7 +182,7 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     of CONFIG up to the last bit of a weight; where it differs by more, a line says so.
     Scans, and does not merge.
     """
-    check_new(out, force=force)
+    check_new(config, out, force=force)
 
     from mergekit_metagpt.merge_config import (
         checks,
@@ -222,7 +222,7 @@ def convert(config: str, out: str, base: str | None, force: bool) -> None:
     breadcrumbs*. Drops the weights, lists all changes on stderr, and opens no model.
     NEW.yml may be - for stdout.
     """
-    check_new(out, force=force)
+    check_new(config, out, force=force)
 
     from mergekit_metagpt.merge_config import checks, converting, merge_yaml
 
@@ -292,7 +292,7 @@ def verify(
     if found.verdict == "different" and "inputs" in failed:
         raise Differs(
             f"the inputs of {out} are not those that it was merged from: see {names}. "
-            "Restore them, and verify again"
+            "Restore them, or their names in its mergekit_config.yml, and verify again"
         )
     recorded = all(check.verdict != "not recorded" for check in found.checks)
     if found.verdict == "different" and failed == ["values"] and not recorded:

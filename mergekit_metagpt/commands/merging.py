@@ -108,7 +108,7 @@ def prepare(config: MergeConfiguration, options: MergeOptions, file: Path) -> Pr
         found = _coefficients(job.planned)
     report = inspecting.with_ranges(report, merged, found)
     report = report.model_copy(update={"options": _recorded(options)})
-    exported = plain_yaml.export(job, found)
+    exported = plain_yaml.export(job, found, options.random_seed)
     for family in report.families:
         if family.note:
             LOG.warning("%s", family.note)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 
 # Budget of `inspect --remote`, unless another is given.
 REMOTE_BUDGET = "200MB"
+# Names of a model's files, which no report replaces.
+_OF_MODELS = re.compile(
+    r".+\.(safetensors|bin|pth?|gguf|model|jinja|index\.json)"
+    r"|((generation_|adapter_|tokenizer_|preprocessor_)?config|tokenizer|vocab"
+    r"|special_tokens_map|added_tokens)\.json"
+)
 # Values of --lora-merge-dtype.
 ADAPTER_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -127,10 +134,11 @@ def check_merge_options(options: MergeOptions) -> None:
         )
 
 
-def check_new(out: str, *, force: bool) -> None:
-    """Refuse an output file that exists or cannot be written."""
+def check_new(read: str, out: str, *, force: bool) -> None:
+    """Refuse an output file that exists, cannot be written, or is what is read."""
     _require_writable(out)
     if out != "-" and Path(out).exists():
+        _require_expendable([out], [read])
         _require_force([out], force=force)
 
 
@@ -144,7 +152,7 @@ def check_reports(
 ) -> None:
     """Refuse report files that exist, cannot be written, or are named twice.
 
-    With `force`, they may exist, but none of them may be one of `reads`.
+    With `force`, they may exist, but be none of `reads`, and no file of a model.
     """
     owners: dict[str, str] = {}
     taken: list[str] = []
@@ -167,13 +175,18 @@ def check_reports(
             raise ValueError(
                 f"--{other} and --{option} are both {file}; {one} takes one of them"
             )
-    for read in reads:
-        for file in taken:
-            if Path(file).resolve() == Path(read).resolve():
-                raise ValueError(
-                    f"{file} is what this command reads; choose another name"
-                )
+    _require_expendable(taken, reads)
     _require_force(taken, force=force)
+
+
+def _require_expendable(taken: Sequence[str], reads: Iterable[str | Path]) -> None:
+    """Refuse to replace, even by force, what a command reads, or a model's file."""
+    read = {Path(path).resolve() for path in reads}
+    for file in taken:
+        if Path(file).resolve() in read:
+            raise ValueError(f"{file} is what this command reads; choose another name")
+        if _OF_MODELS.fullmatch(Path(file).name):
+            raise ValueError(f"{file} is a file of a model; choose another name")
 
 
 def _require_force(taken: Sequence[str], *, force: bool) -> None:
@@ -197,8 +210,10 @@ def _require_writable(file: str, endings: tuple[str, ...] = ()) -> None:
             f"{file} ends in {path.suffix!r}; expected one of {', '.join(endings)}"
         )
     above = path.absolute().parent
-    if path.is_dir() or not above.is_dir():
-        raise ValueError(f"{file} cannot be written; expected a file in a folder")
+    if path.is_dir():
+        raise ValueError(f"{file} is a folder; expected a file to write to")
+    if not above.is_dir():
+        raise ValueError(f"{file} cannot be written: there is no folder {path.parent}")
     if not os.access(path if path.exists() else above, os.W_OK):
         raise ValueError(f"{file} cannot be written: no permission")
 
@@ -291,8 +306,9 @@ def numbers(option: str, given: str | None) -> list[float]:
     try:
         return [float(number) for number in given.split(",")] if given else []
     except ValueError as error:
+        also = " (or keep)" if option == "--lambda" else ""
         raise ValueError(
-            f"{option} {given}: expected numbers with commas between them"
+            f"{option} {given}: expected numbers{also} with commas between them"
         ) from error
 
 

@@ -156,8 +156,8 @@ def record_of(out: Path) -> schema.Report | None:
         return schema.Report.model_validate_json(file.read_bytes())
     except ValueError as error:
         raise ValueError(
-            f"{file} is no report of this version of mergekit-metagpt. Without that "
-            "file, inputs and coefficients are not compared"
+            f"{file} is damaged, or of another version of mergekit-metagpt. Without "
+            "that file, inputs and coefficients are not compared"
         ) from error
 
 
@@ -334,7 +334,7 @@ def _values(
         f"{_count(len(chosen), 'replayed tensor')}",
         f"{len(chosen)} of {len(names)} tensors replayed ({size}{how}), equal to the "
         "last bit",
-        _hint(record),
+        _hint(record, options.random_seed if random else None),
     )
 
 
@@ -349,7 +349,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _hint(record: schema.Report | None) -> str:
+def _hint(record: schema.Report | None, seed: int | None) -> str:
     """What else than other weights may explain a difference."""
     if record is None:
         threads = torch.get_num_threads()
@@ -363,6 +363,9 @@ def _hint(record: schema.Report | None) -> str:
         for package, of in record.versions.items()
         if of != current.get(package)
     ]
+    recorded = record.options.random_seed if record.options else None
+    if seed is not None and recorded not in (None, seed):
+        changed.append(f"the random seed {recorded} (here {seed})")
     return f". The merge was made with {', '.join(changed)}" if changed else ""
 
 

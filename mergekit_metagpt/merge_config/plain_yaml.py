@@ -17,6 +17,7 @@ from mergekit_metagpt import __version__
 from mergekit_metagpt.checkpoints.identity import digest_of
 from mergekit_metagpt.checkpoints.stored import dtype_name, layer_key
 from mergekit_metagpt.merge_config import merge_yaml
+from mergekit_metagpt.merge_config.checks import RANDOM_METHODS
 from mergekit_metagpt.merge_config.jobs import Job
 from mergekit_metagpt.merge_config.tensor_coefficients import Coefficients, of_plan
 from mergekit_metagpt.method.parameters import own_parameters
@@ -36,7 +37,9 @@ class Exported:
     changes: tuple[str, ...]
 
 
-def export(job: Job, weighted: Sequence[Coefficients] | None = None) -> Exported:
+def export(
+    job: Job, weighted: Sequence[Coefficients] | None = None, seed: int | None = None
+) -> Exported:
     """Write a merge by one of our methods with explicit weights, for plain mergekit.
 
     `metagpt` becomes `task_arithmetic` in float32 (in float64 for such weights), which
@@ -46,6 +49,7 @@ def export(job: Job, weighted: Sequence[Coefficients] | None = None) -> Exported
     Args:
         job: the checked merge.
         weighted: its coefficients; computed if None.
+        seed: random seed of the merge, for its comment.
 
     Returns:
         the YAML and its differences.
@@ -93,7 +97,8 @@ def export(job: Job, weighted: Sequence[Coefficients] | None = None) -> Exported
     from mergekit.config import ConfigYamlDumper
 
     body = yaml.dump(data, Dumper=ConfigYamlDumper, sort_keys=False, width=88)
-    return Exported(_comment(job, weighted, changes) + body, tuple(changes))
+    comment = _comment(job, weighted, changes, seed)
+    return Exported(comment + body, tuple(changes))
 
 
 def weight_setting(values: Mapping[str, float]) -> float | list[dict[str, Any]]:
@@ -236,7 +241,12 @@ def _set_precision(
     return changes
 
 
-def _comment(job: Job, tensors: Sequence[Coefficients], changes: Sequence[str]) -> str:
+def _comment(
+    job: Job,
+    tensors: Sequence[Coefficients],
+    changes: Sequence[str],
+    seed: int | None,
+) -> str:
     config = job.config
     weighted = any({*tensor.planned.weights.values()} - {1} for tensor in tensors)
     powers = {tensor.planned.settings.power for tensor in tensors}
@@ -268,5 +278,8 @@ def _comment(job: Job, tensors: Sequence[Coefficients], changes: Sequence[str]) 
             f"Estimated from a sample of {share:g} of each large tensor, with standard "
             f"errors of at most {max(errors):.1g}."
         )
+    if config.merge_method in RANDOM_METHODS:
+        which = "N of that merge" if seed is None else str(seed)
+        lines.append(f"The same elements are dropped only with --random-seed {which}.")
     lines += [f"Differs from {config.merge_method}: {change}." for change in changes]
     return "".join(f"# {line}\n" for line in lines)

@@ -180,12 +180,6 @@ def _verdict(
         gap = above(name, {text: base})
         return gap if gap.value > 2 * gap.error else None
 
-    if others:
-        gap = f"lower by {others[0].gap} nats per {unit}"
-        words = f"Best on these texts: {best.name}, {gap} than "
-        yield ranking.in_words(words, others)
-    else:
-        yield f"Only one merge was compared: {best.name}, ALD {best.ald:.4f}."
     # If one text counts, its specialist has an ALD of 0 by definition.
     own = set(specialists.values()) if len(specialists) == 1 else set()
     gaps = {
@@ -196,10 +190,15 @@ def _verdict(
     alone = [name for name, ahead in gaps.items() if ahead.value < -2 * ahead.error]
     if alone:
         yield (
-            f"But without any merge, {ranking.listed(alone)} alone "
-            f"{'has' if len(alone) == 1 else 'have'} a lower ALD: do not merge for "
-            "these texts."
+            f"Do not merge for these texts: {ranking.listed(alone)} alone "
+            f"{'has' if len(alone) == 1 else 'have'} a lower ALD than any merge."
         )
+    if others:
+        gap = f"lower by {others[0].gap} nats per {unit}"
+        words = f"Best on these texts: {best.name}, {gap} than "
+        yield ranking.in_words(words, others)
+    else:
+        yield f"Only one merge was compared: {best.name}, ALD {best.ald:.4f}."
     forgotten = [
         f"{text.name} (by {worse})"
         for k, text in enumerate(texts)

@@ -42,8 +42,8 @@ def script(found: schema.Report) -> str:
         if model.adapter is None:
             raise ValueError(
                 f"--peft: {model.name} was not measured from LoRA factors, and PEFT "
-                "combines only these. Leave it (or --lora-merge-cache) out, or merge "
-                "with mergekit-yaml"
+                "combines only these. Leave out that model, or --lora-merge-cache, or "
+                "merge without --peft"
             )
         if model.coefficient is None:
             raise ValueError(
