@@ -961,6 +961,10 @@ def test_a_line_that_does_not_fit_is_quoted(text: str, line: str) -> None:
         ("models: [{model: 7}]", "model in models[0] is 7; expected a folder…"),
         ("tokenizer: {source: 3}", "source in tokenizer is 3; expected a folder…"),
         ("modules: 3", "modules in the YAML is 3; expected keys"),
+        (
+            "tokenizer: {sorce: base}",
+            "sorce is no key … tokenizer; did you mean source?",
+        ),
         ("Models: []", "Models is no key of a merge in the YAML; did you mean models?"),
         ("models: [{Model: a}]", "Model is no key of a merge in models[0]; did you"),
         ("slices: [3]", "no merge configuration: 0 in slices: "),

@@ -364,6 +364,19 @@ def test_a_folder_that_was_filled_while_a_rank_merged(
     assert read_model(Path("out"))
 
 
+def test_a_merge_by_ranks_that_is_unfinished(work: Path, cli: Cli) -> None:
+    (work / ".out.parts").mkdir()
+    said = cli.refused("merge", "merge.yml", "out", *QUIET)
+    assert ".out.parts holds an unfinished merge" in said and "--resume" in said
+    assert not (work / "out").exists()
+
+
+def test_a_misspelt_source_of_the_tokenizer(work: Path, cli: Cli) -> None:
+    write_config(tokenizer_source="unoin")
+    said = cli.refused("merge", "merge.yml", "out", *QUIET)
+    assert "tokenizer_source is 'unoin'" in said and "mean union?" in said
+
+
 def test_a_place_below_a_file(work: Path, cli: Cli) -> None:
     said = cli.refused("merge", "merge.yml", "merge.yml/out", *QUIET)
     assert "merge.yml is a file; expected a folder" in said

@@ -269,9 +269,7 @@ def verify(
     bit, with tensors that mergekit merges again from the inputs. Ends with status 0 if
     all agree, 1 if anything differs, and 3 if anything could not be checked.
     """
-    from mergekit_metagpt.commands.merging import REPORT
-
-    check_reports([out / REPORT], json=json_file, force=force)
+    check_reports([], json=json_file, force=force)
 
     if not out.is_dir():
         what = "is a file" if out.exists() else "does not exist"

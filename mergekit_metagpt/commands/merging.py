@@ -148,6 +148,11 @@ def merge(
     """
     text, config = merge_yaml.read_file(config_file)
     out = out.resolve()
+    if (parts := placing.parts(out)).exists():
+        raise ValueError(
+            f"{parts} holds an unfinished merge by ranks. Give --resume to go on from "
+            "it, or remove that folder"
+        )
     placing.require_free(out, config_file, config, force=force)
     options.apply_global_options()
     prepared = prepare(config, options, config_file)

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 # Budget of `inspect --remote`, unless another is given.
 REMOTE_BUDGET = "200MB"
-# Names of a model's files, which no report replaces.
+# Names of a model's files and of records of a merge, which no report replaces.
 _OF_MODELS = re.compile(
     r".+\.(safetensors|bin|pth?|gguf|model|jinja|index\.json)"
     r"|((generation_|adapter_|tokenizer_|preprocessor_)?config|tokenizer|vocab"
-    r"|special_tokens_map|added_tokens)\.json"
+    r"|special_tokens_map|added_tokens|metagpt)\.json"
+    r"|mergekit_config(\.plain)?\.yml"
 )
 # Values of --lora-merge-dtype.
 ADAPTER_DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -57,7 +57,10 @@ def _require_empty(out: Path, ignoring: str | None) -> None:
     """Refuse an output folder that holds anything but what is ignored."""
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if names - {ignoring}:
-        raise Taken(f"{out} exists and is not empty; choose another, or --force")
+        raise Taken(
+            f"{out} exists and is not empty; choose another, or replace all that it "
+            "holds with --force"
+        )
 
 
 @contextmanager
@@ -94,6 +97,12 @@ def home(out: Path) -> Path:
     if out.is_dir() and not any(out.iterdir()):
         return out  # it may be a mount point, onto which nothing can be renamed
     return next(folder for folder in out.parents if folder.is_dir())
+
+
+def parts(out: Path) -> Path:
+    """The folder in which ranks work: beside `out`, or in it if that is empty."""
+    name = f".{out.name}.parts"
+    return out / name if (out / name).is_dir() else home(out) / name
 
 
 def put(made: Path, out: Path, workplace: Path, *, force: bool) -> None:

@@ -64,7 +64,10 @@ def await_token(folder: Path, token: str, group: ranks.Group) -> None:
 
 
 def _taken_over(folder: Path) -> str:
-    return f"another merge works in {folder}, or removed it; this one stops"
+    return (
+        f"another merge works in {folder}, or removed it. Wait for it, then run this "
+        "again"
+    )
 
 
 def holds(folder: Path, token: str) -> bool:

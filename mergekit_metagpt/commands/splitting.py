@@ -58,7 +58,7 @@ def merge(
     checks.check_method(config)
     dividing.check_shared(config, options)
     out = out.resolve()
-    folder = group.share(_place(out))
+    folder = group.share(placing.parts(out))
     done = group.leads and resume and not force and _is_complete(out, text, folder)
     if group.share(done):
         return False
@@ -110,14 +110,6 @@ def merge(
         placing.remove(folder, out)
     group.share(None)  # the others wait, so that they end as rank 0 does
     return True
-
-
-def _place(out: Path) -> Path:
-    """The folder in which ranks work: beside `out`, or in it if that is empty."""
-    name = f".{out.name}.parts"
-    if (out / name).is_dir():
-        return out / name
-    return placing.home(out) / name
 
 
 def _is_complete(out: Path, text: str, folder: Path) -> bool:

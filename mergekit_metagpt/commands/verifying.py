@@ -303,6 +303,8 @@ def _values(
     seed: int,
 ) -> schema.Check:
     method, random = job.config.merge_method, replaying.draws(job.config)
+    recorded = record.options if record else None
+    then = recorded.random_seed if recorded else None
     why = ""
     if not replaying.has_device(str(options.device)):
         why = (
@@ -315,13 +317,17 @@ def _values(
             f"{method} draws random numbers, and no seed is recorded. Give "
             "the --random-seed N of the merge; without one, no merge can be repeated"
         )
+    elif random and then not in (None, options.random_seed):
+        why = (
+            f"{REPORT} records the random seed {then}, and {options.random_seed} was "
+            "given. Leave out --random-seed"
+        )
     if why:
         details = f"cannot be replayed: {why}"
         return schema.Check(name="values", verdict="not checked", details=details)
     chosen = set(names)
     if not full and not random:
         chosen = replaying.sample(result, names, SAMPLE, seed)
-    recorded = record.options if record else None
     with _threads(recorded.threads if recorded else torch.get_num_threads()):
         differences = replaying.replay(job.config, options, result.folder, chosen)
     how = f", sampled with seed {seed}" if len(chosen) < len(names) else ""
@@ -334,7 +340,7 @@ def _values(
         f"{_count(len(chosen), 'replayed tensor')}",
         f"{len(chosen)} of {len(names)} tensors replayed ({size}{how}), equal to the "
         "last bit",
-        _hint(record, options.random_seed if random else None),
+        _hint(record, random=random),
     )
 
 
@@ -349,13 +355,14 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _hint(record: schema.Report | None, seed: int | None) -> str:
+def _hint(record: schema.Report | None, *, random: bool) -> str:
     """What else than other weights may explain a difference."""
+    seed = ". Or the merge was given another seed" if random else ""
     if record is None:
         threads = torch.get_num_threads()
         return (
             f". {REPORT} is missing: a merge on the CPU by {_count(threads, 'thread')} "
-            "is assumed (OMP_NUM_THREADS sets another number)"
+            f"is assumed (OMP_NUM_THREADS sets another number){seed}"
         )
     current = running.versions()
     changed = [
@@ -363,10 +370,10 @@ def _hint(record: schema.Report | None, seed: int | None) -> str:
         for package, of in record.versions.items()
         if of != current.get(package)
     ]
-    recorded = record.options.random_seed if record.options else None
-    if seed is not None and recorded not in (None, seed):
-        changed.append(f"the random seed {recorded} (here {seed})")
-    return f". The merge was made with {', '.join(changed)}" if changed else ""
+    if not record.options or record.options.random_seed is not None:
+        seed = ""
+    made = f". The merge was made with {', '.join(changed)}" if changed else ""
+    return f"{made}{seed}"
 
 
 def _count(count: int, what: str) -> str:

@@ -228,7 +228,7 @@ def _check_epsilon(model: ModelReference, values: Mapping[str, Any]) -> None:
         raise ValueError(
             f"epsilon of {model} is {epsilon:g} at density {density:g}; expected a "
             f"number from 0 to less than {min(density, 1 - density):g}, so that "
-            "density + and - epsilon lie between 0 and 1"
+            "density + and - epsilon lie between 0 and 1 (by default epsilon is 0.15)"
         )
 
 

@@ -13,6 +13,7 @@ from mergekit.tokenizer import PermutedVocabulary
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.layouts import stored_as
 from mergekit_metagpt.merge_config.plan import Planned
+from mergekit_metagpt.merge_config.yaml_errors import closest
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -34,6 +35,13 @@ def check_tokenizer(
     from mergekit._data import chat_templates
     from mergekit.merge import _set_chat_template
 
+    source = str(config.tokenizer_source or "")
+    if (meant := closest(source.lower(), ("base", "union"))) and meant != source:
+        if not Path(source).exists():
+            raise ValueError(
+                f"tokenizer_source is {source!r}; expected base, union or a model. Did "
+                f"you mean {meant}?"
+            )
     try:
         if config.chat_template != "auto":
             _set_chat_template(SimpleNamespace(), config)

@@ -60,6 +60,7 @@ def in_words(error: ValidationError) -> str:
         MergeConfiguration,
         OutputSliceDefinition,
     )
+    from mergekit.tokenizer.config import TokenizerConfig
 
     errors = error.errors()
     unknown = [each for each in errors if each["type"] == "extra_forbidden"]
@@ -102,6 +103,8 @@ def in_words(error: ValidationError) -> str:
         )
     inner = (OutputSliceDefinition, InputSliceDefinition, ConditionalParameter)
     schemas = inner if above else (MergeConfiguration,)
+    if above[:1] == ["tokenizer"]:
+        schemas = (TokenizerConfig,)
     names = {name for each in schemas for name in each.model_fields}
     other = _MEANT.get(str(key))
     meant = other if other in names else closest(str(key), names)
