@@ -36,12 +36,12 @@ def check_tokenizer(
     from mergekit.merge import _set_chat_template
 
     source = str(config.tokenizer_source or "")
-    if (meant := closest(source.lower(), ("base", "union"))) and meant != source:
-        if not Path(source).exists():
-            raise ValueError(
-                f"tokenizer_source is {source!r}; expected base, union or a model. Did "
-                f"you mean {meant}?"
-            )
+    meant = closest(source.lower(), ("base", "union"))
+    if meant not in (None, source) and "/" not in source:
+        raise ValueError(
+            f"tokenizer_source is {source!r}; expected base, union or a model. Did you "
+            f"mean {meant}?"
+        )
     try:
         if config.chat_template != "auto":
             _set_chat_template(SimpleNamespace(), config)
