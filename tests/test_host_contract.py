@@ -140,6 +140,7 @@ FIELDS = {
     "config.ConfigReader": "slice_out module",
     "options.MergeOptions": "lora_merge_cache transformers_cache trust_remote_code"
     " lazy_unpickle quiet write_model_card",
+    "tokenizer.config.TokenizerConfig": "source tokens",
     "tokenizer.PermutedVocabulary": "gather_tensors tokenizer_task tokens"
     " vocabulary_axis",
 }
@@ -150,6 +151,7 @@ FIELDS = {
 @uses("mergekit.config.InputSliceDefinition", "mergekit.config.OutputSliceDefinition")
 @uses("mergekit.config.OutputModuleDefinition", "mergekit.config.ConfigReader")
 @uses("mergekit.tokenizer.PermutedVocabulary")
+@uses("mergekit.tokenizer.config.TokenizerConfig")
 @pytest.mark.parametrize("name", FIELDS)
 def test_fields_that_we_read_or_set(name: str) -> None:
     module, _, attribute = f"mergekit.{name}".rpartition(".")
