@@ -128,9 +128,8 @@ def inspect(
     the files. LoRA adapters are measured from their factors; where all of MODEL... are
     adapters, --base is not needed.
     """
-    reads = (*models, *(() if base is None else (base,)))
     check_reports(
-        reads, json=json_file, csv=csv_file, peft=peft, plot=plot, force=force
+        models, json=json_file, csv=csv_file, peft=peft, plot=plot, force=force
     )
 
     from mergekit_metagpt.commands import measuring, together
@@ -269,7 +268,7 @@ def verify(
     bit, with tensors that mergekit merges again from the inputs. Ends with status 0 if
     all agree, 1 if anything differs, and 3 if anything could not be checked.
     """
-    check_reports([], json=json_file, force=force)
+    check_reports(json=json_file, force=force)
 
     if not out.is_dir():
         what = "is a file" if out.exists() else "does not exist"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mergekit_metagpt.commands import placing
+from mergekit_metagpt.commands import placing, shards
 from mergekit_metagpt.commands.options import lora_flags
 from mergekit_metagpt.merge_config import (
     checks,
@@ -148,11 +148,7 @@ def merge(
     """
     text, config = merge_yaml.read_file(config_file)
     out = out.resolve()
-    if (parts := placing.parts(out)).exists():
-        raise ValueError(
-            f"{parts} holds an unfinished merge by ranks. Give --resume to go on from "
-            "it, or remove that folder"
-        )
+    shards.require_none(placing.parts(out))
     placing.require_free(out, config_file, config, force=force)
     options.apply_global_options()
     prepared = prepare(config, options, config_file)

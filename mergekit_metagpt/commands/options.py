@@ -144,7 +144,7 @@ def check_new(read: str, out: str, *, force: bool) -> None:
 
 
 def check_reports(
-    reads: Iterable[str | Path],
+    reads: Iterable[str] = (),
     *,
     force: bool,
     plot: str | None = None,
@@ -180,7 +180,7 @@ def check_reports(
     _require_force(taken, force=force)
 
 
-def _require_expendable(taken: Sequence[str], reads: Iterable[str | Path]) -> None:
+def _require_expendable(taken: Sequence[str], reads: Iterable[str]) -> None:
     """Refuse to replace, even by force, what a command reads, or a model's file."""
     read = {Path(path).resolve() for path in reads}
     for file in taken:

@@ -63,6 +63,16 @@ def await_token(folder: Path, token: str, group: ranks.Group) -> None:
         time.sleep(0.25)
 
 
+def require_none(folder: Path) -> None:
+    """Refuse a folder in which an earlier run was working."""
+    if folder.exists():
+        raise ValueError(
+            f"{folder} holds an unfinished merge by ranks, {len(finished(folder))} "
+            "files of which are finished. Give --resume to go on from them, or remove "
+            "that folder"
+        )
+
+
 def _taken_over(folder: Path) -> str:
     return (
         f"another merge works in {folder}, or removed it. Wait for it, then run this "

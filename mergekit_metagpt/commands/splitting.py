@@ -65,7 +65,8 @@ def merge(
     if group.leads:
         inside = folder.name if folder.parent == out else None
         placing.require_free(out, config_file, config, force=force, ignoring=inside)
-        _check_unfinished(folder, resume=resume)
+        if not resume:
+            shards.require_none(folder)
     options.apply_global_options()
     checked = _check(text, config, config_file, options)
     digest = dividing.digest(config, options, checked.opened)
@@ -133,15 +134,6 @@ def _is_complete(out: Path, text: str, folder: Path) -> bool:
             "Give --force to merge it again"
         ) from error
     return True
-
-
-def _check_unfinished(folder: Path, *, resume: bool) -> None:
-    if folder.exists() and not resume:
-        count = len(shards.finished(folder))
-        raise ValueError(
-            f"{folder} holds {count} finished files of an earlier run. Give --resume "
-            "to go on from them, or remove that folder"
-        )
 
 
 def _check(

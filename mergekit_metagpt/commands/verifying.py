@@ -340,7 +340,7 @@ def _values(
         f"{_count(len(chosen), 'replayed tensor')}",
         f"{len(chosen)} of {len(names)} tensors replayed ({size}{how}), equal to the "
         "last bit",
-        _hint(record, random=random),
+        _hint(record, unseeded=random and then is None),
     )
 
 
@@ -355,9 +355,9 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _hint(record: schema.Report | None, *, random: bool) -> str:
+def _hint(record: schema.Report | None, *, unseeded: bool) -> str:
     """What else than other weights may explain a difference."""
-    seed = ". Or the merge was given another seed" if random else ""
+    seed = ". Or the merge was given another seed" if unseeded else ""
     if record is None:
         threads = torch.get_num_threads()
         return (
@@ -370,8 +370,6 @@ def _hint(record: schema.Report | None, *, random: bool) -> str:
         for package, of in record.versions.items()
         if of != current.get(package)
     ]
-    if not record.options or record.options.random_seed is not None:
-        seed = ""
     made = f". The merge was made with {', '.join(changed)}" if changed else ""
     return f"{made}{seed}"
 
