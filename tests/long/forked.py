@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -385,9 +386,12 @@ def _serve_one(request: Mapping[str, Any]) -> list[dict[str, Any]]:
                 status = 0
             except SystemExit as ended:
                 status = int(ended.code or 0)
+        import tqdm
         from mergekit.io.tasks import LoaderCache
 
         LoaderCache.loaders.clear()
+        # Its own lock lies in shared memory: a killed fork would hold it for ever.
+        tqdm.tqdm.set_lock(threading.RLock())
         gc.freeze()  # else each fork copies and collects what all of them share
         return [asdict(Ended(status, "", 0.0, "", 0, False))]
     running = {}
