@@ -359,7 +359,9 @@ def test_degenerate_warning_says_which_way_a_weight_must_go(
 ) -> None:
     """More in test_perils.py; once a merge: test_sq_norm_rules.py."""
     merge(make_family(tmp_path / "far", sizes=(1e-2, 1e-2, 1e-1)))
-    assert re.search(r"tuned2 moved 10 times more than \S+ and takes", caplog.text)
+    assert re.search(
+        r"tuned2 moved (9\.9\d|10) times more than \S+ and takes", caplog.text
+    )
     assert "weight: 0.01 for " in caplog.text
 
 

@@ -178,7 +178,7 @@ def unreadable(
     return Row(
         name,
         broken.in_file(f"tuned1/{file}", change, shards=1 if whole else 3),
-        ours=f"{{dir}}/tuned1/{file} cannot be read: …: fetch or save it again",
+        ours=f"{{dir}}/tuned1/{file} cannot be read: …: fetch or make it again",
         mergekit="Error while deserializing header: …" if whole else "{ours}",
         error=SafetensorError if whole else OSError,
     )
@@ -207,7 +207,7 @@ FILES = [
     Row(
         "missing-shard",
         broken.missing_file(f"tuned1/{SHARD}", shards=3),
-        ours=f"{{dir}}/tuned1/{SHARD} is missing; … Fetch or save it again",
+        ours=f"{{dir}}/tuned1/{SHARD} is missing; … Fetch or make it again",
         error=FileNotFoundError,
     ),
     *(
@@ -235,7 +235,7 @@ FILES = [
         "pickle-with-short-records",
         broken.pickled(broken.short_records),
         ours="{dir}/tuned1/pytorch_model.bin cannot be read: its record data/… has … "
-        "bytes; its pickle says …: fetch or save it again",
+        "bytes; its pickle says …: fetch or make it again",
         error=OSError,
     ),
     Row(
@@ -312,6 +312,31 @@ PARAMETERS = [
         "density-in-per-cent",
         broken.settings(merge_method="metagpt_ties", parameters={"density": 50}),
         ours="density is 50; expected a number from 0 to 1…",
+    ),
+    Row(
+        "density-of-nothing",
+        broken.settings(merge_method="metagpt_ties", parameters={"density": 0}),
+        ours="density is 0, which drops the whole task vector; expected …",
+        mergekit=None,
+    ),
+    Row(
+        "gamma-in-per-cent",
+        broken.settings(
+            merge_method="metagpt_breadcrumbs",
+            parameters={"density": 0.9, "gamma": 5},
+        ),
+        ours="gamma is 5; expected a number from 0 to 1…",
+    ),
+    Row(
+        "power-true",
+        broken.parameters(power=True),
+        ours="power is True; expected a finite number",
+    ),
+    Row(
+        "power-empty",
+        broken.parameters(power=[]),
+        ours="power is an empty list, for which mergekit would take the default; …",
+        mergekit=None,
     ),
     Row(
         "normalize-neither",
@@ -1031,6 +1056,17 @@ def test_layers_that_a_model_does_not_have_are_refused(
     job.prepare(broken.slices(THREE, (0, 3), layers))
     said = cli.refused(*job.command)
     assert f"layer_range of {job.folder}/base in slices[1] is {list(layers)}; " in said
+    assert not job.happened
+
+
+def test_layers_of_different_number_are_refused(job: Job, cli: Cli) -> None:
+    def spoil(folder: Path, config: broken.Config) -> None:
+        broken.slices(THREE, (0, 3))(folder, config)
+        config["slices"][0]["sources"][0]["layer_range"] = [0, 2]
+
+    job.prepare(spoil)
+    said = cli.refused(*job.command)
+    assert "in slices[0] spans 2 layers and that of another 3" in said
     assert not job.happened
 
 

@@ -23,6 +23,7 @@ from mergekit_metagpt.merge_config.converting import (
 from mergekit_metagpt.method.composed import COMPOSED
 from tests.conftest import Cli, Family
 from tests.families import merge_config, read_model, write_yaml
+from tests.merges import write_merge
 
 ROOT = Path(__file__).parents[1]
 ALIKE = ("task_arithmetic", "linear", "model_stock", "sce")
@@ -210,6 +211,17 @@ def test_comments_above_the_first_key_are_kept() -> None:
     made = converting.convert(text.replace("./a\n", "./a  # the best\n"))
     assert "the best" not in made.text
     assert any("dropped the comments" in line for line in made.changes)
+
+
+def test_the_comment_of_an_exported_yaml_is_dropped(
+    family: Family, tmp_path: Path, cli: Cli
+) -> None:
+    """It says that the weights are coefficients; a recipe has none."""
+    recipe = write_merge(tmp_path / "recipe.yml", family.base, family.models)
+    cli("export", recipe, tmp_path / "plain.yml")
+    made = converting.convert((tmp_path / "plain.yml").read_text())
+    assert made.text.startswith("merge_method: metagpt\n")
+    assert any("the comment of `export`" in line for line in made.changes)
 
 
 # ---- bases

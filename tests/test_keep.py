@@ -283,7 +283,7 @@ def test_advice_says_what_the_experiment_measured() -> None:
         name: raw["setting"]["domains"].index(entry["domain"])
         for name, entry in raw["setting"]["specialists"].items()
     }
-    near, apart = [], []
+    near, apart, farthest = [], [], 0.0
     for mixture, names in raw["setting"]["mixtures"].items():
         for seed in {m["seed"] for m in raw["models"] if mixture != "harsh"}:
             sq_norms = [models[seed, name]["sq_norm"] for name in names]
@@ -296,6 +296,7 @@ def test_advice_says_what_the_experiment_measured() -> None:
             pair = usual - average, mild - usual
             (apart if disparity > advice.APART_NORMS else near).append(pair)
             assert not 1.5 < disparity < 2.25
+            farthest = max(farthest, disparity)
     better = sum(less < 0 for less, _ in near)
     mean = -sum(less for less, _ in near) / len(near)
     said_near, said_apart = advice.which_weights(1.2), advice.which_weights(2.5)
@@ -315,8 +316,10 @@ def test_advice_says_what_the_experiment_measured() -> None:
     assert f"better than MetaGPT in {milder} of {len(apart)}. Try" in said_apart
     assert "Try" not in advice.which_weights(2.5, power=1.0)
     assert advice.which_weights(2.5, (1.0, 1.0, 0.0)) == said_apart
+    assert f"{farthest:.1f}" == str(advice.FARTHEST_TRIED)
+    assert "1,640 to 1 apart, farther than any" in advice.which_weights(1640)
     said = advice.which_weights(2.5, (30.0, 1.0))
-    assert "2.50 to 1" in said and " of 18" not in said and "says nothing" in said
+    assert "2.5 to 1" in said and " of 18" not in said and "says nothing" in said
 
 
 def real_outcomes() -> Iterator[tuple[float, float, float]]:

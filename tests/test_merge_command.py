@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -340,6 +342,34 @@ def test_options_that_cannot_be(
     option: str, value: str, says: str, work: Path, cli: Cli
 ) -> None:
     assert says in cli.refused("merge", "merge.yml", "out", option, value)
+
+
+def test_a_full_disk_is_noticed_before_anything_is_measured(
+    work: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (weights,) = (work / "m" / "base").glob("*.safetensors")
+    size = weights.stat().st_size
+
+    def usage(path: Path) -> SimpleNamespace:
+        assert path == work
+        return SimpleNamespace(total=1, free=free)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    free = int(0.9 * size)
+    for options in ([], ["--resume"]):
+        said = cli.refused("merge", "merge.yml", "out", *QUIET, *options)
+        assert "the merged model takes 0.00 GB, and " in said
+    assert not (work / "out").exists()
+    free = size
+    cli("merge", "merge.yml", "out", *QUIET)
+
+
+def test_force_does_not_remove_a_folder_of_folders(work: Path, cli: Cli) -> None:
+    (work / "models" / "precious").mkdir(parents=True)
+    said = cli.refused("merge", "merge.yml", "models", *QUIET, "--force")
+    assert "is no model, and --force would remove the folder precious in it" in said
+    (work / "models" / "config.json").touch()  # now it is one
+    cli("merge", "merge.yml", "models", *QUIET, "--force")
 
 
 def test_a_folder_that_was_filled_while_a_rank_merged(

@@ -59,13 +59,21 @@ def test_ways_out_of_a_degenerate_merge_have_numbers(
     )
     way = "less" if sizes[0] < 2 else "more"
     times = 9 if way == "less" else 7
-    assert re.match(rf"m0 moved {times}(\.0)? times {way} than m[12] and ", said)
+    assert re.match(rf"m0 moved {times} times {way} than m[12] and ", said)
     assert said.index("weight: ") < said.index("power: 1")
     found = re.search(r"weight: (\S+) for m0 \(an equal share\)", said)
     assert found
     equal = coefficients(sq_norms, [float(found[1]), weight, weight])
     assert equal[0].item() == pytest.approx(1 / 3, rel=0.05)
     assert f"power: 1 ({sizes[0] / sum(sizes):.2%} for it)" in said
+
+
+def test_a_power_above_2_is_a_cause() -> None:
+    said = advice.degenerate(
+        "b", ["m0", "m1"], [1.0, 1e-120], [1, 1], "here", sq_norms=[4.0, 1.0], power=400
+    )
+    assert said is not None and "causes: a power above 2, " in said
+    assert "Ways out: power: 2 (20.00% for it)" in said
 
 
 def test_a_power_that_does_not_help_is_no_way_out() -> None:

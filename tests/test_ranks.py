@@ -299,7 +299,7 @@ def test_a_complete_merge_has_nothing_to_resume(place: Place) -> None:
         # Another merge is not this one, and an incomplete one is not complete.
         config.write_text(config.read_text() + "# another\n")
         (ended,) = place.ranks(1, place.merge("--resume"))
-        assert ended.status == 2 and "is not empty" in errors(ended)[0]
+        assert ended.status == 2 and "from another YAML" in errors(ended)[0]
         place.config()
         weights = next(place.out.glob("*.safetensors"))
         whole = weights.read_bytes()

@@ -463,13 +463,8 @@ YAML = "out/mergekit_config.yml"
             "configuration",
             "is 'linear'; verify takes",
         ),
-        (
-            lambda at: (at / "out/metagpt.json").write_text("{"),
-            "configuration",
-            "metagpt.json is damaged",
-        ),
     ],
-    ids=["no inputs", "no YAML", "another method", "a damaged report"],
+    ids=["no inputs", "no YAML", "another method"],
 )
 def test_what_cannot_be_checked(
     spoil: Callable[[Path], Any],
@@ -484,6 +479,31 @@ def test_what_cannot_be_checked(
     printed = cli("verify", copy / "out", status=3)
     assert printed.err.count("\n") == 1 and printed.err.endswith(f"see {check}\n")
     assert printed.out.count(words) == 1
+
+
+def test_a_damaged_report_leaves_the_values_to_check(
+    copy: Path, verify: Verify, cli: Cli
+) -> None:
+    (copy / "out" / "metagpt.json").write_text("{")
+    of = verify(copy / "out", status=3)["of"]
+    assert "metagpt.json is damaged" in of["inputs"]["details"]
+    assert of["values"]["verdict"] == "verified"
+    said = cli("verify", copy / "out", status=3).err
+    assert said.endswith("see inputs, coefficients\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "is missing"), ("{", "is damaged")]
+)
+def test_a_config_that_is_not_whole(
+    content: str | None, words: str, copy: Path, verify: Verify
+) -> None:
+    file = copy / "out" / "config.json"
+    file.unlink()
+    if content:
+        file.write_text(content)
+    details = verify(copy / "out", status=1)["of"]["files"]["details"]
+    assert f"{file} {words}" in details
 
 
 def test_wrong_usage(made: Path, tmp_path: Path, cli: Cli) -> None:

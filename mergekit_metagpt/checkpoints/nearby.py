@@ -22,7 +22,9 @@ def missing(path: str | Path, expected: str, *, folders: bool = False) -> str:
     """
     meant = nearest(Path(path), folders=folders)
     hint = f". Did you mean {meant}?" if meant else ""
-    return f"{path} does not exist; expected {expected}{hint}"
+    given = str(path)
+    shown = given if given == given.strip() else repr(given)  # else blanks are unseen
+    return f"{shown} does not exist; expected {expected}{hint}"
 
 
 def is_local(path: str) -> bool:

@@ -42,7 +42,7 @@ def _unpickled(file: Path) -> dict[str, Any]:
     if not isinstance(inner, dict) or not all(isinstance(name, str) for name in inner):
         raise OSError(
             f"{file} cannot be read: it holds {type(inner).__name__}; expected tensors "
-            "by name. Fetch or save it again"
+            "by name. Fetch or make it again"
         )
     return state
 
@@ -148,7 +148,7 @@ class Archive:
         except Exception as error:
             raise OSError(
                 f"{self.file} cannot be read: {type(error).__name__} {error} in its "
-                "pickle. Fetch or save it again, or store it as safetensors"
+                "pickle. Fetch or make it again, or store it as safetensors"
             ) from error
         for key, expected in lister.storages:
             record = self.records.get(f"{self.folder}/data/{key}".lower())
@@ -157,7 +157,7 @@ class Archive:
                 raise OSError(
                     f"{self.file} cannot be read: its record data/{key} has "
                     f"{size:,} bytes; its pickle says {expected:,}. It is truncated "
-                    "or corrupt: fetch or save it again"
+                    "or corrupt: fetch or make it again"
                 )
 
 

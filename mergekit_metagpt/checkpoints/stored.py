@@ -123,7 +123,7 @@ def quantised(label: str, why: str) -> ValueError:
 def missing(file: Path) -> FileNotFoundError:
     """Return the error for a file that a model's index names, but that is not there."""
     return FileNotFoundError(
-        f"{file} is missing; it is part of the model by its index. Fetch or save it "
+        f"{file} is missing; it is part of the model by its index. Fetch or make it "
         "again"
     )
 
@@ -131,7 +131,7 @@ def missing(file: Path) -> FileNotFoundError:
 def corrupt(file: Path, error: Exception) -> OSError:
     """Return the error for a file that cannot be read, with the reader's own words."""
     return OSError(
-        f"{file} cannot be read: {error}. It is truncated or corrupt: fetch or save it "
+        f"{file} cannot be read: {error}. It is truncated or corrupt: fetch or make it "
         "again"
     )
 

@@ -48,12 +48,12 @@ class OneLineGroup(click.Group):
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Parse the options of the group."""
-        with _usage_in_one_line():
+        with _usage_in_one_line(), _signals_as_statuses():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Parse the arguments of a command, and run it."""
-        with _usage_in_one_line(), _signals_as_statuses(ctx):
+        with _usage_in_one_line(), _signals_as_statuses():
             return super().invoke(ctx)
 
 
@@ -69,17 +69,18 @@ def _usage_in_one_line() -> Iterator[None]:
 
 
 @contextmanager
-def _signals_as_statuses(ctx: click.Context) -> Iterator[None]:
+def _signals_as_statuses() -> Iterator[None]:
     """End as shells report signals: status 1 is the result of a check."""
     try:
         yield
     except (KeyboardInterrupt, click.Abort):
         click.echo("\nAborted!", err=True)
-        ctx.exit(128 + signal.SIGINT)
+        raise click.exceptions.Exit(128 + signal.SIGINT) from None
     except BrokenPipeError:  # whoever read stdout has ended
         # Python flushes stdout once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        ctx.exit(128 + 13)  # SIGPIPE, which Windows does not name
+        # SIGPIPE is 13; Windows does not name it.
+        raise click.exceptions.Exit(128 + 13) from None
 
 
 def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:

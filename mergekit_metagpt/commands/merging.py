@@ -88,10 +88,9 @@ class Prepared:
                 stream.write(f"\n{about}")
 
 
-def prepare(config: MergeConfiguration, options: MergeOptions, file: Path) -> Prepared:
-    """Check a whole merge by one of our methods, and measure its models."""
-    with sharing.leader_first():
-        job = jobs.check(config, options, file)
+def prepare(job: jobs.Job, options: MergeOptions) -> Prepared:
+    """Measure the models of a merge by one of our methods; the last of its checks."""
+    config = job.config
     tokenizer_checks.check_copied_tokenizer(config, options)
     merged = families.of_config(config)
     # Inner products are only taken from the cache, where `inspect` may have left them.
@@ -151,7 +150,9 @@ def merge(
     shards.require_none(placing.parts(out))
     placing.require_free(out, config_file, config, force=force)
     options.apply_global_options()
-    prepared = prepare(config, options, config_file)
+    job = jobs.check(config, options, config_file)
+    placing.require_space(out, job)
+    prepared = prepare(job, options)
     with placing.workplace(out) as parent:
         # Write these first: they should fail before hours of merging, not after.
         beside = parent / "beside"

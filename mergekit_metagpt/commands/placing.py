@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_metagpt.merge_config import merge_yaml
+from mergekit_metagpt.merge_config import dividing, jobs, merge_yaml
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -42,11 +42,43 @@ def require_free(
             raise ValueError(
                 f"{out} holds {path}, which this merge reads; choose another folder"
             )
-    if not force:
+    if force:
+        _require_replaceable(out, ignoring)
+    else:
         _require_empty(out, ignoring)
     place = out if ignoring else home(out)
     if not os.access(place, os.W_OK):
         raise ValueError(f"{place} cannot be written: no permission")
+
+
+def require_space(out: Path, job: jobs.Job, done: int = 0) -> None:
+    """Refuse a merge whose tensors would not fit on the disk.
+
+    Args:
+        out: folder for the merged model.
+        job: the checked merge.
+        done: bytes of it that are written already.
+    """
+    size = sum(dividing.written(job.config, t, job.opened) for t in job.planned)
+    place = home(out)
+    disk = shutil.disk_usage(place)
+    if disk.total and disk.free < size - done:  # some systems tell nothing
+        raise ValueError(
+            f"the merged model takes {size / 1e9:.2f} GB, and {place} has only "
+            f"{disk.free / 1e9:.2f} GB free. Make room, or choose another disk"
+        )
+
+
+def _require_replaceable(out: Path, ignoring: str | None) -> None:
+    """Refuse to replace what is no model and has folders, such as one of models."""
+    if not out.exists() or (out / "config.json").exists():
+        return
+    for path in sorted(out.iterdir()):
+        if path.is_dir() and path.name != ignoring:
+            raise ValueError(
+                f"{out} is no model, and --force would remove the folder {path.name} "
+                "in it; choose another folder, or remove it yourself"
+            )
 
 
 class Taken(ValueError):

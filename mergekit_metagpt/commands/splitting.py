@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,14 +20,12 @@ from mergekit_metagpt.merge_config import (
     dividing,
     jobs,
     merge_yaml,
-    plan,
     replaying,
     running,
 )
 from mergekit_metagpt.scanning import dealing, once, ranks, sharing
 
 if TYPE_CHECKING:
-    from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
 
 LOG = logging.getLogger("mergekit_metagpt")
@@ -38,9 +36,7 @@ class _Checked:
     """A checked merge by any method; `prepared` if the method is one of ours."""
 
     text: str
-    config: MergeConfiguration
-    opened: Mapping[Any, Any]
-    planned: Sequence[plan.Planned]
+    job: jobs.Job
     prepared: merging.Prepared | None
 
 
@@ -68,11 +64,20 @@ def merge(
         if not resume:
             shards.require_none(folder)
     options.apply_global_options()
-    checked = _check(text, config, config_file, options)
-    digest = dividing.digest(config, options, checked.opened)
+    ours = config.merge_method in checks.METHODS
+    with sharing.leader_first():
+        if ours:
+            job = jobs.check(config, options, config_file)
+        else:
+            job = jobs.check_any(config, options)
+    if group.leads:
+        finished = sum(file.bytes for file in shards.finished(folder).values())
+        placing.require_space(out, job, finished)
+    checked = _Checked(text, job, merging.prepare(job, options) if ours else None)
+    digest = dividing.digest(config, options, job.opened)
     group.require_same(digest, "models, options, threads or versions of packages")
     with _announced(checked):
-        parts = dividing.parts_of(config, options, checked.planned, checked.opened)
+        parts = dividing.parts_of(config, options, job.planned, job.opened)
     owners = dealing.owners([part.read + part.written for part in parts], group.size)
     dealt = list(dividing.shards_of(parts, owners, options.out_shard_size, digest))
     token, about = secrets.token_hex(16), ""
@@ -95,7 +100,7 @@ def merge(
                 token=token,
                 reused=reused,
             )
-        for checkpoint in checked.opened.values():
+        for checkpoint in job.opened.values():
             checkpoint.verify_unchanged()
         written = [m for of_rank in group.gather(manifests) for m in of_rank]
     except BaseException:
@@ -116,16 +121,21 @@ def merge(
 def _is_complete(out: Path, text: str, folder: Path) -> bool:
     """Whether `out` is a whole model with this YAML, and no file waits to be used.
 
-    Raises a ValueError if files of such a model are missing, cut short or corrupt.
+    Raises a ValueError if it is one with another YAML, or if files of it are missing,
+    cut short or corrupt.
     """
     copy = out / "mergekit_config.yml"
     if (
         not (out / "config.json").is_file()  # comes last
         or not copy.is_file()
-        or copy.read_text(encoding="utf-8") != text
         or shards.finished(folder)
     ):
         return False
+    if copy.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"{out} is complete, but was merged from another YAML ({copy}): there is "
+            "nothing to resume. Choose another folder, or replace it with --force"
+        )
     try:
         replaying.open_result(out)
     except (OSError, ValueError) as error:
@@ -134,18 +144,6 @@ def _is_complete(out: Path, text: str, folder: Path) -> bool:
             "Give --force to merge it again"
         ) from error
     return True
-
-
-def _check(
-    text: str, config: MergeConfiguration, file: Path, options: MergeOptions
-) -> _Checked:
-    if config.merge_method in checks.METHODS:
-        prepared = merging.prepare(config, options, file)
-        job = prepared.job
-        return _Checked(text, config, job.opened, job.planned, prepared)
-    with sharing.leader_first():
-        job = jobs.check_any(config, options)
-    return _Checked(text, config, job.opened, job.planned, None)
 
 
 def _set_up(folder: Path, out: Path, token: str, checked: _Checked) -> str:
@@ -165,7 +163,7 @@ def _set_up(folder: Path, out: Path, token: str, checked: _Checked) -> str:
 def _announced(checked: _Checked) -> AbstractContextManager[None]:
     """Keep our method from logging again, while it is planned, what was logged."""
     return running.already_warned(
-        checked.config, warned=bool(checked.prepared and checked.prepared.warned)
+        checked.job.config, warned=bool(checked.prepared and checked.prepared.warned)
     )
 
 
@@ -188,7 +186,8 @@ def _completed(
     """Make the model of the files that all ranks have written; return its folder."""
     made = folder / "made" / out.name
     made.mkdir(parents=True)
-    running.run_without_tensors(checked.config, str(made), options, source=checked.text)
+    config = checked.job.config
+    running.run_without_tensors(config, str(made), options, source=checked.text)
     shards.assemble(written, folder, made, safe=options.safe_serialization)
     if checked.prepared:
         checked.prepared.complete(made, folder / "beside", about, options)

@@ -77,7 +77,13 @@ def _checks(
     out = out.resolve()
     with _check("configuration"):
         config = _config(out)
+    record: schema.Report | None = None
+    verdict: schema.Verdict = "not recorded"
+    unrecorded = f"{REPORT} is missing, as after mergekit-yaml"
+    try:
         record = record_of(out)
+    except (ValueError, OSError) as error:
+        verdict, unrecorded = "not checked", in_one_line(error)
     options = _as_merged(options, record)
     try:
         result = replaying.open_result(out)
@@ -95,9 +101,8 @@ def _checks(
     planned = f"{expected}, as mergekit plans them"
     yield _compared("tensors", misfits, expected, planned)
     if record is None:
-        details = f"{REPORT} is missing, as after mergekit-yaml"
         for name in ("inputs", "coefficients"):
-            yield schema.Check(name=name, verdict="not recorded", details=details)
+            yield schema.Check(name=name, verdict=verdict, details=unrecorded)
     else:
         with _check("coefficients"), _as_estimated(record):
             merged = families.of_config(config)
@@ -156,8 +161,7 @@ def record_of(out: Path) -> schema.Report | None:
         return schema.Report.model_validate_json(file.read_bytes())
     except ValueError as error:
         raise ValueError(
-            f"{file} is damaged, or of another version of mergekit-metagpt. Without "
-            "that file, inputs and coefficients are not compared"
+            f"{file} is damaged, or of another version of mergekit-metagpt"
         ) from error
 
 
@@ -361,8 +365,8 @@ def _hint(record: schema.Report | None, *, unseeded: bool) -> str:
     if record is None:
         threads = torch.get_num_threads()
         return (
-            f". {REPORT} is missing: a merge on the CPU by {_count(threads, 'thread')} "
-            f"is assumed (OMP_NUM_THREADS sets another number){seed}"
+            f". Without {REPORT}, a merge on the CPU by {_count(threads, 'thread')} is "
+            f"assumed (OMP_NUM_THREADS sets another number){seed}"
         )
     current = running.versions()
     changed = [

@@ -49,9 +49,9 @@ def check_yaml(config: MergeConfiguration, file: str | Path = "OLD.yml") -> None
     """Check everything about a merge by MetaGPT that follows from the YAML alone.
 
     Raises a ValueError for another method; no base, or only the base; a base missing
-    among the sources of a slice; an illegal weight or density of a model; a list as
-    `exclude`; a `sample` that is not one number; `granularity: layer` with slices
-    that move layers.
+    among the sources of a slice; an illegal weight or density of a model; an empty list
+    as a parameter; a density of 0 throughout; a list as `exclude`; a `sample` that is
+    not one number; `granularity: layer` with slices that move layers.
     """
     if config.merge_method not in METHODS:
         raise ValueError(_other_method(config.merge_method, file))
@@ -86,6 +86,16 @@ def check_yaml(config: MergeConfiguration, file: str | Path = "OLD.yml") -> None
                     for value in values_of(level[name]):
                         checked_of(model, name, value)
         for level in (level for levels in part.settings for level in levels):
+            for name in (name for name, value in level.items() if value == []):
+                raise ValueError(
+                    f"{name} is an empty list, for which mergekit would take the "
+                    "default; expected a value"
+                )
+            if level.get("density") == 0:
+                raise ValueError(
+                    "density is 0, which drops the whole task vector; expected a "
+                    "number above 0. To leave a model out, give it weight: 0"
+                )
             exclude = level.get("exclude")
             if isinstance(exclude, list) and not any(
                 hasattr(item, "value") for item in exclude

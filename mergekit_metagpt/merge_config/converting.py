@@ -10,7 +10,7 @@ import yaml
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import ParameterScope
 
-from mergekit_metagpt.merge_config import checks, merge_yaml, yaml_errors
+from mergekit_metagpt.merge_config import checks, merge_yaml, plain_yaml, yaml_errors
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -113,6 +113,9 @@ def convert(text: str, base: str | None = None) -> Converted:
         changes.append(
             "dropped the comments below the first key; those above it are kept"
         )
+    if plain_yaml.HEADER in header:
+        header = ""
+        changes.append("dropped the comment of `export` on the weights")
     body = yaml.dump(
         data, Dumper=_dumper(), sort_keys=False, width=88, allow_unicode=True
     )

@@ -124,22 +124,37 @@ def _part(
     config: MergeConfiguration,
     random: bool,
 ) -> Part:
-    from mergekit.common import dtype_from_name
-
-    read = written = drawn = 0
-    name = tensor.task.output_weight.force_dtype or config.out_dtype or config.dtype
-    dtype = dtype_from_name(name)
+    read = drawn = 0
     for model, weight in tensor.input_names.items():
         stored = stored_as(opened[model], weight)
         if stored is None:
             continue
         read += sum(held.numel * held.dtype.itemsize for held in sources(stored))
-        count = torch.Size(stored.shape).numel()
-        written = max(written, count * (dtype or stored.dtype).itemsize)
-        if random and model != tensor.task.base_model:
-            drawn += count if _draws(tensor, model) else 0
+        if random and model != tensor.task.base_model and _draws(tensor, model):
+            drawn += torch.Size(stored.shape).numel()
     assert not random or isinstance(tensor.task.gather_tensors, GatherTensors)
-    return Part(task, read, written, drawn)
+    return Part(task, read, written(config, tensor, opened), drawn)
+
+
+def written(
+    config: MergeConfiguration,
+    tensor: plan.Planned,
+    opened: Mapping[ModelReference, Checkpoint],
+) -> int:
+    """Bytes of an output tensor, as far as headers tell."""
+    from mergekit.common import dtype_from_name
+
+    name = tensor.task.output_weight.force_dtype or config.out_dtype or config.dtype
+    dtype = dtype_from_name(name)
+    inputs = (stored_as(opened[at], name) for at, name in tensor.input_names.items())
+    return max(
+        (
+            torch.Size(stored.shape).numel() * (dtype or stored.dtype).itemsize
+            for stored in inputs
+            if stored is not None
+        ),
+        default=0,
+    )
 
 
 def _draws(tensor: plan.Planned, model: ModelReference) -> bool:

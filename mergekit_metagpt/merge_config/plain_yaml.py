@@ -25,6 +25,8 @@ from mergekit_metagpt.method.parameters import own_parameters
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
 
+# Begins the comment of an exported YAML, after the method and before our version.
+HEADER = "as plain mergekit, by mergekit-metagpt"
 # The place of a weight: module, slice, model, and the tensor's name in that model.
 _Place = tuple[str, int, "ModelReference", str]
 
@@ -253,7 +255,7 @@ def _comment(
     power = f"{powers.pop():g}" if len(powers) == 1 else "p"
     term = f"{'w_t ' * weighted}||theta_t - theta_0||^{power}"
     lines = [
-        f"{config.merge_method} as plain mergekit, by mergekit-metagpt {__version__}.",
+        f"{config.merge_method} {HEADER} {__version__}.",
         "Each weight is a coefficient of MetaGPT (https://arxiv.org/abs/2406.11385),",
         f"lambda_t = {term} / sum_k {term.replace('_t', '_k')}, measured on",
     ]

@@ -63,6 +63,12 @@ def check_plan(
             _check_depth(part, opened[part.base], models)
         for checkpoint, layers in zip(models, part.ranges or (), strict=False):
             _check_range(part, checkpoint, layers)
+        counts = {last - first for first, last in part.ranges or ()}
+        if len(counts) > 1:
+            raise ValueError(
+                f"the layer_range of a model in {part.place} spans {min(counts)} "
+                f"layers and that of another {max(counts)}; expected as many of each"
+            )
     for key in ("dtype", "out_dtype"):
         _check_precision(key, getattr(config, key))
     hand_to_mergekit(opened, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import re
@@ -74,11 +75,18 @@ class Result:
 def open_result(folder: Path) -> Result:
     """Open a merged model, reading headers only.
 
-    Raises a ValueError if it holds no weights; an OSError if a file is missing,
-    truncated or corrupt.
+    Raises a ValueError if it holds no weights, or its config.json is unreadable; an
+    OSError if a file is missing, truncated or corrupt.
     """
     from mergekit.common import ModelReference
 
+    config = folder / "config.json"
+    try:
+        json.loads(config.read_bytes())
+    except FileNotFoundError as error:
+        raise ValueError(f"{config} is missing") from error
+    except ValueError as error:
+        raise ValueError(f"{config} is damaged: {error}") from error
     # Not `parse`: a folder's name may hold a `+` or an `@`.
     reference = ModelReference.model_validate({"model": {"path": str(folder)}})
     opened = open_checkpoint(reference)

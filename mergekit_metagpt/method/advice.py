@@ -32,6 +32,8 @@ SLIGHT = 0.3
 # Ratio of the largest to the smallest norm. docs/evaluation.md compares small models
 # with ratios up to 1.5 and from 2.3, and Gemma 3 270M up to 1.9 and from 2.04.
 APART_NORMS = 2.0
+# The largest of these ratios.
+FARTHEST_TRIED = 4.2
 
 
 def degenerate(
@@ -86,6 +88,8 @@ def degenerate(
             moved = ""
     causes = ["a LoRA beside full fine-tunes", f"a wrong base (here {base})"]
     heavy, light = (one, other) if one == largest else (other, one)
+    if power > 2:
+        causes.insert(0, "a power above 2")
     if weights[heavy] > weights[light]:
         causes.insert(0, "a weight left over in the YAML")
     # Of two, a user wants more of the one that gets little, such as a LoRA.
@@ -93,9 +97,9 @@ def degenerate(
     out = []
     if (weight := _equal(shares[meant], weights[meant], len(rows))) is not None:
         out.append(f"weight: {weight} for {models[meant]} (an equal share)")
-    for milder in (1.0, 0.0):
+    for milder in (2.0, 1.0, 0.0):
         if sq_norms is None or power <= milder:
-            break
+            continue
         changed = coefficients(sq_norms, weights, milder).tolist()
         if STARVED / len(rows) <= changed[one] <= DOMINANT:
             out.append(f"power: {milder:g} ({changed[meant]:.2%} for it)")
@@ -120,16 +124,20 @@ def _moved(sq_norm: float, other_sq_norm: float, other: Hashable) -> str:
     if not sq_norm or not other_sq_norm:
         return ""
     ratio = (sq_norm / other_sq_norm) ** 0.5
-    way, times = ("more", ratio) if ratio > 1 else ("less", 1 / ratio)
-    if times < 1.05:
+    way, factor = ("more", ratio) if ratio > 1 else ("less", 1 / ratio)
+    if factor < 1.05:
         return ""
-    shown = f"{times:.1f}" if times < 9.95 else f"{times:,.0f}"
-    return f" moved {shown} times {way} than {other} and"
+    return f" moved {times(factor)} times {way} than {other} and"
+
+
+def times(ratio: float) -> str:
+    """Write a ratio of norms with three digits."""
+    return f"{float(f'{ratio:.3g}'):,g}"
 
 
 def _equal(share: float, weight: float, count: int) -> str | None:
     """The weight that would give a model with this share an equal one, 1 / count."""
-    if not 0 < share < 1:
+    if not 1e-9 < share < 1:
         return None
     equal = weight * (1 - share) / (share * (count - 1))
     return f"{float(f'{equal:.2g}'):g}"
@@ -376,7 +384,7 @@ def which_weights(
     """
     if len({*weights} - {0}) > 1:
         return (
-            f"Norms are {disparity:.2f} to 1 apart, before the weights that are set "
+            f"Norms are {times(disparity)} to 1 apart, before the weights that are set "
             "here. Our experiment had no such weights, so it says nothing of this "
             "merge."
         )
@@ -395,7 +403,10 @@ def which_weights(
         )
         if power == 2:
             experience += " Try power: 1 and power: 0."
-    return f"Norms are {disparity:.2f} to 1 apart. {experience}"
+    farther = ""
+    if disparity > FARTHEST_TRIED:
+        farther = f", farther than any that we tried (at most {FARTHEST_TRIED} to 1)"
+    return f"Norms are {times(disparity)} to 1 apart{farther}. {experience}"
 
 
 def cosine_reading(

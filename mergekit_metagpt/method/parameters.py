@@ -27,13 +27,14 @@ class CheckedParameter(ParameterSpec):
         # Imported here, so that `import mergekit` does not load pydantic's fields.
         from mergekit_metagpt.method.settings import require_legal
 
+        said = f"{self.name} is {value!r}; expected {self.legal}"
+        if isinstance(value, bool) and self.value_type is not bool:
+            raise ValueError(said)  # pydantic would take it as 0 or 1
         try:
             checked = super().validate(value)
             require_legal(self.name, checked)
         except ValidationError as error:
-            raise ValueError(
-                f"{self.name} is {value!r}; expected {self.legal}"
-            ) from error
+            raise ValueError(said) from error
         self.saw(self.name, checked)
         return checked
 
@@ -112,6 +113,8 @@ def named(parameter: ParameterSpec) -> ParameterSpec:
     if parameter.name == "density":
         return density()
     legal = {bool: "true or false", float: "a number"}.get(parameter.value_type)
+    if parameter.name == "gamma":
+        legal = "a number from 0 to 1, the share of largest elements that are dropped"
     if legal is None:
         return parameter
     return CheckedParameter(

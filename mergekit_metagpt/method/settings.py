@@ -24,6 +24,7 @@ _LEGAL: dict[str, TypeAdapter[Any]] = {
     "lambda": TypeAdapter(Scale),
     "sample": TypeAdapter(Share),
     "density": TypeAdapter(Annotated[float, Field(ge=0, le=1)]),
+    "gamma": TypeAdapter(Annotated[float, Field(ge=0, le=1)]),
 }
 
 

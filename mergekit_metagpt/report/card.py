@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from mergekit_metagpt.merge_config.checks import RANDOM_METHODS
+from mergekit_metagpt.method import advice
 from mergekit_metagpt.method.announcing import estimate
 from mergekit_metagpt.report import schema, tables
 from mergekit_metagpt.report.comparison import Comparison, loss_in
@@ -120,8 +121,8 @@ def _lengths(family: schema.Family, *, composed: bool) -> Iterator[str]:
     if lengths is None:
         return
     yield (
-        f"The model that moved farthest moved {lengths.disparity:.2f} times as far as "
-        "the one that moved least."
+        "The model that moved farthest moved "
+        f"{advice.times(lengths.disparity)} times as far as the one that moved least."
     )
     if lengths.merged is not None and not composed:
         before = "" if family.settings.scale == 1 else ", before `lambda`"
