@@ -515,7 +515,22 @@ def test_what_varies_by_tensor_is_shown_by_its_range(
     for model, values in zip(family["models"], zip(*ends, strict=True), strict=True):
         assert model["coefficient"] is None
         assert model["coefficient_range"] == near(sorted(values))
-    assert "weight tensor by tensor" in family["warnings"][0]
+    assert "weight tensor by tensor: here are" in family["warnings"][0]
+    assert family["pools"][0]["coefficients"] is None
+    config["parameters"] = {"granularity": "layer"}
+    family = only(inspect(write_yaml(tmp_path / "gradient.yml", config)))
+    assert [model["weight_by_hand"] for model in family["models"]] == [
+        "1-2",
+        None,
+        None,
+    ]
+    shares = {pool["key"]: pool["coefficients"] for pool in family["pools"]}
+    for layer, weight in enumerate((1.0, 1.5, 2.0)):
+        key = f"model.layers.{layer}"
+        names = [name for name in naive.names if name.startswith(f"{key}.")]
+        assert shares[key] == near(naive.lambdas(names, [weight, 1.0, 1.0]))
+    only_default = only(inspect(tmp_path / "gradient.yml", "--power", "1"))
+    assert "the coefficients here leave out" in only_default["warnings"][0]
 
 
 def test_slices_of_other_models_are_families_of_their_own(
@@ -713,9 +728,6 @@ model.layers.2             0.0000 (0.0000)  0.0000 (0.0000)
 model.norm.weight          0.0000 (0.0000)  0.0000 (0.0000)
 lm_head.weight             0.0000 (0.0000)  0.0000 (0.0000)
 
-Warning: ./b takes 100.00% of the merge (model.embed_tokens.weight, and 1 more of 6 \
-pools). Usual causes: a LoRA beside full fine-tunes, a wrong base (here ./base). \
-Ways out: power: 0 (50.00% for it)
 Warning: embeddings hold 100% of ||tau||^2 of ./b: if its vocabulary was resized or \
 reordered, keep them out with exclude: embed_tokens,lm_head
 Norms are 2 to 1 apart. Below 2 to 1, MetaGPT and the plain average were close in \

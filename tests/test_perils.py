@@ -90,7 +90,7 @@ def test_a_model_that_equals_the_base_is_named_so() -> None:
     said = advice.degenerate(
         "b", ["m0", "m1", "m2"], [0, 0.5, 0.5], [1] * 3, "here", sq_norms=norms
     )
-    assert said is not None and said.startswith("m0 equals the base b (here)")
+    assert said is not None and said.startswith("m0 equals the base b in here:")
 
 
 def test_a_share_that_is_not_zero_does_not_look_like_it() -> None:

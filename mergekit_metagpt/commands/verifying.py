@@ -291,7 +291,8 @@ def _shares(report: schema.Report) -> list[tuple[str, float]]:
             shares.append((f"the smallest coefficient of {model.name}", smallest))
             shares.append((f"the largest coefficient of {model.name}", largest))
         for pool in family.pools:
-            for model, value in zip(family.models, pool.coefficients, strict=True):
+            values = pool.coefficients or ()
+            for model, value in zip(family.models, values, strict=False):
                 shares.append((f"{model.name} in {pool.key}", value))
     return shares
 

@@ -44,7 +44,8 @@ class Family:
         varying: parameters that the YAML sets by filters or gradients, tensor by
             tensor; `settings` and `weights` have their defaults.
         weights: importance of each model, 1 unless a metagpt YAML gives another.
-        by_hand: the `weight` of each model in a YAML of another method.
+        by_hand: the `weight` of each model in the YAML, in words, if it is of another
+            method or sets a weight by tensor.
         keeps_length: whether `lambda` is `keep` anywhere.
         base_listed: whether `models:` names the base too.
         base_weight: the `weight` of the base there.
@@ -158,9 +159,12 @@ def of_config(
                 varying = (*varying, "weight")
             models.append(model)
             own.append(weight)
-            by_hand.append(None if ours else _by_hand(levels))
+            tried = ours and model in by_name
+            by_hand.append(f"{weight:g}" if tried else _by_hand(levels))
         if not models:
             continue
+        if ours and "weight" not in varying:
+            by_hand = [None] * len(models)
         family = Family(
             places=(),
             base=part.base,

@@ -77,8 +77,8 @@ def degenerate(
         return None
     if sq_norms is not None and not sq_norms[one]:
         return (
-            f"{models[one]} equals the base {base} ({where}): it has no task vector "
-            "and gets nothing of the merge"
+            f"{models[one]} equals the base {base} in {where}: it has no task vector "
+            "there and gets nothing"
         )
     moved = ""
     if sq_norms is not None and power != 0:
@@ -173,6 +173,23 @@ def nothing_counts(exclude: Sequence[str]) -> str:
     return (
         f"exclude ({', '.join(exclude)}) names every tensor: nothing is measured, and "
         "the weights alone count"
+    )
+
+
+def for_defaults(varying: Sequence[str]) -> str:
+    """Report coefficients that leave out what the YAML sets tensor by tensor."""
+    return (
+        f"the YAML sets {', '.join(varying)} tensor by tensor, which the coefficients "
+        "here leave out. `export` writes those of each tensor"
+    )
+
+
+def by_tensor(varying: Sequence[str]) -> str:
+    """Report that coefficients differ by tensor."""
+    return (
+        f"the YAML sets {', '.join(varying)} tensor by tensor: here are the smallest "
+        "and the largest coefficient of each model. `export` writes those of each "
+        "tensor"
     )
 
 

@@ -70,7 +70,7 @@ def _formula(report: schema.Report) -> str:
     settings = report.families[0].settings
     norm = r"\lVert\theta_t - \theta_0\rVert"
     term = rf"{norm}^{{{settings.power:g}}}"
-    weighted = any(m.weight != 1 for family in report.families for m in family.models)
+    weighted = any(family.weights for family in report.families)
     one = rf"w_t\,{term}" if weighted else term
     other = one.replace("_t", "_k")
     return rf"$$\lambda_t = \frac{{{one}}}{{\sum_k {other}}}$$"
@@ -95,14 +95,15 @@ def _family(family: schema.Family, *, composed: bool) -> list[str]:
         "| model | coefficient | weight | norm | relative norm | content |",
         "|---|---|---|---|---|---|",
     ]
-    for model in family.models:
+    weights = family.weights or ["1"] * len(family.models)
+    for model, weight in zip(family.models, weights, strict=True):
         low, high = model.coefficient_range
         value = f"{low:.4g} to {high:.4g}"
         if low == high:
             value = estimate(high, model.coefficient_se, "{:.6g}".format)
         relative = "-" if model.relative_norm is None else f"{model.relative_norm:.4g}"
         lines.append(
-            f"| `{model.name}` | {value} | {model.weight:g} | {model.norm:.5g} "
+            f"| `{model.name}` | {value} | {weight} | {model.norm:.5g} "
             f"| {relative} | {_version(model)} |"
         )
     norms = (

@@ -69,10 +69,9 @@ def _draw_family(page: Page, y: float, family: schema.Family, method: str) -> fl
         title = f"Merge of {count} adapter{plural} of one base"
     y = page.heading(y, title, 11) + GAP / 2
     y = _draw_shares(y, rows, family, method) + GAP
-    if family.settings.granularity == "layer":
-        y = layer_panel.draw(
-            y, rows, family, [pool.coefficients for pool in family.pools]
-        )
+    shares = [pool.coefficients for pool in family.pools if pool.coefficients]
+    if family.settings.granularity == "layer" and len(shares) == len(family.pools):
+        y = layer_panel.draw(y, rows, family, shares)
     y = layer_panel.draw(y, rows, family, None)
     if drawn and family.cosines:
         y = _draw_cosines(y, rows, family.cosines) + GAP
@@ -98,12 +97,11 @@ def _draw_shares(y: float, rows: Rows, family: schema.Family, method: str) -> fl
         heading = "lowest to highest"
     columns = [(cells, heading)]
     by_hand = [model.weight_by_hand for model in models]
-    if any(by_hand):
+    if weights := family.weights:
+        columns.append(([_gradient(weight) for weight in weights], "weight"))
+    elif any(by_hand):
         weights = [_gradient(weight or "-") for weight in by_hand]
         columns.append((weights, "weight in the YAML"))
-    elif any(model.weight != 1 for model in models):
-        weights = [f"{model.weight:g}" for model in models]
-        columns.append((weights, "weight"))
     right = RIGHT
     if any(heading for _, heading in columns):
         y += LINE
@@ -156,8 +154,7 @@ def _rule(family: schema.Family) -> str:
     """Say in words by which rule the shares were set."""
     granularity, power = family.settings.granularity, family.settings.power
     by = "" if granularity == "model" else f", {granularity} by {granularity}"
-    weighted = any(model.weight != 1 for model in family.models)
-    times = ", times its weight" if weighted else ""
+    times = ", times its weight" if family.weights else ""
     if power == 0:
         return f"The same for all models{times}{by}."
     distance = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,7 @@ from mergekit_metagpt.report import schema, weighing
 from mergekit_metagpt.report.inventory import describe, precisions, unshared
 from mergekit_metagpt.report.parts import PARTS, part_of
 from mergekit_metagpt.scanning.once import measure
+from mergekit_metagpt.scanning.pools import pool_key
 from mergekit_metagpt.scanning.results import ScanResult
 from mergekit_metagpt.scanning.sampling import Sample
 
@@ -116,7 +117,7 @@ def with_ranges(
     families: Sequence[Family],
     coefficients: Sequence[Coefficients],
 ) -> schema.Report:
-    """Report the range of coefficients where the YAML sets parameters by tensor.
+    """Report the coefficients of families whose YAML sets parameters by tensor.
 
     Args:
         report: of the families, with the coefficients for default parameters.
@@ -124,25 +125,58 @@ def with_ranges(
         coefficients: of every output tensor.
 
     Returns:
-        the report, with the smallest and largest coefficient of any tensor.
+        the report, with the smallest and largest coefficient of any tensor, and those
+        of each pool on all of whose tensors they are equal.
     """
     reported = []
     for family, old in zip(families, report.families, strict=True):
-        of_family = [
-            tensor.shares
+        of_family = {
+            tensor.planned.input_names[family.base]: tensor.shares
             for tensor in coefficients
             if tensor.planned.task.base_model == family.base
             and {*tensor.planned.task.model_order} == {family.base, *family.models}
-        ]
-        models = []
-        for model, entry in zip(family.models, old.models, strict=True):
-            values = [shares[model] for shares in of_family if model in shares]
-            if family.varying and values:
-                span = min(values), max(values)
-                entry = entry.model_copy(update={"coefficient_range": span})
-            models.append(entry)
-        reported.append(old.model_copy(update={"models": tuple(models)}))
+        }
+        if family.varying and any(of_family.values()):
+            old = old.model_copy(update=_by_tensor(family, old, of_family))
+        reported.append(old)
     return report.model_copy(update={"families": tuple(reported)})
+
+
+def _by_tensor(
+    family: Family,
+    old: schema.Family,
+    shares: Mapping[str, Mapping[ModelReference, float]],
+) -> dict[str, Any]:
+    """What changes in a family's report by the coefficients of each tensor."""
+    models = []
+    for model, entry in zip(family.models, old.models, strict=True):
+        values = [by_model[model] for by_model in shares.values() if model in by_model]
+        span = (min(values), max(values)) if values else entry.coefficient_range
+        models.append(entry.model_copy(update={"coefficient_range": span}))
+
+    def pools(reported: Sequence[schema.Pool], granularity: str) -> list[schema.Pool]:
+        found: dict[str, set[tuple[float, ...]]] = {}
+        for name, by_model in shares.items():
+            values = tuple(by_model.get(model, 0.0) for model in family.models)
+            found.setdefault(pool_key(name, granularity), set()).add(values)
+        single = {
+            key: values.pop() for key, values in found.items() if len(values) == 1
+        }
+        return [
+            pool.model_copy(update={"coefficients": single.get(pool.key)})
+            for pool in reported
+        ]
+
+    unknown = advice.for_defaults(family.varying)
+    return {
+        "models": tuple(models),
+        "pools": tuple(pools(old.pools, family.settings.granularity)),
+        "layers": tuple(pools(old.layers, "layer")),
+        "warnings": tuple(
+            advice.by_tensor(family.varying) if line == unknown else line
+            for line in old.warnings
+        ),
+    }
 
 
 def _family(
@@ -174,7 +208,8 @@ def _family(
     moved = [pool for pool in reported if any(pool.sq_norms)] or reported
     models = []
     for k, (reference, model) in enumerate(zip(family.models, loaded, strict=True)):
-        coefficients = [pool.coefficients[k] for pool in moved] or [alone[k]]
+        shares = [pool.coefficients[k] for pool in moved if pool.coefficients]
+        shares = shares or [alone[k]]
         sq_norm = float(whole.sq_norms[k])
         sq_norms = _by_name(result, result.sq_norms[:, k])
         models.append(
@@ -184,8 +219,8 @@ def _family(
                 norm=math.sqrt(sq_norm),
                 distance=advice.distance(result, k, counted) if read else None,
                 relative_norm=weighing.relative(sq_norm, float(whole.base_sq_norms[k])),
-                coefficient=coefficients[0] if one_pool else None,
-                coefficient_range=(min(coefficients), max(coefficients)),
+                coefficient=shares[0] if one_pool else None,
+                coefficient_range=(min(shares), max(shares)),
                 weight=family.weights[k],
                 weight_by_hand=family.by_hand[k],
                 parts=_parts(sq_norms, counted),
@@ -331,11 +366,7 @@ def _warnings(
     base, settings = family.base, family.settings
     whole = result.pool("model", settings.exclude)
     if family.varying:
-        yield (
-            f"the YAML sets {', '.join(family.varying)} tensor by tensor. Here are "
-            "the smallest and the largest coefficient of each model, and the pools as "
-            "for the defaults. `export` writes each tensor's coefficients"
-        )
+        yield advice.for_defaults(family.varying)
     moved = [k for k, model in enumerate(models) if model.sq_norm > 0]
     if not moved:
         yield (
@@ -347,7 +378,8 @@ def _warnings(
     if settings.power < 0:
         unmoved = [m for k, m in enumerate(family.models) if k not in moved]
         yield advice.left_out(base, unmoved, settings.power, weighing.WHOLE)
-    yield weighing.degenerate(family, pools, result)
+    if not family.varying:
+        yield weighing.degenerate(family, pools, result)
     yield from advice.whole_model(base, family.models, result, settings.exclude, left)
     angles = whole.cosines
     if angles is not None:

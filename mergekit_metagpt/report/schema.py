@@ -132,10 +132,12 @@ class Model(Stored):
         description="the smallest and the largest of any pool or tensor, without pools "
         "in which no model moved"
     )
-    weight: float = Field(description="importance w_t")
+    weight: float = Field(
+        description="importance w_t; its default where the YAML sets it by tensor"
+    )
     weight_by_hand: str | None = Field(
-        description="weight in a YAML of another method; numbers joined by - are a "
-        "gradient"
+        description="weight in a YAML of another method, or that is set by tensor; "
+        "numbers joined by - are a gradient"
     )
     parts: dict[str, float] = Field(description="share of each part in n_t")
     not_in_base: Tensors
@@ -156,8 +158,8 @@ class Pool(Record):
     key: str
     sq_norms: tuple[float, ...] = Field(description="n_t on this pool, per model")
     relative_norms: tuple[float | None, ...]
-    coefficients: tuple[float, ...] = Field(
-        description="share of each model on this pool"
+    coefficients: tuple[float, ...] | None = Field(
+        description="share of each model on this pool; null where it differs by tensor"
     )
     keep: float | None = Field(
         default=None,
@@ -173,8 +175,8 @@ class Settings(settings.Settings):
     """Settings of the closed form, for the whole model."""
 
     varying: tuple[str, ...] = Field(
-        description="parameters that the YAML sets tensor by tensor; the figures here "
-        "are for their defaults"
+        description="parameters that the YAML sets tensor by tensor; here are their "
+        "defaults"
     )
 
 
@@ -230,6 +232,15 @@ class Family(Record):
     pools: tuple[Pool, ...] = Field(description="at the granularity of the settings")
     layers: tuple[Pool, ...] = Field(description="at granularity layer, always")
     warnings: tuple[str, ...]
+
+    @property
+    def weights(self) -> list[str] | None:
+        """The weight of each model in words; None if all are 1."""
+        if "weight" in self.settings.varying:
+            return [model.weight_by_hand or "1" for model in self.models]
+        if all(model.weight == 1 for model in self.models):
+            return None
+        return [f"{model.weight:g}" for model in self.models]
 
 
 class Header(Record):

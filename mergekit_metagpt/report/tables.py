@@ -217,18 +217,19 @@ def _numbers(family: schema.Family) -> list[str]:
 def _task_vectors(family: schema.Family) -> Table:
     """Tabulate coefficients, weights and norms, in this order."""
     models = family.models
-    weighted = any(model.weight != 1 for model in models)
+    weights = family.weights
     by_hand = any(model.weight_by_hand for model in models)
+    by_hand = by_hand and "weight" not in family.settings.varying
     headings = ["#", "model", "coefficient"]
-    headings += ["weight"] * weighted + ["YAML weight"] * by_hand
+    headings += ["weight"] * bool(weights) + ["YAML weight"] * by_hand
     headings += ["||tau||", "relative"]
     table = _table(headings, names=("model",))
-    for number, model in zip(_numbers(family), models, strict=True):
+    for k, model in enumerate(models):
         relative = "-"
         if model.relative_norm is not None:
             relative = estimate(model.relative_norm, model.relative_norm_se, _four)
-        row = [number, model.name, _coefficient(model)]
-        row += [f"{model.weight:g}"] * weighted
+        row = [str(k + 1), model.name, _coefficient(model)]
+        row += [weights[k]] if weights else []
         row += [model.weight_by_hand or "-"] * by_hand
         row += [estimate(model.norm, model.norm_se), relative]
         _add(table, row)
@@ -279,10 +280,10 @@ def _pools(family: schema.Family) -> Table:
     table = _table([granularity, *headings], names=(granularity,))
     for pool in family.pools:
         cells = [
-            f"{estimate(value, error, _four)} "
+            f"{'-' if value is None else estimate(value, error, _four)} "
             f"({'-' if relative is None else _four(relative)})"
             for value, error, relative in zip(
-                pool.coefficients,
+                pool.coefficients or (None,) * len(family.models),
                 pool.coefficients_se or (None,) * len(family.models),
                 pool.relative_norms,
                 strict=True,
@@ -337,12 +338,14 @@ def as_csv(found: schema.Report) -> str:
     rows = csv.writer(stream, lineterminator="\n")
     rows.writerow(COLUMNS)
     for family in found.families:
+        by_tensor = "weight" in family.settings.varying
         for pool in family.pools:
             for k, model in enumerate(family.models):
                 errors = [
                     "" if of_models is None else of_models[k]
                     for of_models in (pool.sq_norms_se, pool.coefficients_se)
                 ]
+                share = pool.coefficients[k] if pool.coefficients else ""
                 rows.writerow(
                     [
                         family.base.name,
@@ -351,8 +354,8 @@ def as_csv(found: schema.Report) -> str:
                         pool.sq_norms[k],
                         pool.sq_norms[k] ** 0.5,
                         pool.relative_norms[k],
-                        pool.coefficients[k],
-                        model.weight,
+                        share,
+                        model.weight_by_hand if by_tensor else model.weight,
                         *errors,
                     ]
                 )

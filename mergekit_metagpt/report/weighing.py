@@ -121,13 +121,21 @@ def lengths_of(
 def degenerate(family: Family, pools: Sequence[Pool], result: ScanResult) -> str | None:
     """Warn of the first pool where a model takes almost all, or next to nothing."""
     settings = family.settings
+    moved = [*map(any, zip(*(at.reported.sq_norms for at in pools), strict=True))]
 
     def warning(pool: Pool, where: str) -> str | None:
+        # A LoRA adapts some layers: that it moved no other is no news.
+        weights = [
+            weight if sq_norm or not elsewhere else 0.0
+            for weight, sq_norm, elsewhere in zip(
+                pool.weights, pool.reported.sq_norms, moved, strict=True
+            )
+        ]
         return advice.degenerate(
             family.base,
             family.models,
-            pool.reported.coefficients,
-            pool.weights,
+            pool.reported.coefficients or (),
+            weights,
             where,
             sq_norms=pool.reported.sq_norms if pool.norms_count else None,
             power=settings.power,
