@@ -541,7 +541,7 @@ YAML = [
     text(
         "key-given-twice",
         "merge_method: metagpt\nbase_model: a\nbase_model: b\n",
-        ": not readable as YAML: base_model is given twice in one place (line 2)",
+        ": not readable as YAML: base_model is given twice in … (line 2, …3)",
         f"…{ONE_OF}",
         error=RuntimeError,
     ),

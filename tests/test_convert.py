@@ -175,7 +175,9 @@ def test_weight_0_leaves_a_model_out_as_before() -> None:
         ({"weight": 0.75, "lambda": 2.0}, "lambda: 3 "),
         ({"weight": 0.5}, None),
         ({"weight": 0.75, "normalize": True}, None),
-        ({"weight": [0.5, 1.0]}, None),
+        ({"weight": [0.5, 1.0]}, "lambda: 1.5 "),
+        ({"weight": [0.0, 0.5, 1.0, 0.5]}, "lambda: 1.16667 "),
+        ({"weight": [{"filter": "mlp", "value": 1}, {"value": 0.5}]}, None),
     ],
 )
 def test_a_total_other_than_1(settings: dict[str, Any], note: str | None) -> None:

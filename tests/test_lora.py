@@ -812,3 +812,5 @@ def test_what_a_merge_of_adapters_says_next_is_true(
     assert run_command("verify", out, "--lora-merge-cache", copies) == 0
     assert run_command("export", file, tmp_path / "plain.yml", *options[:2]) == 0
     assert "./merged --lora-merge-cache FOLDER" in capsys.readouterr().err
+    comment = (tmp_path / "plain.yml").read_text()
+    assert "# Merge it with --lora-merge-cache FOLDER.\n" in comment

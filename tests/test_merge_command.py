@@ -537,6 +537,14 @@ def test_nobody_hears_that_mergekit_calls_dtype_by_its_old_name(
         log.removeHandler(caplog.handler)
 
 
+def test_a_model_that_is_alone_is_noticed(
+    work: Path, cli: Cli, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_merge(work / "one.yml", "./m/base", ["./m/a"])
+    cli("merge", "one.yml", "out", *QUIET)
+    assert "./m/a is the only model beside the base ./m/base: its" in caplog.text
+
+
 @pytest.mark.parametrize("command", ["inspect", "merge", "export"])
 def test_a_yaml_of_another_folder(
     command: str, work: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
@@ -551,6 +559,8 @@ def test_a_yaml_of_another_folder(
         assert str(Path.cwd()) in said and f"lies in {work}:" in said
     assert "Did you mean ../base?" in cli.refused("inspect", "--base", "../bse", "../a")
     monkeypatch.chdir(work)
+    file = write_merge(work / "m" / "typo.yml", "./m/bse", ["./m/a"])
+    assert "./m/bse does not exist; expected" in cli.refused("inspect", file)
     for given, meant in (("MERGE.yml", "merge.yml"), ("./M", "m")):
         assert f"Did you mean ./{meant}?" in cli.refused("inspect", given)
 

@@ -197,7 +197,7 @@ def export(options: MergeOptions, config: str, out: str, force: bool) -> None:
     report = inspecting.inspect(families.of_config(read), job.opened, gram=None)
     if not options.allow_crimes:
         inspecting.require_near(report)
-    exported = plain_yaml.export(job)
+    exported = plain_yaml.export(job, options)
     for change in exported.changes:
         click.echo(f"Differs from {read.merge_method}: {change}.", err=True)
     name = "OUT.yml" if out == "-" else shlex.quote(out)

@@ -107,10 +107,16 @@ def prepare(job: jobs.Job, options: MergeOptions) -> Prepared:
         found = _coefficients(job.planned)
     report = inspecting.with_ranges(report, merged, found)
     report = report.model_copy(update={"options": _recorded(options)})
-    exported = plain_yaml.export(job, found, options.random_seed)
+    exported = plain_yaml.export(job, options, found)
     for family in report.families:
         if family.note:
             LOG.warning("%s", family.note)
+        if len(family.models) == 1:
+            LOG.warning(
+                "%s is the only model beside the base %s: its coefficient is 1",
+                family.models[0].name,
+                family.base.name,
+            )
     # If parameters vary by tensor, the merge itself may find more to warn of.
     warned = not any(family.settings.varying for family in report.families)
     if warned:

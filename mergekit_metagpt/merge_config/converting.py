@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -180,32 +181,46 @@ def _values(levels: tuple[merge_yaml.Settings, ...], name: str) -> list[float]:
         raise ValueError(f"{name} is {setting!r}; expected numbers") from error
 
 
+def _mean(setting: Any) -> float | None:
+    """The mean of a weight over the layers; None if it is missing or has filters."""
+    given = setting if isinstance(setting, list) else [setting]
+    if not given or any(value is None or hasattr(value, "value") for value in given):
+        return None
+    values = [float(value) for value in given]
+    # mergekit interpolates between neighbours at equal distances.
+    steps = [sum(pair) / 2 for pair in itertools.pairwise(values)] or values
+    return sum(steps) / len(steps)
+
+
 def _weights_in_all(config: MergeConfiguration) -> list[str]:
     """A note on how to keep the sum of the old weights, if it is not 1."""
     spec = registry.get(config.merge_method).spec
     defaults = {parameter.name: parameter.default for parameter in spec.parameters}
     if not {"lambda", "weight"} <= defaults.keys():
         return []
-    totals = set()
+    totals, gradient = set(), False
     for part in merge_yaml.slices_of(config):
         shared = {k: v for level in reversed(part.shared) for k, v in level.items()}
         if shared.get("normalize", defaults["normalize"]) is not False:
             return []
-        each = [
-            _values(levels, "weight")
+        given = [
+            next((level["weight"] for level in levels if "weight" in level), None)
             for model, levels in zip(part.models, part.settings, strict=True)
             if model != part.base
         ]
-        if any(len(values) != 1 for values in each):
+        means = [mean for mean in map(_mean, given) if mean is not None]
+        if len(means) < len(given):
             return []
-        totals.add(round(sum(values[0] for values in each), 6))
+        gradient = gradient or any(isinstance(setting, list) for setting in given)
+        totals.add(round(sum(means), 6))
     scale = config.parameters.get("lambda", 1.0) if config.parameters else 1.0
     if len(totals) != 1 or 1.0 in totals or not isinstance(scale, int | float):
         return []
     (total,) = totals
     said = (
-        f"the old weights sum to {total:g}, MetaGPT's coefficients to 1. To keep the "
-        f"total, write lambda: {total * scale:g} under `parameters:`"
+        f"the old weights sum to {total:g}{' on average' * gradient}, MetaGPT's "
+        "coefficients to 1. To keep the total, write "
+        f"lambda: {total * scale:g} under `parameters:`"
     )
     return [said]
 

@@ -14,7 +14,7 @@ import mergekit.merge_methods  # noqa: F401
 import yaml
 from pydantic import ValidationError
 
-from mergekit_metagpt.checkpoints.nearby import missing
+from mergekit_metagpt.checkpoints.nearby import missing, nearest
 from mergekit_metagpt.merge_config import yaml_errors
 
 if TYPE_CHECKING:
@@ -121,7 +121,8 @@ def _require_here(config: MergeConfiguration, file: Path) -> None:
             if part is None or Path(part.path).exists():
                 continue
             there = (home / part.path).exists()
-            if there or part.path.startswith("."):
+            misspelt = not there and nearest(Path(part.path), folders=True)
+            if there or (part.path.startswith(".") and not misspelt):
                 way = f"run this in {home}" if there else "run this where they start"
                 if merged:
                     way = f"{home}/metagpt.json has the earlier measurements; {way}"
@@ -183,12 +184,15 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that is given twice; YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value]
-        for key, (at, _) in zip(keys, node.value, strict=True):
-            if keys.count(key) > 1:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
                 raise ValueError(
-                    f"{key} is given twice in one place (line {at.start_mark.line + 1})"
+                    f"{name} is given twice in one place (line {lines[name]}, and "
+                    f"again line {line})"
                 )
+            lines[name] = line
         return super().construct_mapping(node, deep)
 
 

@@ -24,6 +24,7 @@ from mergekit_metagpt.method.parameters import own_parameters
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
+    from mergekit.options import MergeOptions
 
 # Begins the comment of an exported YAML, after the method and before our version.
 HEADER = "as plain mergekit, by mergekit-metagpt"
@@ -40,7 +41,9 @@ class Exported:
 
 
 def export(
-    job: Job, weighted: Sequence[Coefficients] | None = None, seed: int | None = None
+    job: Job,
+    options: MergeOptions,
+    weighted: Sequence[Coefficients] | None = None,
 ) -> Exported:
     """Write a merge by one of our methods with explicit weights, for plain mergekit.
 
@@ -50,8 +53,8 @@ def export(
 
     Args:
         job: the checked merge.
+        options: mergekit's own; those that the plain merge needs are in its comment.
         weighted: its coefficients; computed if None.
-        seed: random seed of the merge, for its comment.
 
     Returns:
         the YAML and its differences.
@@ -99,7 +102,7 @@ def export(
     from mergekit.config import ConfigYamlDumper
 
     body = yaml.dump(data, Dumper=ConfigYamlDumper, sort_keys=False, width=88)
-    comment = _comment(job, weighted, changes, seed)
+    comment = _comment(job, weighted, changes, options)
     return Exported(comment + body, tuple(changes))
 
 
@@ -247,7 +250,7 @@ def _comment(
     job: Job,
     tensors: Sequence[Coefficients],
     changes: Sequence[str],
-    seed: int | None,
+    options: MergeOptions,
 ) -> str:
     config = job.config
     weighted = any({*tensor.planned.weights.values()} - {1} for tensor in tensors)
@@ -281,7 +284,12 @@ def _comment(
             f"errors of at most {max(errors):.1g}."
         )
     if config.merge_method in RANDOM_METHODS:
+        seed = options.random_seed
         which = "N of that merge" if seed is None else str(seed)
         lines.append(f"The same elements are dropped only with --random-seed {which}.")
+    if any(model.lora for model in merge_yaml.models(config)):
+        dtype = options.lora_merge_dtype
+        flag = f" --lora-merge-dtype {dtype}" if dtype else ""
+        lines.append(f"Merge it with --lora-merge-cache FOLDER{flag}.")
     lines += [f"Differs from {config.merge_method}: {change}." for change in changes]
     return "".join(f"# {line}\n" for line in lines)
