@@ -161,6 +161,7 @@ def test_every_module_of_ours_can_come_first() -> None:
     said = ask_python(
         f"""
         import importlib, os, torch
+        import peft, transformers  # once, as they take longest
 
         failed = []
         for module in {modules}:
