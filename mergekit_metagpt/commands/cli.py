@@ -27,6 +27,7 @@ from mergekit_metagpt.commands.options import (
     numbers,
     pairs,
     quick_imports,
+    require_subjects,
     sample_of,
     scales,
     weights_of,
@@ -424,8 +425,7 @@ def compare(
 
     if write == "-":
         raise ValueError("--write takes a file; expected one such as best.yml")
-    if plot is not None and not texts:
-        raise ValueError("--plot draws losses on texts; expected --text MODEL=FILE")
+    require_subjects(texts=texts, tasks=settings["tasks"])
     request = comparing.Request(
         config=Path(config),
         texts=pairs("--text", texts, "MODEL=FILE"),

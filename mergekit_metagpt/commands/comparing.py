@@ -113,7 +113,13 @@ def compare(
         opened = families.open_models(merged, options)
     device = _device(request.device)
     dtype = request.dtype or ("float32" if device == "cpu" else "bfloat16")
-    context = request.context or min(CONTEXT, _limit(opened[base].folder, options))
+    most = _limit(opened[base].folder, options)
+    if most and request.context and request.context > most:
+        raise ValueError(
+            f"--context is {request.context}; expected at most {most}, the longest "
+            f"sequence that the base {base} takes"
+        )
+    context = request.context or min(CONTEXT, most or CONTEXT)
 
     # Check everything before the first model is merged.
     tasks = harness.load(request.tasks, request.limit)
@@ -262,15 +268,14 @@ def _models_by_text(
     return of_text
 
 
-def _limit(folder: Path | None, options: MergeOptions) -> int:
-    """The length of the longest sequence that a model takes, in tokens."""
+def _limit(folder: Path | None, options: MergeOptions) -> int | None:
+    """The tokens of the longest sequence that a model takes, if that is limited."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(
         folder, trust_remote_code=options.trust_remote_code
     )
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return longest or CONTEXT
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _tokenizers(

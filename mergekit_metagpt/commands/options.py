@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
@@ -233,6 +234,16 @@ def weights_of(given: tuple[str, ...]) -> dict[str, float] | None:
         except ValueError as error:
             raise ValueError(f"--weight {pair}: {number!r} is no number") from error
     return weights or None
+
+
+def require_subjects(*, texts: Sequence[str], tasks: Sequence[str]) -> None:
+    """Refuse options of `compare` that are about texts or tasks, if there are none."""
+    given = click.get_current_context().get_parameter_source
+    options = ["limit"] * (not tasks) + ["tokens", "context", "plot"] * (not texts)
+    for option in options if texts or tasks else ():
+        if given(option) is ParameterSource.COMMANDLINE:
+            needed = "task TASK" if option == "limit" else "text MODEL=FILE"
+            raise ValueError(f"--{option} is for {needed[:4]}s; expected --{needed}")
 
 
 def is_zero(share: str | None) -> bool:
