@@ -1101,6 +1101,8 @@ def test_merge_takes_adapters_as_mergekit_yaml_does(job: Job, cli: Cli) -> None:
         ("merge.yml", ("--force",)),
         ("base", ("--force",)),  # holds an input
         (".", ("--force",)),  # holds the inputs
+        ("base/new", ()),  # lies in an input
+        ("base/a/b", ("--force",)),
     ],
 )
 def test_output_that_cannot_be_replaced_is_refused(
@@ -1115,6 +1117,7 @@ def test_output_that_cannot_be_replaced_is_refused(
     assert str(job.out) in said
     if out == "merge.yml":
         assert "is a file; expected a folder" in said
+    assert (" lies in " in said) == out.startswith("base/")
     assert not job.happened
     assert_only_new(before, job.folder.parent)
 

@@ -209,7 +209,7 @@ def test_an_output_that_cannot_be_written_is_said_in_one_line(
         open_work.chmod(0o777)
     assert ended.status == 2, ended
     assert ended.said.startswith("Error: ") and ended.said.count("\n") == 1
-    assert "no permission" in ended.said and str(open_work) in ended.said
+    assert "Permission denied" in ended.said and str(open_work / "out") in ended.said
     assert not any(open_work.iterdir())
 
 

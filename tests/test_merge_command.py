@@ -412,6 +412,16 @@ def test_a_place_below_a_file(work: Path, cli: Cli) -> None:
     assert "merge.yml is a file; expected a folder" in said
 
 
+@pytest.mark.parametrize("out", ["/proc/out", "o" * 300])
+def test_a_place_where_no_folder_can_be_made(
+    out: str, work: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = "mergekit_metagpt.merge_config.jobs.check"
+    monkeypatch.setattr(reading, lambda *args: pytest.fail("read a header"))
+    said = cli.refused("merge", "merge.yml", out, *QUIET)
+    assert said.startswith(f"Error: {work / out}") and said.count(out) == 1
+
+
 def test_two_that_resume_at_once(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The later one has written its token over that of the first."""
     from mergekit_metagpt.commands import shards

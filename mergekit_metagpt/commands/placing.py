@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +27,10 @@ def require_free(
     force: bool,
     ignoring: str | None = None,
 ) -> None:
-    """Refuse an output folder that is taken, or that holds what is to be merged."""
+    """Refuse an output folder that is taken, holds an input or lies in one.
+
+    Also refuses one beside which no folder can be made to work in.
+    """
     for path in (out, *out.parents):
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file; expected a folder for merged models")
@@ -38,17 +41,26 @@ def require_free(
         if part is not None
     ]
     for path in (config_file, *paths):
-        if path.resolve().is_relative_to(out):
+        read = path.resolve()
+        within = read.is_dir() and out.is_relative_to(read)
+        if within or read.is_relative_to(out):
             raise ValueError(
-                f"{out} holds {path}, which this merge reads; choose another folder"
+                f"{out} {'lies in' if within and out != read else 'holds'} {path}, "
+                "which this merge reads; choose another folder"
             )
     if force:
         _require_replaceable(out, ignoring)
     else:
         _require_empty(out, ignoring)
     place = out if ignoring else home(out)
-    if not os.access(place, os.W_OK):
-        raise ValueError(f"{place} cannot be written: no permission")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{out} cannot be written: no folder can be made in {place} to work in "
+            f"({error.strerror}). Choose another place or name"
+        ) from error
 
 
 def require_space(out: Path, job: jobs.Job, done: int = 0) -> None:
@@ -134,7 +146,8 @@ def home(out: Path) -> Path:
 def parts(out: Path) -> Path:
     """The folder in which ranks work: beside `out`, or in it if that is empty."""
     name = f".{out.name}.parts"
-    return out / name if (out / name).is_dir() else home(out) / name
+    inside = out.is_dir() and (out / name).is_dir()
+    return out / name if inside else home(out) / name
 
 
 def put(made: Path, out: Path, workplace: Path, *, force: bool) -> None:
