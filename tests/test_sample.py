@@ -203,7 +203,7 @@ BY_FILTER = [{"filter": "mlp", "value": 0.1}]
         ({"granularity": "tensor"}, "sample is 0.2, but granularity 'tensor'"),
         ({"sample": 0}, "sample is 0; expected a number above 0 and at most 1"),
         ({"sample": 1.5}, "sample is 1.5; expected a number above 0"),
-        ({"sample": "2%"}, "sample is '2%'; expected a number above 0"),
+        ({"sample": "2%"}, "number above 0 and at most 1. Write sample: 0.02"),
     ],
     ids=str,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,6 +35,8 @@ class CheckedParameter(ParameterSpec):
             checked = super().validate(value)
             require_legal(self.name, checked)
         except ValidationError as error:
+            if isinstance(value, str) and re.fullmatch(r"[\d.]*\d%", value):
+                said += f". Write {self.name}: {float(value[:-1]) / 100:g}"
             raise ValueError(said) from error
         self.saw(self.name, checked)
         return checked
