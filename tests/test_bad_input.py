@@ -125,7 +125,10 @@ NOT_FINITE.append(
 )
 
 QUANTISED = "{{dir}}/tuned1 is quantised ({}); … Dequantise it first, or name the …"
-BARE_ADAPTER = "{dir}/adapter is a bare LoRA adapter; write it as base+adapter …"
+BARE_ADAPTER = (
+    "{dir}/adapter is a bare LoRA adapter; write it as base+adapter "
+    "({dir}/base+{dir}/adapter) …"
+)
 NO_FINE_TUNE = (
     "{{dir}}/tuned1 is not a fine-tune of {{dir}}/base: {}% of the parameters match; "
     "first differences: {}…. Give the base that it was trained from"

@@ -86,6 +86,7 @@ def open_checkpoint(
     lora_merge_cache: str | None = None,
     transformers_cache: str | None = None,
     trust_remote_code: bool = False,
+    base: ModelReference | str | None = None,
 ) -> Checkpoint:
     """Open a model as mergekit does, reading headers only.
 
@@ -95,6 +96,7 @@ def open_checkpoint(
         lora_merge_cache: folder for merged adapters, needed for LoRA models.
         transformers_cache: folder of downloaded models.
         trust_remote_code: run code that comes with a model, for its architecture.
+        base: base of the merge, for messages.
 
     Returns:
         the checkpoint.
@@ -113,9 +115,10 @@ def open_checkpoint(
         raise ValueError(f"{label} is a file; expected a model's folder")
     if path.is_dir() and not any((path / name).exists() for name in WEIGHTS):
         if (path / "adapter_config.json").is_file():
+            whole = f"{'BASE' if base in (None, model) else base}+{label}"
             raise ValueError(
                 f"{label} is a bare LoRA adapter; write it as base+adapter "
-                f"(BASE+{label}) and give --lora-merge-cache FOLDER"
+                f"({whole}) and give --lora-merge-cache FOLDER"
             )
         raise ValueError(
             f"{label} holds no weights; expected model.safetensors or "
@@ -165,11 +168,13 @@ def unopened(label: str) -> Checkpoint:
 
 
 def open_checkpoints(
-    models: Iterable[ModelReference], options: MergeOptions
+    models: Iterable[ModelReference],
+    options: MergeOptions,
+    base: ModelReference | None = None,
 ) -> dict[ModelReference, Checkpoint]:
     """Open each model once as mergekit does, with its options, reading headers only.
 
-    Raises as `open_checkpoint`.
+    Messages name the `base` of the merge. Raises as `open_checkpoint`.
     """
     from mergekit.io.tasks import LoaderCache
 
@@ -185,6 +190,7 @@ def open_checkpoints(
             lora_merge_cache=options.lora_merge_cache,
             transformers_cache=options.transformers_cache,
             trust_remote_code=options.trust_remote_code,
+            base=base,
         )
         for model in models
     }

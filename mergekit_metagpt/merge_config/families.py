@@ -325,7 +325,7 @@ def open_models(
     adapters = {model: open_adapter(model) for model in own}
     models = [m for family in families for m in (family.base, *family.models)]
     others = [model for model in models if model not in adapters]
-    return {**open_checkpoints(others, options), **adapters}
+    return {**open_checkpoints(others, options, models[0]), **adapters}
 
 
 def _adapters_of_their_base(families: Sequence[Family]) -> list[ModelReference]:

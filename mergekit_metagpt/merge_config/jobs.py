@@ -66,7 +66,7 @@ def check(
     """
     check_yaml(config, file or "OLD.yml")
     check_names(config, file)
-    opened = open_checkpoints(merge_yaml.models(config), options)
+    opened = open_checkpoints(merge_yaml.models(config), options, config.base_model)
     for checkpoint in opened.values():
         if checkpoint.refused:
             raise ValueError(checkpoint.refused)
@@ -84,7 +84,7 @@ def reopen(config: MergeConfiguration, options: MergeOptions) -> Job:
     merge; an OSError if a file cannot be read.
     """
     check_method(config)
-    opened = open_checkpoints(merge_yaml.models(config), options)
+    opened = open_checkpoints(merge_yaml.models(config), options, config.base_model)
     hand_to_mergekit(opened, options)
     return Job(config, opened, plan_merge(config, options))
 
@@ -99,7 +99,7 @@ def check_any(config: MergeConfiguration, options: MergeOptions) -> Job:
         job = check(config, options)
     else:
         check_names(config)
-        opened = open_checkpoints(merge_yaml.models(config), options)
+        opened = open_checkpoints(merge_yaml.models(config), options, config.base_model)
         job = Job(config, opened, check_plan(config, opened, options))
     check_copied_tokenizer(config, options)
     return job
