@@ -97,6 +97,8 @@ def test_version(cli: Cli) -> None:
         ("--frobnicate", "No such option"),
         ("merge", "Missing argument 'CONFIG'."),
         (f"merge {ROOT / 'pyproject.toml'}", "Missing argument 'OUT'."),
+        ("verify . --random-seed -1", "Invalid value for '--random-seed'"),
+        (f"export . - --lora-merge-cache {__file__}", "Invalid value for '--lora-m"),
         ("merge --frobnicate config.yml out", "No such option"),
         ("demo", "Missing argument 'DIR'."),
         ("demo there and-there", "Got unexpected extra argument"),
@@ -140,6 +142,27 @@ def test_paths_with_backslashes_stay_readable(cli: Cli) -> None:
         assert said == f"Error: {name} does not exist; expected a merge YAML"
     error = PermissionError(13, "Permission denied", name)
     assert in_one_line(error) == f"{name}: Permission denied"
+
+
+@pytest.mark.parametrize("command", ["merge", "export", "convert"])
+def test_swapped_arguments_and_a_missing_yaml_come_first(
+    command: str, tmp_path: Path, cli: Cli
+) -> None:
+    file, missing = tmp_path / "merge.yml", tmp_path / "new"
+    file.write_text("precious")
+    said = cli.refused(command, missing, file)
+    assert f"{missing} does not exist; expected a merge YAML" in said
+    assert "are the two arguments swapped?" in said
+    assert file.read_text() == "precious"
+
+
+def test_verify_asks_for_the_folder_of_nearly_that_name(
+    tmp_path: Path, cli: Cli
+) -> None:
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "mergee.yml").touch()
+    said = cli.refused("verify", tmp_path / "merge")
+    assert said.endswith(f"a merged model. Did you mean {tmp_path / 'merged'}?")
 
 
 def test_only_mergekit_is_to_be_installed_where_mergekit_is_missing() -> None:

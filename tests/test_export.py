@@ -646,13 +646,14 @@ def test_exact_output(inside: Path, cli: Cli) -> None:
     printed = cli("export", "merge.yml", "-")
     text = re.sub(r"(?m)(?<=mergekit-metagpt )\d\S*(?=\.$)", "VERSION", printed.out)
     assert re.sub(r"samples: [0-9a-f]{16}\)", "samples: DIGEST)", text) == EXACT
-    size = f"({len(printed.out.encode()):,} bytes). It needs no plugin: mergekit-yaml"
-    assert printed.err == f"Wrote stdout {size} OUT.yml ./merged\n"
+    assert printed.err == "It needs no plugin: mergekit-yaml OUT.yml ./merged\n"
 
     wrote = cli("export", "merge.yml", "plain.yml")
     assert Path("plain.yml").read_text() == printed.out
     assert wrote.out == ""
-    assert wrote.err == f"Wrote plain.yml {size} plain.yml ./merged\n"
+    then = printed.err.replace("OUT", "plain")
+    size = f"{len(printed.out.encode()):,} bytes"
+    assert wrote.err == f"Wrote plain.yml ({size}). {then}"
 
 
 def test_nothing_is_merged_and_no_model_is_loaded(

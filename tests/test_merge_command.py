@@ -335,6 +335,8 @@ def test_a_folder_that_another_run_has_filled_is_left_to_it(
         ("--num-threads", "0", "--num-threads is 0; expected"),
         ("--device", "cuda:99", "run on cuda:99, which torch does not see"),
         ("--lora-merge-dtype", "fp8", "--lora-merge-dtype is fp8; expected"),
+        ("--lora-merge-cache", "merge.yml", "merge.yml is a file; expected a folder"),
+        ("--random-seed", "-1", "--random-seed is -1; expected a number from 0"),
         ("--out-shard-size", "5GB", "--out-shard-size is no whole number"),
     ],
 )
@@ -405,6 +407,13 @@ def test_a_misspelt_source_of_the_tokenizer(work: Path, cli: Cli) -> None:
     write_config(tokenizer_source="unoin")
     said = cli.refused("merge", "merge.yml", "out", *QUIET)
     assert "tokenizer_source is 'unoin'" in said and "mean union?" in said
+    for source in (
+        {"tokenizer_source": "./m/bas"},
+        {"tokenizer": {"source": "./m/bas"}},
+    ):
+        write_config(**source)
+        said = cli.refused("merge", "merge.yml", "out", *QUIET)
+        assert "source: ./m/bas does not exist" in said and "mean ./m/base?" in said
 
 
 def test_a_place_below_a_file(work: Path, cli: Cli) -> None:

@@ -18,6 +18,7 @@ from mergekit_metagpt.commands.errors import (
     one_line_errors,
 )
 from mergekit_metagpt.commands.options import (
+    MOST_SEED,
     check_merge_options,
     check_new,
     check_reports,
@@ -27,6 +28,7 @@ from mergekit_metagpt.commands.options import (
     numbers,
     pairs,
     quick_imports,
+    require_config,
     require_subjects,
     sample_of,
     scales,
@@ -247,7 +249,9 @@ def convert(config: str, out: str, base: str | None, force: bool) -> None:
 @click.option("--full", is_flag=True, help="Replay all tensors, not a sample.")
 @click.option("--seed", type=int, default=0, help="Seed of the sample; 0 by default.")
 @click.option(
-    "--random-seed", type=int, help="Seed of the merge, if mergekit-yaml was given one."
+    "--random-seed",
+    type=click.IntRange(0, MOST_SEED),
+    help="Seed of the merge, if mergekit-yaml was given one.",
 )
 @click.option("--json", "json_file", metavar="FILE", help="Write all; - for stdout.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
@@ -271,13 +275,11 @@ def verify(
     """
     check_reports(json=json_file, force=force)
 
-    if not out.is_dir():
-        what = "is a file" if out.exists() else "does not exist"
-        raise ValueError(f"{out} {what}; expected the folder of a merged model")
-
     from mergekit_metagpt.commands import verifying
+    from mergekit_metagpt.merge_config import merge_yaml
     from mergekit_metagpt.report import tables
 
+    merge_yaml.require_folder(out, "the folder of a merged model")
     options = options.model_copy(update={"random_seed": random_seed})
     found = verifying.verify(out, options, full=full, seed=seed)
     write_json(json_file, found)
@@ -553,6 +555,7 @@ def _merge_command() -> click.Command:
         check_merge_options(merge_options)
         merged = True
         with together.as_rank(resumable=resume) as group:
+            require_config(config, out)
             if group is None:
                 merging.merge(Path(config), Path(out), merge_options, force=force)
             else:

@@ -28,6 +28,8 @@ _OF_MODELS = re.compile(
     r"|special_tokens_map|added_tokens|metagpt)\.json"
     r"|mergekit_config(\.plain)?\.yml"
 )
+# Highest seed that numpy takes, with which mergekit seeds too.
+MOST_SEED = 2**32 - 1
 # Values of --lora-merge-dtype.
 ADAPTER_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -102,6 +104,7 @@ def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--lora-merge-cache",
+            type=click.Path(file_okay=False),
             help="Folder for merged LoRA models; needed to merge base+adapter.",
         ),
     ):
@@ -116,6 +119,13 @@ def check_merge_options(options: MergeOptions) -> None:
     from mergekit_metagpt.merge_config import replaying
 
     threads, dtype = options.num_threads, options.lora_merge_dtype
+    seed, cache = options.random_seed, options.lora_merge_cache
+    if seed is not None and not 0 <= seed <= MOST_SEED:
+        raise ValueError(
+            f"--random-seed is {seed}; expected a number from 0 to {MOST_SEED}"
+        )
+    if cache and Path(cache).is_file():
+        raise ValueError(f"--lora-merge-cache {cache} is a file; expected a folder")
     if threads is not None and threads < 1:
         raise ValueError(f"--num-threads is {threads}; expected a number >= 1")
     if dtype is not None and dtype.removeprefix("torch.") not in ADAPTER_DTYPES:
@@ -136,8 +146,22 @@ def check_merge_options(options: MergeOptions) -> None:
         )
 
 
+def require_config(config: str, out: str) -> None:
+    """Refuse a merge YAML that does not exist, as where it and `out` are swapped."""
+    from mergekit_metagpt.merge_config import merge_yaml
+
+    place, expected = Path(out), "a merge YAML"
+    if place.suffix in (".yml", ".yaml") and place.is_file():
+        expected += " (are the two arguments swapped?)"
+    merge_yaml.require_file(Path(config), expected)
+
+
 def check_new(read: str, out: str, *, force: bool) -> None:
-    """Refuse an output file that exists, cannot be written, or is what is read."""
+    """Refuse an output file that exists, cannot be written, or is what is read.
+
+    First of all refuses a merge YAML to be read that does not exist.
+    """
+    require_config(read, out)
     _require_writable(out)
     if out != "-" and Path(out).exists():
         _require_expendable([out], [read])

@@ -86,9 +86,9 @@ def tell_written(*files: str | None) -> None:
 
 
 def write_yaml(out: str, text: str, *, then: str) -> None:
-    """Write a YAML, all or nothing; say on stderr where, and what to do next."""
+    """Write a YAML, all or nothing; say on stderr in which file, and what is next."""
     with click.open_file(out, "w", encoding="utf-8", atomic=True) as stream:
         stream.write(text)
-    place = "stdout" if out == "-" else out
     size = len(text.encode("utf-8"))
-    click.echo(printable(f"Wrote {place} ({size:,} bytes). {then}"), err=True)
+    wrote = "" if out == "-" else f"Wrote {out} ({size:,} bytes). "
+    click.echo(printable(f"{wrote}{then}"), err=True)

@@ -94,6 +94,14 @@ def require_file(file: Path, expected: str) -> None:
         raise FileNotFoundError(missing(file, expected))
 
 
+def require_folder(folder: Path, expected: str) -> None:
+    """Refuse a path that is no folder, as `require_file`."""
+    if not folder.exists():
+        raise FileNotFoundError(missing(folder, expected, folders=True))
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; expected {expected}")
+
+
 def read_file(file: Path) -> tuple[str, MergeConfiguration]:
     """Read the file of a merge YAML: its text, and mergekit's configuration.
 

@@ -12,6 +12,7 @@ from mergekit.tokenizer import PermutedVocabulary
 
 from mergekit_metagpt.checkpoints.checkpoint import Checkpoint
 from mergekit_metagpt.checkpoints.layouts import stored_as
+from mergekit_metagpt.checkpoints.nearby import is_local, missing
 from mergekit_metagpt.merge_config.plan import Planned
 from mergekit_metagpt.merge_config.yaml_errors import closest
 
@@ -35,13 +36,20 @@ def check_tokenizer(
     from mergekit._data import chat_templates
     from mergekit.merge import _set_chat_template
 
-    source = str(config.tokenizer_source or "")
+    key, given = "tokenizer_source", config.tokenizer_source
+    if config.tokenizer:
+        key, given = "tokenizer.source", config.tokenizer.source
+    source = str(given or "")
     meant = closest(source.lower(), ("base", "union"))
     if meant not in (None, source) and "/" not in source:
         raise ValueError(
-            f"tokenizer_source is {source!r}; expected base, union or a model. Did you "
-            f"mean {meant}?"
+            f"{key} is {source!r}; expected base, union or a model. Did you mean "
+            f"{meant}?"
         )
+    path = "" if given is None or isinstance(given, str) else given.model.path
+    if is_local(path) and not Path(path).exists():
+        what = missing(path, "a model's folder, base or union", folders=True)
+        raise ValueError(f"{key}: {what}")
     try:
         if config.chat_template != "auto":
             _set_chat_template(SimpleNamespace(), config)
