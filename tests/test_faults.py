@@ -40,6 +40,14 @@ def place() -> Place:
     return killed.shared_place()
 
 
+def aborted(place: Place, *, complete: bool = False) -> str:
+    """What our command says last after Ctrl-C."""
+    out = place.folder / "work" / "out"
+    if complete:
+        return f"Aborted! {out} is complete all the same."
+    return f"Aborted! Nothing was written to {out}."
+
+
 # ---- killed, interrupted, disk full: in processes of their own
 
 
@@ -64,7 +72,8 @@ def test_at_a_few_of_all_writes(event: str, place: Place) -> None:
             assert last.startswith("Error: ") and "No space left on device" in last
         elif event == INTERRUPT:
             assert ended.status == 130, ended
-            assert ended.said.splitlines()[-1] == "Aborted!"
+            complete = ended.step == "clean-up"
+            assert ended.said.splitlines()[-1] == aborted(place, complete=complete)
 
 
 def test_control_c_while_it_cleans_up(place: Place) -> None:
@@ -74,6 +83,7 @@ def test_control_c_while_it_cleans_up(place: Place) -> None:
     with place.work() as work:
         (ended,) = place.forks.run(job)
         assert ended.status == 130 and ended.step == "clean-up", ended
+        assert ended.said.splitlines()[-1] == aborted(place, complete=True)
         assert dict(snapshot(work / "out")) == place.reference["mergekit-metagpt"]
         assert not killed.hidden(work)
 
@@ -104,7 +114,7 @@ module.{name} = swallowing
 """
     ended = disturbed(place, replace(place.job("mergekit-metagpt"), code=code))
     assert ended.status == 130, ended
-    assert ended.said.splitlines()[-1] == "Aborted!"
+    assert ended.said.splitlines()[-1] == aborted(place)
 
 
 def test_control_c_on_a_terminal(place: Place) -> None:

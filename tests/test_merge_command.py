@@ -403,6 +403,42 @@ def test_a_merge_by_ranks_that_is_unfinished(work: Path, cli: Cli) -> None:
     assert not (work / "out").exists()
 
 
+def test_control_c_with_resume_says_what_is_finished(
+    work: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergekit_metagpt.commands import placing, shards
+
+    merge = ("merge", "merge.yml", "out", *QUIET, "--out-shard-size", "20K")
+    note, noted = shards._note, []
+
+    def interrupted(*args: Any) -> Any:
+        noted.append(note(*args))
+        if len(noted) == 2:
+            raise KeyboardInterrupt
+        return noted[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_note", interrupted)
+        last = cli(*merge, "--resume", status=130).err.splitlines()[-1]
+    assert last.startswith("Aborted! 2 of the files for out are finished")
+    assert str(work / ".out.parts") in last and "--resume goes on" in last
+    said = cli.refused(*merge)
+    assert "with --resume or under torchrun" in said and "2 files are finished" in said
+
+    remove, removed = placing.remove, []
+
+    def cut_short(folder: Path, out: Path) -> None:
+        removed.append(folder)
+        if removed.count(work / ".out.parts") == 1 and folder.name == ".out.parts":
+            raise KeyboardInterrupt
+        remove(folder, out)
+
+    monkeypatch.setattr(placing, "remove", cut_short)
+    last = cli(*merge, "--resume", status=130).err.splitlines()[-1]
+    assert last == "Aborted! out is complete all the same."
+    assert read_model(Path("out")) and not (work / ".out.parts").exists()
+
+
 def test_a_misspelt_source_of_the_tokenizer(work: Path, cli: Cli) -> None:
     write_config(tokenizer_source="unoin")
     said = cli.refused("merge", "merge.yml", "out", *QUIET)

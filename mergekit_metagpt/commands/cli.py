@@ -12,6 +12,7 @@ import click
 
 from mergekit_metagpt import __version__, autoload
 from mergekit_metagpt.commands.errors import (
+    LEFT,
     Differs,
     OneLineGroup,
     Unverified,
@@ -523,6 +524,9 @@ def merge(context: click.Context, arguments: tuple[str, ...]) -> None:
             "--out-shard-size is no whole number; expected one with K, M or B, such "
             "as 5B"
         ) from error
+    from mergekit_metagpt.commands import merging
+
+    context.meta[LEFT] = merging.after_interrupt(inner.params["out"])
     with inner:
         command.invoke(inner)
 
@@ -540,8 +544,8 @@ def _merge_command() -> click.Command:
     @click.option(
         "--resume",
         is_flag=True,
-        help="Merge as a rank, and go on from finished files of an earlier run; if OUT "
-        "is complete already, end with status 0.",
+        help="Keep finished files if interrupted, and go on from those of an earlier "
+        "run; if OUT is complete already, end with status 0.",
     )
     @add_merge_options  # type: ignore[untyped-decorator]
     def command(

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
@@ -18,6 +18,8 @@ from mergekit_metagpt.report.parts import printable
 
 P = ParamSpec("P")
 T = TypeVar("T")
+# In the `meta` of a context: a function that says what is left after Ctrl-C.
+LEFT = "mergekit_metagpt.left"
 # Longest message: some quote the content of a file.
 MOST_CHARACTERS = 2000
 
@@ -48,12 +50,12 @@ class OneLineGroup(click.Group):
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Parse the options of the group."""
-        with _usage_in_one_line(), _signals_as_statuses():
+        with _usage_in_one_line(), _signals_as_statuses({}):
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Parse the arguments of a command, and run it."""
-        with _usage_in_one_line(), _signals_as_statuses():
+        with _usage_in_one_line(), _signals_as_statuses(ctx.meta):
             return super().invoke(ctx)
 
 
@@ -69,12 +71,12 @@ def _usage_in_one_line() -> Iterator[None]:
 
 
 @contextmanager
-def _signals_as_statuses() -> Iterator[None]:
+def _signals_as_statuses(meta: Mapping[str, Any]) -> Iterator[None]:
     """End as shells report signals: status 1 is the result of a check."""
     try:
         yield
     except (KeyboardInterrupt, click.Abort):
-        click.echo("\nAborted!", err=True)
+        click.echo(f"\nAborted!{meta.get(LEFT, str)()}", err=True)
         raise click.exceptions.Exit(128 + signal.SIGINT) from None
     except BrokenPipeError:  # whoever read stdout has ended
         # Python flushes stdout once more when it exits.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ from mergekit_metagpt.merge_config import (
 )
 from mergekit_metagpt.report import card, inspecting, schema
 from mergekit_metagpt.report.figures import report_figure
+from mergekit_metagpt.report.parts import printable
 from mergekit_metagpt.scanning import once, sharing
 
 if TYPE_CHECKING:
@@ -177,6 +178,32 @@ def merge(
             raise ValueError(_keep(made, out, late)) from late
         prepared.complete(made, beside, about, options)
         _put(made, out, parent, force=force)
+
+
+def after_interrupt(out: str) -> Callable[[], str]:
+    """Return what tells, after Ctrl-C, what a merge that starts now has left."""
+    place = Path(out).resolve()
+
+    def version() -> tuple[int, int] | None:
+        try:
+            status = (place / "config.json").stat()  # comes last
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns
+
+    before = version()
+
+    def told() -> str:
+        if version() not in (None, before):
+            return printable(f" {out} is complete all the same.")
+        if count := len(shards.manifest_files(folder := placing.parts(place))):
+            return printable(
+                f" {count} of the files for {out} are finished, in {folder}: the same "
+                "command with --resume goes on from them."
+            )
+        return printable(f" Nothing was written to {out}.")
+
+    return told
 
 
 def closing(out: str, options: MergeOptions) -> str:

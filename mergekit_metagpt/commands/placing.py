@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +53,7 @@ def require_free(
         _require_empty(out, ignoring)
     place = out if ignoring else home(out)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=place):
+        with workplace(out, place):
             pass
     except OSError as error:
         raise ValueError(
@@ -108,11 +107,11 @@ def _require_empty(out: Path, ignoring: str | None) -> None:
 
 
 @contextmanager
-def workplace(out: Path) -> Iterator[Path]:
-    """Make a hidden folder to work in beside `out`, and remove it afterwards."""
+def workplace(out: Path, place: Path | None = None) -> Iterator[Path]:
+    """Make a hidden folder to work in, beside `out`, and remove it afterwards."""
     # It is named before it is made and removed twice, so that a single Ctrl-C never
     # leaves it behind.
-    folder = home(out) / f".{out.name}.{secrets.token_urlsafe(6)}"
+    folder = (place or home(out)) / f".{out.name}.{secrets.token_urlsafe(6)}"
     try:
         try:
             folder.mkdir(mode=0o700)

@@ -67,9 +67,9 @@ def require_none(folder: Path) -> None:
     """Refuse a folder in which an earlier run was working."""
     if folder.exists():
         raise ValueError(
-            f"{folder} holds an unfinished merge by ranks, {len(finished(folder))} "
-            "files of which are finished. Give --resume to go on from them, or remove "
-            "that folder"
+            f"{folder} holds an unfinished merge (with --resume or under torchrun), "
+            f"of which {len(manifest_files(folder))} files are finished. Give --resume "
+            "to go on from them, or remove that folder"
         )
 
 
@@ -88,10 +88,15 @@ def holds(folder: Path, token: str) -> bool:
         return False
 
 
+def manifest_files(folder: Path) -> list[Path]:
+    """The manifests in a folder, of which there is one for each finished file."""
+    return list(folder.glob("shard-*.json"))
+
+
 def finished(folder: Path) -> dict[str, Manifest]:
     """Find the complete files of an earlier run: their manifests by key."""
     found = {}
-    for path in folder.glob("shard-*.json"):
+    for path in manifest_files(folder):
         try:
             manifest = Manifest.model_validate_json(path.read_bytes())
             file = manifest.file and folder / manifest.file

@@ -106,14 +106,17 @@ def merge(
     except BaseException:
         # Without a finished file there is nothing to go on from.
         ours = group.leads and shards.holds(folder, token)
-        if ours and not any(folder.glob("shard-*.json")):
+        if ours and not shards.manifest_files(folder):
             with suppress(OSError):  # others may still be writing there
                 placing.remove(folder, out)
         raise
     if group.leads:
         made = _completed(checked, options, written, folder, out, about)
         placing.put(made, out, folder, force=force)
-        placing.remove(folder, out)
+        try:
+            placing.remove(folder, out)
+        finally:  # a single Ctrl-C never leaves it behind
+            placing.remove(folder, out)
     group.share(None)  # the others wait, so that they end as rank 0 does
     return True
 
