@@ -923,6 +923,52 @@ def test_a_wide_report_fits_a_terminal(
     assert any(line.startswith("Warning: ") for line in lines)
 
 
+@pytest.mark.parametrize("columns", [80, 120])
+def test_no_number_breaks_in_a_table_of_many_models(
+    columns: int,
+    inside: Path,
+    inspect: Inspect,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twelve models by layer: blocks of columns, each with the names of the layers."""
+    from mergekit_metagpt.commands.printing import show
+    from mergekit_metagpt.report import schema, tables
+
+    report = inspect("--base", "base", "a", "b", "--granularity", "layer")
+    family = only(report)
+    family["models"] *= 6
+    family["cosines"] = [row * 6 for row in family["cosines"]] * 6
+    for pool in family["pools"]:
+        for of_models in ("coefficients", "relative_norms", "sq_norms"):
+            pool[of_models] *= 6
+    monkeypatch.setenv("COLUMNS", str(columns))
+    show(tables.lay_out(schema.Report.model_validate(report)))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    for pool in family["pools"]:
+        rows = [line for line in lines if line.startswith(f"{pool['key']} ")]
+        cells = re.findall(r" (\d\.\d{4}) \([\d.]+\)", " ".join(rows))
+        assert cells == [f"{value:.4f}" for value in pool["coefficients"]]
+    headings = re.findall(r"#\d+", "\n".join(lines))
+    assert headings == [f"#{number}" for number in range(1, 13)]
+    matrix = [line for line in lines if re.match(r" ?\d+  [+-]\d\.\d\d ", line)]
+    assert len(re.findall(r"[+-]\d\.\d\d(?!\d)", "\n".join(matrix))) == 144
+
+
+def test_a_long_name_breaks_at_its_separators(capsys: Any, monkeypatch: Any) -> None:
+    from mergekit_metagpt.commands.printing import show
+    from mergekit_metagpt.report.blocks import Blocks
+
+    monkeypatch.setenv("COLUMNS", "40")
+    table = Blocks(["model", "coefficient"], names=("model",))
+    table.add(["acme/Some-Model-3.1-8B-Instruct-tuned", "0.5 ± 0.1"])
+    show([table])
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert first.split() == ["acme/Some-Model-3.1-8B-", "0.5", "±", "0.1"]
+    assert second == "Instruct-tuned"
+
+
 # What every reader of the tables needs, whatever the terminal.
 NEEDED = ("./a", "./b", "0.2000", "0.8000", "0.0385", "0.0770")
 

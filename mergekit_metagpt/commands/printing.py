@@ -15,8 +15,7 @@ from mergekit_metagpt.report.parts import printable
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-    from rich.console import Console
-    from rich.table import Table
+    from rich.console import Console, RenderableType
 
 # Table width when stdout is not a terminal, so that rows are not wrapped.
 PIPE_WIDTH = 240
@@ -24,7 +23,7 @@ PIPE_WIDTH = 240
 _END = re.compile(r"(?: |\x1b\[[\d;]*m)+$")
 
 
-def show(parts: Iterable[str | Table]) -> None:
+def show(parts: Iterable[RenderableType]) -> None:
     """Print tables and prose to stdout.
 
     Prose is wrapped between words, at the width of the terminal or that of COLUMNS. In

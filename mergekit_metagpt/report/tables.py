@@ -5,15 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Literal
-
-from rich import box
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from mergekit_metagpt.method.announcing import estimate
+from mergekit_metagpt.report.blocks import Blocks
 from mergekit_metagpt.report.parts import printable
 
 if TYPE_CHECKING:
@@ -26,7 +23,7 @@ MOST_COLUMNS = 16
 UNDEFINED = "undefined"
 
 
-def lay_out(found: schema.Report, then: str = "") -> Iterator[str | Table]:
+def lay_out(found: schema.Report, then: str = "") -> Iterator[str | Blocks]:
     """Lay out what `inspect` found, family by family.
 
     Args:
@@ -50,17 +47,16 @@ def lay_out(found: schema.Report, then: str = "") -> Iterator[str | Table]:
         yield then
 
 
-def _headers(headers: Sequence[schema.Header]) -> Iterator[str | Table]:
+def _headers(headers: Sequence[schema.Header]) -> Iterator[str | Blocks]:
     """Tabulate headers; say below what does not fit, and which tensors differ."""
     total = {header.name: header.download for header in headers}
     yield f"Headers ({sum(total.values()) / 1e9:,.2f} GB to download in all)\n"
     names = ("model", "commit", "stored", "quantised", "head", "fits")
     headings = ["model", "commit", "parameters", "stored", "GB to download"]
-    table = _table([*headings, "quantised", "vocabulary", "head", "fits"], names=names)
+    table = Blocks([*headings, "quantised", "vocabulary", "head", "fits"], names=names)
     for header in headers:
         fits = "no" if header.misfit else "yes"
-        _add(
-            table,
+        table.add(
             [
                 header.name,
                 (header.commit or "a folder")[:8],
@@ -83,7 +79,7 @@ def _headers(headers: Sequence[schema.Header]) -> Iterator[str | Table]:
         yield from _some(header.base, header.only_in_base, f"{header.name} lacks")
 
 
-def _family(family: schema.Family, method: str) -> Iterator[str | Table]:
+def _family(family: schema.Family, method: str) -> Iterator[str | Blocks]:
     base, models = family.base, family.models
     if base.parameters:
         others = [model for model in models if model.precisions != base.precisions]
@@ -191,30 +187,11 @@ def _settings(settings: schema.Settings) -> str:
     return ", ".join(chosen)
 
 
-def _table(headings: Sequence[str], *, names: Sequence[str] = ()) -> Table:
-    """Make an empty table, in which columns of `names` are aligned to the left.
-
-    Where a terminal is narrow, cells are folded, not cut.
-    """
-    table = Table(
-        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
-    )
-    for heading in headings:
-        side: Literal["left", "right"] = "left" if heading in names else "right"
-        table.add_column(Text(heading), justify=side, overflow="fold")
-    return table
-
-
-def _add(table: Table, cells: Iterable[str]) -> None:
-    """Add a row of text as it is, without markup or control characters."""
-    table.add_row(*(Text(printable(cell)) for cell in cells))
-
-
 def _numbers(family: schema.Family) -> list[str]:
     return [str(number) for number in range(1, len(family.models) + 1)]
 
 
-def _task_vectors(family: schema.Family) -> Table:
+def _task_vectors(family: schema.Family) -> Blocks:
     """Tabulate coefficients, weights and norms, in this order."""
     models = family.models
     weights = family.weights
@@ -223,7 +200,7 @@ def _task_vectors(family: schema.Family) -> Table:
     headings = ["#", "model", "coefficient"]
     headings += ["weight"] * bool(weights) + ["YAML weight"] * by_hand
     headings += ["||tau||", "relative"]
-    table = _table(headings, names=("model",))
+    table = Blocks(headings, names=("model",))
     for k, model in enumerate(models):
         relative = "-"
         if model.relative_norm is not None:
@@ -232,17 +209,17 @@ def _task_vectors(family: schema.Family) -> Table:
         row += [weights[k]] if weights else []
         row += [model.weight_by_hand or "-"] * by_hand
         row += [estimate(model.norm, model.norm_se), relative]
-        _add(table, row)
+        table.add(row)
     return table
 
 
-def _cosines(family: schema.Family) -> Table:
-    table = _table(["#", *_numbers(family)])
+def _cosines(family: schema.Family) -> Blocks:
+    table = Blocks(["#", *_numbers(family)])
     errors = family.cosines_se or ((None,) * len(family.models),) * len(family.models)
     rows = zip(_numbers(family), family.cosines or (), errors, strict=True)
     for number, row, of_row in rows:
         cells = map(_cosine, row, of_row)
-        _add(table, [number, *cells])
+        table.add([number, *cells])
     return table
 
 
@@ -255,16 +232,16 @@ def _cosine(value: float | None, error: float | None) -> str:
     return f"{shown} ± {error:.{digits}f}" if error else shown
 
 
-def _parts(family: schema.Family) -> Table:
+def _parts(family: schema.Family) -> Blocks:
     shown = [
         part
         for part in family.models[0].parts
         if any(model.parts[part] for model in family.models)
     ]
-    table = _table(["#", *shown])
+    table = Blocks(["#", *shown])
     for number, model in zip(_numbers(family), family.models, strict=True):
         cells = (_share(model, part) for part in shown)
-        _add(table, [number, *cells])
+        table.add([number, *cells])
     return table
 
 
@@ -274,10 +251,10 @@ def _share(model: schema.Model, part: str) -> str:
     return f"{shown} ± {error:.1%}" if error >= 5e-4 else shown
 
 
-def _pools(family: schema.Family) -> Table:
+def _pools(family: schema.Family) -> Blocks:
     granularity = family.settings.granularity
     headings = [f"#{number}" for number in _numbers(family)]
-    table = _table([granularity, *headings], names=(granularity,))
+    table = Blocks([granularity, *headings], names=(granularity,))
     for pool in family.pools:
         cells = [
             f"{'-' if value is None else estimate(value, error, _four)} "
@@ -289,7 +266,7 @@ def _pools(family: schema.Family) -> Table:
                 strict=True,
             )
         ]
-        _add(table, [pool.key, *cells])
+        table.add([pool.key, *cells])
     return table
 
 
@@ -362,10 +339,10 @@ def as_csv(found: schema.Report) -> str:
     return stream.getvalue()
 
 
-def remembered(entries: Sequence[Remembered]) -> Table:
+def remembered(entries: Sequence[Remembered]) -> Blocks:
     """Tabulate what the cache holds, an entry in each row."""
     names = ("written", "holds", "base", "models")
-    table = _table([*names, "kB"], names=names)
+    table = Blocks([*names, "kB"], names=names)
     kinds = {
         "pair": "squared norms",
         "gram": "inner products",
@@ -374,8 +351,7 @@ def remembered(entries: Sequence[Remembered]) -> Table:
         "scores": "scores on a task",
     }
     for entry in entries:
-        _add(
-            table,
+        table.add(
             [
                 datetime.fromtimestamp(entry.written).isoformat(" ", "minutes"),
                 kinds.get(entry.kind, "not readable"),
