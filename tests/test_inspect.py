@@ -730,7 +730,7 @@ lm_head.weight             0.0000 (0.0000)  0.0000 (0.0000)
 
 Warning: embeddings hold 100% of ||tau||^2 of ./b: if its vocabulary was resized or \
 reordered, keep them out with exclude: embed_tokens,lm_head
-Norms are 2 to 1 apart. Below 2 to 1, MetaGPT and the plain average were close in \
+Norms are 2 to 1 apart. Up to 2 to 1, MetaGPT and the plain average were close in \
 our experiment on small models: MetaGPT was better in 7 of 9 comparisons, by 0.003 on \
 average. At such ratios on Gemma 3 270M, the average was better in 21 of 21.
 Compare on your own text: mergekit-metagpt compare ab.yml --text MODEL=FILE

@@ -318,6 +318,11 @@ def test_advice_says_what_the_experiment_measured() -> None:
     assert advice.which_weights(2.5, (1.0, 1.0, 0.0)) == said_apart
     assert f"{farthest:.1f}" == str(advice.FARTHEST_TRIED)
     assert "1,640 to 1 apart, farther than any" in advice.which_weights(1640)
+    for shown, ratio in (("2 to 1", 2.0004), ("2.01 to 1", 2.0051)):
+        said = advice.which_weights(ratio)
+        assert said.startswith(f"Norms are {shown} apart. ")
+        assert ("Above 2 to 1" in said) == (ratio > 2.005)
+    assert "4.2 to 1 apart. Above" in advice.which_weights(4.2004)
     said = advice.which_weights(2.5, (30.0, 1.0))
     assert "2.5 to 1" in said and " of 18" not in said and "says nothing" in said
 
