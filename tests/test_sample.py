@@ -286,7 +286,9 @@ def test_what_a_merge_was_made_from_is_recorded_and_verified(
     assert all(model["coefficient_se"] > 0 for model in family["models"])
     card = (out / "README.md").read_text()
     assert f"`sample: {SHARE}`; ± is one standard error" in card
-    assert len(re.findall(r"\d ± \d", card)) == len(paths) - 1
+    # The coefficient, the norm and the relative norm of each model.
+    assert len(re.findall(r"\d ± \d", card)) == 3 * (len(paths) - 1)
+    assert "moved farthest moved about " in card
     plain = (out / "mergekit_config.plain.yml").read_text()
     assert f"# Estimated from a sample of {SHARE} of each large tensor" in plain
     weights = [

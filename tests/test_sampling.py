@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -383,9 +384,10 @@ def test_inspect_prints_estimates_with_their_errors(
     assert report["sample"]["share"] == 0.3
     assert report["sample"]["bytes_read"] < report["sample"]["bytes_stored"]
     assert figure.stat().st_size > 0
+    smallest = min(model["coefficient_se"] for model in report["models"])
+    digits = -math.floor(math.log10(smallest))
     for model, row in zip(report["models"], (1, 2, 3), strict=True):
         error = model["coefficient_se"]
-        digits = -math.floor(math.log10(error))
         cell = f"{model['coefficient']:.{digits}f} ± {error:.{digits}f}"
         (line,) = (
             x
@@ -395,6 +397,21 @@ def test_inspect_prints_estimates_with_their_errors(
         assert cell in line
         assert set(model["parts_se"]) == set(model["parts"])
     assert "± is one standard error" in printed
+    assert not re.search(r"± [0.]+(?![\d.])", printed)
+    parts = printed.partition("Share of each part")[2]
+    for model, line in zip(
+        report["models"], re.findall(r"(?m)^\d  .*%$", parts), strict=True
+    ):
+        assert line.count("±") == sum(e > 0 for e in model["parts_se"].values()) > 0
+    cosines = re.findall(r"[+-]\d\.(\d+) ± ", printed)
+    assert len(cosines) == 6 and len({*map(len, cosines)}) == 1
+    for number in (
+        "||theta_0||",
+        "has a length of",
+        "would multiply it by",
+        "Norms are",
+    ):
+        assert f"{number} about " in printed
     assert run_command("inspect", "--base", base, *models, "--json", "-") == 0
     exact = json.loads(capsys.readouterr().out)["families"][0]
     assert exact["sample"] is None and exact["cosines_se"] is None

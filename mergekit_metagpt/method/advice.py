@@ -391,7 +391,11 @@ def siblings(base: Hashable, cosines: Sequence[float]) -> str | None:
 
 
 def which_weights(
-    disparity: float, weights: Collection[float] = (), power: float = 2.0
+    disparity: float,
+    weights: Collection[float] = (),
+    power: float = 2.0,
+    *,
+    about: str = "",
 ) -> str:
     """Say which weights were better at this ratio of norms, by docs/evaluation.md.
 
@@ -399,15 +403,16 @@ def which_weights(
         disparity: ratio of the largest to the smallest norm of the merged models.
         weights: the models' weights.
         power: of the norms.
+        about: stands before the ratio, if it is an estimate.
 
     Returns:
         sentences.
     """
     if len({*weights} - {0}) > 1:
         return (
-            f"Norms are {times(disparity)} to 1 apart, before the weights that are set "
-            "here. Our experiment had no such weights, so it says nothing of this "
-            "merge."
+            f"Norms are {about}{times(disparity)} to 1 apart, before the weights that "
+            "are set here. Our experiment had no such weights, so it says nothing of "
+            "this merge."
         )
     experience = (
         "Up to 2 to 1, MetaGPT and the plain average were close in our experiment on "
@@ -429,11 +434,14 @@ def which_weights(
     farther = ""
     if disparity > FARTHEST_TRIED:
         farther = f", farther than any that we tried (at most {FARTHEST_TRIED} to 1)"
-    return f"Norms are {times(disparity)} to 1 apart{farther}. {experience}"
+    return f"Norms are {about}{times(disparity)} to 1 apart{farther}. {experience}"
 
 
 def cosine_reading(
-    models: Sequence[Hashable], cosines: Sequence[Sequence[float]] | None
+    models: Sequence[Hashable],
+    cosines: Sequence[Sequence[float]] | None,
+    *,
+    about: str = "",
 ) -> str:
     """Explain the cosines between task vectors.
 
@@ -441,6 +449,7 @@ def cosine_reading(
         models: the K models.
         cosines: shape `(K, K)`, NaN for a model that equals the base; None if they
             were not measured.
+        about: stands before a cosine, if it is an estimate.
 
     Returns:
         one or two sentences.
@@ -459,7 +468,9 @@ def cosine_reading(
         return "No two task vectors that are not zero: there is no angle to read."
     value, row, column = max(pairs, key=lambda pair: abs(pair[0]))
     if abs(value) <= ORTHOGONAL:
-        most = f"at most {abs(value):.2f}" if abs(value) >= 0.005 else "below 0.01"
+        most = (
+            f"at most {about}{abs(value):.2f}" if abs(value) >= 0.005 else "below 0.01"
+        )
         return (
             f"Near orthogonal ({most}), as the paper assumes: what "
             "one model learned hardly overlaps with the others."
@@ -471,6 +482,6 @@ def cosine_reading(
     else:
         way = "point against each other: what one learned, the other undoes in part"
     return (
-        f"{models[column]} and {models[row]} {way} (cosine {value:+.2f}). The paper "
-        "assumes values near 0; the coefficients do not depend on them."
+        f"{models[column]} and {models[row]} {way} (cosine {about}{value:+.2f}). The "
+        "paper assumes values near 0; the coefficients do not depend on them."
     )

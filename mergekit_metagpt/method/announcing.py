@@ -24,27 +24,51 @@ def log(level: int, message: str, *values: object) -> None:
         LOG.log(level, message, *values)
 
 
-def estimate(
-    value: float, error: float | None, exact: Callable[[float], str] = "{:.4g}".format
-) -> str:
-    """Write a value with its standard error, to the first digit of the error.
+def estimates(
+    values: Sequence[float | None],
+    errors: Sequence[float | None],
+    exact: Callable[[float], str] = "{:.4g}".format,
+    *,
+    least: int = 0,
+    sign: str = "",
+) -> list[str]:
+    """Write a column of values with their standard errors, all with the same decimals.
 
     Args:
-        value: the estimate.
-        error: its standard error; None or 0 if the value is exact.
-        exact: writes an exact value.
+        values: estimates; None becomes a dash.
+        errors: their standard errors; None or 0 where a value is exact.
+        exact: writes the values of a column that has no estimates.
+        least: decimals beside errors, at least.
+        sign: of the numbers, as in a format.
 
     Returns:
-        value and error, or an exact value alone.
+        a text for each value, as many decimals as the first digit of the errors takes.
+        An error below a hundredth of the largest one takes decimals of its own.
 
     Example:
-        >>> estimate(0.65612, 0.0041), estimate(0.65612, None)
-        ('0.656 ± 0.004', '0.6561')
+        >>> estimates([0.65612, 0.34388], [0.0041, 0.00099])
+        ['0.6561 ± 0.0041', '0.3439 ± 0.0010']
+        >>> estimates([0.65612, 0.0], [0.0041, None]), estimates([0.65612], [None])
+        (['0.656 ± 0.004', '0.000'], ['0.6561'])
     """
-    if not error:
-        return exact(value)
-    digits = max(0, -math.floor(math.log10(error)))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
+    known = [error for error in errors if error]
+    if not known:
+        return ["-" if value is None else exact(value) for value in values]
+
+    def decimals(error: float) -> int:
+        return max(least, -math.floor(math.log10(error)))
+
+    common = max(decimals(error) for error in known if 100 * error >= max(known))
+    cells = []
+    for value, error in zip(values, errors, strict=True):
+        if value is None:
+            cells.append("-")
+            continue
+        digits = max(common, decimals(error)) if error else common
+        # Plus 0.0, which makes -0.0 positive.
+        cell = f"{round(value, digits) + 0.0:{sign}.{digits}f}"
+        cells.append(f"{cell} ± {error:.{digits}f}" if error else cell)
+    return cells
 
 
 class Announcer:
@@ -93,15 +117,14 @@ class Announcer:
         words. The line is at WARNING, if `visible` (in merges from files).
         """
         if visible and self.first_of("coefficients", base, tuple(models)):
+            figures = estimates(shares, errors or [None] * len(shares))
             line = ", ".join(
-                f"{estimate(share, error)} {model}"
-                + (f" (weight {w:g})" if w != 1 else "")
-                for share, error, model, w in zip(
-                    shares, errors or [0.0] * len(shares), models, weight, strict=True
-                )
+                f"{figure} {model}" + (f" (weight {w:g})" if w != 1 else "")
+                for figure, model, w in zip(figures, models, weight, strict=True)
             )
             if settings.keeps_length:
-                line += f", their sum scaled by lambda {scale:.4g} (keep)"
+                about = "" if errors is None else "about "
+                line += f", their sum scaled by lambda {about}{scale:.4g} (keep)"
             elif scale != 1:
                 line += f", their sum scaled by lambda {scale:g}"
             how = f"power {settings.power:g}"

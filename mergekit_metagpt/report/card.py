@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from mergekit_metagpt.merge_config.checks import RANDOM_METHODS
 from mergekit_metagpt.method import advice
-from mergekit_metagpt.method.announcing import estimate
 from mergekit_metagpt.report import schema, tables
 from mergekit_metagpt.report.comparison import Comparison, loss_in
 from mergekit_metagpt.report.parts import printable
@@ -96,15 +95,21 @@ def _family(family: schema.Family, *, composed: bool) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     weights = family.weights or ["1"] * len(family.models)
-    for model, weight in zip(family.models, weights, strict=True):
+    columns = (
+        tables.column(family.models, "coefficient", "{:.6g}".format),
+        weights,
+        tables.column(family.models, "norm", "{:.5g}".format),
+        tables.column(family.models, "relative_norm"),
+    )
+    about = tables.about(family)
+    for model, coefficient, *others in zip(family.models, *columns, strict=True):
         low, high = model.coefficient_range
-        value = f"{low:.4g} to {high:.4g}"
-        if low == high:
-            value = estimate(high, model.coefficient_se, "{:.6g}".format)
-        relative = "-" if model.relative_norm is None else f"{model.relative_norm:.4g}"
+        if model.coefficient is None:
+            ends = f"{low:.6g}" if low == high else f"{low:.4g} to {high:.4g}"
+            coefficient = f"{about}{ends}"
         lines.append(
-            f"| `{model.name}` | {value} | {weight} | {model.norm:.5g} "
-            f"| {relative} | {_version(model)} |"
+            f"| `{model.name}` | {' | '.join((coefficient, *others))} "
+            f"| {_version(model)} |"
         )
     norms = (
         "`norm` is how far a model moved from the base, and `relative norm` the same "
@@ -121,15 +126,17 @@ def _lengths(family: schema.Family, *, composed: bool) -> Iterator[str]:
     lengths = family.lengths
     if lengths is None:
         return
+    about, ratio = tables.about(family), advice.times(lengths.disparity)
     yield (
-        "The model that moved farthest moved "
-        f"{advice.times(lengths.disparity)} times as far as the one that moved least."
+        f"The model that moved farthest moved {about}{ratio} times as far as the one "
+        "that moved least."
     )
     if lengths.merged is not None and not composed:
         before = "" if family.settings.scale == 1 else ", before `lambda`"
+        far = f"{about}{lengths.merged / lengths.inputs:.2f}"
         yield (
-            f"The merged model moved {lengths.merged / lengths.inputs:.2f} times as "
-            f"far as these models did on average{before}."
+            f"The merged model moved {far} times as far as these models did on "
+            f"average{before}."
         )
 
 

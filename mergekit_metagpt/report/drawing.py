@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mergekit_metagpt.method.announcing import estimates
 
 FORMATS = (".png", ".svg", ".pdf")
 # Inches, but for fonts and widths of lines, which are in points. A model card shows a
@@ -341,26 +342,22 @@ def percents(
     Args:
         values: shares; None becomes a dash.
         errors: their standard errors; None or 0 where they are exact.
-        digits: decimals; up to 3, if the smallest error needs more.
+        digits: decimals, at least; more where errors need them.
 
     Returns:
         a text for each value.
     """
-    known = [error for error in errors if error]
-    if known:
-        digits = min(max(digits, -math.floor(math.log10(100 * min(known)))), 3)
-    least = 10.0**-digits
-    cells = []
-    for value, error in zip(values, errors, strict=True):
-        if value is None:
-            cells.append("-")
-        elif error:
-            cells.append(f"{100 * value:.{digits}f} ± {100 * error:.{digits}f}%")
-        elif 0 < 100 * value < least / 2:
-            cells.append(f"< {least:.{digits}f}%")
-        else:
-            cells.append(f"{100 * value:.{digits}f}%")
-    return cells
+
+    def exact(value: float) -> str:
+        least = 10.0**-digits
+        return (
+            f"< {least:.{digits}f}" if 0 < value < least / 2 else f"{value:.{digits}f}"
+        )
+
+    hundredths = [None if value is None else 100 * value for value in values]
+    of_these = [None if error is None else 100 * error for error in errors]
+    cells = estimates(hundredths, of_these, exact, least=digits)
+    return [cell if cell == "-" else f"{cell}%" for cell in cells]
 
 
 def fitting(page: Page, names: Sequence[str], room: float = 3.2) -> list[str]:

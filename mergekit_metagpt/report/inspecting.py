@@ -234,6 +234,7 @@ def _family(
                 adapter=_adapter(reference, model),
             )
         )
+    about = "" if result.sampled is None else "about "
     lengths = None if family.varying else weighing.lengths_of(family, pools, whole)
     of_base = written[family.base]
     left = () if of_base is None else left_out(base, of_base)
@@ -256,11 +257,13 @@ def _family(
         sample=None
         if result.sampled is None
         else schema.Sample.model_validate(result.sampled, from_attributes=True),
-        reading=advice.cosine_reading(family.models, cosines),
+        reading=advice.cosine_reading(family.models, cosines, about=about),
         lengths=lengths,
         advice=None
         if lengths is None
-        else advice.which_weights(lengths.disparity, family.weights, settings.power),
+        else advice.which_weights(
+            lengths.disparity, family.weights, settings.power, about=about
+        ),
         note=advice.base_listed(family.base, family.base_weight)
         if family.base_listed
         else None,

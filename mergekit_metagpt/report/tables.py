@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mergekit_metagpt.method.announcing import estimate
+from mergekit_metagpt.method.announcing import estimates
 from mergekit_metagpt.report.blocks import Blocks
-from mergekit_metagpt.report.parts import printable
+from mergekit_metagpt.report.drawing import percents
+from mergekit_metagpt.report.parts import PARTS, printable
 
 if TYPE_CHECKING:
     from mergekit_metagpt.report import schema
@@ -84,7 +85,9 @@ def _family(family: schema.Family, method: str) -> Iterator[str | Blocks]:
     if base.parameters:
         others = [model for model in models if model.precisions != base.precisions]
         as_all = "" if others else " (as all models)"
-        norm = "was not read" if base.norm is None else f"{base.norm:.4g}"
+        norm = (
+            "was not read" if base.norm is None else f"{about(family)}{base.norm:.4g}"
+        )
         yield f"Base {base.name}: {_stored(base)}{as_all}, ||theta_0|| {norm}"
     else:
         others = list(models)
@@ -116,7 +119,8 @@ def _family(family: schema.Family, method: str) -> Iterator[str | Blocks]:
         yield _pools(family)
     if wide:
         yield f"\n{len(models)} models are too many for a table: use --json or --csv"
-    lines = [*_left_out(family), *(f"Warning: {w}" for w in family.warnings)]
+    warning = "Warning, by these estimates" if family.sample else "Warning"
+    lines = [*_left_out(family), *(f"{warning}: {w}" for w in family.warnings)]
     if family.note:
         lines.insert(0, f"{family.note}.")
     if family.advice:
@@ -134,11 +138,16 @@ def scale_of(settings: schema.Settings) -> str:
     return settings.scale if isinstance(settings.scale, str) else f"{settings.scale:g}"
 
 
+def about(family: schema.Family) -> str:
+    """Return what stands before a number of unknown error: nothing if it is exact."""
+    return "about " if family.sample else ""
+
+
 def keep_of(family: schema.Family) -> str:
     """Say what `lambda: keep` comes to in a family: a number, or the range of pools."""
     values = [pool.keep for pool in family.pools if pool.keep is not None]
     ends = dict.fromkeys(f"{end(values):.4g}" for end in (min, max) if values)
-    return " to ".join(ends) or UNDEFINED
+    return about(family) + " to ".join(ends) if ends else UNDEFINED
 
 
 def _lengths(family: schema.Family, method: str) -> str | None:
@@ -153,10 +162,11 @@ def _lengths(family: schema.Family, method: str) -> str | None:
         way = "cannot make up for"
     composed = method.removeprefix("metagpt_")
     before = f", before `{composed}` drops elements," if composed != method else ""
+    of_average = lengths.merged / lengths.inputs
     return (
-        f"The merged task vector{before} has a length of {lengths.merged:.4g}, "
-        f"{lengths.merged / lengths.inputs:.2f} of the models' average. "
-        f"`lambda: keep` {way} that."
+        f"The merged task vector{before} has a length of {about(family)}"
+        f"{lengths.merged:.4g}, {about(family)}{of_average:.2f} of the models' "
+        f"average. `lambda: keep` {way} that."
     )
 
 
@@ -167,10 +177,19 @@ def _precisions(stored: schema.Stored | schema.Header) -> str:
     return ", ".join(f"{n} {c / total:.1%}" for n, c in stored.precisions.items())
 
 
-def _coefficient(model: schema.Model) -> str:
-    if model.coefficient is not None:
-        return estimate(model.coefficient, model.coefficient_se, _four)
-    return " to ".join(map(_four, model.coefficient_range))
+def column(
+    models: Sequence[schema.Model],
+    field: str,
+    exact: Callable[[float], str] = "{:.4g}".format,
+) -> list[str]:
+    """Write a field of each model, with the standard errors in the field `..._se`."""
+    values = [getattr(model, field) for model in models]
+    errors = [getattr(model, f"{field}_se") for model in models]
+    return estimates(values, errors, exact)
+
+
+def _at(values: Any, key: int | str) -> float | None:
+    return None if values is None else values[key]
 
 
 def _four(value: float) -> str:
@@ -201,93 +220,97 @@ def _task_vectors(family: schema.Family) -> Blocks:
     headings += ["weight"] * bool(weights) + ["YAML weight"] * by_hand
     headings += ["||tau||", "relative"]
     table = Blocks(headings, names=("model",))
-    for k, model in enumerate(models):
-        relative = "-"
-        if model.relative_norm is not None:
-            relative = estimate(model.relative_norm, model.relative_norm_se, _four)
-        row = [str(k + 1), model.name, _coefficient(model)]
+    coefficients = column(models, "coefficient", _four)
+    norms, relative = column(models, "norm"), column(models, "relative_norm", _four)
+    for k, (number, model) in enumerate(zip(_numbers(family), models, strict=True)):
+        coefficient = coefficients[k]
+        if model.coefficient is None:
+            span = " to ".join(map(_four, model.coefficient_range))
+            coefficient = about(family) + span
+        row = [number, model.name, coefficient]
         row += [weights[k]] if weights else []
         row += [model.weight_by_hand or "-"] * by_hand
-        row += [estimate(model.norm, model.norm_se), relative]
-        table.add(row)
+        table.add([*row, norms[k], relative[k]])
     return table
 
 
 def _cosines(family: schema.Family) -> Blocks:
     table = Blocks(["#", *_numbers(family)])
-    errors = family.cosines_se or ((None,) * len(family.models),) * len(family.models)
-    rows = zip(_numbers(family), family.cosines or (), errors, strict=True)
-    for number, row, of_row in rows:
-        cells = map(_cosine, row, of_row)
-        table.add([number, *cells])
+    rows = family.cosines or ()
+    errors = family.cosines_se or ((None,) * len(rows),) * len(rows)
+    cells = iter(
+        estimates(
+            [value for row in rows for value in row],
+            [error for row in errors for error in row],
+            lambda value: f"{round(value, 2) + 0.0:+.2f}",
+            least=2,
+            sign="+",
+        )
+    )
+    for number in _numbers(family):
+        table.add([number, *(next(cells) for _ in rows)])
     return table
-
-
-def _cosine(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "-"
-    digits = max(2, -math.floor(math.log10(error))) if error else 2
-    # Plus 0.0, which makes -0.0 positive.
-    shown = f"{round(value, digits) + 0.0:+.{digits}f}"
-    return f"{shown} ± {error:.{digits}f}" if error else shown
 
 
 def _parts(family: schema.Family) -> Blocks:
-    shown = [
-        part
-        for part in family.models[0].parts
-        if any(model.parts[part] for model in family.models)
+    models = family.models
+    shown = [part for part in PARTS if any(model.parts[part] for model in models)]
+    columns = [
+        percents(
+            [model.parts[part] for model in models],
+            [_at(model.parts_se, part) for model in models],
+            1,
+        )
+        for part in shown
     ]
     table = Blocks(["#", *shown])
-    for number, model in zip(_numbers(family), family.models, strict=True):
-        cells = (_share(model, part) for part in shown)
-        table.add([number, *cells])
+    for row in zip(_numbers(family), *columns, strict=True):
+        table.add(row)
     return table
 
 
-def _share(model: schema.Model, part: str) -> str:
-    shown = f"{model.parts[part]:.1%}"
-    error = model.parts_se[part] if model.parts_se else 0.0
-    return f"{shown} ± {error:.1%}" if error >= 5e-4 else shown
-
-
 def _pools(family: schema.Family) -> Blocks:
-    granularity = family.settings.granularity
-    headings = [f"#{number}" for number in _numbers(family)]
-    table = Blocks([granularity, *headings], names=(granularity,))
-    for pool in family.pools:
-        cells = [
-            f"{'-' if value is None else estimate(value, error, _four)} "
-            f"({'-' if relative is None else _four(relative)})"
-            for value, error, relative in zip(
-                pool.coefficients or (None,) * len(family.models),
-                pool.coefficients_se or (None,) * len(family.models),
-                pool.relative_norms,
-                strict=True,
-            )
-        ]
+    granularity, pools = family.settings.granularity, family.pools
+    table = Blocks(
+        [granularity, *(f"#{number}" for number in _numbers(family))],
+        names=(granularity,),
+    )
+    columns = []
+    for k in range(len(family.models)):
+        shares = estimates(
+            [_at(pool.coefficients, k) for pool in pools],
+            [_at(pool.coefficients_se, k) for pool in pools],
+            _four,
+        )
+        norms = estimates(
+            [pool.relative_norms[k] for pool in pools],
+            [_at(pool.relative_norms_se, k) for pool in pools],
+            _four,
+        )
+        columns.append([f"{a} ({b})" for a, b in zip(shares, norms, strict=True)])
+    for pool, *cells in zip(pools, *columns, strict=True):
         table.add([pool.key, *cells])
     return table
 
 
 def _left_out(family: schema.Family) -> Iterator[str]:
     """Name the tensors that a merge leaves out silently."""
-    base = family.base
+    base, some = family.base, functools.partial(_some, about=about(family))
     for stored in (base, *family.models):
-        yield from _some(stored.name, stored.not_written, "mergekit leaves out")
+        yield from some(stored.name, stored.not_written, "mergekit leaves out")
     for model in family.models:
-        yield from _some(model.name, model.not_in_base, "the base lacks")
-        yield from _some(base.name, model.only_in_base, f"{model.name} lacks")
+        yield from some(model.name, model.not_in_base, "the base lacks")
+        yield from some(base.name, model.only_in_base, f"{model.name} lacks")
 
 
 def _some(
-    name: str | None, tensors: schema.Tensors | None, which: str
+    name: str | None, tensors: schema.Tensors | None, which: str, about: str = ""
 ) -> Iterator[str]:
     """Name the first of some tensors of a model, if there are any."""
     if tensors and tensors.count:
         examples = ", ".join(tensors.examples)
         more = ", ..." if tensors.count > len(tensors.examples) else ""
-        share = f", {tensors.share:.2%} of ||tau||^2" if tensors.share else ""
+        share = f", {about}{tensors.share:.2%} of ||tau||^2" if tensors.share else ""
         plural = "s" if tensors.count > 1 else ""
         yield (
             f"{name}: {tensors.count} tensor{plural} ({examples}{more}; "
