@@ -412,6 +412,8 @@ def test_inspect_prints_estimates_with_their_errors(
         "Norms are",
     ):
         assert f"{number} about " in printed
+    assert run_command(*arguments, "--weight", "m3=1000") == 0
+    assert "Warning: by this sample, " in capsys.readouterr().out
     assert run_command("inspect", "--base", base, *models, "--json", "-") == 0
     exact = json.loads(capsys.readouterr().out)["families"][0]
     assert exact["sample"] is None and exact["cosines_se"] is None

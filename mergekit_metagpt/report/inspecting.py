@@ -381,10 +381,13 @@ def _warnings(
     if settings.power < 0:
         unmoved = [m for k, m in enumerate(family.models) if k not in moved]
         yield advice.left_out(base, unmoved, settings.power, weighing.WHOLE)
-    if not family.varying:
-        yield weighing.degenerate(family, pools, result)
-    yield from advice.whole_model(base, family.models, result, settings.exclude, left)
+    unusual = [
+        None if family.varying else weighing.degenerate(family, pools, result),
+        *advice.whole_model(base, family.models, result, settings.exclude, left),
+    ]
     angles = whole.cosines
     if angles is not None:
         between = [float(angles[i, j]) for i in moved for j in moved if j < i]
-        yield advice.siblings(base, between)
+        unusual.append(advice.siblings(base, between))
+    estimated = "" if result.sampled is None else "by this sample, "
+    yield from (f"{estimated}{text}" for text in unusual if text)

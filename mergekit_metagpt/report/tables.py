@@ -119,8 +119,7 @@ def _family(family: schema.Family, method: str) -> Iterator[str | Blocks]:
         yield _pools(family)
     if wide:
         yield f"\n{len(models)} models are too many for a table: use --json or --csv"
-    warning = "Warning, by these estimates" if family.sample else "Warning"
-    lines = [*_left_out(family), *(f"{warning}: {w}" for w in family.warnings)]
+    lines = [*_left_out(family), *(f"Warning: {w}" for w in family.warnings)]
     if family.note:
         lines.insert(0, f"{family.note}.")
     if family.advice:
