@@ -197,6 +197,12 @@ def test_texts_can_be_read(
         assert len(set(names)) == len(names) and {*names} <= shown
 
 
+@pytest.mark.parametrize("layers", [4, 80])
+def test_norm_and_head_have_their_own_labels(layers: int, words_of: Words) -> None:
+    words = words_of(report(family(2, layers=layers, granularity="layer"))).split("\n")
+    assert words.count("norm") == words.count("lm_head") == 2
+
+
 def test_overlapping_texts_are_noticed() -> None:
     """The check above can fail."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

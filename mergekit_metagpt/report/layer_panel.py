@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Width of the cell of a tensor that is in no layer.
 ALONE = 0.14
+PAD = 0.06  # from a name to the edge of its cell
 LIGHTEST = 0.22  # blue enough to tell the smallest change from none
 
 
@@ -181,13 +182,21 @@ def _draw_keys(page: Page, y: float, xs: Sequence[float], keys: Sequence[str]) -
     size, last, at = 7.5, 0.0, 0
     towers = {_prefix(key) for key in keys} - {""}
     prefixes = dict(zip(sorted(towers), _towers(sorted(towers)), strict=True))
-    names: list[tuple[float, float, str]] = []
+    names: list[tuple[float, str]] = []
     for prefix, group in groupby(keys, _prefix):
         run = list(group)
         edges = xs[at : at + len(run) + 1]
         at += len(run)
-        page.line([edges[0] + 0.02, edges[-1] - 0.02], [y + 0.2] * 2, color=FAINT)
-        names.append((edges[0], edges[-1], prefixes.get(prefix) or _alone(run)))
+        shown = [prefixes[prefix]] if prefix else _alone(run)
+        cuts = edges[:: len(run) // len(shown)]
+        for left, right, name in zip(cuts, cuts[1:], shown, strict=False):
+            page.line([left + 0.02, right - 0.02], [y + 0.2] * 2, color=FAINT)
+            wide = page.width(name, SMALL)
+            x = (left + right - wide) / 2
+            if shown[1:]:  # two stand beside each other, even if cells are narrow
+                first = name == shown[0]
+                x = min(x, right - PAD - wide) if first else max(x, left + PAD)
+            names.append((x, name))
         if not prefix:
             continue
         cell = edges[1] - edges[0]
@@ -201,9 +210,9 @@ def _draw_keys(page: Page, y: float, xs: Sequence[float], keys: Sequence[str]) -
                 last = middle + half + 0.04
     # Names stand on one line if they fit beside each other, else on several.
     ends: list[float] = []
-    for left, right, name in names:
+    for x, name in names:
         wide = page.width(name, SMALL)
-        x = min(max((left + right - wide) / 2, MARGIN), RIGHT - wide)
+        x = min(max(x, MARGIN), RIGHT - wide)
         line = next((n for n, end in enumerate(ends) if end < x), len(ends))
         ends[line : line + 1] = [x + wide + 0.1]
         page.text(x, y + 0.3 + 0.16 * line, name, size=SMALL, color=GREY)
@@ -214,9 +223,8 @@ def _towers(prefixes: Sequence[str]) -> list[str]:
     return labels(prefixes, 30) if len(prefixes) > 1 else ["layers"] * len(prefixes)
 
 
-def _alone(keys: Sequence[str]) -> str:
-    """Name tensors that are in no layer, or count them."""
+def _alone(keys: Sequence[str]) -> list[str]:
+    """Name one or two tensors that are in no layer; count more than that."""
     if len(keys) > 2:
-        return f"{len(keys)} other tensors"
-    names = [key.removesuffix(".weight").rpartition(".")[2] for key in keys]
-    return ", ".join(labels(names, 24))
+        return [f"{len(keys)} other tensors"]
+    return labels([key.removesuffix(".weight").rpartition(".")[2] for key in keys], 24)
