@@ -185,10 +185,10 @@ def after_interrupt(out: str) -> Callable[[], str]:
     place = Path(out).resolve()
 
     def version() -> tuple[int, int] | None:
-        try:
-            status = (place / "config.json").stat()  # comes last
-        except OSError:
+        config = place / "config.json"  # comes last
+        if not config.exists():
             return None
+        status = config.stat()
         return status.st_ino, status.st_mtime_ns
 
     before = version()
