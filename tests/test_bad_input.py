@@ -319,8 +319,13 @@ PARAMETERS = [
     Row(
         "density-of-nothing",
         broken.settings(merge_method="metagpt_ties", parameters={"density": 0}),
-        ours="density is 0, which drops the whole task vector; expected …",
+        ours="density of {dir}/tuned0 is 0, which drops its whole task vector; …",
         mergekit=None,
+    ),
+    Row(
+        "density-in-words",
+        broken.settings(merge_method="metagpt_ties", parameters={"density": "1.2.3%"}),
+        ours="density is '1.2.3%'; expected a number from 0 to 1…",
     ),
     Row(
         "gamma-in-per-cent",
@@ -338,7 +343,7 @@ PARAMETERS = [
     Row(
         "power-empty",
         broken.parameters(power=[]),
-        ours="power is an empty list, for which mergekit would take the default; …",
+        ours="power is an empty list, which mergekit would ignore; expected a value",
         mergekit=None,
     ),
     Row(

@@ -221,8 +221,9 @@ def test_the_comment_of_an_exported_yaml_is_dropped(
     """It says that the weights are coefficients; a recipe has none."""
     recipe = write_merge(tmp_path / "recipe.yml", family.base, family.models)
     cli("export", recipe, tmp_path / "plain.yml")
-    made = converting.convert((tmp_path / "plain.yml").read_text())
-    assert made.text.startswith("merge_method: metagpt\n")
+    text = "# Mine.\n" + (tmp_path / "plain.yml").read_text()
+    made = converting.convert(text)
+    assert made.text.startswith("# Mine.\nmerge_method: metagpt\n")
     assert any("the comment of `export`" in line for line in made.changes)
 
 

@@ -521,8 +521,8 @@ def test_what_varies_by_tensor_is_shown_by_its_range(
     family = only(inspect(write_yaml(tmp_path / "gradient.yml", config)))
     assert [model["weight_by_hand"] for model in family["models"]] == [
         "1-2",
-        None,
-        None,
+        "1",
+        "1",
     ]
     shares = {pool["key"]: pool["coefficients"] for pool in family["pools"]}
     for layer, weight in enumerate((1.0, 1.5, 2.0)):
@@ -531,6 +531,42 @@ def test_what_varies_by_tensor_is_shown_by_its_range(
         assert shares[key] == near(naive.lambdas(names, [weight, 1.0, 1.0]))
     only_default = only(inspect(tmp_path / "gradient.yml", "--power", "1"))
     assert "the coefficients here leave out" in only_default["warnings"][0]
+
+
+def test_a_base_layer_that_is_used_twice_and_filters_of_one_slice(
+    trio: Trio, inspect: Inspect, tmp_path: Path
+) -> None:
+    """The range has both uses of the layer, and nothing of another place."""
+    base, *models = map(str, trio.folders[:3])
+    filters = [{"filter": "mlp", "value": 0.1}, {"value": 9.0}]
+
+    def cut(weight: Any, layer: int) -> dict[str, Any]:
+        settings = [{}, {"parameters": {"weight": weight}}, {}]
+        return {
+            "sources": [
+                {"model": name, "layer_range": [layer, layer + 1], **setting}
+                for name, setting in zip((base, *models), settings, strict=True)
+            ]
+        }
+
+    config = merge_config(base, [], slices=[cut(filters, 0), cut(5.0, 0)])
+    first, second = inspect(write_yaml(tmp_path / "twice.yml", config))["families"]
+    naive = Naive(trio.states[0], trio.states[1:3])
+    low, high, alone = (
+        naive.lambdas(naive.names, [weight, 1.0])[0] for weight in (0.1, 9.0, 5.0)
+    )
+    assert first["models"][0]["coefficient_range"] == near([low, high])
+    assert second["models"][0]["coefficient"] == near(alone)
+
+
+def test_a_scale_by_tensor_changes_no_coefficient(
+    trio: Trio, inspect: Inspect, tmp_path: Path
+) -> None:
+    config = trio.config(parameters={"lambda": [0.5, 1.0], "power": 9.0})
+    family = only(inspect(write_yaml(tmp_path / "scaled.yml", config)))
+    assert any("a power above 2" in line for line in family["warnings"])
+    low, high = family["models"][0]["coefficient_range"]
+    assert low == high == family["pools"][0]["coefficients"][0]
 
 
 def test_slices_of_other_models_are_families_of_their_own(

@@ -370,7 +370,9 @@ def test_force_does_not_remove_a_folder_of_folders(work: Path, cli: Cli) -> None
     (work / "models" / "precious").mkdir(parents=True)
     said = cli.refused("merge", "merge.yml", "models", *QUIET, "--force")
     assert "is no model, and --force would remove the folder precious in it" in said
-    (work / "models" / "config.json").touch()  # now it is one
+    (work / "models" / "precious").rename(work / "models" / ".models.abcd")  # ours
+    cli("merge", "merge.yml", "models", *QUIET, "--force")
+    (work / "models" / "folder").mkdir()  # it is a model now
     cli("merge", "merge.yml", "models", *QUIET, "--force")
 
 
@@ -420,7 +422,7 @@ def test_control_c_with_resume_says_what_is_finished(
     with monkeypatch.context() as patch:
         patch.setattr(shards, "_note", interrupted)
         last = cli(*merge, "--resume", status=130).err.splitlines()[-1]
-    assert last.startswith("Aborted! 2 of the files for out are finished")
+    assert last.startswith("Aborted! Finished files for out: 2, in ")
     assert str(work / ".out.parts") in last and "--resume goes on" in last
     said = cli.refused(*merge)
     assert "with --resume or under torchrun" in said and "2 files are finished" in said

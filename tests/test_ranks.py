@@ -307,6 +307,10 @@ def test_a_complete_merge_has_nothing_to_resume(place: Place) -> None:
         (ended,) = place.ranks(1, place.merge("--resume"))
         assert ended.status == 2 and "is not whole" in errors(ended)[0]
         assert "--force" in errors(ended)[0]
+        config.write_text(config.read_text() + "# another\n")
+        (ended,) = place.ranks(1, place.merge("--resume"))
+        assert ended.status == 2 and "is not empty" in errors(ended)[0]
+        place.config()
         weights.write_bytes(whole)
         (place.out / "config.json").unlink()
         (ended,) = place.ranks(1, place.merge("--resume"))

@@ -346,6 +346,24 @@ def test_export_and_inspect_read_the_same_sample(
     assert inspected("--sample", "100%")["sample"] is None
 
 
+def test_layers_with_weights_of_their_own_have_errors_of_their_own(
+    yml: Path, paths: list[Path], cli: Cli
+) -> None:
+    def report(weight: Any) -> dict[str, Any]:
+        given = config(paths, granularity="layer", **{"lambda": "keep"})
+        given["models"][0]["parameters"] = {"weight": weight}
+        yml.write_text(yaml.safe_dump(given))
+        found = json.loads(cli("inspect", yml, "--json", "-").out)
+        return {pool["key"]: pool for pool in found["families"][0]["pools"]}
+
+    gradient = report([1.0, 40.0])
+    for key, weight in (("model.layers.0", 1.0), ("model.layers.1", 40.0)):
+        alone = report(weight)[key]
+        for figure in ("coefficients", "coefficients_se", "keep"):
+            assert gradient[key][figure] == pytest.approx(alone[figure])
+        assert min(gradient[key]["coefficients_se"]) > 0
+
+
 def test_the_plain_yaml_merges_to_the_same_model(yml: Path, tmp_path: Path) -> None:
     assert run_command("merge", yml, tmp_path / "out", *QUIET) == 0
     plain = yaml.safe_load((tmp_path / "out/mergekit_config.plain.yml").read_text())

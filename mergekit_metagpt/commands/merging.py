@@ -112,7 +112,7 @@ def prepare(job: jobs.Job, options: MergeOptions) -> Prepared:
     for family in report.families:
         if family.note:
             LOG.warning("%s", family.note)
-        if len(family.models) == 1:
+        if [model.coefficient_range for model in family.models] == [(1, 1)]:
             LOG.warning(
                 "%s is the only model beside the base %s: its coefficient is 1",
                 family.models[0].name,
@@ -196,9 +196,9 @@ def after_interrupt(out: str) -> Callable[[], str]:
     def told() -> str:
         if version() not in (None, before):
             return printable(f" {out} is complete all the same.")
-        if count := len(shards.manifest_files(folder := placing.parts(place))):
+        if finished := shards.finished(folder := placing.parts(place)):
             return printable(
-                f" {count} of the files for {out} are finished, in {folder}: the same "
+                f" Finished files for {out}: {len(finished)}, in {folder}. The same "
                 "command with --resume goes on from them."
             )
         return printable(f" Nothing was written to {out}.")
@@ -238,7 +238,7 @@ def _coefficients(
         return tensor_coefficients.of_plan(planned)
     with sharing.among(None):
         mine = tensor_coefficients.of_plan(planned[group.rank :: group.size])
-    parts = group.gather([(dict(at.shares), at.scale, at.error) for at in mine])
+    parts = group.gather([(dict(at.shares), at.scale, at.errors) for at in mine])
     return [
         tensor_coefficients.Coefficients(
             tensor, *parts[at % group.size][at // group.size]

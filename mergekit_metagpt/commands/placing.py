@@ -44,7 +44,7 @@ def require_free(
         within = read.is_dir() and out.is_relative_to(read)
         if within or read.is_relative_to(out):
             raise ValueError(
-                f"{out} {'lies in' if within and out != read else 'holds'} {path}, "
+                f"{out} {'lies in' if within and out != read else 'holds'} {read}, "
                 "which this merge reads; choose another folder"
             )
     if force:
@@ -85,7 +85,8 @@ def _require_replaceable(out: Path, ignoring: str | None) -> None:
     if not out.exists() or (out / "config.json").exists():
         return
     for path in sorted(out.iterdir()):
-        if path.is_dir() and path.name != ignoring:
+        ours = path.name == ignoring or path.name.startswith(f".{out.name}.")
+        if path.is_dir() and not ours:
             raise ValueError(
                 f"{out} is no model, and --force would remove the folder {path.name} "
                 "in it; choose another folder, or remove it yourself"

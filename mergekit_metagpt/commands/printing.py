@@ -43,13 +43,13 @@ def show(parts: Iterable[RenderableType]) -> None:
                 lines = [piece for line in lines for piece in _wrapped(line, console)]
         elif piped:
             with console.capture() as captured:
-                console.print(part)
+                console.print(part, crop=False)
             lines = [
                 _END.sub(lambda end: end[0].replace(" ", ""), line)
                 for line in captured.get().splitlines()
             ]
         else:
-            console.print(part)
+            console.print(part, crop=False)
             continue
         click.echo("\n".join(lines))
 

@@ -105,8 +105,8 @@ def merge(
         written = [m for of_rank in group.gather(manifests) for m in of_rank]
     except BaseException:
         # Without a finished file there is nothing to go on from.
-        ours = group.leads and shards.holds(folder, token)
-        if ours and not shards.manifest_files(folder):
+        held = group.leads and shards.holds(folder, token)
+        if held and not shards.manifest_files(folder):
             with suppress(OSError):  # others may still be writing there
                 placing.remove(folder, out)
         raise
@@ -134,18 +134,21 @@ def _is_complete(out: Path, text: str, folder: Path) -> bool:
         or shards.finished(folder)
     ):
         return False
-    if copy.read_text(encoding="utf-8") != text:
-        raise ValueError(
-            f"{out} is complete, but was merged from another YAML ({copy}): there is "
-            "nothing to resume. Choose another folder, or replace it with --force"
-        )
+    same = copy.read_text(encoding="utf-8") == text
     try:
         replaying.open_result(out)
     except (OSError, ValueError) as error:
+        if not same:
+            return False
         raise ValueError(
             f"{out} was merged from this YAML, but is not whole: {in_one_line(error)}. "
             "Give --force to merge it again"
         ) from error
+    if not same:
+        raise ValueError(
+            f"{out} is complete, but was merged from another YAML ({copy}): there is "
+            "nothing to resume. Choose another folder, or replace it with --force"
+        )
     return True
 
 

@@ -50,7 +50,7 @@ def check_yaml(config: MergeConfiguration, file: str | Path = "OLD.yml") -> None
 
     Raises a ValueError for another method; no base, or only the base; a base missing
     among the sources of a slice; an illegal weight or density of a model; an empty list
-    as a parameter; a density of 0 throughout; a list as `exclude`; a `sample` that is
+    as a parameter; a model's density of 0; a list as `exclude`; a `sample` that is
     not one number; `granularity: layer` with slices that move layers.
     """
     if config.merge_method not in METHODS:
@@ -85,16 +85,17 @@ def check_yaml(config: MergeConfiguration, file: str | Path = "OLD.yml") -> None
                 for name in sorted(of_models & level.keys()):
                     for value in values_of(level[name]):
                         checked_of(model, name, value)
+            density = next((v["density"] for v in levels if "density" in v), None)
+            if density == 0 and model != part.base:
+                raise ValueError(
+                    f"density of {model} is 0, which drops its whole task vector; "
+                    "expected a number above 0. To leave it out, give it weight: 0"
+                )
         for level in (level for levels in part.settings for level in levels):
             for name in (name for name, value in level.items() if value == []):
                 raise ValueError(
-                    f"{name} is an empty list, for which mergekit would take the "
-                    "default; expected a value"
-                )
-            if level.get("density") == 0:
-                raise ValueError(
-                    "density is 0, which drops the whole task vector; expected a "
-                    "number above 0. To leave a model out, give it weight: 0"
+                    f"{name} is an empty list, which mergekit would ignore; expected a "
+                    "value"
                 )
             exclude = level.get("exclude")
             if isinstance(exclude, list) and not any(

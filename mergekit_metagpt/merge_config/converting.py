@@ -115,7 +115,8 @@ def convert(text: str, base: str | None = None) -> Converted:
             "dropped the comments below the first key; those above it are kept"
         )
     if plain_yaml.HEADER in header:
-        header = ""
+        above = header[: header.index(plain_yaml.HEADER)]
+        header = above[: above.rfind("\n") + 1]
         changes.append("dropped the comment of `export` on the weights")
     body = yaml.dump(
         data, Dumper=_dumper(), sort_keys=False, width=88, allow_unicode=True

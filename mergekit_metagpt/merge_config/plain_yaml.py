@@ -276,7 +276,7 @@ def _comment(
     }
     if given:
         lines.append(f"with parameters of metagpt: {', '.join(sorted(given))}.")
-    errors = [tensor.error for tensor in tensors if tensor.error is not None]
+    errors = [max(tensor.errors.values()) for tensor in tensors if tensor.errors]
     if errors:
         share = tensors[0].planned.settings.sample
         lines.append(

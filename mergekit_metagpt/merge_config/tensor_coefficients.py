@@ -33,13 +33,13 @@ class Coefficients:
         shares: coefficients before `lambda` scales them, of the models that have the
             tensor; empty if only the base has it.
         scale: `lambda`, or the value of `lambda: keep`.
-        error: largest standard error of a share; None if they are exact.
+        errors: standard errors of the shares; None if they are exact.
     """
 
     planned: Planned
     shares: Mapping[ModelReference, float]
     scale: float
-    error: float | None = None
+    errors: Mapping[ModelReference, float] | None = None
 
 
 def of_plan(planned: Sequence[Planned]) -> list[Coefficients]:
@@ -79,8 +79,10 @@ class _Weighing(Task[Any]):
 
 def _weighted(
     task: ExecuteMergeMethodTask, tensors: Mapping[ModelReference, torch.Tensor]
-) -> tuple[Mapping[ModelReference, float], float, float | None]:
-    """Shares, scale and error of a tensor, as in `Coefficients`."""
+) -> tuple[
+    Mapping[ModelReference, float], float, Mapping[ModelReference, float] | None
+]:
+    """Shares, scale and errors of a tensor, as in `Coefficients`."""
     present: Sequence[ModelReference] = [m for m in task.model_order if m in tensors]
     method = merge_methods.get(task.method_name)
     method.validate_inputs(present, task.base_model, group_name=task.output_weight.name)
@@ -98,6 +100,8 @@ def _weighted(
     settings = Settings.of(task.parameters)
     weight = torch.tensor(weights, dtype=torch.float64, device="cpu")
     weighed = group_norms.weigh(group_norms.of_group(group, settings), settings, weight)
-    error = None if weighed.errors is None else float(weighed.errors.max())
+    errors = None
+    if weighed.errors is not None:
+        errors = dict(zip(models, weighed.errors.tolist(), strict=True))
     shares = dict(zip(models, weighed.shares.tolist(), strict=True))
-    return shares, weighed.scale.item(), error
+    return shares, weighed.scale.item(), errors

@@ -131,8 +131,8 @@ def _moved(sq_norm: float, other_sq_norm: float, other: Hashable) -> str:
 
 
 def times(ratio: float) -> str:
-    """Write a ratio of norms with three digits."""
-    return f"{_rounded(ratio):,g}"
+    """Write a ratio of norms with at most three significant digits."""
+    return f"{_rounded(ratio):,.15g}"
 
 
 def _rounded(ratio: float) -> float:

@@ -30,6 +30,7 @@ def estimates(
     exact: Callable[[float], str] = "{:.4g}".format,
     *,
     least: int = 0,
+    most: int = 99,
     sign: str = "",
 ) -> list[str]:
     """Write a column of values with their standard errors, all with the same decimals.
@@ -37,37 +38,38 @@ def estimates(
     Args:
         values: estimates; None becomes a dash.
         errors: their standard errors; None or 0 where a value is exact.
-        exact: writes the values of a column that has no estimates.
-        least: decimals beside errors, at least.
+        exact: writes exact values.
+        least: decimals of estimates, at least.
+        most: decimals of estimates, at most.
         sign: of the numbers, as in a format.
 
     Returns:
-        a text for each value, as many decimals as the first digit of the errors takes.
-        An error below a hundredth of the largest one takes decimals of its own.
+        a text for each value, with the decimals that the first digits of the errors
+        take. An error below a hundredth of the largest one takes decimals of its own.
 
     Example:
         >>> estimates([0.65612, 0.34388], [0.0041, 0.00099])
         ['0.6561 ± 0.0041', '0.3439 ± 0.0010']
-        >>> estimates([0.65612, 0.0], [0.0041, None]), estimates([0.65612], [None])
-        (['0.656 ± 0.004', '0.000'], ['0.6561'])
+        >>> estimates([0.65612, 0.5], [0.0041, None])
+        ['0.656 ± 0.004', '0.5']
     """
     known = [error for error in errors if error]
     if not known:
         return ["-" if value is None else exact(value) for value in values]
 
     def decimals(error: float) -> int:
-        return max(least, -math.floor(math.log10(error)))
+        return min(max(least, -math.floor(math.log10(error))), most)
 
     common = max(decimals(error) for error in known if 100 * error >= max(known))
     cells = []
     for value, error in zip(values, errors, strict=True):
-        if value is None:
-            cells.append("-")
+        if value is None or not error:
+            cells.append("-" if value is None else exact(value))
             continue
-        digits = max(common, decimals(error)) if error else common
+        digits = max(common, decimals(error))
         # Plus 0.0, which makes -0.0 positive.
         cell = f"{round(value, digits) + 0.0:{sign}.{digits}f}"
-        cells.append(f"{cell} ± {error:.{digits}f}" if error else cell)
+        cells.append(f"{cell} ± {error:.{digits}f}")
     return cells
 
 

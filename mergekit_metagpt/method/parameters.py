@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,8 +36,11 @@ class CheckedParameter(ParameterSpec):
             checked = super().validate(value)
             require_legal(self.name, checked)
         except ValidationError as error:
-            if isinstance(value, str) and re.fullmatch(r"[\d.]*\d%", value):
-                said += f". Write {self.name}: {float(value[:-1]) / 100:g}"
+            if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?%", value):
+                share = float(value[:-1]) / 100
+                with suppress(ValidationError):
+                    require_legal(self.name, super().validate(share))
+                    said += f". Write {self.name}: {share:g}"
             raise ValueError(said) from error
         self.saw(self.name, checked)
         return checked

@@ -81,7 +81,11 @@ class Blocks:
         for number, block in enumerate(fewest):
             if number:
                 yield ""
-            yield self._table(block, widths)
+            table = self._table(block, widths)
+            needed = sum(least[at] for at in block) + GAP * (len(block) - 1)
+            # A terminal without room for a name and a number breaks the lines itself.
+            table.width = needed if needed > room else None
+            yield table
 
     def _table(self, block: Sequence[int], widths: Sequence[int]) -> Table:
         table = Table(
@@ -103,7 +107,7 @@ class Blocks:
 def _divided(widths: Sequence[int], room: int) -> list[list[int]]:
     """Divide columns into blocks that begin with the first column and fit the room."""
     first, *others = widths
-    blocks, left = [], 0
+    blocks, left = ([] if others else [[0]]), 0
     for at, width in enumerate(others, 1):
         left -= GAP + width
         if left < 0:

@@ -335,7 +335,10 @@ def labels(names: Sequence[str], limit: int = LONGEST_LABEL) -> list[str]:
 
 
 def percents(
-    values: Sequence[float | None], errors: Sequence[float | None], digits: int
+    values: Sequence[float | None],
+    errors: Sequence[float | None],
+    digits: int,
+    most: int = 99,
 ) -> list[str]:
     """Write shares as percentages, all with the same number of decimals.
 
@@ -343,6 +346,7 @@ def percents(
         values: shares; None becomes a dash.
         errors: their standard errors; None or 0 where they are exact.
         digits: decimals, at least; more where errors need them.
+        most: decimals of estimates, at most.
 
     Returns:
         a text for each value.
@@ -356,7 +360,7 @@ def percents(
 
     hundredths = [None if value is None else 100 * value for value in values]
     of_these = [None if error is None else 100 * error for error in errors]
-    cells = estimates(hundredths, of_these, exact, least=digits)
+    cells = estimates(hundredths, of_these, exact, least=digits, most=most)
     return [cell if cell == "-" else f"{cell}%" for cell in cells]
 
 

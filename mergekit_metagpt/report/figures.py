@@ -90,9 +90,9 @@ def _draw_shares(y: float, rows: Rows, family: schema.Family, method: str) -> fl
     low = [model.coefficient_range[0] for model in models]
     high = [model.coefficient_range[1] for model in models]
     errors = [model.coefficient_se for model in models]
-    cells, heading = percents(high, errors, 1), ""
+    cells, heading = percents(high, errors, 1, most=3), ""
     if low != high:
-        lows = percents(low, errors, 1)
+        lows = percents(low, errors, 1, most=3)
         cells = [f"{a} to {b}" for a, b in zip(lows, cells, strict=True)]
         heading = "lowest to highest"
     columns = [(cells, heading)]

@@ -130,48 +130,72 @@ def with_ranges(
     """
     reported = []
     for family, old in zip(families, report.families, strict=True):
-        of_family = {
-            tensor.planned.input_names[family.base]: tensor.shares
+        of_family = [
+            tensor
             for tensor in coefficients
-            if tensor.planned.task.base_model == family.base
+            if tensor.shares
+            and tensor.planned.task.base_model == family.base
             and {*tensor.planned.task.model_order} == {family.base, *family.models}
-        }
-        if family.varying and any(of_family.values()):
+            and any(_holds(place, tensor.planned) for place in family.places)
+        ]
+        if family.varying and of_family:
             old = old.model_copy(update=_by_tensor(family, old, of_family))
         reported.append(old)
     return report.model_copy(update={"families": tuple(reported)})
 
 
+def _holds(place: str, tensor: Planned) -> bool:
+    """Whether a tensor belongs to a place of the YAML, such as `slices[0]`."""
+    module, _, part = place.rpartition(".")
+    of_module = module in ("", f"modules.{tensor.module}")
+    return of_module and part in ("models", f"slices[{tensor.slice_number}]")
+
+
 def _by_tensor(
-    family: Family,
-    old: schema.Family,
-    shares: Mapping[str, Mapping[ModelReference, float]],
+    family: Family, old: schema.Family, tensors: Sequence[Coefficients]
 ) -> dict[str, Any]:
     """What changes in a family's report by the coefficients of each tensor."""
     models = []
-    for model, entry in zip(family.models, old.models, strict=True):
-        values = [by_model[model] for by_model in shares.values() if model in by_model]
-        span = (min(values), max(values)) if values else entry.coefficient_range
-        models.append(entry.model_copy(update={"coefficient_range": span}))
+    for k, (model, entry) in enumerate(zip(family.models, old.models, strict=True)):
+        values = [t.shares[model] for t in tensors if model in t.shares]
+        changes: dict[str, Any] = {}
+        if values:
+            changes["coefficient_range"] = min(values), max(values)
+        if "weight" in family.varying:
+            changes["weight_by_hand"] = family.by_hand[k] or "1"
+        models.append(entry.model_copy(update=changes))
+    granularity = family.settings.granularity
+    of_pool: dict[str, list[Coefficients]] = {}
+    for tensor in tensors:
+        name = tensor.planned.input_names[family.base]
+        of_pool.setdefault(pool_key(name, granularity), []).append(tensor)
 
-    def pools(reported: Sequence[schema.Pool], granularity: str) -> list[schema.Pool]:
-        found: dict[str, set[tuple[float, ...]]] = {}
-        for name, by_model in shares.items():
-            values = tuple(by_model.get(model, 0.0) for model in family.models)
-            found.setdefault(pool_key(name, granularity), set()).add(values)
-        single = {
-            key: values.pop() for key, values in found.items() if len(values) == 1
-        }
-        return [
-            pool.model_copy(update={"coefficients": single.get(pool.key)})
-            for pool in reported
-        ]
+    nothing = {"coefficients": None, "coefficients_se": None, "keep": None}
+
+    def known(pool: schema.Pool) -> schema.Pool:
+        members = of_pool.get(pool.key, [])
+        found = {tuple(t.shares.get(m) for m in family.models): t for t in members}
+        shares, tensor = next(iter(found.items()), ((None,), None))
+        if tensor is None or len(found) > 1 or None in shares:
+            return pool.model_copy(update=nothing)
+        errors = tensor.errors and tuple(tensor.errors[m] for m in family.models)
+        keeps = {t.scale for t in members if t.planned.settings.keeps_length}
+        return pool.model_copy(
+            update={
+                "coefficients": shares,
+                "coefficients_se": errors,
+                "keep": keeps.pop() if len(keeps) == 1 else None,
+            }
+        )
 
     unknown = advice.for_defaults(family.varying)
+    pools = tuple(map(known, old.pools))
     return {
         "models": tuple(models),
-        "pools": tuple(pools(old.pools, family.settings.granularity)),
-        "layers": tuple(pools(old.layers, "layer")),
+        "pools": pools,
+        "layers": pools
+        if granularity == "layer"
+        else tuple(pool.model_copy(update=nothing) for pool in old.layers),
         "warnings": tuple(
             advice.by_tensor(family.varying) if line == unknown else line
             for line in old.warnings
@@ -222,7 +246,9 @@ def _family(
                 coefficient=shares[0] if one_pool else None,
                 coefficient_range=(min(shares), max(shares)),
                 weight=family.weights[k],
-                weight_by_hand=family.by_hand[k],
+                weight_by_hand=None
+                if "weight" in family.varying
+                else family.by_hand[k],
                 parts=_parts(sq_norms, counted),
                 not_in_base=unshared(model, base, result.counted_as[k]),
                 only_in_base=unshared(base, model, result.counted_as[k]),
@@ -260,7 +286,7 @@ def _family(
         reading=advice.cosine_reading(family.models, cosines, about=about),
         lengths=lengths,
         advice=None
-        if lengths is None
+        if lengths is None or int((whole.sq_norms > 0).sum()) < 2
         else advice.which_weights(
             lengths.disparity, family.weights, settings.power, about=about
         ),
@@ -382,7 +408,10 @@ def _warnings(
         unmoved = [m for k, m in enumerate(family.models) if k not in moved]
         yield advice.left_out(base, unmoved, settings.power, weighing.WHOLE)
     unusual = [
-        None if family.varying else weighing.degenerate(family, pools, result),
+        # `lambda` changes no coefficient.
+        None
+        if {*family.varying} - {"lambda"}
+        else weighing.degenerate(family, pools, result),
         *advice.whole_model(base, family.models, result, settings.exclude, left),
     ]
     angles = whole.cosines

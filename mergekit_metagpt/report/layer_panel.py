@@ -79,7 +79,7 @@ def draw(
     known = [value for value in whole if value]
     digits = 1 - math.floor(math.log10(100 * min(known))) if known else 1
     errors = [model.relative_norm_se for model in family.models]
-    cells = percents(whole, errors, min(max(digits, 1), 3))
+    cells = percents(whole, errors, min(max(digits, 1), 3), most=3)
     right = RIGHT
     if end > right - page.width("whole model", SMALL):
         y += 0.75 * LINE

@@ -236,8 +236,9 @@ class Family(Record):
     @property
     def weights(self) -> list[str] | None:
         """The weight of each model in words; None if all are 1."""
-        if "weight" in self.settings.varying:
-            return [model.weight_by_hand or "1" for model in self.models]
+        by_hand = [model.weight_by_hand for model in self.models]
+        if "weight" in self.settings.varying and all(by_hand):
+            return [str(weight) for weight in by_hand]
         if all(model.weight == 1 for model in self.models):
             return None
         return [f"{model.weight:g}" for model in self.models]

@@ -111,8 +111,9 @@ def _family(family: schema.Family, method: str) -> Iterator[str | Blocks]:
             yield "\nCosines between task vectors\n"
             yield _cosines(family)
         yield f"\n{family.reading}"
-    yield "\nShare of each part in ||tau||^2\n"
-    yield _parts(family)
+    if any(model.sq_norm for model in models):
+        yield "\nShare of each part in ||tau||^2\n"
+        yield _parts(family)
     if family.settings.granularity != "model" and not wide:
         of_what = family.settings.granularity
         yield f"\nCoefficients by {of_what}, and in brackets ||tau|| / ||theta_0||\n"
@@ -146,6 +147,8 @@ def keep_of(family: schema.Family) -> str:
     """Say what `lambda: keep` comes to in a family: a number, or the range of pools."""
     values = [pool.keep for pool in family.pools if pool.keep is not None]
     ends = dict.fromkeys(f"{end(values):.4g}" for end in (min, max) if values)
+    if not ends and family.settings.varying:
+        return "differs by tensor"
     return about(family) + " to ".join(ends) if ends else UNDEFINED
 
 
@@ -224,7 +227,7 @@ def _task_vectors(family: schema.Family) -> Blocks:
     for k, (number, model) in enumerate(zip(_numbers(family), models, strict=True)):
         coefficient = coefficients[k]
         if model.coefficient is None:
-            span = " to ".join(map(_four, model.coefficient_range))
+            span = " to ".join(dict.fromkeys(map(_four, model.coefficient_range)))
             coefficient = about(family) + span
         row = [number, model.name, coefficient]
         row += [weights[k]] if weights else []
