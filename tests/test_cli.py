@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib.metadata
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -132,6 +134,27 @@ def test_demo_chats_on_stderr_and_answers_errors_in_one_line(
     printed = cli("demo", "there", status=2)
     assert printed.out == ""
     assert printed.err == "training the base\nError: there is not to my taste\n"
+
+
+def test_a_report_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergekit_metagpt.commands import printing
+
+    file = tmp_path / "report.json"
+    printing.write_text(str(file), "old")
+    file.chmod(0o600)
+    printing.write_text(str(file), "new")
+    assert file.read_text() == "new" and file.stat().st_mode & 0o777 == 0o600
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*report\.json'"):
+        printing.write_text(str(file), "newer")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert file.read_text() == "new"
 
 
 def test_paths_with_backslashes_stay_readable(cli: Cli) -> None:

@@ -462,6 +462,14 @@ def test_a_merge_by_another_method_can_win(places: Path) -> None:
     assert found["best"] == "alone" and found["candidates"][0]["ald"] == 0
     assert_same_states(read_model(kept), read_model(Path(code["model"])))
     assert "metagpt.json" not in {path.name for path in kept.iterdir()}
+    write_yaml(
+        file,
+        {**alone, "merge_method": "dare_linear", "base_model": document["base_model"]},
+    )
+    best = places / "best.yml"
+    assert compared(places, *arguments, "--write", str(best))["best"] == "alone"
+    first = best.read_text().splitlines()[0]
+    assert first == "# Drops the same elements only with --random-seed 0."
 
 
 # ---- texts

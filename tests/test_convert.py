@@ -168,6 +168,16 @@ def test_weight_0_leaves_a_model_out_as_before() -> None:
     assert "kept weight 0.0 of ./a: it leaves the model out, as before" in made.changes
 
 
+def test_a_filter_with_weight_0_leaves_out_as_before() -> None:
+    old = old_merge("ties")
+    weight = [{"filter": "mlp", "value": 0}, {"value": 0.6}]
+    old["models"][0]["parameters"] = {"weight": weight}
+    made = convert(old)
+    kept = yaml.safe_load(made.text)["models"][0]["parameters"]["weight"]
+    assert kept == [{"filter": "mlp", "value": 0}, {"value": 1}]
+    assert any("0 leaves out as before" in line for line in made.changes)
+
+
 @pytest.mark.parametrize(
     ("settings", "note"),
     [

@@ -279,12 +279,17 @@ def test_a_random_merge_without_a_seed(
 
 
 def test_slices_and_gradients(family: Family, tmp_path: Path, verify: Verify) -> None:
-    weights = {"weight": [0.5, 1.0, 2.0]}
+    one, other = family.models[:2]
+    gradient = {"parameters": {"weight": [0.5, 1.0, 2.0]}}
     slices = [
         {
             "sources": [
-                {"model": str(model), "layer_range": layers, "parameters": weights}
-                for model in (family.base, *family.models[:2])
+                {"model": str(model), "layer_range": layers, **settings}
+                for model, settings in (
+                    (family.base, {}),
+                    (one, gradient),
+                    (other, {}),
+                )
             ]
         }
         for layers in ([0, 2], [1, 3])

@@ -19,12 +19,14 @@ from mergekit_metagpt.commands import (
     together,
 )
 from mergekit_metagpt.commands.evaluating import Subject, evaluate
+from mergekit_metagpt.commands.printing import write_text
 from mergekit_metagpt.merge_config import candidates as merges
 from mergekit_metagpt.merge_config import (
     checks,
     families,
     jobs,
     merge_yaml,
+    replaying,
     running,
     yaml_errors,
 )
@@ -189,13 +191,16 @@ def compare(
     )
     (best,) = (candidate for candidate in listed if candidate.name == found.best)
     source = f"{outcomes.origin(request.config, found)}{best.text}"
+    if replaying.draws(best.config):
+        seed = options.random_seed
+        source = f"# Drops the same elements only with --random-seed {seed}.\n{source}"
     if keep is not None:
         _keep(best, source, keep, options, force=force)
         if options.write_model_card:
             with (keep / "README.md").open("a", encoding="utf-8") as stream:
                 stream.write(f"\n{card.measured(found)}")
     if write is not None:  # it may lie in `keep`
-        write.write_text(source, encoding="utf-8")
+        write_text(str(write), source)
     return found
 
 

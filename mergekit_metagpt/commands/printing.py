@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -62,9 +65,22 @@ def _wrapped(line: str, console: Console) -> list[str]:
 
 
 def write_text(file: str, text: str) -> None:
-    """Write to a file, or to stdout for -."""
-    with click.open_file(file, "w", encoding="utf-8") as stream:
-        stream.write(text)
+    """Write to a file, all or nothing, or to stdout for -."""
+    place = Path(os.path.realpath(file))
+    if file == "-" or (place.exists() and not place.is_file()):  # a pipe, a device
+        with click.open_file(file, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        return
+    part = place.with_name(f".{place.name[:100]}.{secrets.token_urlsafe(6)}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        if place.exists():
+            shutil.copymode(place, part)
+        part.replace(place)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file) from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_json(file: str | None, found: BaseModel) -> None:
@@ -86,8 +102,7 @@ def tell_written(*files: str | None) -> None:
 
 def write_yaml(out: str, text: str, *, then: str) -> None:
     """Write a YAML, all or nothing; say on stderr in which file, and what is next."""
-    with click.open_file(out, "w", encoding="utf-8", atomic=True) as stream:
-        stream.write(text)
+    write_text(out, text)
     size = len(text.encode("utf-8"))
     wrote = "" if out == "-" else f"Wrote {out} ({size:,} bytes). "
     click.echo(printable(f"{wrote}{then}"), err=True)

@@ -276,7 +276,7 @@ def _coefficients(record: schema.Report, current: schema.Report) -> schema.Check
 def _span(model: schema.Model) -> str:
     if model.coefficient is not None:
         return f"{model.coefficient:.4g}"
-    return "{:.4g} to {:.4g}".format(*model.coefficient_range)
+    return " to ".join(dict.fromkeys(f"{end:.4g}" for end in model.coefficient_range))
 
 
 def _shares(report: schema.Report) -> list[tuple[str, float]]:

@@ -329,6 +329,12 @@ def _strip(
             elif alone and value == 0:
                 kept[name] = value
                 yield f"kept {shown}: it leaves the model out, as before"
+            elif alone and any(item["value"] == 0 for item in _filters(value)):
+                kept[name] = [
+                    {**item, "value": 0 if item["value"] == 0 else 1}
+                    for item in _filters(value)
+                ]
+                yield f"{shown} -> {_shown(kept[name])}: 0 leaves out as before"
             else:
                 yield f"dropped {shown}"
         elif name not in after:
@@ -341,6 +347,12 @@ def _strip(
         entry["parameters"] = kept
     else:
         entry.pop("parameters", None)
+
+
+def _filters(setting: Any) -> list[dict[str, Any]]:
+    """The entries of a setting with filters; none of another one."""
+    items = setting if isinstance(setting, list) else [setting]
+    return [item for item in items if isinstance(item, dict)]
 
 
 def _shown(value: Any) -> str:

@@ -47,6 +47,7 @@ def degenerate(
     power: float = 2.0,
     whole: ScanResult | None = None,
     exclude: Sequence[str] = (),
+    by_pool: bool = False,
 ) -> str | None:
     """Report a model that takes almost all of a merge, or gets almost nothing.
 
@@ -60,6 +61,7 @@ def degenerate(
         power: exponent of the norms.
         whole: scan of the K models, if the pool is the whole model.
         exclude: parts of the names of tensors that do not count.
+        by_pool: whether it is one of several pools, in all of which a weight counts.
 
     Returns:
         the sentence, or None if max <= 0.9 and min >= 0.1 / K.
@@ -95,7 +97,10 @@ def degenerate(
     # Of two, a user wants more of the one that gets little, such as a LoRA.
     meant = light if len(rows) == 2 and weights[heavy] <= weights[light] else one
     out = []
-    if (weight := _equal(shares[meant], weights[meant], len(rows))) is not None:
+    weight = None
+    if not by_pool:
+        weight = _equal(shares[meant], weights[meant], len(rows))
+    if weight is not None:
         out.append(f"weight: {weight} for {models[meant]} (an equal share)")
     for milder in (2.0, 1.0, 0.0):
         if sq_norms is None or power <= milder:
@@ -337,10 +342,13 @@ def far(base: Hashable, model: Hashable, relative_norm: float) -> str | None:
     """Report a model so far from the base that it may belong to another one."""
     if relative_norm <= FAR:
         return None
+    refused = ""
+    if relative_norm >= APART:
+        refused = " `mergekit-metagpt merge` refuses it without --allow-crimes."
     return (
         f"the tensors of {model} are typically {relative_norm:.2f} of their norm away "
         f"from those of {base}; fine-tunes move a few hundredths (models trained apart "
-        "are about 1.4 away). Is it a fine-tune of this base?"
+        f"are about 1.4 away).{refused} Is it a fine-tune of this base?"
     )
 
 
@@ -414,6 +422,8 @@ def which_weights(
             "are set here. Our experiment had no such weights, so it says nothing of "
             "this merge."
         )
+    if power == 0:
+        return f"Norms are {about}{times(disparity)} to 1 apart, which power 0 ignores."
     experience = (
         "Up to 2 to 1, MetaGPT and the plain average were close in our experiment on "
         "small models: MetaGPT was better in 7 of 9 comparisons, by 0.003 on average. "

@@ -251,6 +251,7 @@ class MetaGPTMerge(GroupMergeMethod):
             power=settings.power,
             whole=measured.whole if measured else None,
             exclude=settings.exclude,
+            by_pool=settings.granularity != "model",
         )
         announcer.warn("degenerate", warning)
 

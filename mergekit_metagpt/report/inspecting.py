@@ -106,10 +106,7 @@ def require_near(report: schema.Report) -> None:
         for model in family.models:
             if model.distance is not None and model.distance >= advice.APART:
                 text = advice.far(family.base.name, model.name, model.distance)
-                raise ValueError(
-                    f"{text} Name the base that it was trained from, or give "
-                    "--allow-crimes to merge it all the same"
-                )
+                raise ValueError(f"{text} Name the base that it was trained from")
 
 
 def with_ranges(

@@ -392,3 +392,5 @@ def verified(found: schema.Verification) -> Iterator[str]:
     """Say in a line what each check of a merged model found."""
     for check in found.checks:
         yield f"{check.name:<15}{check.verdict:<15}{printable(check.details)}"
+    if found.verdict == "verified":
+        yield f"{'not compared':<30}what config.json says, tokenizer, model card"

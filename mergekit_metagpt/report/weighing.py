@@ -141,6 +141,7 @@ def degenerate(family: Family, pools: Sequence[Pool], result: ScanResult) -> str
             power=settings.power,
             whole=result if settings.granularity == "model" else None,
             exclude=settings.exclude,
+            by_pool=settings.granularity != "model",
         )
 
     warned = [pool for pool in pools if warning(pool, "")]
