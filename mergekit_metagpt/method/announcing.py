@@ -139,8 +139,8 @@ class Announcer:
             more = "; -v lists all pools" if settings.granularity != "model" else ""
             if varying:
                 more += (
-                    "; others elsewhere, as the YAML sets parameters tensor by tensor: "
-                    "see their range by mergekit-metagpt inspect"
+                    "; maybe others elsewhere, as the YAML sets parameters tensor by "
+                    "tensor: see their range by mergekit-metagpt inspect"
                 )
             if os.environ.get(QUIET, "0") in ("", "0"):
                 text = f"coefficients of {where} ({how}): {line} (base {base}{more})"
