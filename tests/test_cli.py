@@ -153,6 +153,8 @@ def test_a_report_is_written_whole_or_not_at_all(
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match=r"No space left on device: '.*report\.json'"):
         printing.write_text(str(file), "newer")
+    with pytest.raises(OSError, match="No space"), printing.whole(str(file)) as part:
+        part.write_text("half")
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
     assert file.read_text() == "new"
 

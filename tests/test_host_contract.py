@@ -688,6 +688,13 @@ def test_the_configuration_of_the_result_can_be_had_beforehand() -> None:
     assert_takes(function, "outputs", None, None, trust_remote_code=False)
 
 
+@uses("mergekit.merge")
+def test_a_tokenizer_that_cannot_be_copied_is_logged_with_its_error() -> None:
+    source = inspect.getsource(mergekit.merge.run_merge)
+    assert "Failed to copy tokenizer" in source and "exc_info=e" in source
+    assert mergekit.merge.LOG.name == "mergekit.merge"
+
+
 @uses("mergekit._data.chat_templates")
 @uses("mergekit.merge._set_chat_template", "mergekit.merge._get_donor_model")
 def test_the_tokenizer_of_the_result_can_be_tried_beforehand(family: Family) -> None:

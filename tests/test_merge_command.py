@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -308,6 +309,23 @@ def test_what_fails_when_all_weights_are_written_loses_none(
         assert read_model(kept).keys() == states["base"].keys()
         assert {path.name for path in kept.iterdir()} > BESIDE
         assert not (work / "out").exists()
+
+
+def test_a_tokenizer_that_cannot_be_copied_is_an_error(
+    work: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mergekit only logs it, and says that the merge was successful."""
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "tokenizer.json")
+
+    monkeypatch.setattr("mergekit.merge._copy_tokenizer", full)
+    checks = "mergekit_metagpt.merge_config.tokenizer_checks.check_copied_tokenizer"
+    monkeypatch.setattr(checks, lambda config, options: None)
+    said = cli("merge", "merge.yml", "out", "--quiet", status=2).err
+    assert "tokenizer.json" in said and "kept in" in said
+    assert "Other files there may be cut short" in said
+    assert not (work / "out").exists()
 
 
 def test_a_folder_that_another_run_has_filled_is_left_to_it(

@@ -38,6 +38,7 @@ from mergekit_metagpt.commands.options import (
 from mergekit_metagpt.commands.printing import (
     show,
     tell_written,
+    whole,
     write_json,
     write_text,
     write_yaml,
@@ -158,7 +159,8 @@ def inspect(
     if csv_file is not None:
         write_text(csv_file, tables.as_csv(report))
     if plot is not None and report.families:
-        figures.report_figure(report, Path(plot))
+        with whole(plot) as part:
+            figures.report_figure(report, part)
     if peft is not None:
         write_text(peft, peft_call.script(report))
     if "-" not in (json_file, csv_file, peft):
@@ -447,7 +449,8 @@ def compare(
         )
     write_json(json_file, compared)
     if plot is not None:
-        comparison_plot.comparison_figure(compared, Path(plot))
+        with whole(plot) as part:
+            comparison_plot.comparison_figure(compared, part)
     if json_file != "-":
         if compared.texts:
             show([*comparison.lay_out(compared), compared.verdict])

@@ -313,6 +313,6 @@ def _keep(made: Path, out: Path, late: Exception) -> str:
     if missing:
         lacks = f", without {' and '.join(missing)}. Copy what is missing from the base"
     return (
-        f"{late}. All merged weights are written and kept in {kept}{lacks}. To use it, "
-        "rename the folder"
+        f"{late}. All merged weights are written and kept in {kept}{lacks}. Other "
+        "files there may be cut short. To use it, rename the folder"
     )

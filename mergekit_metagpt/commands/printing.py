@@ -8,7 +8,8 @@ import secrets
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,14 +67,25 @@ def _wrapped(line: str, console: Console) -> list[str]:
 
 def write_text(file: str, text: str) -> None:
     """Write to a file, all or nothing, or to stdout for -."""
-    place = Path(os.path.realpath(file))
-    if file == "-" or (place.exists() and not place.is_file()):  # a pipe, a device
+    if file == "-" or (Path(file).exists() and not Path(file).is_file()):  # a pipe
         with click.open_file(file, "w", encoding="utf-8") as stream:
             stream.write(text)
         return
-    part = place.with_name(f".{place.name[:100]}.{secrets.token_urlsafe(6)}")
-    try:
+    with whole(file) as part:
         part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole(file: str) -> Iterator[Path]:
+    """Yield a hidden file to write, which takes the place of `file` at the end.
+
+    It has the same ending. If it cannot be written, the OSError names `file`, which
+    stays as it was.
+    """
+    place = Path(os.path.realpath(file))
+    part = place.with_name(f".{secrets.token_urlsafe(6)}{place.suffix}")
+    try:
+        yield part
         if place.exists():
             shutil.copymode(place, part)
         part.replace(place)

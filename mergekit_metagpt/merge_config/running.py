@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -83,8 +85,26 @@ def _run(
 ) -> None:
     from mergekit.merge import run_merge
 
-    with plan.mergekits_errors(), plan.without_its_own_noise():
+    with plan.mergekits_errors(), plan.without_its_own_noise(), _tokenizer_copied():
         run_merge(config, out, options, config_source=source)
+
+
+@contextmanager
+def _tokenizer_copied() -> Iterator[None]:
+    """Raise what mergekit only logs where it cannot copy the tokenizer."""
+
+    def raising(record: logging.LogRecord) -> bool:
+        failed = record.exc_info and record.exc_info[1]
+        if failed and "copy tokenizer" in record.getMessage():
+            raise failed
+        return True
+
+    log = logging.getLogger("mergekit.merge")
+    log.addFilter(raising)
+    try:
+        yield
+    finally:
+        log.removeFilter(raising)
 
 
 class _WithoutTensors(MergePlanner):
